@@ -1,0 +1,98 @@
+"""The golden data: what the published implementation gives for weights and inputs made anew."""
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vidt.matcher import Matches
+from vidt.model import ViDTConfig
+
+FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden" / "vidt"
+present = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no ../shared/golden/vidt")
+
+
+@cache
+def fill() -> ModuleType:
+    """The folder's own generator of weights, images and targets."""
+    spec = importlib.util.spec_from_file_location("golden_fill", FOLDER / "fill.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def read_json(path: str) -> Any:
+    return json.loads((FOLDER / path).read_text())
+
+
+def read_arrays(path: str) -> dict[str, Tensor]:
+    with np.load(FOLDER / path) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def config_of(path: str) -> ViDTConfig:
+    """The configuration that the `arguments` of a file ask for, without dropout."""
+    content = read_json(path)
+    arguments = content["arguments"]
+    flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return ViDTConfig(
+        method=flags.get("--method", "vidt"),
+        backbone_name=flags["--backbone_name"],
+        num_classes=content.get("num_classes", 91),
+        dec_layers=int(flags.get("--dec_layers", 6)),
+        aux_loss=flags.get("--aux_loss") == "True",
+        with_box_refine=flags.get("--with_box_refine") == "True",
+        dropout=0.0,
+    )
+
+
+def weights(variant: str) -> dict[str, Tensor]:
+    filled = fill().fill(read_json(f"{variant}/keys.json")["keys"])
+    return {name: torch.from_numpy(array) for name, array in filled.items()}
+
+
+def inputs(name: str) -> tuple[Tensor, Tensor]:
+    """Images and padding."""
+    images, padding = fill().make_input(name)
+    return torch.from_numpy(images), torch.from_numpy(padding)
+
+
+def targets(
+    name: str, num_classes: int, first_label: int | None = None, empty: tuple[int, ...] = ()
+) -> list[dict[str, Tensor]]:
+    """Labels and boxes of each image; none for the images in `empty`."""
+    if first_label is None:
+        first_label = 1 if num_classes == 91 else 0
+    made = fill().make_targets(name, num_classes, first_label)
+    return [
+        {
+            field: torch.from_numpy(target[field])[: 0 if index in empty else None]
+            for field in ("labels", "boxes")
+        }
+        for index, target in enumerate(made)
+    ]
+
+
+def stored_part(tensor: Tensor, part: str) -> Tensor:
+    """The slice that was stored, written like "[:, ::3, :]"."""
+    steps = [axis.strip().lstrip(":") for axis in part.strip("[]").split(",")]
+    return tensor[tuple(slice(None, None, int(step or 1)) for step in steps)]
+
+
+def pairs(matches: Matches, level: int, num_images: int) -> list[list[list[int]]]:
+    """Matches of a level as the golden files write them: per image [queries, targets], by query."""
+    images = []
+    for image in range(num_images):
+        here = (matches.level == level) & (matches.image == image)
+        order = matches.query[here].argsort()
+        images.append([matches.query[here][order].tolist(), matches.target[here][order].tolist()])
+    return images

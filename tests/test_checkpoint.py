@@ -1,0 +1,231 @@
+"""Weights files: whole, or refused in one line that names the file."""
+
+import argparse
+import dataclasses
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidt import ViDT, ViDTConfig
+from vidt.checkpoint import (
+    WeightsInfo,
+    load_model,
+    load_weights,
+    local_weights,
+    read_pickled,
+    read_start,
+    save_weights,
+    start_from,
+)
+from vidt.preprocessing import Preprocessing
+
+NAMES = ("disc", "square", "star")
+
+
+def info_of(model: ViDT, names: tuple[str, ...] = NAMES) -> WeightsInfo:
+    preprocessing = Preprocessing(96, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    return WeightsInfo(model.config, names, preprocessing, {"map50": 0.25})
+
+
+@pytest.fixture
+def saved(tiny_model: ViDT, tmp_path: Path) -> Path:
+    save_weights(tmp_path / "tiny.safetensors", tiny_model.state_dict(), info_of(tiny_model))
+    return tmp_path / "tiny.safetensors"
+
+
+@contextmanager
+def refused(path: Path, reason: str | None = None) -> Iterator[None]:
+    """A ValueError of one line that names the file."""
+    with pytest.raises(ValueError, match=reason) as caught:
+        yield
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_round_trip(tiny_model: ViDT, saved: Path) -> None:
+    model, info = load_model(saved)
+    assert info == info_of(tiny_model)
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_saving_makes_folders_and_replaces(tiny_model: ViDT, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "first" / "best.safetensors"
+    for names in (("a", "b", "c"), NAMES):
+        save_weights(path, tiny_model.state_dict(), info_of(tiny_model, names))
+    assert load_weights(path)[1].class_names == NAMES
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tiny_model: ViDT, saved: Path) -> None:
+    before = saved.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            save_weights(saved, tiny_model.state_dict(), info_of(tiny_model, ("x", "y", "z")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize("read", [load_weights, load_model, read_start])
+@pytest.mark.parametrize("length", [0, 5, 9, 200, -100_000, -1])
+def test_truncated_files_are_refused(saved: Path, length: int, read: Callable) -> None:
+    saved.write_bytes(saved.read_bytes()[:length])
+    with refused(saved):
+        read(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 but no archive", b"\x80\x02."])
+def test_damaged_pickles_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with refused(path):
+        read_start(path)
+
+
+def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    for read in (load_weights, load_model, read_start):
+        with refused(path, "not a ViDT weights file"):
+            read(path)
+
+
+def test_missing_files_are_refused(tmp_path: Path) -> None:
+    for read in (load_weights, load_model, read_start):
+        with refused(tmp_path / "nowhere.safetensors"):
+            read(tmp_path / "nowhere.safetensors")
+
+
+def test_a_header_that_promises_more_than_the_tensors(tiny_model: ViDT, tmp_path: Path) -> None:
+    tensors = dict(tiny_model.state_dict())
+    del tensors["tgt_proj.0.bias"]
+    path = tmp_path / "part.safetensors"
+    save_weights(path, tensors, info_of(tiny_model))
+    with refused(path, r"tgt_proj\.0\.bias"):
+        load_model(path)
+    with refused(path, r"tgt_proj\.0\.bias"):
+        start_from(tiny_model, path, NAMES)
+
+
+class Trap:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_code_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"model": {}, "args": Trap(tmp_path / "trapped")}, path)
+    for read in (read_pickled, read_start):
+        with refused(path, "cannot be read safely"):
+            read(path)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"model": 5}, {"model": {"fc.weight": torch.ones(1)}}, {}]
+)
+def test_other_peoples_files_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    with refused(path):
+        read_start(path)
+
+
+def released_names(model: ViDT) -> dict[str, Tensor]:
+    """As the published code would save the model: other names, aliases, unread tensors."""
+    released = {
+        "transformer.level_embed": torch.zeros(4, 256),
+        "backbone.norm1.weight": torch.ones(96),
+    }
+    for name, tensor in model.state_dict().items():
+        theirs = name.replace("decoder.reference_points", "reference_points")
+        theirs = f"transformer.{theirs}" if name.startswith("decoder.") else name
+        released[theirs] = tensor
+        if name.startswith("bbox_embed."):
+            released[f"transformer.decoder.{name}"] = tensor
+    return released
+
+
+def test_released_checkpoints_load(tmp_path: Path) -> None:
+    config = ViDTConfig(num_classes=3, det_token_num=5, dec_layers=1, dim_feedforward=64)
+    model, fresh = ViDT(config), ViDT(config)
+    path = tmp_path / "vidt_nano_50.pth"
+    settings = argparse.Namespace(backbone_name="swin_nano", lr=1e-4)
+    torch.save({"model": released_names(model), "args": settings, "epoch": 49}, path)
+    transfer = start_from(fresh, path, NAMES)
+    assert transfer.kept == NAMES and not transfer.new
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+    fewer = ViDT(dataclasses.replace(config, num_classes=2))
+    assert start_from(fewer, path, NAMES[:2]).new == NAMES[:2]  # rows of unknown classes
+
+
+def test_head_rows_go_by_class_name(tiny_model: ViDT, saved: Path) -> None:
+    wanted = ("star", "cross", "disc", "heart")
+    config = dataclasses.replace(tiny_model.config, num_classes=4, dropout=0.3, aux_loss=False)
+    model = ViDT(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    transfer = start_from(model, saved, wanted)
+    assert transfer.kept == ("star", "disc")
+    assert transfer.dropped == ("square",) and transfer.new == ("cross", "heart")
+    assert str(transfer) == "kept 2: star, disc; dropped 1: square; new 2: cross, heart"
+    after, theirs = model.state_dict(), tiny_model.state_dict()
+    for name in after:
+        if not name.startswith("class_embed."):
+            assert torch.equal(after[name], theirs[name]), name
+        else:
+            assert torch.equal(after[name][[0, 2]], theirs[name][[2, 0]]), name
+            assert torch.equal(after[name][[1, 3]], before[name][[1, 3]]), name
+
+
+@pytest.mark.parametrize(
+    "field, value", [("det_token_num", 9), ("dec_layers", 1), ("with_box_refine", False)]
+)
+def test_another_architecture_names_the_flag(
+    tiny_model: ViDT, saved: Path, field: str, value: object
+) -> None:
+    model = ViDT(dataclasses.replace(tiny_model.config, **{field: value}))
+    theirs = getattr(tiny_model.config, field)
+    with refused(saved, f"{field} {theirs}, this run {value}; pass --{field} {theirs}"):
+        start_from(model, saved, NAMES)
+
+
+def test_weights_from_an_address(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two addresses may end in the same name; each is fetched once."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    assert local_weights(str(saved)) == saved
+    other = tmp_path / "other" / saved.name
+    other.parent.mkdir()
+    other.write_bytes(b"another file")
+    for source in (saved, other):
+        content = source.read_bytes()
+        first = local_weights(source.as_uri())
+        assert first.read_bytes() == content
+        source.unlink()
+        assert local_weights(source.as_uri()) == first
+
+
+def test_an_address_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    address = (tmp_path / "gone.safetensors").as_uri()
+    with pytest.raises(ValueError, match="fetch it by hand and pass --load_from FILE") as caught:
+        local_weights(address)
+    assert address in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,201 @@
+"""Matching and losses: against brute force and sums by hand, and at the edges."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou
+
+from vidt import HungarianMatcher, SetCriterion
+from vidt.criterion import log_values, paired_iou, quality_focal_loss
+
+LEVELS, QUERIES, CLASSES = 3, 6, 4
+
+
+def boxes(*shape: int) -> Tensor:
+    """cxcywh inside the image."""
+    return torch.cat([0.3 + 0.4 * torch.rand(*shape, 2), 0.1 + 0.3 * torch.rand(*shape, 2)], dim=-1)
+
+
+def outputs(batch: int, queries: int = QUERIES) -> dict:
+    levels = [
+        {
+            "pred_logits": torch.randn(batch, queries, CLASSES, requires_grad=True),
+            "pred_boxes": boxes(batch, queries).requires_grad_(),
+        }
+        for _ in range(LEVELS)
+    ]
+    return {**levels[-1], "aux_outputs": levels[:-1]}
+
+
+def objects(*counts: int) -> list[dict[str, Tensor]]:
+    return [{"labels": torch.randint(CLASSES, (n,)), "boxes": boxes(n)} for n in counts]
+
+
+def cost_by_hand(logits: Tensor, found: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """[Q, n] of one image, formula by formula."""
+    p = logits.sigmoid()[:, target["labels"]]
+    positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+    negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
+    distance = (found[:, None] - target["boxes"]).abs().sum(-1)
+    corners = (box_convert(b, "cxcywh", "xyxy") for b in (found, target["boxes"]))
+    return 2 * (positive - negative) + 5 * distance - 2 * generalized_box_iou(*corners)
+
+
+def test_matching_is_the_cheapest_of_all() -> None:
+    predicted, targets = outputs(2), objects(3, 2)
+    with torch.no_grad():
+        matches = SetCriterion().match(predicted, targets)
+        for level, levels in enumerate([*predicted["aux_outputs"], predicted]):
+            for image, target in enumerate(targets):
+                logits, found = levels["pred_logits"][image], levels["pred_boxes"][image]
+                cost = cost_by_hand(logits, found, target)
+                columns = torch.arange(cost.shape[1])
+                every = permutations(range(QUERIES), cost.shape[1])
+                cheapest = min(cost[list(rows), columns].sum().item() for rows in every)
+                here = (matches.level == level) & (matches.image == image)
+                paid = cost[matches.query[here], matches.target[here]].sum().item()
+                assert paid == pytest.approx(cheapest, abs=1e-5)
+                assert sorted(matches.target[here].tolist()) == columns.tolist()
+
+
+def test_images_are_matched_alone_as_in_a_batch() -> None:
+    predicted, targets = outputs(3), objects(1, 5, 0)
+    criterion = SetCriterion()
+    together = criterion.match(predicted, targets)
+    for image, target in enumerate(targets):
+        levels = [
+            {
+                name: tensor[image : image + 1]
+                for name, tensor in level.items()
+                if name != "aux_outputs"
+            }
+            for level in (*predicted["aux_outputs"], predicted)
+        ]
+        alone = criterion.match({**levels[-1], "aux_outputs": levels[:-1]}, [target])
+        here = together.image == image
+        for field in ("level", "query", "target"):
+            assert torch.equal(getattr(together, field)[here], getattr(alone, field))
+
+
+@pytest.mark.parametrize("copies", [1, 2, 4, 100])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
+def test_copies_are_matched_evenly_on_auxiliary_levels(copies: int, count: int) -> None:
+    targets = objects(count, 2)
+    matches = SetCriterion(aux_copies=copies).match(outputs(2), targets)
+    for level in range(LEVELS):
+        for image, target in enumerate(targets):
+            here = (matches.level == level) & (matches.image == image)
+            number = len(target["labels"])
+            expected = 1 if level == LEVELS - 1 else min(copies, QUERIES // max(number, 1))
+            times = torch.bincount(matches.target[here], minlength=number)
+            assert times.tolist() == [expected] * number
+            assert len(matches.query[here].unique()) == here.sum()  # no query twice
+
+
+def test_with_more_objects_than_queries_every_query_is_taken() -> None:
+    predicted, targets = outputs(2), objects(QUERIES + 3, 1)
+    matches = SetCriterion(aux_copies=3).match(predicted, targets)
+    here = (matches.image == 0) & (matches.level == LEVELS - 1)
+    assert sorted(matches.query[here].tolist()) == list(range(QUERIES))
+    assert len(matches.target[here].unique()) == QUERIES
+
+
+def test_diverged_outputs_reach_the_loss_instead_of_failing_in_the_matcher() -> None:
+    predicted = outputs(1)
+    predicted["pred_logits"] = torch.full_like(predicted["pred_logits"], float("nan"))
+    terms = SetCriterion()(predicted, objects(2), 2)
+    assert terms["loss_ce"].isnan()
+    assert terms["loss_ce_0"].isfinite()
+
+
+def test_losses_by_hand() -> None:
+    """One image, two queries, one object of class 1, for which query 0 is the clear choice."""
+    truth = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    found = torch.tensor([[[0.5, 0.5, 0.2, 0.1], [0.9, 0.9, 0.1, 0.1]]])
+    predicted = {"pred_logits": torch.zeros(1, 2, 2), "pred_boxes": found}
+    terms = SetCriterion()(predicted, [{"labels": torch.tensor([1]), "boxes": truth}], 4.0)
+    log2 = torch.log(torch.tensor(2.0)).item()
+    # p = 1/2 everywhere: one positive entry, three negative ones.
+    focal = (0.25 + 3 * 0.75) * 0.25 * log2
+    assert terms["loss_ce"].item() == pytest.approx(2 * focal / 4)
+    assert terms["loss_bbox"].item() == pytest.approx(5 * 0.1 / 4)
+    assert terms["loss_giou"].item() == pytest.approx(2 * (1 - 0.5) / 4, rel=1e-5)
+    assert terms.keys() == {"loss_ce", "loss_bbox", "loss_giou"}
+
+
+def test_terms_are_named_by_level() -> None:
+    names = {f"loss_{kind}{level}" for kind in ("ce", "bbox", "giou") for level in ("", "_0", "_1")}
+    assert SetCriterion()(outputs(1), objects(2), 2).keys() == names
+
+
+@pytest.mark.parametrize("options", [{}, {"aux_copies": 3, "quality_target": True}])
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (QUERIES + 2, 1)])
+def test_losses_are_finite_and_reach_every_output(counts: tuple[int, int], options: dict) -> None:
+    predicted = outputs(2)
+    terms = SetCriterion(**options)(predicted, objects(*counts), max(sum(counts), 1))
+    torch.stack(list(terms.values())).sum().backward()
+    for level in (*predicted["aux_outputs"], predicted):
+        for name in ("pred_logits", "pred_boxes"):
+            assert level[name].grad.isfinite().all()
+    if not any(counts):
+        assert all(term == 0 for name, term in terms.items() if "_ce" not in name)
+
+
+def test_losses_do_not_depend_on_the_order_of_objects() -> None:
+    predicted, targets = outputs(1), objects(4)
+    turned = [{name: tensor.flip(0) for name, tensor in targets[0].items()}]
+    first, second = (SetCriterion()(predicted, some, 4) for some in (targets, turned))
+    assert all(torch.allclose(first[name], second[name]) for name in first)
+
+
+def test_doubling_num_boxes_halves_every_term() -> None:
+    predicted, targets = outputs(2), objects(2, 3)
+    whole = SetCriterion()(predicted, targets, 5.0)
+    half = SetCriterion()(predicted, targets, torch.tensor(10.0))
+    assert all(torch.allclose(whole[name], 2 * half[name]) for name in whole)
+
+
+def test_cost_weights_are_the_callers() -> None:
+    predicted, targets = outputs(1), objects(3)
+    classes_only = SetCriterion(HungarianMatcher(1.0, 0.0, 0.0)).match(predicted, targets)
+    moved = {**predicted, "pred_boxes": boxes(1, QUERIES)}
+    again = SetCriterion(HungarianMatcher(1.0, 0.0, 0.0)).match(moved, targets)
+    assert torch.equal(classes_only.query, again.query)
+
+
+def test_quality_target_asks_for_the_overlap() -> None:
+    """Least loss of a matched entry: where its probability is quality^gamma; of others: at zero."""
+    quality, gamma = torch.tensor([0.6]), 1.5
+    logits = torch.linspace(-4, 4, 801)[:, None]
+    losses = torch.stack([quality_focal_loss(row, (torch.tensor([0]),), quality) for row in logits])
+    best = logits[losses.argmin()].sigmoid().item()
+    assert best == pytest.approx(0.6**gamma, abs=0.01)
+    nowhere = (torch.zeros(0, dtype=torch.int64),)
+    unmatched = quality_focal_loss(logits.squeeze(1), nowhere, torch.zeros(0))
+    assert (unmatched.diff() > 0).all()
+
+
+def test_paired_iou_by_hand() -> None:
+    first = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
+    second = torch.tensor([[1.0, 0, 3, 2], [0, 0, 1, 1], [5, 5, 6, 6], [1, 1, 1, 1]])
+    assert torch.allclose(paired_iou(first, second), torch.tensor([1 / 3, 1, 0, 0]))
+
+
+def test_log_values_by_hand() -> None:
+    """Two objects, one taken for another class; the last class counts as nothing found."""
+    truth = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
+    logits = torch.tensor([[[9.0, 0, 0], [0, 9, 0], [0, 0, 9]]])
+    found = torch.cat([truth, torch.tensor([[0.5, 0.5, 0.9, 0.9]])])[None]
+    predicted = {"pred_logits": logits, "pred_boxes": found}
+    matcher = HungarianMatcher(0.0, 1.0, 1.0)
+    targets = [{"labels": torch.tensor([0, 0]), "boxes": truth}]
+    values = log_values(predicted, targets, SetCriterion(matcher).match(predicted, targets))
+    assert {name: value.item() for name, value in values.items()} == {
+        "class_error": 50.0,
+        "cardinality_error": 0.0,
+    }
+    nothing = objects(0)
+    values = log_values(predicted, nothing, SetCriterion(matcher).match(predicted, nothing))
+    assert values["class_error"] == 100 and values["cardinality_error"] == 2

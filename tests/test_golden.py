@@ -1,0 +1,235 @@
+"""The detector against the published implementation, number for number, on the golden data."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import golden
+import pytest
+import torch
+from conftest import Compare
+from torch import Tensor
+
+from vidt import SetCriterion, ViDT, decode_top_k
+from vidt.convert import released_name, released_vidt
+from vidt.criterion import log_values
+
+pytestmark = golden.present
+
+VARIANTS = ("vidt_swin_nano", "vidt_swin_nano_nc3_norefine")
+INPUTS = ("pair", "single", "odd")
+CRITERIA = ("detection", "detection_three_classes_label_zero")
+
+
+@cache
+def load(variant: str) -> ViDT:
+    config = golden.config_of(f"{variant}/meta.json")
+    model = ViDT(config)
+    model.load_state_dict(released_vidt(golden.weights(variant), config), strict=True)
+    return model.eval()
+
+
+@cache
+def run(variant: str, name: str) -> dict:
+    """Outputs, and under `inside` what passes between the parts."""
+    model = load(variant)
+    with record_inside(model) as inside, torch.no_grad():
+        outputs = model(*golden.inputs(name))
+    return {**outputs, "inside": inside}
+
+
+@contextmanager
+def record_inside(model: ViDT) -> Iterator[dict[str, Tensor]]:
+    """Fills a dictionary with the model's intermediate tensors under the golden files' names."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        stage.register_forward_hook(
+            lambda _, __, out, index=index: seen.update(
+                {f"stage{index}.patch": out[0].flatten(1, 2), f"stage{index}.det": out[1]}
+            )
+        )
+        for index, stage in enumerate(model.backbone.layers)
+    ]
+
+    def body(_: object, __: object, out: tuple) -> None:
+        maps, det, det_pos = out
+        seen.update({f"backbone.feat{level}": feature for level, feature in enumerate(maps)})
+        seen["backbone.det_tgt"], seen["backbone.det_pos"] = det.mT, det_pos.mT
+
+    def decoder(_: object, given: tuple, out: tuple) -> None:
+        tgt, query_pos, maps, paddings = given[:4]
+        seen.update({f"decoder_in.src{level}": source for level, source in enumerate(maps)})
+        seen.update({f"decoder_in.mask{level}": mask for level, mask in enumerate(paddings)})
+        seen["decoder_in.tgt"], seen["decoder_in.query_pos"] = tgt, query_pos[:1]
+        states, boxes = (torch.stack(levels) for levels in out)
+        seen["decoder.hs"] = states
+        # Without refinement every layer looks from the first reference points.
+        start = seen["decoder.init_reference"]
+        refined = model.config.with_box_refine
+        seen["decoder.inter_references"] = boxes if refined else torch.stack([start] * len(boxes))
+
+    def points(_: object, __: object, out: Tensor) -> None:
+        seen["decoder.init_reference"] = out.sigmoid()
+
+    hooks.append(model.backbone.register_forward_hook(body))
+    hooks.append(model.decoder.register_forward_hook(decoder))
+    hooks.append(model.decoder.reference_points.register_forward_hook(points))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def named_outputs(found: dict) -> dict[str, Tensor]:
+    """What `run` returns, by the golden files' names."""
+    named = {name: found[name] for name in ("pred_logits", "pred_boxes")} | found["inside"]
+    for level, outputs in enumerate(found["aux_outputs"]):
+        named |= {f"aux{level}.{name}": tensor for name, tensor in outputs.items()}
+    return named
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs(variant: str, name: str, compare: Compare) -> None:
+    meta = golden.read_json(f"{variant}/meta.json")
+    stated = {what: 5 * limit for what, limit in meta["fp32_max_abs_diff"][name].items()}
+    # Inner tensors have no stated limit: that of the logits, in proportion to their spread.
+    relative = stated["pred_logits"] / meta["tensors"][name]["pred_logits"]["std"]
+    found = named_outputs(run(variant, name))
+    stored = golden.read_arrays(f"{variant}/{name}.npz")
+    for what, expected in stored.items():
+        if what.startswith("post"):
+            continue  # see test_decoded_boxes
+        facts = meta["tensors"][name][what]
+        assert list(found[what].shape) == facts["shape"], what
+        if what.endswith("pred_boxes") or "reference" in what:
+            allowed = stated["pred_boxes"]
+        else:
+            allowed = stated.get(what.rpartition(".")[2], relative * facts["std"])
+        part = golden.stored_part(found[what], facts["slice"])
+        compare(re.sub(r"\d", "", what), part, expected, 0 if "mask" in what else allowed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoded_boxes(variant: str, compare: Compare) -> None:
+    stored = golden.read_arrays(f"{variant}/pair.npz")
+    sizes = golden.read_json(f"{variant}/meta.json")["postprocess_target_sizes_hw"]
+    # From the stored predictions: of nearly equal scores either may come first.
+    for image, found in enumerate(decode_top_k(stored, torch.tensor(sizes))):
+        assert torch.equal(found.labels, stored[f"post{image}.labels"])
+        compare("scores", found.scores, stored[f"post{image}.scores"], 1e-6)
+        compare("boxes in pixels", found.boxes, stored[f"post{image}.boxes"], 1e-3)
+    stated = golden.read_json(f"{variant}/meta.json")["fp32_max_abs_diff"]["pair"]["pred_logits"]
+    for image, found in enumerate(decode_top_k(run(variant, "pair"), torch.tensor(sizes))):
+        compare("scores of ours", found.scores, stored[f"post{image}.scores"], 5 * stated)
+
+
+def compare_losses(
+    outputs: dict,
+    targets: list[dict[str, Tensor]],
+    expected: dict,
+    compare: Compare,
+    allowed: float,
+) -> dict[str, Tensor]:
+    """Every stored loss by name, the total and the matchings; returns our weighted terms."""
+    criterion = SetCriterion()
+    matches = criterion.match(outputs, targets)
+    terms = criterion(outputs, targets, max(sum(len(t["labels"]) for t in targets), 1))
+    plain = {name: term / criterion.weights[name.split("_")[1]] for name, term in terms.items()}
+    found = plain | log_values(outputs, targets, matches)
+    assert found.keys() == expected["losses"].keys()
+    for name, value in expected["losses"].items():
+        scale = max(value, 1)
+        what = re.sub(r"_\d", "", name) + ", relative"
+        compare(what, found[name] / scale, torch.tensor(value / scale), allowed)
+    total = torch.stack(list(terms.values())).sum() / expected["weighted_total"]
+    compare("total, relative", total, torch.tensor(1.0), allowed)
+    if "matching_final" in expected:
+        wanted = [*expected["matching_aux"], expected["matching_final"]]
+        assert [golden.pairs(matches, i, len(targets)) for i in range(len(wanted))] == wanted
+    return terms
+
+
+@pytest.mark.parametrize("case", [*INPUTS, "pair_last_image_empty"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_matchings(variant: str, case: str, compare: Compare) -> None:
+    name = case.partition("_")[0]
+    outputs = run(variant, name)
+    empty = () if name == case else (1,)
+    targets = golden.targets(name, load(variant).config.num_classes, empty=empty)
+    expected = golden.read_json(f"{variant}/losses.json")[case]
+    compare_losses(outputs, targets, expected, compare, 2e-5)
+
+
+def test_gradients(compare: Compare) -> None:
+    variant = "vidt_swin_nano"
+    facts = golden.read_json(f"{variant}/grads.json")["float64"]
+    expected = {our_name(name): values for name, values in facts["grads"].items()}
+    # As near to the float64 reference as its own float32 run is (1.7e-4).
+    allowed = facts["max_relative_norm_difference"]
+    model = load(variant).train()
+    terms = SetCriterion()(model(*golden.inputs("pair")), golden.targets("pair", 91), 10)
+    torch.stack(list(terms.values())).sum().backward()
+    model.eval()
+    assert expected.pop(None) is None  # where we have no tensor, the reference has no gradient
+    assert expected.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        gradient, (norm, total) = parameter.grad.double(), expected[name]
+        compare("norm, relative", gradient.norm() / norm, torch.tensor(1.0), allowed)
+        # An error of length e * norm changes a sum of n numbers by at most sqrt(n) * e * norm.
+        share = (gradient.sum() - total) / (norm * gradient.numel() ** 0.5)
+        compare("sum, relative", share, torch.tensor(0.0), allowed)
+    model.zero_grad()
+
+
+def our_name(name: str) -> str | None:
+    """Gradients are stored under the released heads' other name."""
+    return released_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
+
+
+@pytest.mark.parametrize("case", CRITERIA)
+def test_criterion_alone(case: str, compare: Compare) -> None:
+    outputs, targets, expected = criterion_case(case)
+    terms = compare_losses(outputs, targets, expected, compare, 2e-6)
+    torch.stack(list(terms.values())).sum().backward()
+    for name, norm in expected["grad_norms"].items():
+        compare(f"gradient of {name}", outputs[name].grad.norm() / norm, torch.tensor(1.0), 2e-6)
+    sizes = torch.tensor(expected["postprocess"]["target_sizes_hw"])
+    decoded = expected["postprocess"]["results"]
+    for found, wanted in zip(decode_top_k(outputs, sizes), decoded, strict=True):
+        assert found.labels.tolist() == wanted["labels"]
+        compare("scores", found.scores, torch.tensor(wanted["scores"]), 1e-6)
+        compare("boxes in pixels", found.boxes, torch.tensor(wanted["boxes"]), 1e-3)
+
+
+def criterion_case(case: str) -> tuple[dict, list[dict[str, Tensor]], dict]:
+    """Outputs that collect gradients, targets, and what is expected of them."""
+    expected = golden.read_json("criterion_cases.json")[case]
+    asked = expected["definition"]
+    made = golden.fill().synthetic_outputs(
+        asked["tag"], 2, asked["queries"], asked["num_classes"], asked["levels"]
+    )
+    targets = golden.targets(asked["input"], asked["num_classes"], asked["first_label"])
+    return tensors(made), targets, expected
+
+
+def tensors(made: dict) -> dict:
+    """Arrays to leaf tensors that collect gradients."""
+    levels = [tensors(level) for level in made.pop("aux_outputs", [])]
+    leaves = {name: torch.from_numpy(array).requires_grad_() for name, array in made.items()}
+    return {**leaves, "aux_outputs": levels} if levels else leaves
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameter_count(variant: str) -> None:
+    """All released parameters but those that the released forward pass never reads."""
+    facts = golden.read_json(f"{variant}/keys.json")
+    counts = {
+        alias or name: (math.prod(shape), our_name(name))
+        for name, (dtype, shape, alias) in facts["keys"].items()
+        if dtype == "float32"
+    }
+    assert sum(count for count, _ in counts.values()) == facts["parameter_count"]
+    used = sum(count for count, ours in counts.values() if ours)
+    assert used == sum(parameter.numel() for parameter in load(variant).parameters())

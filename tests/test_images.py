@@ -1,0 +1,187 @@
+"""Decoding: every kind of file to the right 8-bit RGB pixels, every damage to one line."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidt.images import UnreadableImage, probe_image, probe_images, read_image
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about damaged metadata
+
+
+def save(path: Path, values: np.ndarray, mode: str | None = None, **options: Any) -> Path:
+    image = Image.fromarray(values)
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save_oriented(path: Path, orientation: int, height: int = 24, width: int = 40) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(path, noise(height, width), exif=exif)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
+def test_rgb_is_unchanged(tmp_path: Path, name: str) -> None:
+    image = read_image(save(tmp_path / name, noise(5, 7), lossless=True))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), noise(5, 7))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA"])
+def test_every_mode_becomes_rgb_near_the_original(tmp_path: Path, mode: str) -> None:
+    ramp = np.zeros((16, 16, 3), np.uint8)
+    ramp[:, 8:] = 255  # black and white survive every mode
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image = read_image(save(path, ramp, mode))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), ramp)
+    assert probe_image(path).mode in (mode, "RGB")
+
+
+def test_alpha_is_dropped_and_not_blended(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., :3] = (10, 200, 30)  # wholly transparent
+    assert (np.asarray(read_image(save(tmp_path / "a.png", rgba))) == (10, 200, 30)).all()
+
+
+@pytest.mark.filterwarnings("error::UserWarning:PIL")
+def test_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "a.png", transparency=b"\xff\x00")
+    assert (np.asarray(read_image(tmp_path / "a.png")) == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_grey_is_scaled_over_its_whole_range(tmp_path: Path, name: str) -> None:
+    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    grey = np.asarray(read_image(save(tmp_path / name, values)))[..., 0]
+    assert grey.tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.2, 1.0]], np.float32), [0, 51, 255]),
+        (np.array([[0.0, 51.0, 255.0]], np.float32), [0, 51, 255]),
+        (np.array([[-1.0, 0.0, np.nan, 1.0]], np.float32), [0, 128, 128, 255]),
+        (np.array([[0, 51 * 257, 65535]], np.int32), [0, 51, 255]),
+        (np.array([[0, 1_000_000]], np.int32), [0, 255]),
+    ],
+)
+def test_deep_grey_is_scaled_not_clipped(
+    tmp_path: Path, values: np.ndarray, expected: list[int]
+) -> None:
+    grey = np.asarray(read_image(save(tmp_path / "a.tif", values)))[..., 0]
+    assert grey.tolist() == [expected]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_only_towards_the_annotated_size(tmp_path: Path, orientation: int) -> None:
+    path = save_oriented(tmp_path / "a.png", orientation)
+    assert probe_image(path).orientation == orientation
+    assert probe_image(path).size == (24, 40)
+    assert np.array_equal(np.asarray(read_image(path)), noise(24, 40))
+    assert np.array_equal(np.asarray(read_image(path, (24, 40))), noise(24, 40))
+    if orientation < 5:
+        with pytest.raises(ValueError, match=r"40 x 24 .* 24 x 40"):
+            read_image(path, (40, 24))
+        return
+    stored = noise(24, 40)
+    turned = {  # where EXIF says that the first row and the first column of the file belong
+        5: stored.transpose(1, 0, 2),
+        6: np.rot90(stored, -1),
+        7: np.rot90(stored, 2).transpose(1, 0, 2),
+        8: np.rot90(stored),
+    }[orientation]
+    assert np.array_equal(np.asarray(read_image(path, (40, 24))), turned)
+
+
+def test_broken_exif_does_not_spoil_the_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", noise(8, 8), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert probe_image(path).orientation == 1
+    assert read_image(path).size == (8, 8)
+
+
+def test_other_size_names_both(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", noise(5, 7))
+    with pytest.raises(ValueError, match=r"a\.png: .*7 x 5 .* 9 x 9") as caught:
+        read_image(path, (9, 9))
+    assert not isinstance(caught.value, UnreadableImage)
+
+
+def damaged(path: Path, kind: str) -> Path:
+    suffix = path.suffix
+    if kind == "missing":
+        return path
+    save(path, noise(64, 64))
+    data = path.read_bytes()
+    data = {
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "half": data[: len(data) // 2],
+        "header only": data[:40],
+    }[kind]
+    path.write_bytes(data)
+    assert path.suffix == suffix
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tif"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "half", "header only"])
+def test_damage_is_one_line_with_the_file(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = damaged(tmp_path / f"a{suffix}", kind)
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_probe_finds_truncated_files(tmp_path: Path, suffix: str) -> None:
+    good, bad = save(tmp_path / f"good{suffix}", noise(64, 64)), tmp_path / f"bad{suffix}"
+    bad.write_bytes(good.read_bytes()[:-200])
+    first, second = probe_images([str(good), str(bad)])
+    assert not isinstance(first, UnreadableImage)
+    assert isinstance(second, UnreadableImage)
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", noise(16, 16))
+    path.write_bytes(path.read_bytes() + b"maker's own")
+    assert not probe_image(path).ends_whole
+    assert not isinstance(next(probe_images([str(path)])), UnreadableImage)
+
+
+def test_decompression_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.png", noise(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match="Bomb"):
+        read_image(path)
+
+
+def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    failures = 0
+    for suffix in (".jpg", ".png", ".tif", ".webp", ".gif", ".bmp"):
+        path = save(tmp_path / f"a{suffix}", noise(32, 32))
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(25):
+            data = whole.copy()
+            data[random.integers(0, min(len(data), 200), 6)] = random.integers(0, 256, 6)
+            path.write_bytes(data.tobytes())
+            for reader in (probe_image, read_image):
+                try:
+                    reader(os.fspath(path))
+                except UnreadableImage:
+                    failures += 1
+    assert failures > 20

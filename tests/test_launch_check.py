@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.launch_check import asked_of_accelerate, require_processes
+from trainer.settings import ConfigError
+
+ROOT = Path(__file__).parent.parent
+CONFIG_FILE = str(ROOT / "accelerate_config.yaml")
+PROBE = """
+import os
+from trainer.launch_check import asked_processes
+rank, precision = os.environ.get("RANK", "alone"), os.environ["ACCELERATE_MIXED_PRECISION"]
+os.write(1, f"probe {rank} {precision} {asked_processes()}\\n".encode())
+"""
+
+
+def launch(tmp_path: Path, *options: str) -> list[str]:
+    """What the processes that the real launcher starts say, sorted."""
+    script = tmp_path / "probe.py"
+    script.write_text(PROBE)
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [*command, str(script)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return sorted(line for line in done.stdout.splitlines() if line.startswith("probe"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the launcher is read in /proc")
+def test_a_launcher_that_starts_one_process_of_two_is_seen(tmp_path: Path):
+    said = launch(tmp_path, "--cpu", "--num_processes", "2", "--mixed_precision", "no")
+    assert said == ["probe alone no 2"]
+
+
+def test_our_config_file_is_overridden_on_the_command_line(tmp_path: Path):
+    options = ["--config_file", CONFIG_FILE, "--num_processes", "2", "--mixed_precision", "bf16"]
+    assert launch(tmp_path, *options) == ["probe 0 bf16 2", "probe 1 bf16 2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("python /bin/accelerate launch --num_processes 3 train.py --lr 1", 3),
+        ("python -m accelerate.commands.accelerate_cli launch --cpu --num_processes 3 train.py", 3),
+        ("accelerate-launch --num-processes=3 train.py", 3),
+        ("python -m accelerate.commands.launch --cpu --num_processes 3 train.py", 3),
+        (f"accelerate launch --config_file {CONFIG_FILE} train.py --config x.yaml", 1),
+        (f"accelerate launch --config_file {CONFIG_FILE} --num_processes 2 train.py", 2),
+        ("accelerate launch --cpu train.py", None),
+        ("bash -c train", None),
+        ("python train.py --num_processes 3", None),
+        ("", None),
+    ],
+)
+def test_reading_the_launchers_command_line(words: str, asked: int | None):
+    assert asked_of_accelerate(words.split()) == asked
+
+
+def test_fewer_processes_than_asked_for_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_processes(2)
+    with pytest.raises(ConfigError, match="asked for 2 processes, 1 started"):
+        require_processes(1)

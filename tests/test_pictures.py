@@ -1,0 +1,170 @@
+"""Boxes on pictures and the grid of truth beside prediction."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer.pictures import (
+    LONGEST_NAME,
+    MIN_SIDE,
+    Comparison,
+    class_colour,
+    class_text,
+    compare,
+    draw_boxes,
+    save_picture,
+    truth_beside_prediction,
+)
+
+NAMES = ["rectangle", "ellipse", "triangle"]
+BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
+
+
+def grey(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), "#808080")
+
+
+def colours_in(picture: Image.Image) -> set[str]:
+    channels = np.asarray(picture).astype(np.int64)
+    return {f"#{code:06x}" for code in np.unique(channels @ [65536, 256, 1])}
+
+
+def changed(picture: Image.Image) -> np.ndarray:
+    """[H, W] bool, where a grey picture was drawn on."""
+    return np.any(np.asarray(picture) != 128, axis=2)
+
+
+def row(width: int, height: int, num_found: int = 2, score: float = 0.9) -> Comparison:
+    boxes = np.array([[2, 2, width / 2, height / 2], [width / 3, height / 3, width, height]])
+    return Comparison(
+        image=grey(width, height),
+        truth_boxes=boxes,
+        truth_labels=[0, 1],
+        boxes=boxes[:num_found],
+        labels=[0, 1][:num_found],
+        scores=[score] * num_found,
+        name=f"{width}x{height}.jpg",
+    )
+
+
+def test_box_is_drawn_where_it_is_and_the_image_given_is_left_alone() -> None:
+    image = grey(600, 400)
+    drawn = draw_boxes(image, [[100, 200, 300, 350]], [1], None, NAMES)
+    assert drawn.size == image.size and not changed(image).any()
+    rows, columns = np.nonzero(changed(drawn))
+    assert abs(int(columns.min()) - 100) <= 3 and abs(int(columns.max()) - 300) <= 3
+    assert abs(int(rows.max()) - 350) <= 3
+    assert 170 < rows.min() < 200  # the label stands above
+    assert not changed(drawn)[220:340, 120:280].any()  # and the object stays visible
+    assert class_colour(1) in colours_in(drawn)
+
+
+def test_small_picture_is_enlarged_and_its_boxes_with_it() -> None:
+    drawn = draw_boxes(grey(128, 96), [[32, 48, 64, 80]], [0], [0.5], NAMES)
+    assert drawn.size == (MIN_SIDE, 360)
+    rows, _ = np.nonzero(changed(drawn))
+    assert abs(int(rows.max()) - 80 * MIN_SIDE / 128) <= 3
+
+
+def test_every_label_is_written_without_covering_another() -> None:
+    boxes = [[100, 100, 140, 140]] * 3
+    drawn = draw_boxes(grey(600, 400), boxes, [0, 1, 2], [0.9, 0.8, 0.7], NAMES)
+    pixels = np.asarray(drawn)
+    for label in range(3):
+        red, green, blue = (int(class_colour(label)[i : i + 2], 16) for i in (1, 3, 5))
+        assert (pixels == (red, green, blue)).all(axis=2).sum() > 300  # a label's area, not a line
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [-50.0, -50.0, 900.0, 900.0],  # larger than the picture
+        [700.0, 500.0, 800.0, 600.0],  # outside
+        [50.0, 50.0, 50.0, 50.0],  # a point
+        [300.0, 200.0, 100.0, 50.0],  # upside down
+        [float("nan"), 0.0, float("inf"), 20.0],
+    ],
+)
+def test_wild_boxes_are_drawn_somehow(box: list[float]) -> None:
+    assert changed(draw_boxes(grey(600, 400), [box], [0], [0.1], NAMES)).any()
+
+
+def test_tensors_arrays_and_lists_draw_the_same() -> None:
+    boxes, labels, scores = [[10.0, 20.0, 50.0, 60.0]], [2], [0.25]
+    drawn = [
+        draw_boxes(grey(100, 100), boxes, labels, scores, NAMES),
+        draw_boxes(grey(100, 100), np.array(boxes), np.array(labels), np.array(scores), NAMES),
+        draw_boxes(
+            grey(100, 100), torch.tensor(boxes), torch.tensor(labels), torch.tensor(scores), NAMES
+        ),
+    ]
+    assert drawn[0].tobytes() == drawn[1].tobytes() == drawn[2].tobytes()
+
+
+def test_no_boxes_is_a_clean_picture() -> None:
+    nothings: list[list[float] | torch.Tensor] = [[], torch.zeros(0, 4)]
+    for nothing in nothings:
+        drawn = draw_boxes(grey(600, 400), nothing, [], [], NAMES)
+        assert not changed(drawn).any()
+
+
+def test_palette_and_transparent_pictures_can_be_drawn_on() -> None:
+    for mode in ("P", "L", "RGBA"):
+        drawn = draw_boxes(Image.new(mode, (50, 50)), [[5, 5, 40, 40]], [0], None, NAMES)
+        assert drawn.mode == "RGB" and class_colour(0) in colours_in(drawn)
+
+
+def test_first_hundred_classes_have_colours_of_their_own() -> None:
+    assert len({class_colour(label) for label in range(100)}) == 100
+
+
+def test_names_are_cut_and_unwritable_ones_numbered() -> None:
+    assert class_text(0, NAMES) == "rectangle"
+    assert len(class_text(0, ["x" * 50])) == LONGEST_NAME
+    assert class_text(0, ["\u732b"]) == "class 0"
+    assert class_text(7, NAMES) == "class 7"
+
+
+def test_pair_leaves_out_what_is_unsure() -> None:
+    """Both halves have the same width; only the left one has boxes."""
+    pair = compare(row(300, 200, score=0.2), NAMES, min_score=0.3)
+    found = np.asarray(pair)[:, pair.width // 2 + 2 :]
+    assert class_colour(0) in colours_in(pair)
+    assert class_colour(0) not in colours_in(Image.fromarray(found))
+    assert pair.tobytes() != compare(row(300, 200, num_found=0), NAMES).tobytes()  # and says so
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 16])
+def test_grid_of_ragged_sizes(number: int) -> None:
+    sizes = [(128, 128), (640, 480), (60, 400), (1000, 50)]
+    rows = [row(*sizes[i % 4], num_found=i % 3) for i in range(number)]
+    sheet = truth_beside_prediction(rows, NAMES, panel=160)
+    pair_width = 2 * 160 + 4
+    assert sheet.width == (pair_width if number == 1 else 2 * pair_width + 10) + 2 * 10
+    assert {class_colour(0), class_colour(1)} <= colours_in(sheet)
+    assert class_colour(2) not in colours_in(sheet)  # nor in the legend: it does not occur
+
+
+def test_grid_of_real_pictures_is_saved_whole(tmp_path: Path) -> None:
+    if not BCCD.exists():
+        pytest.skip("the blood cell pictures are not here")
+    table = json.loads((BCCD / "val.json").read_text())
+    rows = []
+    for image in table["images"][:2]:
+        boxes = [a["bbox"] for a in table["annotations"] if a["image_id"] == image["id"]]
+        corners = np.array([[x, y, x + w, y + h] for x, y, w, h in boxes])
+        labels = [0] * len(boxes)
+        picture = Image.open(BCCD / "images" / image["file_name"])
+        rows.append(Comparison(picture, corners, labels, corners, labels, np.full(len(boxes), 0.5)))
+    sheet = truth_beside_prediction(rows, ["cell"])
+    path = tmp_path / "out" / "predictions.jpg"
+    save_picture(sheet, path)
+    save_picture(sheet, path)  # each evaluation replaces it
+    assert [file.name for file in path.parent.iterdir()] == ["predictions.jpg"]
+    with Image.open(path) as saved:
+        saved.load()
+        assert saved.format == "JPEG" and saved.size == sheet.size

@@ -1,0 +1,119 @@
+"""From a weights file to boxes: paths and pictures, any order, any batch size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Compare
+from PIL import Image
+
+from vidt import Detections, Predictor, ViDT, decode_top_k
+from vidt.checkpoint import WeightsInfo, save_weights
+from vidt.images import UnreadableImage
+from vidt.preprocessing import Preprocessing
+
+SIZES = [(60, 80), (80, 60), (60, 80), (200, 40), (60, 80), (33, 47)]
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        for height, width in SIZES
+    ]
+
+
+@pytest.fixture
+def weights(tiny_model: ViDT, tmp_path: Path) -> Path:
+    info = WeightsInfo(tiny_model.config, ("disc", "square", "star"), Preprocessing(64))
+    save_weights(tmp_path / "tiny.safetensors", tiny_model.state_dict(), info)
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.fixture
+def predictor(weights: Path) -> Predictor:
+    return Predictor.from_checkpoint(weights)
+
+
+def test_files_and_pictures_give_the_same(
+    predictor: Predictor, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(len(pictures))]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    mixed = [paths[0], str(paths[1]), *pictures[2:]]
+    for found, expected in zip(predictor(mixed), predictor(pictures), strict=True):
+        assert torch.equal(found.boxes, expected.boxes) and torch.equal(
+            found.scores, expected.scores
+        )
+
+
+def test_batch_size_and_company_do_not_matter(
+    predictor: Predictor, pictures: list[Image.Image], compare: Compare
+) -> None:
+    """Order is that of the pictures; boxes are relative to the picture to be held to 1e-5."""
+    alone = [predictor([picture])[0] for picture in pictures]
+    for batch_size in (1, 2, 3, 8):
+        together = predictor(pictures, batch_size=batch_size)
+        for (height, width), found, expected in zip(SIZES, together, alone, strict=True):
+            side = max(height, width)
+            compare("boxes", found.boxes / side, expected.boxes / side, 1e-5)
+            compare("scores", found.scores, expected.scores, 1e-5)
+            assert torch.equal(found.labels, expected.labels)
+
+
+def test_same_as_the_model_by_hand(predictor: Predictor, pictures: list[Image.Image]) -> None:
+    image = predictor.preprocessing(pictures[3])[None]
+    padding = torch.zeros(1, *image.shape[2:], dtype=torch.bool)
+    with torch.no_grad():
+        outputs = predictor.model(image, padding)
+    expected = decode_top_k(outputs, torch.tensor(SIZES[3:4]))[0]
+    assert torch.allclose(predictor(pictures)[3].boxes, expected.boxes, atol=1e-3)
+
+
+def test_threshold(predictor: Predictor, pictures: list[Image.Image]) -> None:
+    everything = predictor(pictures[:1])[0]
+    assert len(everything.scores) == 7 * 3
+    assert (everything.scores.diff() <= 0).all()
+    middle = everything.scores[10].item()
+    found = predictor(pictures[:1], threshold=middle)[0]
+    assert torch.equal(found.scores, everything.scores[:11])
+    assert torch.equal(found.boxes, everything.boxes[:11])
+    assert len(predictor(pictures[:1], threshold=1.1)[0].boxes) == 0
+
+
+def test_no_pictures(predictor: Predictor) -> None:
+    assert predictor([]) == []
+
+
+def test_grey_and_transparent_pictures(predictor: Predictor) -> None:
+    for mode in ("L", "RGBA", "P"):
+        assert len(predictor([Image.new(mode, (40, 30))])[0].scores) == 21
+
+
+def test_a_damaged_file_is_named(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    with pytest.raises(UnreadableImage, match=r"torn\.jpg"):
+        predictor([tmp_path / "torn.jpg"])
+
+
+def test_class_names_travel_with_the_weights(predictor: Predictor) -> None:
+    assert predictor.class_names == ("disc", "square", "star")
+    assert predictor.preprocessing == Preprocessing(64)
+    assert not predictor.model.training
+
+
+def test_decoding_by_hand() -> None:
+    """Two queries, two classes: pairs by score, boxes as corners in pixels, not clipped."""
+    outputs = {
+        "pred_logits": torch.tensor([[[0.0, 2.0], [1.0, -1.0]]]),
+        "pred_boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.1, 0.5, 0.4, 1.0]]]),
+    }
+    (found,) = decode_top_k(outputs, torch.tensor([[100, 200]]), top_k=3)
+    assert isinstance(found, Detections)
+    assert torch.allclose(found.scores, torch.tensor([2.0, 1.0, 0.0]).sigmoid())
+    assert found.labels.tolist() == [1, 0, 0]
+    first, second = [50.0, 25.0, 150.0, 75.0], [-20.0, 0.0, 60.0, 100.0]
+    assert torch.allclose(found.boxes, torch.tensor([first, second, first]), atol=1e-4)

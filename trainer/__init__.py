@@ -1,0 +1,1 @@
+"""Training of ViDT detectors with Accelerate, on COCO, VOC, YOLO or embedded data."""

@@ -1,0 +1,68 @@
+"""What the processes of a run must agree on, exchanged between hosts and never through the accelerator.
+
+A gloo group of its own: no wait for queued device work, and no 600 s limit while the main process scores or reads.
+With one process everything here is the identity.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+PATIENCE = timedelta(hours=12)  # a process that died is noticed at once, by its closed connection
+
+
+class Agreement:
+    """Collectives on numbers and objects. Every process must make every call, in the same order."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.num_processes = accelerator.num_processes
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
+
+    def gather(self, *numbers: float) -> Tensor:
+        """Each process's numbers: [processes, len(numbers)] float64, the same on all."""
+        row = torch.tensor([numbers], dtype=torch.float64)
+        if self.group is None:
+            return row
+        rows = [torch.empty_like(row) for _ in range(self.num_processes)]
+        dist.all_gather(rows, row, group=self.group)
+        return torch.cat(rows)
+
+    def any(self, condition: bool) -> bool:
+        """True everywhere if it is true anywhere."""
+        return bool(self.gather(float(condition)).any())
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every process's item, on all of them. For our own objects only: they travel pickled."""
+        if self.group is None:
+            return [item]
+        items: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def from_main(self, item: Any) -> Any:
+        """The main process's item, everywhere."""
+        if self.group is None:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> None:
+    """Adds up gradients over processes, in place, in one collective.
+
+    Done once per optimiser step and by hand, not by DistributedDataParallel: a process that ran out of memory half way
+    through its backward pass would leave the others waiting inside DDP's collectives.
+    """
+    if num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))

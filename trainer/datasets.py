@@ -1,0 +1,64 @@
+"""Which files a run's settings name, read and checked: settings in, sample tables and findings out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trainer.config import TrainConfig
+from trainer.dataset_check import check, clean
+from trainer.findings import Finding
+from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
+from trainer.samples import SampleTable
+from trainer.shapes import write_shapes
+
+Reader = Callable[[str, Sequence[str] | None], tuple[SampleTable, list[Finding]]]
+SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
+
+
+def reader_of(config: TrainConfig) -> Reader:
+    """A function of ("train" or "val", class names to keep to) that reads one split."""
+    if config.train_json is not None:
+        files = {
+            "train": (config.train_json, config.train_images),
+            "val": (config.val_json, config.val_images),
+        }
+        return lambda split, names: read_coco(*files[split], names)  # type: ignore[arg-type]
+    if config.dataset_file == "voc":
+        return lambda split, names: read_voc(str(config.voc_path), split, names)
+    if config.dataset_file == "yolo":
+        return lambda split, names: read_yolo(str(config.yolo_path), split, names)
+    root = config.coco_path
+    if config.dataset_file == "shapes":
+        root = str(write_shapes(SHAPES_CACHE.expanduser()))
+    return lambda split, names: read_coco(*coco_folder(str(root), split), names)
+
+
+def read_datasets(
+    config: TrainConfig, *, num_queries: int, num_classes: int | None
+) -> tuple[SampleTable, SampleTable, list[Finding]]:
+    """Training and validation samples that can be used, and all that was found wrong with them.
+
+    Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to learn from, or a
+    number of classes that is not the given one.
+    """
+    read = reader_of(config)
+    train, findings = read("train", None)
+    found = len(train.class_names)
+    if num_classes is not None and num_classes != found:
+        raise ValueError(
+            f"--num_classes {num_classes}, but {train.source} has {found} classes "
+            f"({', '.join(train.class_names[:5])}{', ...' if found > 5 else ''}); leave the flag out"
+        )
+    val, val_findings = read("val", train.class_names)
+    train, val, checked = check(
+        train, val, num_queries=num_queries, max_bad_fraction=config.max_bad_fraction
+    )
+    return train, val, [*findings, *val_findings, *checked]
+
+
+def read_validation(
+    config: TrainConfig, class_names: Sequence[str]
+) -> tuple[SampleTable, list[Finding]]:
+    """The validation samples alone, labelled by the class names of a weights file. Raises as `read_datasets`."""
+    val, findings = reader_of(config)("val", class_names)
+    val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
+    return val, [*findings, *checked]

@@ -1,0 +1,63 @@
+"""What was found wrong, or worth knowing, in a dataset, and what was done about it."""
+
+import csv
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+Severity = Literal["error", "warning", "info"]
+_GRAVEST_FIRST = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding; `count` is above 1 only where it speaks for several boxes at once.
+
+    `source` is the split (`SampleTable.source`). `action` says what was done: kept, dropped (a
+    box), removed (an image), clipped, turned, computed.
+    """
+
+    kind: str
+    severity: Severity
+    action: str
+    detail: str = ""
+    source: str = ""
+    file: str = ""
+    image_id: int | None = None
+    annotation_id: int | None = None
+    count: int = 1
+
+    def line(self) -> str:
+        """Where it is and what it is, for people."""
+        place = [self.source, self.file]
+        place += [] if self.image_id is None else [f"image {self.image_id}"]
+        place += [] if self.annotation_id is None else [f"annotation {self.annotation_id}"]
+        return ": ".join(part for part in (", ".join(filter(None, place)), self.detail) if part)
+
+
+def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: int = 3) -> str:
+    """Findings by kind, gravest first, with a count and at most `limit` of each kind in words.
+
+    Kinds of severity "info" are mostly counts: at most `info_limit` of each are in words.
+    """
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind, finding.action), []).append(finding)
+    lines = []
+    for severity, kind, action in sorted(groups, key=lambda key: _GRAVEST_FIRST.index(key[0])):
+        group = groups[severity, kind, action]
+        shown = info_limit if severity == "info" else limit
+        lines.append(f"{severity}: {kind}, {action}: {sum(f.count for f in group)}")
+        lines += [f"    {finding.line()}" for finding in group[:shown]]
+        lines += [f"    and {len(group) - shown} more"] if len(group) > shown else []
+    # File names need not be valid text, but what is printed must be.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def write_findings(path: str | os.PathLike[str], findings: Iterable[Finding]) -> None:
+    """Write all findings as CSV, a header line first."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Finding)])
+        writer.writeheader()
+        writer.writerows(asdict(finding) for finding in findings)

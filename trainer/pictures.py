@@ -1,0 +1,311 @@
+"""Boxes drawn on pictures, and truth beside prediction for a grid of validation images.
+
+Boxes are xyxy in pixels of the image they belong to.
+"""
+
+import colorsys
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from trainer.report import write_whole
+
+# The first classes get colours that are told apart at a glance, also by most colour-blind eyes.
+COLOURS = (
+    *("#e6194b", "#0082c8", "#ffe119", "#3cb44b", "#f58231", "#911eb4"),
+    *("#46f0f0", "#f032e6", "#d2f53c", "#008080", "#fabebe", "#aa6e28"),
+)
+MIN_SIDE = 480  # smaller pictures are enlarged to this, or no text would be legible on them
+LONGEST_NAME = 16  # characters
+BACKGROUND = "#ffffff"
+INK = "#202020"
+
+Array: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]] | Sequence[float]
+Rectangle: TypeAlias = tuple[float, float, float, float]
+Label: TypeAlias = tuple[Rectangle, str, str]  # box, text, colour
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """One validation image, what is on it, and what was found. Boxes: xyxy, pixels of `image`."""
+
+    image: Image.Image
+    truth_boxes: Array  # [M, 4]
+    truth_labels: Array  # [M]
+    boxes: Array  # [N, 4]
+    labels: Array  # [N]
+    scores: Array  # [N], 0..1
+    name: str = ""
+
+
+def class_colour(label: int) -> str:
+    """The same for a label in every picture of every run, '#rrggbb'."""
+    if label < len(COLOURS):
+        return COLOURS[label]
+    # Golden-ratio steps round the colour circle never come back to the same hue.
+    hue = label * 0.618034 % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.9 - 0.4 * (label % 2), 0.95 - 0.2 * (label % 3))
+    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+
+
+def class_text(label: int, class_names: Sequence[str]) -> str:
+    """The name, cut if long; 'class 7' if it has none or one that the built-in font lacks."""
+    name = class_names[label] if label < len(class_names) else ""
+    try:
+        name.encode("latin-1")
+    except UnicodeEncodeError:
+        name = ""
+    name = name or f"class {label}"
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 2] + ".."
+
+
+def draw_boxes(
+    image: Image.Image,
+    boxes: Array,
+    labels: Array,
+    scores: Array | None,
+    class_names: Sequence[str],
+) -> Image.Image:
+    """A copy with boxes [N, 4] (xyxy pixels), class names [N] and scores [N] drawn on it.
+
+    A picture whose longer side is below `MIN_SIDE` comes back enlarged to it.
+    """
+    return _drawn(image, _Boxes(boxes, labels, scores), class_names, _enlargement(image))
+
+
+def truth_beside_prediction(
+    rows: Sequence[Comparison],
+    class_names: Sequence[str],
+    min_score: float = 0.3,
+    panel: int = 400,
+) -> Image.Image:
+    """A grid of pairs, truth | prediction, each with a caption; colours explained on top.
+
+    Predictions below `min_score` are not drawn, their number is in the caption. `panel`: pixels
+    of the longer side of every image. There must be a row at least.
+    """
+    assert rows
+    pairs = [compare(row, class_names, min_score, panel) for row in rows]
+    columns = 1 if len(pairs) < 2 else 2
+    lines = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
+    gap = panel // 16
+    body = _stack([_beside(line, gap) for line in lines], gap)
+    labels = [_int_list(part) for row in rows for part in (row.truth_labels, row.labels)]
+    legend = _legend(sorted({label for part in labels for label in part}), class_names, body.width)
+    return _framed(_stack([legend, body], gap), gap)
+
+
+def compare(
+    row: Comparison, class_names: Sequence[str], min_score: float = 0.3, panel: int = 400
+) -> Image.Image:
+    """One pair, truth | prediction, with its captions above."""
+    scale = panel / max(row.image.size)
+    truth = _Boxes(row.truth_boxes, row.truth_labels, None)
+    every = _Boxes(row.boxes, row.labels, row.scores)
+    found = every.at_least(min_score)
+    pictures = [_drawn(row.image, shown, class_names, scale) for shown in (truth, found)]
+    captions = (_truth_caption(row.name, truth), _found_caption(every, found, min_score))
+    halves = [
+        _captioned(picture, caption, panel)
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    return _beside(halves, gap=4)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a JPEG so that a reader never finds half a file."""
+    encoded = io.BytesIO()
+    picture.convert("RGB").save(encoded, "JPEG", quality=90, subsampling=0)
+    write_whole(path, encoded.getvalue())
+
+
+class _Boxes:
+    """Boxes, labels and scores of one image as arrays, whatever they came as."""
+
+    def __init__(self, boxes: Array, labels: Array, scores: Array | None) -> None:
+        self.boxes = _array(boxes).reshape(-1, 4)
+        self.labels = _int_list(labels)
+        self.scores = None if scores is None else _array(scores).reshape(-1)
+        given = {len(self.boxes), len(self.labels)}
+        assert len(given | ({len(self.scores)} if self.scores is not None else set())) == 1
+
+    def at_least(self, min_score: float) -> "_Boxes":
+        assert self.scores is not None
+        keep = self.scores >= min_score
+        return _Boxes(self.boxes[keep], np.asarray(self.labels)[keep], self.scores[keep])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def _array(values: Array) -> np.ndarray:
+    if isinstance(values, Tensor):
+        return values.detach().cpu().float().numpy()
+    return np.asarray(values, dtype=np.float32)
+
+
+def _int_list(labels: Array) -> list[int]:
+    return [int(label) for label in _array(labels).reshape(-1)]
+
+
+def _enlargement(image: Image.Image) -> float:
+    return max(1.0, MIN_SIDE / max(image.size))
+
+
+def _drawn(
+    image: Image.Image, boxes: _Boxes, class_names: Sequence[str], scale: float
+) -> Image.Image:
+    """Scaled first and drawn on afterwards, so that lines and text keep their size."""
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    longest = max(size)
+    line = max(3, round(longest / 250))
+    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
+    labels: list[Label] = []
+    for i in order:  # the surest last, on top
+        box = _inside(boxes.boxes[i] * scale, size)
+        colour = class_colour(boxes.labels[i])
+        draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
+        draw.rectangle(box, outline=colour, width=line)
+        text = class_text(boxes.labels[i], class_names)
+        if boxes.scores is not None:
+            text += f" {boxes.scores[i]:.2f}"
+        labels.append((box, text, colour))
+    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
+    return canvas
+
+
+def _inside(box: np.ndarray, size: tuple[int, int]) -> Rectangle:
+    """Clipped to the picture and put in order, so that a wild early prediction can be drawn."""
+    xs = np.clip(np.nan_to_num(box[0::2]), 0, size[0] - 1)
+    ys = np.clip(np.nan_to_num(box[1::2]), 0, size[1] - 1)
+    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+
+
+def _grown(box: Rectangle, by: float) -> Rectangle:
+    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
+
+
+def _write_labels(
+    draw: ImageDraw.ImageDraw, labels: Sequence[Label], size: tuple[int, int], font_size: int
+) -> None:
+    """The surest first: each takes the place at its box that covers least of those before it."""
+    font = ImageFont.load_default(font_size)
+    placed: list[Rectangle] = []
+    for box, text, colour in labels:
+        width, height = draw.textlength(text, font=font) + 4, font_size + 2
+        place = min(_places(box, width, height, size), key=lambda spot: _covered(spot, placed))
+        placed.append(place)
+        draw.rectangle(place, fill=colour)
+        ink = "#000000" if _is_light(colour) else "#ffffff"
+        middle = (place[0] + 2, (place[1] + place[3]) / 2)
+        draw.text(middle, text, fill=ink, font=font, anchor="lm")
+
+
+def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> list[Rectangle]:
+    """Where a label may stand: above, inside at the top, inside at the bottom, below."""
+    x0, y0, x1, y1 = box
+    lefts = (x0, x1 - width)
+    tops = (y0 - height, y0, y1 - height, y1)
+    corners = [
+        (min(max(0.0, x), size[0] - 1 - width), min(max(0.0, y), size[1] - 1 - height))
+        for y in tops
+        for x in lefts
+    ]
+    return [(x, y, x + width, y + height) for x, y in corners]
+
+
+def _covered(place: Rectangle, placed: Sequence[Rectangle]) -> float:
+    """Area of `place` that lies on labels already written."""
+    return sum(
+        max(0.0, min(place[2], other[2]) - max(place[0], other[0]))
+        * max(0.0, min(place[3], other[3]) - max(place[1], other[1]))
+        for other in placed
+    )
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
+
+
+def _count(number: int) -> str:
+    return "1 box" if number == 1 else f"{number} boxes"
+
+
+def _truth_caption(name: str, truth: _Boxes) -> str:
+    return f"{name}  truth: {_count(len(truth))}".strip()
+
+
+def _found_caption(every: _Boxes, found: _Boxes, min_score: float) -> str:
+    """An empty panel early in a run should explain itself: nothing found, or not sure enough."""
+    assert every.scores is not None
+    if len(found) or not len(every):
+        return f"prediction: {_count(len(found))} of score {min_score:g} and above"
+    return f"prediction: no box of score {min_score:g} (highest {every.scores.max():.2f})"
+
+
+def _captioned(picture: Image.Image, caption: str, width: int) -> Image.Image:
+    """`picture` in the middle of a column, its caption above on one line."""
+    font_size = max(12, width // 28)
+    font = ImageFont.load_default(font_size)
+    head = round(font_size * 1.5)
+    cell = Image.new("RGB", (width, head + picture.height), BACKGROUND)
+    while len(caption) > 4 and font.getlength(caption) > width:
+        caption = caption[:-3] + ".."
+    ImageDraw.Draw(cell).text((0, head / 2), caption, fill=INK, font=font, anchor="lm")
+    cell.paste(picture, ((width - picture.width) // 2, head))
+    return cell
+
+
+def _legend(labels: Sequence[int], class_names: Sequence[str], width: int) -> Image.Image:
+    """The colours of the classes that occur, wrapped to `width`."""
+    font = ImageFont.load_default(16)
+    places: list[tuple[float, int]] = []
+    x, y = 0.0, 0
+    for label in labels:
+        wide = 22 + font.getlength(class_text(label, class_names)) + 20
+        if x and x + wide > width:
+            x, y = 0.0, y + 24
+        places.append((x, y))
+        x += wide
+    legend = Image.new("RGB", (width, y + 24 if labels else 1), BACKGROUND)
+    draw = ImageDraw.Draw(legend)
+    for label, (x, y) in zip(labels, places, strict=True):
+        draw.rectangle((x, y + 4, x + 15, y + 19), fill=class_colour(label), outline="#000000")
+        draw.text((x + 22, y + 12), class_text(label, class_names), INK, font, anchor="lm")
+    return legend
+
+
+def _beside(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), BACKGROUND)
+    x = 0
+    for picture in pictures:
+        sheet.paste(picture, (x, 0))
+        x += picture.width + gap
+    return sheet
+
+
+def _stack(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (max(picture.width for picture in pictures), height), BACKGROUND)
+    y = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, y))
+        y += picture.height + gap
+    return sheet
+
+
+def _framed(picture: Image.Image, margin: int) -> Image.Image:
+    size = (picture.width + 2 * margin, picture.height + 2 * margin)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    sheet.paste(picture, (margin, margin))
+    return sheet

@@ -1,0 +1,215 @@
+"""How a run is followed: `Progress`, the one seam to the outside, and the files kept from it.
+
+The trainer calls `report(progress)` on the main process only. A reporter is any callable that takes
+a `Progress`; the console is in `trainer.console`, the drawing of pictures in `trainer.pictures`.
+"""
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+COCO_NUMBERS = (
+    *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+
+Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One moment of a run. What `metrics` holds depends on `event`:
+
+    - "start": nothing. `step` is 0, or the step that the run resumes from; sent once.
+    - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr` (more groups as
+      `lr/NAME`), `grad_norm`, `images_per_second`, `memory_gib`.
+    - "evaluating": nothing; scoring has begun, or goes on (`fraction` moves).
+    - "evaluation": the names in `COCO_NUMBERS`, `ap/CLASS` and `ap50/CLASS`; -1 or NaN where the
+      validation set has no such objects.
+    - "saved": nothing.
+    - "end": the numbers of the best evaluation, and its epoch as `best_epoch`. May be empty.
+    """
+
+    event: Event
+    fraction: float  # share of the whole run that is done: 0..1, never falls
+    epoch: int  # index of the epoch under way, from 0; people are shown epoch + 1
+    step: int  # optimiser steps done
+    total_steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    total_epochs: int = 0  # 0: not known
+    message: str = ""  # one line for people, shown as it is
+    weights: Path | None = None  # the weights file that belongs to "evaluation", "saved" or "end"
+    best: bool = False  # this evaluation is the best so far
+    pictures: Sequence[Image.Image] = ()  # validation pictures with their boxes drawn
+
+
+Report = Callable[[Progress], None]
+
+
+def fan_out(*reports: Report) -> Report:
+    """One report that calls all of them, in order."""
+
+    def report(progress: Progress) -> None:
+        for each in reports:
+            each(progress)
+
+    return report
+
+
+def is_score(value: float) -> bool:
+    """False for -1 and NaN, by which pycocotools and we say: no such objects, nothing to score."""
+    return not math.isnan(value) and value >= 0
+
+
+def class_names_in(metrics: Mapping[str, float]) -> list[str]:
+    """The classes that an evaluation scored, in its order."""
+    return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a kill at any instant, finds the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+class CsvLog:
+    """`metrics.csv`: a row per evaluation, with the mean of the loss terms reported since the last.
+
+    Epochs count from 1, as on the console; an empty cell means: nothing to score. A resumed run
+    first drops the rows that lie beyond the step it resumes from, a fresh run drops all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, str]] | None = None  # None until the first event
+        self._losses: dict[str, list[float]] = {}
+        self._rates: dict[str, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Raises ValueError if a resumed run finds a file that is not ours."""
+        if self._rows is None:
+            self._rows = self._read_rows(progress.step)
+            if self.path.exists():
+                self._write()
+        if progress.event == "step":
+            self._remember(progress.metrics)
+        elif progress.event == "evaluation":
+            row = self._row(progress)
+            # A run killed between scoring and saving scores the same step again.
+            self._rows = [old for old in self._rows if old["step"] != row["step"]] + [row]
+            self._write()
+
+    def _read_rows(self, last_step: int) -> list[dict[str, str]]:
+        if last_step == 0 or not self.path.exists():
+            return []
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: cannot continue this file, it has no readable column 'step'; "
+                "move it away and resume again"
+            ) from error
+
+    def _remember(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if name.startswith("loss"):
+                self._losses.setdefault(name, []).append(float(value))
+            elif name.split("/")[0] == "lr":
+                self._rates[name] = float(value)
+
+    def _row(self, progress: Progress) -> dict[str, str]:
+        row = {"epoch": str(progress.epoch + 1), "step": str(progress.step)}
+        row |= {name: f"{sum(all_) / len(all_):.6g}" for name, all_ in self._losses.items()}
+        row |= {name: f"{rate:.6g}" for name, rate in self._rates.items()}
+        self._losses.clear()
+        scores = progress.metrics
+        order = dict.fromkeys((*COCO_NUMBERS, *scores))  # ours first, whatever else after
+        shown = {name: float(scores.get(name, math.nan)) for name in order}
+        return row | {name: f"{x:.6g}" if is_score(x) else "" for name, x in shown.items()}
+
+    def _write(self) -> None:
+        rows = self._rows or []
+        text = io.StringIO(newline="")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, columns or ["epoch", "step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue().encode())
+
+
+class TensorBoard:
+    """TensorBoard events: `train/` (losses; those of inner decoder layers in `train_inner/`),
+    `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`, `val_ap50/` and
+    `pictures/`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._writer: SummaryWriter | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._writer is None:
+            # What a killed run wrote beyond its last checkpoint is hidden, so that no curve
+            # doubles back. A fresh run in a used folder hides all of it.
+            purge_step = progress.step + 1 if progress.step else 0
+            self._writer = SummaryWriter(str(self.directory), purge_step=purge_step)
+        if progress.event == "step":
+            for name, value in progress.metrics.items():
+                self._writer.add_scalar(_step_tag(name), float(value), progress.step)
+        elif progress.event == "evaluation":
+            self._add_evaluation(self._writer, progress)
+        elif progress.event == "end":
+            self.close()
+
+    def close(self) -> None:
+        """Write out what is buffered; harmless when repeated."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @staticmethod
+    def _add_evaluation(writer: SummaryWriter, progress: Progress) -> None:
+        for name, value in progress.metrics.items():
+            if is_score(float(value)):
+                writer.add_scalar(_score_tag(name), float(value), progress.step)
+        for number, picture in enumerate(progress.pictures):
+            summary = Summary(value=[_picture_value(f"pictures/{number:02d}", picture)])
+            writer.file_writer.add_summary(summary, progress.step)  # type: ignore[attr-defined]
+        writer.flush()
+
+
+def _step_tag(name: str) -> str:
+    if name.startswith("loss"):
+        return f"train_inner/{name}" if re.search(r"_\d+$", name) else f"train/{name}"
+    return f"run/{name}"
+
+
+def _score_tag(name: str) -> str:
+    return f"val_{name}" if name.startswith(("ap/", "ap50/")) else f"val/{name}"
+
+
+def _picture_value(tag: str, picture: Image.Image) -> Summary.Value:
+    """As JPEG: SummaryWriter.add_image makes PNG, about twice the size for photographs."""
+    encoded = io.BytesIO()
+    picture.convert("RGB").save(encoded, "JPEG", quality=85)
+    image = Summary.Image(
+        height=picture.height,
+        width=picture.width,
+        colorspace=3,
+        encoded_image_string=encoded.getvalue(),
+    )
+    return Summary.Value(tag=tag, image=image)

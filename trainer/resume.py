@@ -1,0 +1,160 @@
+"""Crash-safe checkpoints of a run: everything that a run needs to go on as if nothing had happened.
+
+A checkpoint is a folder `step-00000123` that appears by one rename, after its files were written and flushed. Its
+`state.json` names the size and SHA-256 of its tensors, so a torn or foreign folder is seen, named and skipped. Nothing in it
+is pickled. Random numbers need no place in it: they follow from (seed, step) and (seed, epoch, image).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PREFIX = "step-"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass
+class RunState:
+    """Where a run stands, beside its tensors."""
+
+    step: int = 0  # optimiser steps done
+    evaluated_step: int = -1  # the step of the last evaluation
+    best_map50: float = -1.0
+    best_step: int = -1
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    stale_evaluations: int = 0  # evaluations since the best one
+    n_iter_to_acc: int = 1  # may have grown after running out of memory
+    skipped_updates: int = 0  # steps that the fp16 scaler refused
+    stopped_early: bool = False
+    step_images: int = 0  # images of one optimiser step over all processes
+    dataset: str = ""  # fingerprint of the training table
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved settings, for people
+    scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
+
+
+def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run under flat names: `model/...`, `ema/...` and `optimizer/<field>/<parameter>`."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def restore_tensors(
+    tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: Optimizer
+) -> None:
+    """The inverse of `tensors_of`, onto the devices of the model. Strict: every name must have its place."""
+    model.load_state_dict(_under("model/", tensors), strict=True)
+    if ema is not None:
+        ema.load_state_dict(_under("ema/", tensors), strict=True)
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in _under("optimizer/", tensors).items():
+        key, name = full_name.split("/", 1)
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU and its moments beside the parameter.
+        device = "cpu" if key == "step" else parameter.device
+        optimizer.state[parameter][key] = tensor.to(device)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+
+
+def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) -> Path:
+    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes all but the newest `keep`."""
+    name = f"{PREFIX}{state.step:08d}"
+    # The same step may be saved again, with its evaluation: beside the first, so that one of them is always there.
+    names = (f"{name}.{again}" if again else name for again in itertools.count())
+    final = next(path for path in (root / name for name in names) if not path.exists())
+    unfinished = root / f".{final.name}.{os.getpid()}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        save_file(tensors, unfinished / TENSORS)
+        content = {
+            "state": dataclasses.asdict(state),
+            "files": {TENSORS: _fingerprint(unfinished / TENSORS)},
+        }
+        (unfinished / STATE).write_text(json.dumps(content, indent=1))
+        for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
+            _flush(path)
+        unfinished.rename(final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    prune(root, keep)
+    return final
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes older checkpoints, renaming each first so that none is ever half there under its own name."""
+    for path in [*checkpoints(root)[keep:], *root.glob(f".{PREFIX}*")]:
+        if not path.name.startswith("."):
+            doomed = path.with_name(f".{path.name}.removed")
+            path.rename(doomed)
+            path = doomed
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Folders that look like checkpoints, newest first."""
+    found = [path for path in root.glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
+    """A whole checkpoint. Raises ValueError naming the folder and what is wrong with it."""
+    try:
+        content = json.loads((path / STATE).read_text())
+        for name, fingerprint in content["files"].items():
+            if _fingerprint(path / name) != fingerprint:
+                raise ValueError(f"{name} is not the file that was written")
+        return RunState(**content["state"]), load_file(path / TENSORS)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is not whole: {type(error).__name__}: {error}") from error
+
+
+def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """The first that loads, and a line about each that was passed over."""
+    passed_over = []
+    for path in candidates:
+        try:
+            load(path)
+            return path, passed_over
+        except ValueError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equations 2 and 3).
+
+Plain PyTorch: bilinear sampling by `grid_sample`, so it builds nowhere, runs everywhere and can be exported.
+Each query looks at a few learned points on every level of the pyramid instead of at all positions.
+
+Letters: B batch, Q queries, S positions of all levels together, C channels, M heads, D = C / M, L levels, P points.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def deformable_attention(
+    value: Tensor, level_shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Samples every level at the given points and sums the samples by weight.
+
+    value [B, S, M, D]; level_shapes (height, width) of each level, in the order in which S is laid out;
+    locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, outside reads zero; weights [B, Q, M, L, P].
+    Returns [B, Q, M * D].
+    """
+    batch, _, heads, dim = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B*M, Q, P, 2]
+    levels = value.split([height * width for height, width in level_shapes], dim=1)
+    samples = [
+        F.grid_sample(
+            # [B, H*W, M, D] -> [B*M, D, H, W]
+            level.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width),
+            grid,
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )
+        for level, grid, (height, width) in zip(levels, grids, level_shapes, strict=True)
+    ]
+    stacked = torch.cat(samples, dim=-1)  # [B*M, D, Q, L*P]
+    weights = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, -1)
+    assert stacked.shape[-1] == weights.shape[-1] == len(level_shapes) * points
+    output = (stacked * weights).sum(-1)  # [B*M, D, Q]
+    return output.view(batch, heads * dim, queries).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """The attention module around the sampling: projections, offsets and weights from the query."""
+
+    def __init__(self, dim: int, *, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"nheads {num_heads} does not divide reduced_dim {dim}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """At the start head m looks along direction m, point p at p + 1 cells, with equal weights."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = direction[:, None, None, :] * steps[None, None, :, None]  # [M, 1, P, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        source: Tensor,
+        level_shapes: list[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """query [B, Q, C]; reference [B, Q, L, 2] as (x, y), or [B, Q, L, 4] as cxcywh, 0..1 of the padded level;
+        source [B, S, C]; padding [B, S] bool, True where padded. Returns [B, Q, C]."""
+        value = self.value_proj(source)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        # Half precision would move a sample by whole hundredths of a cell: places and weights stay in float32.
+        with torch.autocast(query.device.type, enabled=False):
+            exact = query.to(self.sampling_offsets.weight.dtype)
+            shape = (self.num_heads, self.num_levels, self.num_points)
+            offsets = self.sampling_offsets(exact).unflatten(-1, (*shape, 2))
+            weights = self.attention_weights(exact).unflatten(-1, (shape[0], -1)).softmax(-1)
+            weights = weights.unflatten(-1, shape[1:])
+            locations = self._locations(reference.to(exact.dtype), offsets, level_shapes)
+            output = deformable_attention(value.to(exact.dtype), level_shapes, locations, weights)
+        return self.output_proj(output)
+
+    def _locations(
+        self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Offsets count cells around a reference point, and half box sizes around a reference box."""
+        centre = reference[:, :, None, :, None, :2]  # [B, Q, 1, L, 1, 2]
+        if reference.shape[-1] == 2:
+            cells = offsets.new_tensor([(width, height) for height, width in level_shapes])
+            return centre + offsets / cells[:, None, :]
+        return centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5

@@ -1,0 +1,179 @@
+"""Image files to RGB pixels: the one definition that training, evaluation and prediction share.
+
+Sizes are (height, width) in pixels. "Stored pixels" are what Pillow yields without applying the
+EXIF orientation. Pillow itself applies a TIFF's orientation while it decodes, so a TIFF counts as
+stored upright here.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_JPEG_END = b"\xff\xd9"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_TAIL_BYTES = 4096
+
+
+class UnreadableImage(ValueError):
+    """A file that is missing, damaged, truncated or too large to decode; one line names it."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says about itself without being decoded.
+
+    `size` is that of the stored pixels. `fingerprint` is (bytes, CRC of the last 4 KiB): equal
+    files have equal ones. `ends_whole` is False if the end marker of the format is not at the end
+    of the file, as after a broken download; such a file may still decode.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    mode: str
+    fingerprint: tuple[int, int]
+    ends_whole: bool
+
+
+def read_image(path: str | PathLike[str], size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode a file to mode RGB, 8 bits a channel.
+
+    `size` is the size that the annotations give. Where only the EXIF orientation brings the stored
+    pixels to that size the image is turned; otherwise, and without `size`, pixels stay as stored.
+
+    Alpha is dropped, not blended: the colours beneath are what other detectors train on, and a
+    blend would need a background colour that nobody chose.
+
+    Raises UnreadableImage, or ValueError if the image has another size either way round.
+    """
+    with _failures_named(path), Image.open(path) as image:
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+    turn = find_turn(path, (rgb.height, rgb.width), orientation, size)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def probe_image(path: str | PathLike[str]) -> ImageHeader:
+    """Read a file's header and its last bytes. Raises UnreadableImage."""
+    with _failures_named(path), open(path, "rb") as file, Image.open(file) as image:
+        size, mode, kind = (image.height, image.width), image.mode, image.format
+        orientation = _orientation(image)
+        num_bytes = file.seek(0, 2)
+        file.seek(max(num_bytes - _TAIL_BYTES, 0))
+        tail = file.read()
+        ends_whole = _ends_whole(file, kind, tail, num_bytes)
+    return ImageHeader(size, orientation, mode, (num_bytes, zlib.crc32(tail)), ends_whole)
+
+
+def probe_images(
+    paths: Iterable[str], num_threads: int = 16
+) -> Iterator[ImageHeader | UnreadableImage]:
+    """Probe many files, in order; failures are yielded, not raised.
+
+    Files without their end marker are decoded to find out: some cameras append data of their own.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        yield from pool.map(_probe_or_error, paths, chunksize=64)
+
+
+def find_turn(
+    path: str | PathLike[str],
+    stored: tuple[int, int],
+    orientation: int,
+    size: tuple[int, int] | None,
+) -> Image.Transpose | None:
+    """The turn that brings an image of `stored` size to the annotated `size`, None for no turn.
+
+    Raises ValueError if neither the stored nor the turned image has that size.
+    """
+    if size is None or tuple(size) == stored:
+        return None
+    if orientation in _TURNS and tuple(size) == stored[::-1]:
+        return _TURNS[orientation]
+    raise ValueError(
+        f"{path}: image is {stored[1]} x {stored[0]} (width x height), "
+        f"but its annotations say {size[1]} x {size[0]}"
+    )
+
+
+@contextmanager
+def _failures_named(path: str | PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"{path}: no such file") from error
+    # Pillow's decoders raise nearly anything (SyntaxError, struct.error, ...) on damaged bytes.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0].replace(f"{str(path)!r}", "it")
+        message = f"{path}: cannot be read as an image ({type(error).__name__}: {reason})"
+        raise UnreadableImage(message) from error
+
+
+def _probe_or_error(path: str) -> ImageHeader | UnreadableImage:
+    try:
+        header = probe_image(path)
+        if not header.ends_whole:
+            read_image(path)
+    except UnreadableImage as error:
+        return error
+    return header
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; before decoding, which changes what Pillow reports."""
+    if image.format == "TIFF" or "exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # broken metadata says nothing about the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("P", "PA"):
+        # By way of RGBA, since the direct way warns about palettes with transparency.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Grey values of a deep image to uint8.
+
+    Integers span 0..65535 whatever an image uses of it, so that brightness compares between
+    images. Floats span the first of 0..1, 0..255, 0..65535 that holds them. Values outside these
+    (32-bit images) have no nominal range and are stretched from their least to their greatest.
+    """
+    tops = (65535.0,) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        values, top = values - low, max(high - low, 1e-12)
+    return np.rint(values * (255.0 / top)).astype(np.uint8)
+
+
+def _ends_whole(file: BinaryIO, kind: str | None, tail: bytes, num_bytes: int) -> bool:
+    if kind in ("JPEG", "MPO"):
+        return tail.endswith(_JPEG_END)
+    if kind == "PNG":
+        return tail.endswith(_PNG_END)
+    if kind == "WEBP":  # RIFF: bytes 4 to 8 count what follows them
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 <= num_bytes
+    return True

@@ -1,0 +1,96 @@
+"""Hungarian assignment of queries to objects (DETR, arXiv 2005.12872, section 3.1; costs of Deformable DETR).
+
+Letters: L prediction levels, B batch, Q queries, K classes, T most objects in an image of the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, generalized_box_iou
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Pairs of all levels and images in one flat list; every field is [pairs] int64 on the outputs' device."""
+
+    level: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor  # index within the image's own targets
+
+
+class HungarianMatcher(nn.Module):
+    """Finds, per level and image, the assignment of least total cost. Alpha and gamma are the released constants."""
+
+    def __init__(
+        self,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        *,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.alpha, self.gamma = alpha, gamma
+
+    @torch.no_grad()
+    def forward(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        targets: list[dict[str, Tensor]],
+        copies: list[int] | None = None,
+    ) -> Matches:
+        """logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes` [n, 4] cxcywh.
+
+        copies says, per level, how many queries each object may take (1 if not given). Where an image has more
+        objects than queries, as many objects as there are queries are matched.
+        """
+        costs = self.costs(logits, boxes, targets).cpu().numpy()  # the one wait for the device
+        counts = [len(target["labels"]) for target in targets]
+        pairs: list[Tensor] = []
+        for level, repeat in enumerate(copies or [1] * len(costs)):
+            for image, count in enumerate(counts):
+                cost = costs[level, image, :, :count]
+                # Never more copies than fit, or some objects would get all of them and others none.
+                repeat_here = max(1, min(repeat, cost.shape[0] // max(count, 1)))
+                rows, columns = linear_sum_assignment(cost.repeat(repeat_here, axis=1))
+                pair = torch.empty(4, len(rows), dtype=torch.int64)
+                pair[0], pair[1] = level, image
+                pair[2], pair[3] = torch.from_numpy(rows), torch.from_numpy(columns // repeat_here)
+                pairs.append(pair)
+        return Matches(*torch.cat(pairs, dim=1).to(logits.device, non_blocking=True).unbind(0))
+
+    def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        """[L, B, Q, T]; the columns past an image's own count are meaningless."""
+        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, T]
+        wanted = pad_sequence([target["boxes"] for target in targets], batch_first=True)  # [B, T, 4]
+        probability = logits.float().sigmoid()
+        hit = self.alpha * (1 - probability) ** self.gamma * -(probability + EPS).log()
+        miss = (1 - self.alpha) * probability**self.gamma * -(1 - probability + EPS).log()
+        index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
+        cost_class = (hit - miss).gather(-1, index)
+        cost_bbox = torch.cdist(boxes.float(), wanted[None].expand(len(boxes), -1, -1, -1), p=1)
+        costs = self.cost_bbox * cost_bbox + self.cost_class * cost_class
+        costs = costs - self.cost_giou * _pairwise_giou(boxes.float(), wanted)
+        # A diverging run must reach the loss, which names the step and the terms, rather than fail in scipy.
+        return costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
+
+
+def _pairwise_giou(boxes: Tensor, wanted: Tensor) -> Tensor:
+    """boxes [L, B, Q, 4] and wanted [B, T, 4], both cxcywh -> [L, B, Q, T]."""
+    levels, _, queries, _ = boxes.shape
+    first = box_convert(boxes, "cxcywh", "xyxy")
+    second = box_convert(wanted, "cxcywh", "xyxy")
+    images = [
+        generalized_box_iou(first[:, image].flatten(0, 1), second[image]).unflatten(0, (levels, queries))
+        for image in range(len(wanted))
+    ]
+    return torch.stack(images, dim=1)

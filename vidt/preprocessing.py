@@ -1,0 +1,86 @@
+"""From a picture to the tensor that the detector sees: the one definition of resize, normalisation and padding.
+
+Training-time evaluation, prediction and export all come through here, and the settings travel with the weights.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+GRANULE = 16  # sides are rounded down to multiples of this, as released
+
+
+def resized_shape(height: int, width: int, size: int, max_size: int | None = None) -> tuple[int, int]:
+    """(height, width) after the released resize: short side to `size`, long side at most `max_size`, both rounded down
+    to multiples of 16 (never to nothing)."""
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = round(max_size * short / long)
+    other = int(size * long / short)
+    new_height, new_width = (size, other) if height <= width else (other, size)
+    return max(new_height // GRANULE, 1) * GRANULE, max(new_width // GRANULE, 1) * GRANULE
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are made ready for evaluation and prediction; saved with the weights."""
+
+    eval_size: int = 800
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def max_size(self) -> int:
+        """Longest side, in the released proportion to the short one."""
+        return self.eval_size * 1333 // 800
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that an image of this size is brought to; depends on that image alone."""
+        return resized_shape(height, width, self.eval_size, self.max_size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB picture -> [3, h, w] float32, resized to its canvas and normalised."""
+        return self.normalise(resize(image, self.canvas(image.height, image.width)))
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """RGB picture -> [3, H, W] float32."""
+        pixels = F.to_dtype(F.to_image(image), torch.float32, scale=True)
+        return F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(Tensor)
+
+
+def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """Pillow's antialiased bilinear resize to (height, width), as released."""
+    return F.resize(image, list(shape), InterpolationMode.BILINEAR, antialias=True)
+
+
+def pad_batch(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Images [3, h, w] of any sizes -> images [B, 3, H, W], zero padded right and below, and padding [B, H, W] bool,
+    True where padded. H x W is `canvas`, or the largest height and width."""
+    height, width = canvas or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
+    for index, image in enumerate(images):
+        batch[index, :, : image.shape[1], : image.shape[2]] = image
+        padding[index, : image.shape[1], : image.shape[2]] = False
+    return batch, padding
+
+
+def canvas_batches(canvases: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch mates.
+
+    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window padding).
+    """
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, canvas in enumerate(canvases):
+        groups[canvas].append(index)
+    return [
+        indices[start : start + batch_size]
+        for _, indices in sorted(groups.items())
+        for start in range(0, len(indices), batch_size)
+    ]

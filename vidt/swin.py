@@ -1,0 +1,202 @@
+"""Swin body that carries [DET] tokens (ViDT, arXiv 2110.03921; Swin, arXiv 2103.14030).
+
+Differs from timm's Swin: every attention is a `ReconfiguredAttention`; shifted windows are used even where the map is
+no larger than one window; each stage ends, rather than begins, with its merging; a fourth merging makes the stride-64 map.
+
+Letters: B batch, H x W stage grid, Q [DET] tokens, C channels of the stage.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+
+from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
+
+COARSE_DIM = 256  # channels of the stride-64 map, whatever the body; fixed by the released weights
+WINDOW = 7
+
+
+@dataclass(frozen=True)
+class SwinVariant:
+    """Sizes of one published body."""
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    drop_path: float
+
+
+SWIN_VARIANTS = {
+    "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
+    "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
+    "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
+    "swin_base_win7_22k": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
+    "swin_large_win7_22k": SwinVariant(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3),
+}
+
+
+class PatchEmbedding(nn.Module):
+    """Image to tokens: 4 x 4 pixels each, zero padded on the right and below to whole patches."""
+
+    def __init__(self, dim: int, *, patch: int = 4) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+
+class Merging(nn.Module):
+    """Halves the patch map; a [DET] token passes through the same weights, repeated four times."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), out_dim]."""
+        height, width = patches.shape[1:3]
+        patches = F.pad(patches, (0, 0, 0, width % 2, 0, height % 2))
+        corners = [patches[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+    def merge_det(self, det: Tensor) -> Tensor:
+        """det [B, Q, C] -> [B, Q, out_dim]."""
+        return self.reduction(self.norm(det.repeat(1, 1, 4)))
+
+
+class Block(nn.Module):
+    """Pre-norm Swin block; norms, attention and MLP are shared by patches and [DET] tokens."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, shift: int, drop_path: float, pos_dim: int
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.det_pos_linear = nn.Linear(pos_dim, dim)
+        self.attn = ReconfiguredAttention(dim, num_heads, window=WINDOW, shift=shift)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden_features=4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, patches: Tensor, det: Tensor, det_pos: Tensor, positions: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """patches [B, H, W, C], det [B, Q, C], det_pos [1, Q, pos_dim] -> patches and det of the same shapes."""
+        grid = patches.shape[1:3]
+        tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
+        normed_patches, normed_det = self._split(self.norm1(tokens), det)
+        attended = self.attn(
+            normed_patches.unflatten(1, grid), normed_det + self.det_pos_linear(det_pos), positions, padding
+        )
+        # One draw of drop path per image drops patches and [DET] tokens together, hence the joint sequence.
+        tokens = tokens + self.drop_path(torch.cat(attended, dim=1))
+        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        patches, det = self._split(tokens, det)
+        return patches.unflatten(1, grid), det
+
+    @staticmethod
+    def _split(tokens: Tensor, det: Tensor) -> tuple[Tensor, ...]:
+        return tokens.split([tokens.shape[1] - det.shape[1], det.shape[1]], dim=1)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution and the merging that follows them."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        num_heads: int,
+        drop_paths: list[float],
+        pos_dim: int,
+        det_sees_patches: bool,
+    ) -> None:
+        super().__init__()
+        self.det_sees_patches = det_sees_patches
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads,
+                shift=(index % 2) * (WINDOW // 2),
+                drop_path=drop_path,
+                pos_dim=pos_dim,
+            )
+            for index, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = Merging(dim, out_dim)
+
+    def forward(self, patches: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """padding [B, h, w], True = padding, at the size in which the body resizes it first. No merging yet."""
+        positions = stage_padding = None
+        if self.det_sees_patches:
+            grid_padding = resize_padding(padding, (patches.shape[1], patches.shape[2]))
+            positions = sine_position(grid_padding, patches.shape[-1]).to(patches.dtype)
+            stage_padding = grid_padding.flatten(1)
+        for block in self.blocks:
+            patches, det = block(patches, det, det_pos, positions, stage_padding)
+        return patches, det
+
+
+class SwinBody(nn.Module):
+    """Returns a pyramid of four maps and the [DET] tokens as they are after the last block."""
+
+    def __init__(
+        self,
+        variant: SwinVariant,
+        *,
+        det_token_num: int,
+        pos_dim: int,
+        cross_indices: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        dims = [variant.embed_dim * 2**stage for stage in range(4)]
+        self.num_channels = (*dims[1:], COARSE_DIM)
+        self.padding_divisor = 2 ** (4 - len(cross_indices))
+        self.patch_embed = PatchEmbedding(dims[0])
+        self.det_token = nn.Parameter(torch.zeros(1, det_token_num, dims[0]))
+        self.det_pos_embed = nn.Parameter(torch.zeros(1, det_token_num, pos_dim))
+        last = sum(variant.depths) - 1
+        rates = [variant.drop_path * block / last for block in range(last + 1)]
+        self.layers = nn.ModuleList(
+            Stage(
+                dims[stage],
+                (*dims[1:], COARSE_DIM)[stage],
+                num_heads=variant.num_heads[stage],
+                drop_paths=rates[sum(variant.depths[:stage]) : sum(variant.depths[: stage + 1])],
+                pos_dim=pos_dim,
+                det_sees_patches=stage in cross_indices,
+            )
+            for stage in range(4)
+        )
+        trunc_normal_(self.det_token, std=0.02)
+        trunc_normal_(self.det_pos_embed, std=0.02)
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """images [B, 3, H, W]; padding [B, H, W], True = padding. Returns the maps of strides 8, 16, 32 and 64, each
+        [B, channels, h, w]; the [DET] tokens [B, Q, 8 * embed_dim]; their position table [1, Q, pos_dim]."""
+        patches = self.patch_embed(images)
+        det = self.det_token.expand(images.shape[0], -1, -1)
+        # Two nearest steps, this one and the stage's, as released: their floors do not always agree with one.
+        height, width = (max(side // self.padding_divisor, 1) for side in patches.shape[1:3])
+        padding = resize_padding(padding, (height, width))
+        maps = []
+        for index, stage in enumerate(self.layers):
+            patches, det = stage(patches, det, self.det_pos_embed, padding)
+            if index > 0:
+                maps.append(patches.permute(0, 3, 1, 2))
+            patches = stage.downsample(patches)
+            if index < 3:
+                det = stage.downsample.merge_det(det)
+        maps.append(patches.permute(0, 3, 1, 2))
+        return maps, det, self.det_pos_embed
