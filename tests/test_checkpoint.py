@@ -59,9 +59,11 @@ def test_round_trip(tiny_model: ViDT, saved: Path) -> None:
 
 def test_saving_makes_folders_and_replaces(tiny_model: ViDT, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "first" / "best.safetensors"
-    for names in (("a", "b", "c"), NAMES):
-        save_weights(path, tiny_model.state_dict(), info_of(tiny_model, names))
+    save_weights(path, tiny_model.state_dict(), info_of(tiny_model, ("a", "b", "c")))
+    os.link(path, tmp_path / "old")  # like somebody who is reading it
+    save_weights(path, tiny_model.state_dict(), info_of(tiny_model))
     assert load_weights(path)[1].class_names == NAMES
+    assert load_weights(tmp_path / "old")[1].class_names == ("a", "b", "c")
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tiny_model: ViDT, saved: Path) -> None:

@@ -1,7 +1,8 @@
-"""What the processes of a run must agree on, exchanged between hosts and never through the accelerator.
+"""What the processes of a run must agree on, exchanged between hosts and never through the
+accelerator.
 
-A gloo group of its own: no wait for queued device work, and no 600 s limit while the main process scores or reads.
-With one process everything here is the identity.
+A gloo group of its own: no wait for queued device work, and no 600 s limit while the main process
+scores or reads. With one process everything here is the identity.
 """
 
 from datetime import timedelta
@@ -20,7 +21,9 @@ class Agreement:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.num_processes = accelerator.num_processes
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
+        )
 
     def gather(self, *numbers: float) -> Tensor:
         """Each process's numbers: [processes, len(numbers)] float64, the same on all."""
@@ -55,8 +58,9 @@ class Agreement:
 def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> None:
     """Adds up gradients over processes, in place, in one collective.
 
-    Done once per optimiser step and by hand, not by DistributedDataParallel: a process that ran out of memory half way
-    through its backward pass would leave the others waiting inside DDP's collectives.
+    Done once per optimiser step and by hand, not by DistributedDataParallel: a process that ran out
+    of memory half way through its backward pass would leave the others waiting inside DDP's
+    collectives.
     """
     if num_processes == 1:
         return

@@ -1,9 +1,11 @@
-"""Samples to batches: decoding, augmentation on torchvision v2, and the order in which a run sees its images.
+"""Samples to batches: decoding, augmentation on torchvision v2, and the order in which a run sees
+its images.
 
-Every random number comes from (seed, epoch, image): a run does not depend on the number of workers, and any step can be
-made again from nothing but its number.
+Every random number comes from (seed, epoch, image): a run does not depend on the number of workers,
+and any step can be made again from nothing but its number.
 
-Boxes are xyxy in pixels inside this file, and cxcywh in 0..1 of the unpadded image in what leaves it.
+Boxes are xyxy in pixels inside this file, and cxcywh in 0..1 of the unpadded image in what leaves
+it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,9 @@ NOISE = 0.5  # how far a denoising query starts from its box, in its (half) size
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The released recipe: flip; then half the time resize, half the time resize, crop and resize."""
+    """The released recipe: flip; then half the time resize, half the time resize, crop and
+    resize.
+    """
 
     sizes: tuple[int, ...]
     max_size: int
@@ -45,7 +49,9 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Augmentation":
-        """Released scales in proportion to eval_size, unless train_sizes and train_max_size say otherwise."""
+        """Released scales in proportion to eval_size, unless train_sizes and train_max_size say
+        otherwise.
+        """
         ratio = config.eval_size / RELEASED_EVAL_SIZE
         low, high = (max(round(side * ratio / GRANULE), 1) * GRANULE for side in RELEASED_LADDER)
         return cls(
@@ -60,8 +66,12 @@ class Augmentation:
     def __call__(
         self, image: Image.Image, boxes: Tensor, labels: Tensor, random: np.random.Generator
     ) -> tuple[Image.Image, Tensor, Tensor]:
-        """boxes [N, 4] xyxy pixels, labels [N]; objects that a crop leaves nothing of are gone from both."""
-        framed = BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=(image.height, image.width))
+        """boxes [N, 4] xyxy pixels, labels [N]; objects that a crop leaves nothing of are gone from
+        both.
+        """
+        framed = BoundingBoxes(
+            boxes, format=BoundingBoxFormat.XYXY, canvas_size=(image.height, image.width)
+        )
         if self.flip and random.random() < 0.5:
             image, framed = F.horizontal_flip(image), F.horizontal_flip(framed)
         if self.crop and random.random() < 0.5:
@@ -80,7 +90,8 @@ class Augmentation:
     ) -> tuple[Image.Image, BoundingBoxes]:
         low, high = self.crop_range
         height, width = (
-            int(random.integers(min(low, side), min(high, side) + 1)) for side in (image.height, image.width)
+            int(random.integers(min(low, side), min(high, side) + 1))
+            for side in (image.height, image.width)
         )
         top = int(random.integers(0, image.height - height + 1))
         left = int(random.integers(0, image.width - width + 1))
@@ -97,8 +108,8 @@ def _resize(
 class DetectionDataset(Dataset):
     """Training pictures and their targets, addressed by (epoch, index).
 
-    A picture that cannot be read is replaced by the next one that can, and marked in `unreadable`, which all workers
-    share; the caller decides how many are too many.
+    A picture that cannot be read is replaced by the next one that can, and marked in `unreadable`,
+    which all workers share; the caller decides how many are too many.
     """
 
     def __init__(
@@ -119,8 +130,8 @@ class DetectionDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """`image` [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1, `image_id` and, if asked for,
-        `noised_boxes` [copies * N, 4].
+        """`image` [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1, `image_id`
+        and, if asked for, `noised_boxes` [copies * N, 4].
 
         Raises UnreadableImage only if no picture of the dataset can be read.
         """
@@ -151,8 +162,9 @@ class DetectionDataset(Dataset):
 
 
 def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Tensor:
-    """As many whole copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box moved by up to NOISE
-    half sizes and its sides changed by up to NOISE: [copies * N, 4]."""
+    """As many whole copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box
+    moved by up to NOISE half sizes and its sides changed by up to NOISE: [copies * N, 4].
+    """
     copies = max(queries // max(len(boxes), 1), 1)
     noise = torch.from_numpy(random.uniform(-NOISE, NOISE, (copies, *boxes.shape))).to(boxes)
     reach = torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=1)
@@ -160,7 +172,9 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
 
 
 def noised_batch(targets: list[dict[str, Any]]) -> Tensor | None:
-    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the middle. None without."""
+    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the
+    middle. None without.
+    """
     if "noised_boxes" not in targets[0]:
         return None
     return pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
@@ -187,8 +201,8 @@ class EvaluationDataset(Dataset):
 class RunSampler(Sampler):
     """The micro-batches of a whole run, from any optimiser step on, as lists of (epoch, index).
 
-    Each epoch is a permutation of its own, filled up from its own start to whole optimiser steps. A step's images are
-    the same however many processes and micro-batches share them.
+    Each epoch is a permutation of its own, filled up from its own start to whole optimiser steps. A
+    step's images are the same however many processes and micro-batches share them.
     """
 
     def __init__(
@@ -223,7 +237,9 @@ def steps_per_epoch(num_images: int, step_images: int) -> int:
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`images` [B, 3, H, W], `padding` [B, H, W] bool (True = padding), `targets`: a list of B dictionaries."""
+    """`images` [B, 3, H, W], `padding` [B, H, W] bool (True = padding), `targets`: a list of B
+    dictionaries.
+    """
     images, padding = pad_batch([item["image"] for item in items])
     return {"images": images, "padding": padding, "targets": [item["target"] for item in items]}
 
@@ -236,7 +252,9 @@ def training_loader(
     micro_batch: int,
     steps: range,
 ) -> DataLoader:
-    """Micro-batches of all processes for the given optimiser steps; `Accelerator.prepare` deals them out in turn."""
+    """Micro-batches of all processes for the given optimiser steps; `Accelerator.prepare` deals
+    them out in turn.
+    """
     sampler = RunSampler(
         len(dataset),
         step_images=config.batch_size * num_processes,
@@ -256,7 +274,9 @@ def training_loader(
 
 
 def pad_to(batch: dict[str, Any], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images and padding of a batch, grown right and below to the (height, width) of the whole step."""
+    """Images and padding of a batch, grown right and below to the (height, width) of the whole
+    step.
+    """
     images, padding = batch["images"], batch["padding"]
     right, below = canvas[1] - images.shape[3], canvas[0] - images.shape[2]
     if right == 0 and below == 0:

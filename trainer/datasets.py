@@ -1,4 +1,6 @@
-"""Which files a run's settings name, read and checked: settings in, sample tables and findings out."""
+"""Which files a run's settings name, read and checked: settings in, sample tables and findings
+out.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,8 +39,8 @@ def read_datasets(
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """Training and validation samples that can be used, and all that was found wrong with them.
 
-    Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to learn from, or a
-    number of classes that is not the given one.
+    Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to
+    learn from, or a number of classes that is not the given one.
     """
     read = reader_of(config)
     train, findings = read("train", None)
@@ -58,7 +60,9 @@ def read_datasets(
 def read_validation(
     config: TrainConfig, class_names: Sequence[str]
 ) -> tuple[SampleTable, list[Finding]]:
-    """The validation samples alone, labelled by the class names of a weights file. Raises as `read_datasets`."""
+    """The validation samples alone, labelled by the class names of a weights file. Raises as
+    `read_datasets`.
+    """
     val, findings = reader_of(config)("val", class_names)
     val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
     return val, [*findings, *checked]

@@ -1,7 +1,9 @@
-"""COCO metrics of a model on a table of samples, shared among processes; every image is scored exactly once.
+"""COCO metrics of a model on a table of samples, shared among processes; every image is scored
+exactly once.
 
-The result does not depend on the number of processes or on the batch size: images are resized to canvases of their own,
-only equal canvases share a batch, and per-image scores are put back into the order of the table before they are summed up.
+The result does not depend on the number of processes or on the batch size: images are resized to
+canvases of their own, only equal canvases share a batch, and per-image scores are put back into the
+order of the table before they are summed up.
 """
 
 import contextlib
@@ -38,7 +40,9 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name (-1 where there is nothing to score) and this process's detections by index of the sample."""
+    """Metrics by name (-1 where there is nothing to score) and this process's detections by index
+    of the sample.
+    """
 
     metrics: dict[str, float]
     detections: dict[int, Detections]
@@ -59,8 +63,8 @@ def evaluate(
 ) -> Evaluation:
     """Predicts this process's share, scores it, and puts all shares together.
 
-    tick gets the share of the work that is done, 0..1. stop is asked between batches; if any process is told to,
-    all raise Interrupted.
+    tick gets the share of the work that is done, 0..1. stop is asked between batches; if any
+    process is told to, all raise Interrupted.
     """
     canvases = [preprocessing.canvas(height, width) for height, width in samples.sizes.tolist()]
     batches = canvas_batches(canvases, batch_size)
@@ -84,9 +88,14 @@ def evaluate(
 
 @torch.no_grad()
 def predict_batch(
-    model: nn.Module, batch: list[tuple[int, Tensor | None]], sizes: Tensor, accelerator: Accelerator
+    model: nn.Module,
+    batch: list[tuple[int, Tensor | None]],
+    sizes: Tensor,
+    accelerator: Accelerator,
 ) -> dict[int, Detections]:
-    """Detections, in pixels of the original images and on the CPU, of the images that could be read."""
+    """Detections, in pixels of the original images and on the CPU, of the images that could be
+    read.
+    """
     indices = [index for index, image in batch if image is not None]
     if not indices:
         return {}
@@ -108,7 +117,9 @@ def predict_batch(
 def score_images(
     samples: SampleTable, indices: list[int], detections: dict[int, Detections]
 ) -> tuple[list[int], list[dict | None]]:
-    """pycocotools' per-image results of some samples: (indices, results in its order class, area range, image)."""
+    """pycocotools' per-image results of some samples: (indices, results in its order class, area
+    range, image).
+    """
     evaluator = _evaluator(samples, indices, detections)
     with contextlib.redirect_stdout(io.StringIO()):
         if indices:
@@ -136,7 +147,9 @@ def summarise(
         evaluator.summarize()
     numbers = dict(zip(STATS, evaluator.stats.tolist(), strict=True))
     metrics = {name: numbers[name] for name in COCO_NUMBERS}
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], all areas, 100 detections
+    precision = evaluator.eval["precision"][
+        :, :, :, 0, -1
+    ]  # [IoU, recall, class], all areas, 100 detections
     for label, name in enumerate(samples.class_names):
         metrics[f"ap/{name}"] = _mean(precision[:, :, label])
         metrics[f"ap50/{name}"] = _mean(precision[0, :, label])
@@ -184,7 +197,9 @@ def _evaluator(
 
 
 def _add(coco: COCO, image: int, label: int, box: list[float], **fields: float) -> None:
-    """Appends an annotation; box is xyxy, COCO wants xywh. Ids start at 1: pycocotools takes 0 for "unmatched"."""
+    """Appends an annotation; box is xyxy, COCO wants xywh. Ids start at 1: pycocotools takes 0 for
+    "unmatched".
+    """
     annotations = coco.dataset["annotations"]
     x1, y1, x2, y2 = box
     annotations.append(

@@ -1,4 +1,6 @@
-"""Optimiser, learning rate as a pure function of the step, and the moving average of the weights."""
+"""Optimiser, learning rate as a pure function of the step, and the moving average of the
+weights.
+"""
 
 import math
 
@@ -35,7 +37,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine from lr to min_lr over the rest of the run, per optimiser step.
 
-    A function of the step alone: nothing to save, nothing that a resumed or a multi-process run could count wrongly.
+    A function of the step alone: nothing to save, nothing that a resumed or a multi-process run
+    could count wrongly.
     """
     warmup = min(config.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -51,8 +54,10 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
-    """timm's average, with its warm-up: it follows closely at first, so a short run has a useful average too.
+    """timm's average, with its warm-up: it follows closely at first, so a short run has a useful
+    average too.
 
-    Must be made before Accelerate prepares the model: a copy of a prepared model would call the original's forward.
+    Must be made before Accelerate prepares the model: a copy of a prepared model would call the
+    original's forward.
     """
     return ModelEmaV3(model, decay=decay, use_warmup=True)

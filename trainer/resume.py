@@ -1,8 +1,9 @@
 """Crash-safe checkpoints of a run: everything that a run needs to go on as if nothing had happened.
 
-A checkpoint is a folder `step-00000123` that appears by one rename, after its files were written and flushed. Its
-`state.json` names the size and SHA-256 of its tensors, so a torn or foreign folder is seen, named and skipped. Nothing in it
-is pickled. Random numbers need no place in it: they follow from (seed, step) and (seed, epoch, image).
+A checkpoint is a folder `step-00000123` that appears by one rename, after its files were written
+and flushed. Its `state.json` names the size and SHA-256 of its tensors, so a torn or foreign folder
+is seen, named and skipped. Nothing in it is pickled. Random numbers need no place in it: they
+follow from (seed, step) and (seed, epoch, image).
 """
 
 import dataclasses
@@ -45,7 +46,9 @@ class RunState:
 
 
 def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All tensors of a run under flat names: `model/...`, `ema/...` and `optimizer/<field>/<parameter>`."""
+    """All tensors of a run under flat names: `model/...`, `ema/...` and
+    `optimizer/<field>/<parameter>`.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     if ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
@@ -58,7 +61,9 @@ def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) ->
 def restore_tensors(
     tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: Optimizer
 ) -> None:
-    """The inverse of `tensors_of`, onto the devices of the model. Strict: every name must have its place."""
+    """The inverse of `tensors_of`, onto the devices of the model. Strict: every name must have its
+    place.
+    """
     model.load_state_dict(_under("model/", tensors), strict=True)
     if ema is not None:
         ema.load_state_dict(_under("ema/", tensors), strict=True)
@@ -73,14 +78,19 @@ def restore_tensors(
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
     }
 
 
 def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) -> Path:
-    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes all but the newest `keep`."""
+    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes all but the
+    newest `keep`.
+    """
     name = f"{PREFIX}{state.step:08d}"
-    # The same step may be saved again, with its evaluation: beside the first, so that one of them is always there.
+    # The same step may be saved again, with its evaluation: beside the first, so that one of them
+    # is always there.
     names = (f"{name}.{again}" if again else name for again in itertools.count())
     final = next(path for path in (root / name for name in names) if not path.exists())
     unfinished = root / f".{final.name}.{os.getpid()}.unfinished"
@@ -105,7 +115,9 @@ def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) 
 
 
 def prune(root: Path, keep: int) -> None:
-    """Removes older checkpoints, renaming each first so that none is ever half there under its own name."""
+    """Removes older checkpoints, renaming each first so that none is ever half there under its own
+    name.
+    """
     for path in [*checkpoints(root)[keep:], *root.glob(f".{PREFIX}*")]:
         if not path.name.startswith("."):
             doomed = path.with_name(f".{path.name}.removed")
@@ -129,7 +141,9 @@ def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
                 raise ValueError(f"{name} is not the file that was written")
         return RunState(**content["state"]), load_file(path / TENSORS)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} is not whole: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"checkpoint {path} is not whole: {type(error).__name__}: {error}"
+        ) from error
 
 
 def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as requests: the step in hand is finished, the run is saved, then it ends.
 
-A second signal ends the process at once. Exit codes are the shell's: 128 + the signal's number (130, 143).
+A second signal ends the process at once. Exit codes are the shell's: 128 + the signal's number
+(130, 143).
 """
 
 import signal
@@ -26,7 +27,9 @@ class StopRequest:
         self._before: dict[int, signal.Handlers | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # elsewhere Python refuses handlers
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 

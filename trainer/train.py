@@ -1,7 +1,9 @@
-"""The main job: `accelerate launch trainer/train.py`. One straight line from settings to a trained detector.
+"""The main job: `accelerate launch trainer/train.py`. One straight line from settings to a trained
+detector.
 
-Order of initialisation: process group, seed, datasets, model (random, then ImageNet body, then --load_from, then --resume),
-average of the weights, optimiser, loop. See `train` for what happens at each step.
+Order of initialisation: process group, seed, datasets, model (random, then ImageNet body, then
+--load_from, then --resume), average of the weights, optimiser, loop. See `train` for what happens
+at each step.
 """
 
 import contextlib
@@ -84,7 +86,9 @@ class Clock:
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
     def fraction(self, step: int, evaluating: float = 0.0) -> float:
-        """Share of the run's work that is done after `step` steps and part of the evaluation that follows them."""
+        """Share of the run's work that is done after `step` steps and part of the evaluation that
+        follows them.
+        """
         every = self.per_epoch * self.eval_interval
         evaluations = max(step - 1, 0) // every + evaluating
         work = step * self.step_images * TRAIN_WORK + evaluations * self.val_images
@@ -102,12 +106,15 @@ def train(
     *,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Trains a detector and returns the metrics of its best evaluation (keys as in `trainer.report`).
+    """Trains a detector and returns the metrics of its best evaluation (keys as in
+    `trainer.report`).
 
-    train_set and val_set share their class names; model_fields are those of `ViDTConfig`. report is called on the main
-    process only. Files in `config.output_dir`: best and last weights, `checkpoints/`, `config.yaml`.
+    train_set and val_set share their class names; model_fields are those of `ViDTConfig`. report is
+    called on the main process only. Files in `config.output_dir`: best and last weights,
+    `checkpoints/`, `config.yaml`.
 
-    Raises ValueError for what a user can mend, NonFiniteLoss, and Stopped after SIGTERM or SIGINT once all is saved.
+    Raises ValueError for what a user can mend, NonFiniteLoss, and Stopped after SIGTERM or SIGINT
+    once all is saved.
     """
     accelerator = accelerator or make_accelerator()
     agreement = Agreement(accelerator)
@@ -236,25 +243,33 @@ def train(
 
             rate = learning_rate(state.step, total_steps, config)
             set_learning_rate(optimizer, rate)
-            # All that is random in a step follows from its number: nothing to save, nothing to restore.
+            # All that is random in a step follows from its number: nothing to save, nothing to
+            # restore.
             set_seed(config.seed + state.step, device_specific=True)
             terms = gradients(model, criterion, accelerator, window, canvas, num_boxes)
             if agreement.any(terms is None):
                 optimizer.zero_grad()
-                window, batches = [], None  # frees the memory; the same images come again, in smaller portions
+                window, batches = (
+                    [],
+                    None,
+                )  # frees the memory; the same images come again, in smaller portions
                 clear_device_cache()
                 state.n_iter_to_acc = smaller_portions(config, state.n_iter_to_acc, canvas)
                 continue
             assert terms is not None
             sum_gradients(list(model.parameters()), accelerator.num_processes)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_max_norm or float("inf"))
+            norm = accelerator.clip_grad_norm_(
+                model.parameters(), config.clip_max_norm or float("inf")
+            )
             optimizer.step()
             optimizer.zero_grad()
             if accelerator.optimizer_step_was_skipped:
                 state.skipped_updates += 1
             elif ema is not None:
                 ema.update(model, step=state.step - state.skipped_updates)
-            losses.add(state.step, terms, norm, [t["image_id"] for b in window for t in b["targets"]])
+            losses.add(
+                state.step, terms, norm, [t["image_id"] for b in window for t in b["targets"]]
+            )
             state.step += 1
 
             save_due = config.save_steps and state.step % config.save_steps == 0
@@ -276,13 +291,17 @@ def train(
 def make_accelerator() -> Accelerator:
     """No tracker, no telemetry; processes and precision come from the launcher."""
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(kwargs_handlers=[patient], rng_types=[])
+    # Without a device of its own, a process must be told so to join the others over gloo.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, kwargs_handlers=[patient], rng_types=[])
 
 
 def load_start(
     model: ViDT, config: TrainConfig, class_names: tuple[str, ...], agreement: Agreement
 ) -> None:
-    """Fills the model: a resumed run restores everything later, --load_from whole detectors, else the body."""
+    """Fills the model: a resumed run restores everything later, --load_from whole detectors, else
+    the body.
+    """
     if config.resume is not None:
         return
     if config.load_from is not None:
@@ -304,9 +323,14 @@ def restore(
 ) -> RunState:
     """The state and tensors of the newest whole checkpoint; `fresh` if `--resume auto` finds none.
 
-    Raises ValueError if --resume names a folder without one, or one that this run cannot go on from.
+    Raises ValueError if --resume names a folder without one, or one that this run cannot go on
+    from.
     """
-    wanted = Path(config.output_dir) / "checkpoints" if config.resume == "auto" else Path(config.resume or "")
+    wanted = (
+        Path(config.output_dir) / "checkpoints"
+        if config.resume == "auto"
+        else Path(config.resume or "")
+    )
     found = agreement.from_main(_find_checkpoint(wanted) if accelerator.is_main_process else None)
     path, passed_over = found
     for line in passed_over:
@@ -317,7 +341,10 @@ def restore(
             return fresh
         raise ValueError(f"--resume {config.resume}: no whole checkpoint there")
     state, tensors = checkpoints.load(path)
-    for name, meaning in (("step_images", "images per optimiser step"), ("dataset", "training set")):
+    for name, meaning in (
+        ("step_images", "images per optimiser step"),
+        ("dataset", "training set"),
+    ):
         if getattr(state, name) != getattr(fresh, name):
             raise ValueError(
                 f"--resume {path}: its {meaning} is {getattr(state, name)}, this run's {getattr(fresh, name)}; "
@@ -325,7 +352,9 @@ def restore(
             )
     changed = [key for key, value in fresh.settings.items() if state.settings.get(key) != value]
     for key in changed:
-        logger.warning(f"resuming with {key} {fresh.settings[key]}, it was {state.settings.get(key)}")
+        logger.warning(
+            f"resuming with {key} {fresh.settings[key]}, it was {state.settings.get(key)}"
+        )
     try:
         checkpoints.restore_tensors(tensors, model, ema, optimizer)
     except (RuntimeError, KeyError) as error:
@@ -366,8 +395,10 @@ def micro_batches(
 def agree_on(
     window: list[dict[str, Any]], stop: StopRequest, agreement: Agreement
 ) -> tuple[float, tuple[int, int], int]:
-    """What a step needs to know of all its micro-batches on all processes: the number of boxes (at least 1), the
-    (height, width) to pad to, and the signal to stop by (0: none). One exchange between hosts."""
+    """What a step needs to know of all its micro-batches on all processes: the number of boxes (at
+    least 1), the (height, width) to pad to, and the signal to stop by (0: none). One exchange
+    between hosts.
+    """
     boxes = sum(len(target["labels"]) for batch in window for target in batch["targets"])
     height = max(batch["images"].shape[2] for batch in window)
     width = max(batch["images"].shape[3] for batch in window)
@@ -384,9 +415,11 @@ def gradients(
     canvas: tuple[int, int],
     num_boxes: float,
 ) -> dict[str, Tensor] | None:
-    """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran out.
+    """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
+    out.
 
-    Terms are normalised by the boxes of the whole step, so micro-batches and processes simply add up.
+    Terms are normalised by the boxes of the whole step, so micro-batches and processes simply add
+    up.
     """
     sums: dict[str, Tensor] = {}
     try:
@@ -425,7 +458,9 @@ def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int,
 
 
 class LossLog:
-    """Loss terms of the steps since the last look. They stay on the device until then: no wait at every step."""
+    """Loss terms of the steps since the last look. They stay on the device until then: no wait at
+    every step.
+    """
 
     def __init__(self, agreement: Agreement, output: Path, step_images: int) -> None:
         self.agreement, self.output, self.step_images = agreement, output, step_images
@@ -440,7 +475,8 @@ class LossLog:
     def check(self, step: int) -> dict[str, float]:
         """Means over the steps since the last call, summed over processes, with speed and memory.
 
-        Raises NonFiniteLoss on every process if any of them met one, after writing `non_finite.json`.
+        Raises NonFiniteLoss on every process if any of them met one, after writing
+        `non_finite.json`.
         """
         if not self.pending:
             return {}
@@ -452,7 +488,9 @@ class LossLog:
         now = time.monotonic()
         metrics = {"loss": sum(means), **dict(zip(names, means, strict=True))}
         metrics["grad_norm"] = float(self.norm)
-        metrics["images_per_second"] = len(self.pending) * self.step_images / max(now - self.since, 1e-9)
+        metrics["images_per_second"] = (
+            len(self.pending) * self.step_images / max(now - self.since, 1e-9)
+        )
         metrics["memory_gib"] = memory_gib()
         self.pending, self.since = [], now
         return metrics
@@ -463,7 +501,11 @@ class LossLog:
         if bad_rows:
             step, _, image_ids = self.pending[bad_rows[0]]
             terms = dict(zip(names, values[bad_rows[0]].tolist(), strict=True))
-            finding = {"step": step, "terms": {k: str(v) for k, v in terms.items()}, "image_ids": image_ids}
+            finding = {
+                "step": step,
+                "terms": {k: str(v) for k, v in terms.items()},
+                "image_ids": image_ids,
+            }
         findings = [found for found in self.agreement.gather_objects(finding) if found is not None]
         if not findings:
             return
@@ -489,7 +531,9 @@ def memory_gib() -> float:
 
 
 def check_readable(dataset: DetectionDataset, config: TrainConfig, agreement: Agreement) -> None:
-    """Says how many images went bad since the check before training; raises ValueError when they are too many."""
+    """Says how many images went bad since the check before training; raises ValueError when they
+    are too many.
+    """
     unreadable = int(agreement.gather(int(dataset.unreadable.sum())).max())
     if unreadable > dataset.reported:
         first = int(dataset.unreadable.nonzero()[0]) if dataset.unreadable.any() else 0
@@ -505,7 +549,9 @@ def check_readable(dataset: DetectionDataset, config: TrainConfig, agreement: Ag
 
 
 def note_evaluation(state: RunState, metrics: dict[str, float]) -> bool:
-    """The one place where "best" is decided: writes the evaluation into the state; True if it is the best so far."""
+    """The one place where "best" is decided: writes the evaluation into the state; True if it is
+    the best so far.
+    """
     state.evaluated_step = state.step
     best = state.best_step < 0 or metrics["map50"] > state.best_map50
     if best:
@@ -556,7 +602,9 @@ def closing(state: RunState) -> str:
 
 
 def main() -> None:
-    """The command line. Exit codes: 0 done, 2 a user's error, 3 non-finite loss, 130 and 143 stopped by a signal."""
+    """The command line. Exit codes: 0 done, 2 a user's error, 3 non-finite loss, 130 and 143
+    stopped by a signal.
+    """
     config, model_fields = parse_or_exit()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     accelerator = make_accelerator()
@@ -584,7 +632,9 @@ def train_from_settings(
     """Reads and checks the data on the main process, shares it, trains, and shows the run."""
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
-    train_set, val_set = on_main(accelerator, agreement, lambda: checked_datasets(config, model_fields))
+    train_set, val_set = on_main(
+        accelerator, agreement, lambda: checked_datasets(config, model_fields)
+    )
     if config.check:
         return
     console = Console(
@@ -605,7 +655,9 @@ def train_from_settings(
 
 
 def on_main(accelerator: Accelerator, agreement: Agreement, work: Callable[[], Any]) -> Any:
-    """Does `work` on the main process and gives its result to all; a ValueError is raised on all."""
+    """Does `work` on the main process and gives its result to all; a ValueError is raised on
+    all.
+    """
     result: Any = None
     if accelerator.is_main_process:
         try:
@@ -640,7 +692,9 @@ def checked_datasets(
 def evaluate_only(
     config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
 ) -> None:
-    """`--eval --load_from FILE`: the COCO numbers of a weights file on the validation set, at --eval_size."""
+    """`--eval --load_from FILE`: the COCO numbers of a weights file on the validation set, at
+    --eval_size.
+    """
     if config.load_from is None:
         raise ValueError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)

@@ -1,7 +1,8 @@
-"""Our weights file: safetensors with the configuration, class names, preprocessing and metrics in its header.
+"""Our weights file: safetensors with the configuration, class names, preprocessing and metrics in
+its header.
 
-Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=True)` with `argparse.Namespace` allowed
-by name, for the released ViDT files.
+Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=True)` with
+`argparse.Namespace` allowed by name, for the released ViDT files.
 """
 
 import argparse
@@ -41,7 +42,9 @@ class WeightsInfo:
 
 @dataclass(frozen=True)
 class HeadTransfer:
-    """Classes of a fine-tuned model whose head rows came from the file, were left behind, or start afresh."""
+    """Classes of a fine-tuned model whose head rows came from the file, were left behind, or start
+    afresh.
+    """
 
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -53,7 +56,9 @@ class HeadTransfer:
 
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:
-    """Writes the file under a temporary name and renames it: at every instant `path` is absent or whole."""
+    """Writes the file under a temporary name and renames it: at every instant `path` is absent or
+    whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
@@ -75,12 +80,16 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: Weigh
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Tensors and header of a weights file of ours. Raises ValueError naming the file if it is anything else."""
+    """Tensors and header of a weights file of ours. Raises ValueError naming the file if it is
+    anything else.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})")
+                raise ValueError(
+                    f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as ViDT weights: {error}") from error
@@ -113,8 +122,8 @@ def _fill(model: ViDT, tensors: dict[str, Tensor], path: str | Path) -> None:
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may hold nothing but
-    plain values and `argparse.Namespace`.
+    """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may
+    hold nothing but plain values and `argparse.Namespace`.
 
     Raises ValueError naming the file for anything else in it, damaged files included.
     """
@@ -131,7 +140,8 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
-    """Weights to fine-tune from: tensors under our names, their configuration and, where known, class names.
+    """Weights to fine-tune from: tensors under our names, their configuration and, where known,
+    class names.
 
     Takes our own files and the released ViDT's `.pth` files; told apart by content.
     """
@@ -148,12 +158,14 @@ def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[s
         config = released_config(state_dict)
         return released_vidt(state_dict, config), config, None
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a ViDT checkpoint that can be started from: {error}") from error
+        raise ValueError(
+            f"{path} is not a ViDT checkpoint that can be started from: {error}"
+        ) from error
 
 
 def local_weights(source: str, from_main: Callable[[Any], Any] = lambda item: item) -> Path:
-    """The file that `source`, a path or a URL, stands for. A URL is fetched once, into torch hub's cache, by the process
-    that `from_main` takes its answer from.
+    """The file that `source`, a path or a URL, stands for. A URL is fetched once, into torch hub's
+    cache, by the process that `from_main` takes its answer from.
 
     Raises ValueError for a URL that cannot be fetched.
     """
@@ -164,12 +176,16 @@ def local_weights(source: str, from_main: Callable[[Any], Any] = lambda item: it
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     problem = from_main(_fetch_error(source, path))
     if problem:
-        raise ValueError(f"{source} cannot be fetched ({problem}); fetch it by hand and pass --load_from FILE")
+        raise ValueError(
+            f"{source} cannot be fetched ({problem}); fetch it by hand and pass --load_from FILE"
+        )
     return path
 
 
 def _fetch_error(source: str, path: Path) -> str:
-    """Downloads unless it is there; torch writes to a temporary name and renames. Returns what went wrong."""
+    """Downloads unless it is there; torch writes to a temporary name and renames. Returns what went
+    wrong.
+    """
     if path.exists():
         return ""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +229,9 @@ def start_from(model: ViDT, path: str | Path, class_names: tuple[str, ...]) -> H
 def _matching_rows(
     names: tuple[str, ...] | None, class_names: tuple[str, ...], rows: int
 ) -> dict[int, int]:
-    """Our class row -> the file's. A file without names serves its rows only where their number is ours."""
+    """Our class row -> the file's. A file without names serves its rows only where their number is
+    ours.
+    """
     if names is None:
         return {row: row for row in range(rows)} if rows == len(class_names) else {}
-    return {
-        ours: names.index(name) for ours, name in enumerate(class_names) if name in names
-    }
+    return {ours: names.index(name) for ours, name in enumerate(class_names) if name in names}

@@ -1,6 +1,7 @@
 """Foreign state dicts to ours: all knowledge of other projects' key names, as pure functions.
 
-The only module that knows how the released ViDT (github.com/naver-ai/vidt) and the ImageNet Swin files name their tensors.
+The only module that knows how the released ViDT (github.com/naver-ai/vidt) and the ImageNet Swin
+files name their tensors.
 """
 
 import re
@@ -64,9 +65,11 @@ def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[
 
 
 def imagenet_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Swin classifier's state dict (Microsoft's, ViDT's or timm's names) as tensors of our `backbone`.
+    """A Swin classifier's state dict (Microsoft's, ViDT's or timm's names) as tensors of our
+    `backbone`.
 
-    timm keeps the merging at the start of the next stage, the others at the end of the stage as we do.
+    timm keeps the merging at the start of the next stage, the others at the end of the stage as we
+    do.
     """
     timm_layout = not any(name.startswith("layers.0.downsample.") for name in state_dict)
     converted = {}
@@ -85,7 +88,13 @@ def released_config(state_dict: Mapping[str, Tensor]) -> ViDTConfig:
 
     Raises ValueError for a file of another kind (ViDT+, CoaT, no neck), naming what it holds.
     """
-    foreign = ("fusion.", "vector_embed.", "iou_embed.", "transformer.token_embed.", "backbone.cls_token")
+    foreign = (
+        "fusion.",
+        "vector_embed.",
+        "iou_embed.",
+        "transformer.token_embed.",
+        "backbone.cls_token",
+    )
     for name in state_dict:
         if name.startswith(foreign):
             raise ValueError(f"it holds {name}, of a model that this version does not build")
@@ -95,10 +104,19 @@ def released_config(state_dict: Mapping[str, Tensor]) -> ViDTConfig:
     levels = {int(name.split(".")[1]) for name in state_dict if name.startswith("class_embed.")}
     dim = state_dict["backbone.det_token"].shape[-1]
     depths = tuple(
-        1 + max(int(name.split(".")[4]) for name in state_dict if name.startswith(f"backbone.layers.{i}.blocks."))
+        1
+        + max(
+            int(name.split(".")[4])
+            for name in state_dict
+            if name.startswith(f"backbone.layers.{i}.blocks.")
+        )
         for i in range(4)
     )
-    bodies = [name for name, body in SWIN_VARIANTS.items() if (body.embed_dim, body.depths) == (dim, depths)]
+    bodies = [
+        name
+        for name, body in SWIN_VARIANTS.items()
+        if (body.embed_dim, body.depths) == (dim, depths)
+    ]
     if not bodies:
         raise ValueError(f"its body has width {dim} and depths {depths}, which no known body has")
     first = state_dict["bbox_embed.0.layers.0.weight"]

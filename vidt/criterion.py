@@ -1,6 +1,8 @@
-"""Set loss of ViDT (arXiv 2110.03921, section 3.3; DETR, arXiv 2005.12872): focal, L1 and GIoU on matched pairs.
+"""Set loss of ViDT (arXiv 2110.03921, section 3.3; DETR, arXiv 2005.12872): focal, L1 and GIoU on
+matched pairs.
 
-All prediction levels are matched and scored together: level l of the decoder is one row of a stacked tensor.
+All prediction levels are matched and scored together: level l of the decoder is one row of a
+stacked tensor.
 
 Letters: L prediction levels, B batch, Q queries, K classes, N matched pairs of all levels.
 """
@@ -18,8 +20,8 @@ Targets = list[dict[str, Tensor]]
 class SetCriterion(nn.Module):
     """Weighted loss terms by name; the training loss is their plain sum.
 
-    Terms are `loss_ce`, `loss_bbox`, `loss_giou` for the last prediction level, and with suffix `_0`, `_1`, ... for the
-    earlier ones.
+    Terms are `loss_ce`, `loss_bbox`, `loss_giou` for the last prediction level, and with suffix
+    `_0`, `_1`, ... for the earlier ones.
     """
 
     def __init__(
@@ -40,9 +42,13 @@ class SetCriterion(nn.Module):
         self.aux_copies = aux_copies
         self.quality_target = quality_target
 
-    def forward(self, outputs: dict, targets: Targets, num_boxes: float | Tensor) -> dict[str, Tensor]:
-        """outputs of `ViDT`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in 0..1; num_boxes normalises, and is
-        counted by the caller over everything that makes one optimiser step. Returns scalars by name."""
+    def forward(
+        self, outputs: dict, targets: Targets, num_boxes: float | Tensor
+    ) -> dict[str, Tensor]:
+        """outputs of `ViDT`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in 0..1; num_boxes
+        normalises, and is counted by the caller over everything that makes one optimiser step.
+        Returns scalars by name.
+        """
         logits, boxes = stack_levels([*outputs.get("aux_outputs", []), outputs])
         sums = self._sums(logits, boxes, self.match(outputs, targets), targets)
         terms = {
@@ -63,7 +69,9 @@ class SetCriterion(nn.Module):
     def _denoising(
         self, levels: list[dict[str, Tensor]], targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Terms `loss_dn_*`, summed over decoder layers; an image's copies of its objects count as one."""
+        """Terms `loss_dn_*`, summed over decoder layers; an image's copies of its objects count as
+        one.
+        """
         logits, boxes = stack_levels(levels)
         matches, weights = noised_matches(logits, targets)
         sums = self._sums(logits, boxes, matches, targets, weights)
@@ -80,7 +88,9 @@ class SetCriterion(nn.Module):
         targets: Targets,
         query_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of each level [L], summed over images and queries, each counted by query_weights [B, Q] if given."""
+        """Losses of each level [L], summed over images and queries, each counted by query_weights
+        [B, Q] if given.
+        """
         labels, wanted = _matched_targets(matches, targets)
         found = boxes[matches.level, matches.image, matches.query]  # [N, 4]
         found_xyxy, wanted_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (found, wanted))
@@ -119,9 +129,11 @@ def paired_iou(first: Tensor, second: Tensor) -> Tensor:
 def quality_focal_loss(
     logits: Tensor, place: tuple[Tensor, ...], quality: Tensor, gamma: float = 1.5
 ) -> Tensor:
-    """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4): the class score learns how well the box fits.
+    """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4): the class score learns how well
+    the box fits.
 
-    logits of any shape; place indexes the matched entries, quality [N] is their IoU. Returns the shape of logits.
+    logits of any shape; place indexes the matched entries, quality [N] is their IoU. Returns the
+    shape of logits.
     """
     truth, weight = torch.zeros_like(logits), logits.detach().sigmoid() ** gamma
     truth[place] = quality**gamma
@@ -132,15 +144,18 @@ def quality_focal_loss(
 def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     """Pairs of the denoising queries, and their weights [B, Q].
 
-    Queries of logits [L, B, Q, K] hold whole copies of the image's n objects in turn, so query q belongs to object
-    q mod n and counts 1 / copies; places past the image's own (`noised_boxes` of the target) count 0.
+    Queries of logits [L, B, Q, K] hold whole copies of the image's n objects in turn, so query q
+    belongs to object q mod n and counts 1 / copies; places past the image's own (`noised_boxes` of
+    the target) count 0.
     """
     weights, pairs = torch.zeros(logits.shape[1:3]), []
     for image, target in enumerate(targets):
         used, objects = len(target["noised_boxes"]), len(target["labels"])
         weights[image, :used] = objects / max(used, 1)
         pairs.append(
-            torch.cartesian_prod(torch.arange(len(logits)), torch.tensor([image]), torch.arange(used))
+            torch.cartesian_prod(
+                torch.arange(len(logits)), torch.tensor([image]), torch.arange(used)
+            )
         )
     level, image, query = torch.cat(pairs).to(logits.device, non_blocking=True).unbind(1)
     counts = torch.tensor([max(len(target["labels"]), 1) for target in targets])
@@ -150,7 +165,8 @@ def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
 
 @torch.no_grad()
 def log_values(outputs: dict, targets: Targets, matches: Matches) -> dict[str, Tensor]:
-    """What the released code logs beside its losses, scalars by name; matches from `SetCriterion.match`.
+    """What the released code logs beside its losses, scalars by name; matches from
+    `SetCriterion.match`.
 
     `class_error`: per cent of the last level's matched queries whose best class is not their
     object's, 100 if none is matched. `cardinality_error` of each level: how far the number of

@@ -1,7 +1,8 @@
-"""Encoder-free deformable decoder with iterative box refinement (ViDT section 3.2; Deformable DETR, arXiv 2010.04159).
+"""Encoder-free deformable decoder with iterative box refinement (ViDT section 3.2; Deformable DETR,
+arXiv 2010.04159).
 
-Differs from Deformable DETR: no encoder, patch maps get no position encoding, and the bare [DET] tokens make a first
-prediction before the first layer.
+Differs from Deformable DETR: no encoder, patch maps get no position encoding, and the bare [DET]
+tokens make a first prediction before the first layer.
 
 Letters: B batch, Q queries, S positions of all levels, C channels, L levels, D decoder layers.
 Boxes are cxcywh in 0..1 of the unpadded image; reference points are (cx, cy) of the same frame.
@@ -73,8 +74,10 @@ class DecoderLayer(nn.Module):
         padding: Tensor,
         hidden_queries: Tensor | None = None,
     ) -> Tensor:
-        """queries and query_pos [B, Q, C]; reference [B, Q, L, 2 or 4]; source [B, S, C]; padding [B, S];
-        hidden_queries [Q, Q], True where the row may not look at the column. Returns [B, Q, C]."""
+        """queries and query_pos [B, Q, C]; reference [B, Q, L, 2 or 4]; source [B, S, C]; padding
+        [B, S]; hidden_queries [Q, Q], True where the row may not look at the column. Returns [B, Q,
+        C].
+        """
         placed = queries + query_pos
         attended = self.self_attn(
             placed, placed, queries, attn_mask=hidden_queries, need_weights=False
@@ -87,7 +90,9 @@ class DecoderLayer(nn.Module):
 
 
 def valid_ratios(padding: Tensor) -> Tensor:
-    """Share of a padded map that is image, by its first row and column: padding [B, H, W] -> [B, 2] as (x, y)."""
+    """Share of a padded map that is image, by its first row and column: padding [B, H, W] -> [B, 2]
+    as (x, y).
+    """
     height, width = padding.shape[1:]
     x = (~padding[:, 0, :]).sum(1) / width
     y = (~padding[:, :, 0]).sum(1) / height
@@ -95,7 +100,9 @@ def valid_ratios(padding: Tensor) -> Tensor:
 
 
 class DeformableDecoder(nn.Module):
-    """Refines the [DET] tokens layer by layer; returns the state and the boxes of every level, D + 1 of them."""
+    """Refines the [DET] tokens layer by layer; returns the state and the boxes of every level, D +
+    1 of them.
+    """
 
     def __init__(
         self,
@@ -124,7 +131,9 @@ class DeformableDecoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for every matrix, then the attention's own start (offsets and weights that ignore the query)."""
+        """Xavier for every matrix, then the attention's own start (offsets and weights that ignore
+        the query).
+        """
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -142,22 +151,28 @@ class DeformableDecoder(nn.Module):
         refine: bool,
         noised_boxes: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """queries, query_pos [B, Q, C]; maps [B, C, h, w] and paddings [B, h, w] of each level; box_heads one per
-        prediction level. With refine every level starts from the boxes of the one before; without, from the
-        reference points. noised_boxes [B, N, 4]: extra queries, for training (see `denoising_position`).
+        """queries, query_pos [B, Q, C]; maps [B, C, h, w] and paddings [B, h, w] of each level;
+        box_heads one per prediction level. With refine every level starts from the boxes of the one
+        before; without, from the reference points. noised_boxes [B, N, 4]: extra queries, for
+        training (see `denoising_position`).
 
         Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + N queries.
         """
         source = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         padding = torch.cat([level.flatten(1) for level in paddings], dim=1)
         level_shapes = [(level.shape[2], level.shape[3]) for level in maps]
-        ratios = torch.stack([valid_ratios(level) for level in paddings], dim=1)[:, None]  # [B, 1, L, 2]
+        ratios = torch.stack([valid_ratios(level) for level in paddings], dim=1)[
+            :, None
+        ]  # [B, 1, L, 2]
         ratios = torch.cat([ratios, ratios], dim=-1) if refine else ratios
 
         with torch.autocast(queries.device.type, enabled=False):
-            points = self.reference_points(query_pos.to(self.reference_points.weight.dtype)).sigmoid()
+            points = self.reference_points(
+                query_pos.to(self.reference_points.weight.dtype)
+            ).sigmoid()
         states, boxes = [queries], [_offset_boxes(box_heads[0](queries), points)]
-        # Without refinement the points stay in the graph; with it only the first box head sees their gradient.
+        # Without refinement the points stay in the graph; with it only the first box head sees
+        # their gradient.
         reference = boxes[0].detach() if refine else points
         hidden = None
         if noised_boxes is not None:
@@ -176,11 +191,13 @@ class DeformableDecoder(nn.Module):
 
 
 def denoising_position(boxes: Tensor, dim: int) -> Tensor:
-    """Sine encoding of boxes (DAB-DETR, arXiv 2201.12329, equation 4) for queries that are given a box, not a token.
+    """Sine encoding of boxes (DAB-DETR, arXiv 2201.12329, equation 4) for queries that are given a
+    box, not a token.
 
-    DN-DETR (arXiv 2203.01305) trains a decoder to mend boxes near the truth beside finding them. Its queries carry a
-    learned label embedding; ours carry nothing but the place, so that the class has to be read off the picture and the
-    weights stay those of the released model. boxes [B, N, 4] cxcywh -> [B, N, dim].
+    DN-DETR (arXiv 2203.01305) trains a decoder to mend boxes near the truth beside finding them.
+    Its queries carry a learned label embedding; ours carry nothing but the place, so that the class
+    has to be read off the picture and the weights stay those of the released model. boxes [B, N, 4]
+    cxcywh -> [B, N, dim].
     """
     channel = torch.arange(dim // 8, device=boxes.device)
     angle = boxes[..., None] * (2 * math.pi) / 20 ** (channel / (dim // 8))  # [B, N, 4, dim / 8]
@@ -188,7 +205,9 @@ def denoising_position(boxes: Tensor, dim: int) -> Tensor:
 
 
 def hide_noised(num_queries: int, num_noised: int, device: torch.device) -> Tensor:
-    """[Q + N, Q + N] bool, True = hidden: a noised query sees itself and the detection queries, nobody sees it."""
+    """[Q + N, Q + N] bool, True = hidden: a noised query sees itself and the detection queries,
+    nobody sees it.
+    """
     total = num_queries + num_noised
     hidden = torch.zeros(total, total, dtype=torch.bool, device=device)
     hidden[:, num_queries:] = True
@@ -196,6 +215,8 @@ def hide_noised(num_queries: int, num_noised: int, device: torch.device) -> Tens
 
 
 def _offset_boxes(offsets: Tensor, reference: Tensor) -> Tensor:
-    """offsets [B, Q, 4] in logit space on a reference point (moves cx, cy only) or a reference box."""
+    """offsets [B, Q, 4] in logit space on a reference point (moves cx, cy only) or a reference
+    box.
+    """
     base = inverse_sigmoid(reference)
     return (offsets + F.pad(base, (0, 4 - base.shape[-1]))).sigmoid()

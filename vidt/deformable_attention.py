@@ -1,9 +1,11 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equations 2 and 3).
 
-Plain PyTorch: bilinear sampling by `grid_sample`, so it builds nowhere, runs everywhere and can be exported.
-Each query looks at a few learned points on every level of the pyramid instead of at all positions.
+Plain PyTorch: bilinear sampling by `grid_sample`, so it builds nowhere, runs everywhere and can be
+exported. Each query looks at a few learned points on every level of the pyramid instead of at all
+positions.
 
-Letters: B batch, Q queries, S positions of all levels together, C channels, M heads, D = C / M, L levels, P points.
+Letters: B batch, Q queries, S positions of all levels together, C channels, M heads, D = C / M, L
+levels, P points.
 """
 
 import math
@@ -18,9 +20,9 @@ def deformable_attention(
 ) -> Tensor:
     """Samples every level at the given points and sums the samples by weight.
 
-    value [B, S, M, D]; level_shapes (height, width) of each level, in the order in which S is laid out;
-    locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, outside reads zero; weights [B, Q, M, L, P].
-    Returns [B, Q, M * D].
+    value [B, S, M, D]; level_shapes (height, width) of each level, in the order in which S is laid
+    out; locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, outside reads zero; weights
+    [B, Q, M, L, P]. Returns [B, Q, M * D].
     """
     batch, _, heads, dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
@@ -59,7 +61,9 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """At the start head m looks along direction m, point p at p + 1 cells, with equal weights."""
+        """At the start head m looks along direction m, point p at p + 1 cells, with equal
+        weights.
+        """
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -82,13 +86,16 @@ class DeformableAttention(nn.Module):
         level_shapes: list[tuple[int, int]],
         padding: Tensor | None = None,
     ) -> Tensor:
-        """query [B, Q, C]; reference [B, Q, L, 2] as (x, y), or [B, Q, L, 4] as cxcywh, 0..1 of the padded level;
-        source [B, S, C]; padding [B, S] bool, True where padded. Returns [B, Q, C]."""
+        """query [B, Q, C]; reference [B, Q, L, 2] as (x, y), or [B, Q, L, 4] as cxcywh, 0..1 of the
+        padded level; source [B, S, C]; padding [B, S] bool, True where padded. Returns [B, Q,
+        C].
+        """
         value = self.value_proj(source)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        # Half precision would move a sample by whole hundredths of a cell: places and weights stay in float32.
+        # Half precision would move a sample by whole hundredths of a cell: places and weights stay
+        # in float32.
         with torch.autocast(query.device.type, enabled=False):
             exact = query.to(self.sampling_offsets.weight.dtype)
             shape = (self.num_heads, self.num_levels, self.num_points)
@@ -102,7 +109,9 @@ class DeformableAttention(nn.Module):
     def _locations(
         self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Offsets count cells around a reference point, and half box sizes around a reference box."""
+        """Offsets count cells around a reference point, and half box sizes around a reference
+        box.
+        """
         centre = reference[:, :, None, :, None, :2]  # [B, Q, 1, L, 1, 2]
         if reference.shape[-1] == 2:
             cells = offsets.new_tensor([(width, height) for height, width in level_shapes])

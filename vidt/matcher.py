@@ -1,6 +1,8 @@
-"""Hungarian assignment of queries to objects (DETR, arXiv 2005.12872, section 3.1; costs of Deformable DETR).
+"""Hungarian assignment of queries to objects (DETR, arXiv 2005.12872, section 3.1; costs of
+Deformable DETR).
 
-Letters: L prediction levels, B batch, Q queries, K classes, T most objects in an image of the batch.
+Letters: L prediction levels, B batch, Q queries, K classes, T most objects in an image of the
+batch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of all levels and images in one flat list; every field is [pairs] int64 on the outputs' device."""
+    """Pairs of all levels and images in one flat list; every field is [pairs] int64 on the outputs'
+    device.
+    """
 
     level: Tensor
     image: Tensor
@@ -25,7 +29,9 @@ class Matches:
 
 
 class HungarianMatcher(nn.Module):
-    """Finds, per level and image, the assignment of least total cost. Alpha and gamma are the released constants."""
+    """Finds, per level and image, the assignment of least total cost. Alpha and gamma are the
+    released constants.
+    """
 
     def __init__(
         self,
@@ -48,10 +54,11 @@ class HungarianMatcher(nn.Module):
         targets: list[dict[str, Tensor]],
         copies: list[int] | None = None,
     ) -> Matches:
-        """logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes` [n, 4] cxcywh.
+        """logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes`
+        [n, 4] cxcywh.
 
-        copies says, per level, how many queries each object may take (1 if not given). Where an image has more
-        objects than queries, as many objects as there are queries are matched.
+        copies says, per level, how many queries each object may take (1 if not given). Where an
+        image has more objects than queries, as many objects as there are queries are matched.
         """
         costs = self.costs(logits, boxes, targets).cpu().numpy()  # the one wait for the device
         counts = [len(target["labels"]) for target in targets]
@@ -71,7 +78,9 @@ class HungarianMatcher(nn.Module):
     def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """[L, B, Q, T]; the columns past an image's own count are meaningless."""
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, T]
-        wanted = pad_sequence([target["boxes"] for target in targets], batch_first=True)  # [B, T, 4]
+        wanted = pad_sequence(
+            [target["boxes"] for target in targets], batch_first=True
+        )  # [B, T, 4]
         probability = logits.float().sigmoid()
         hit = self.alpha * (1 - probability) ** self.gamma * -(probability + EPS).log()
         miss = (1 - self.alpha) * probability**self.gamma * -(1 - probability + EPS).log()
@@ -80,7 +89,8 @@ class HungarianMatcher(nn.Module):
         cost_bbox = torch.cdist(boxes.float(), wanted[None].expand(len(boxes), -1, -1, -1), p=1)
         costs = self.cost_bbox * cost_bbox + self.cost_class * cost_class
         costs = costs - self.cost_giou * _pairwise_giou(boxes.float(), wanted)
-        # A diverging run must reach the loss, which names the step and the terms, rather than fail in scipy.
+        # A diverging run must reach the loss, which names the step and the terms, rather than fail
+        # in scipy.
         return costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
 
 
@@ -90,7 +100,9 @@ def _pairwise_giou(boxes: Tensor, wanted: Tensor) -> Tensor:
     first = box_convert(boxes, "cxcywh", "xyxy")
     second = box_convert(wanted, "cxcywh", "xyxy")
     images = [
-        generalized_box_iou(first[:, image].flatten(0, 1), second[image]).unflatten(0, (levels, queries))
+        generalized_box_iou(first[:, image].flatten(0, 1), second[image]).unflatten(
+            0, (levels, queries)
+        )
         for image in range(len(wanted))
     ]
     return torch.stack(images, dim=1)

@@ -1,8 +1,11 @@
-"""ViDT: a Swin body that carries [DET] tokens and an encoder-free deformable decoder (arXiv 2110.03921).
+"""ViDT: a Swin body that carries [DET] tokens and an encoder-free deformable decoder (arXiv
+2110.03921).
 
-Module names follow the released checkpoints where they are free to choose; `vidt.convert` maps the rest.
+Module names follow the released checkpoints where they are free to choose; `vidt.convert` maps the
+rest.
 
-Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim, L levels, D decoder layers.
+Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim, L levels, D
+decoder layers.
 """
 
 import math
@@ -47,13 +50,26 @@ class ViDTConfig:
         _require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         known = ", ".join(SWIN_VARIANTS)
         _require(
-            self.backbone_name in SWIN_VARIANTS, "backbone_name", self.backbone_name, f"one of {known}"
+            self.backbone_name in SWIN_VARIANTS,
+            "backbone_name",
+            self.backbone_name,
+            f"one of {known}",
         )
-        for name in ("num_classes", "det_token_num", "pos_dim", "nheads", "dim_feedforward", "dec_n_points"):
+        for name in (
+            "num_classes",
+            "det_token_num",
+            "pos_dim",
+            "nheads",
+            "dim_feedforward",
+            "dec_n_points",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(self.dec_layers >= 0, "dec_layers", self.dec_layers, "0 or more")
         _require(
-            self.num_feature_levels == NUM_LEVELS, "num_feature_levels", self.num_feature_levels, "4"
+            self.num_feature_levels == NUM_LEVELS,
+            "num_feature_levels",
+            self.num_feature_levels,
+            "4",
         )
         step = math.lcm(32, self.nheads)  # GroupNorm has 32 groups
         _require(
@@ -113,12 +129,16 @@ class ViDT(nn.Module):
         )
         # With refinement every prediction level has heads of its own; without, all share one.
         num_heads = config.dec_layers + 1 if config.with_box_refine else 1
-        self.class_embed = nn.ModuleList(nn.Linear(dim, config.num_classes) for _ in range(num_heads))
+        self.class_embed = nn.ModuleList(
+            nn.Linear(dim, config.num_classes) for _ in range(num_heads)
+        )
         self.bbox_embed = nn.ModuleList(BoxHead(dim) for _ in range(num_heads))
         self.reset_heads()
 
     def reset_heads(self) -> None:
-        """Every class starts at probability 0.01, every box near its reference, a small box at first."""
+        """Every class starts at probability 0.01, every box near its reference, a small box at
+        first.
+        """
         for classifier in self.class_embed:
             nn.init.constant_(classifier.bias, -math.log(99))
         for head in self.bbox_embed:
@@ -131,10 +151,10 @@ class ViDT(nn.Module):
     ) -> dict[str, Any]:
         """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
 
-        Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1 of the unpadded
-        image) and, with aux_loss, `aux_outputs`: the same two of each earlier prediction level, first to last.
-        noised_boxes [B, N, 4] (cxcywh), in training only: extra queries that start there; what becomes of them is in
-        `denoising_outputs`, per decoder layer.
+        Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1
+        of the unpadded image) and, with aux_loss, `aux_outputs`: the same two of each earlier
+        prediction level, first to last. noised_boxes [B, N, 4] (cxcywh), in training only: extra
+        queries that start there; what becomes of them is in `denoising_outputs`, per decoder layer.
         """
         maps, det, det_pos = self.backbone(images, padding)
         paddings = [resize_padding(padding, (level.shape[2], level.shape[3])) for level in maps]

@@ -1,4 +1,6 @@
-"""Pictures to boxes: top-k decoding (Deformable DETR's) and a `Predictor` that owns everything around the model."""
+"""Pictures to boxes: top-k decoding (Deformable DETR's) and a `Predictor` that owns everything
+around the model.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,22 +51,34 @@ def decode_top_k(outputs: dict, sizes: Tensor, top_k: int = TOP_K) -> list[Detec
 
 
 class Predictor:
-    """A trained detector as it was evaluated: same resize, same normalisation, same decoding, its class names."""
+    """A trained detector as it was evaluated: same resize, same normalisation, same decoding, its
+    class names.
+    """
 
-    def __init__(self, model: ViDT, info: WeightsInfo, *, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: ViDT, info: WeightsInfo, *, device: str | torch.device = "cpu"
+    ) -> None:
         self.model = model.to(device).eval()
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
         self.device = torch.device(device)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, device: str | torch.device = "cpu") -> "Predictor":
+    def from_checkpoint(
+        cls, path: str | Path, *, device: str | torch.device = "cpu"
+    ) -> "Predictor":
         """Reads a weights file of ours. Raises ValueError, naming the file, for any other."""
         return cls(*load_model(path), device=device)
 
     def __call__(
-        self, images: Sequence[str | Path | Image.Image], *, threshold: float = 0.0, batch_size: int = 8
+        self,
+        images: Sequence[str | Path | Image.Image],
+        *,
+        threshold: float = 0.0,
+        batch_size: int = 8,
     ) -> list[Detections]:
-        """Detections of each picture or file, in order. Raises `vidt.images.UnreadableImage` for a damaged file."""
+        """Detections of each picture or file, in order. Raises `vidt.images.UnreadableImage` for a
+        damaged file.
+        """
         results = dict(self.stream(images, batch_size=batch_size))
         return [results[index].above(threshold) for index in range(len(images))]
 
@@ -73,14 +87,21 @@ class Predictor:
         self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 8
     ) -> Iterator[tuple[int, Detections]]:
         """(index, detections) as they are ready; pictures of equal canvas are batched together."""
-        pictures = [image if isinstance(image, Image.Image) else read_image(image) for image in images]
-        canvases = [self.preprocessing.canvas(picture.height, picture.width) for picture in pictures]
+        pictures = [
+            image if isinstance(image, Image.Image) else read_image(image) for image in images
+        ]
+        canvases = [
+            self.preprocessing.canvas(picture.height, picture.width) for picture in pictures
+        ]
         for indices in canvas_batches(canvases, batch_size):
             tensors = [self.preprocessing(pictures[index].convert("RGB")) for index in indices]
             batch, padding = pad_batch([tensor.to(self.device) for tensor in tensors])
             sizes = torch.tensor([(pictures[i].height, pictures[i].width) for i in indices])
             found = decode_top_k(self.model(batch, padding), sizes.to(self.device))
             for index, detections in zip(indices, found, strict=True):
-                yield index, Detections(
-                    detections.scores.cpu(), detections.labels.cpu(), detections.boxes.cpu()
+                yield (
+                    index,
+                    Detections(
+                        detections.scores.cpu(), detections.labels.cpu(), detections.boxes.cpu()
+                    ),
                 )

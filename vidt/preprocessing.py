@@ -1,6 +1,8 @@
-"""From a picture to the tensor that the detector sees: the one definition of resize, normalisation and padding.
+"""From a picture to the tensor that the detector sees: the one definition of resize, normalisation
+and padding.
 
-Training-time evaluation, prediction and export all come through here, and the settings travel with the weights.
+Training-time evaluation, prediction and export all come through here, and the settings travel with
+the weights.
 """
 
 from collections import defaultdict
@@ -16,9 +18,12 @@ from torchvision.transforms.v2 import functional as F
 GRANULE = 16  # sides are rounded down to multiples of this, as released
 
 
-def resized_shape(height: int, width: int, size: int, max_size: int | None = None) -> tuple[int, int]:
-    """(height, width) after the released resize: short side to `size`, long side at most `max_size`, both rounded down
-    to multiples of 16 (never to nothing)."""
+def resized_shape(
+    height: int, width: int, size: int, max_size: int | None = None
+) -> tuple[int, int]:
+    """(height, width) after the released resize: short side to `size`, long side at most
+    `max_size`, both rounded down to multiples of 16 (never to nothing).
+    """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
         size = round(max_size * short / long)
@@ -41,7 +46,9 @@ class Preprocessing:
         return self.eval_size * 1333 // 800
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) that an image of this size is brought to; depends on that image alone."""
+        """The (height, width) that an image of this size is brought to; depends on that image
+        alone.
+        """
         return resized_shape(height, width, self.eval_size, self.max_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -59,9 +66,13 @@ def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
     return F.resize(image, list(shape), InterpolationMode.BILINEAR, antialias=True)
 
 
-def pad_batch(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Images [3, h, w] of any sizes -> images [B, 3, H, W], zero padded right and below, and padding [B, H, W] bool,
-    True where padded. H x W is `canvas`, or the largest height and width."""
+def pad_batch(
+    images: Sequence[Tensor], canvas: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images [3, h, w] of any sizes -> images [B, 3, H, W], zero padded right and below, and
+    padding [B, H, W] bool, True where padded. H x W is `canvas`, or the largest height and
+    width.
+    """
     height, width = canvas or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
     batch = images[0].new_zeros(len(images), 3, height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
@@ -72,9 +83,11 @@ def pad_batch(images: Sequence[Tensor], canvas: tuple[int, int] | None = None) -
 
 
 def canvas_batches(canvases: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch mates.
+    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch
+    mates.
 
-    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window padding).
+    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window
+    padding).
     """
     groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for index, canvas in enumerate(canvases):

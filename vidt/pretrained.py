@@ -1,4 +1,5 @@
-"""ImageNet weights for the body: timm's files where timm has them, the released URL for nano, or a file.
+"""ImageNet weights for the body: timm's files where timm has them, the released URL for nano, or a
+file.
 
 Nothing is fetched twice: timm and torch hub keep what they download in their caches.
 """
@@ -27,8 +28,9 @@ URLS = {
 def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None:
     """Fills `body` from `pre_trained`: "imagenet", "none" (left as it is) or a file.
 
-    Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 merging) must be in the weights.
-    Raises ValueError: one line naming the file to fetch by hand, the missing or misshapen tensor, or the damaged file.
+    Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 merging) must be
+    in the weights. Raises ValueError: one line naming the file to fetch by hand, the missing or
+    misshapen tensor, or the damaged file.
     """
     if pre_trained == "none":
         return
@@ -43,10 +45,14 @@ def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None
             raise ValueError(f"{source}: tensor {name} has no place in {backbone_name}")
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, {backbone_name} needs {tuple(expected[name].shape)}"
-            raise ValueError(f"{source}: tensor {name} has shape {shapes}; choose the body's own file")
+            raise ValueError(
+                f"{source}: tensor {name} has shape {shapes}; choose the body's own file"
+            )
     missing = [name for name in expected if name not in converted and not added_by_vidt(name)]
     if missing:
-        raise ValueError(f"{source}: {len(missing)} tensors of {backbone_name} are missing, first {missing[0]}")
+        raise ValueError(
+            f"{source}: {len(missing)} tensors of {backbone_name} are missing, first {missing[0]}"
+        )
     body.load_state_dict({**expected, **converted}, strict=True)
 
 

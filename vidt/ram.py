@@ -1,9 +1,12 @@
-"""Reconfigured Attention Module (ViDT, arXiv 2110.03921, section 3.1): Swin's window attention that also serves [DET] tokens.
+"""Reconfigured Attention Module (ViDT, arXiv 2110.03921, section 3.1): Swin's window attention that
+also serves [DET] tokens.
 
-One set of weights answers three questions: [PATCH] x [PATCH] in (shifted) windows as in Swin (arXiv 2103.14030),
-[DET] x [DET] over all tokens of the image, and in chosen stages [DET] x [PATCH] over all patches of the image.
+One set of weights answers three questions: [PATCH] x [PATCH] in (shifted) windows as in Swin (arXiv
+2103.14030), [DET] x [DET] over all tokens of the image, and in chosen stages [DET] x [PATCH] over
+all patches of the image.
 
-Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T = window * window.
+Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T =
+window * window.
 """
 
 import math
@@ -11,7 +14,11 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models.swin_transformer import get_relative_position_index, window_partition, window_reverse
+from timm.models.swin_transformer import (
+    get_relative_position_index,
+    window_partition,
+    window_reverse,
+)
 from torch import Tensor, nn
 
 MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
@@ -23,7 +30,9 @@ def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def sine_position(padding: Tensor, dim: int) -> Tensor:
-    """DETR's sine encoding of the place inside the unpadded part of the map. padding [B, H, W] -> [B, H * W, dim]."""
+    """DETR's sine encoding of the place inside the unpadded part of the map. padding [B, H, W] ->
+    [B, H * W, dim].
+    """
     valid = (~padding).float()
     y, x = valid.cumsum(1), valid.cumsum(2)
     y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
@@ -39,7 +48,9 @@ def sine_position(padding: Tensor, dim: int) -> Tensor:
 
 
 def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """Keeps patches that a cyclic shift brought together apart: [number of windows, T, T], 0 or MASKED."""
+    """Keeps patches that a cyclic shift brought together apart: [number of windows, T, T], 0 or
+    MASKED.
+    """
     height, width = grid
 
     def region(length: int) -> Tensor:
@@ -74,11 +85,13 @@ class ReconfiguredAttention(nn.Module):
         positions: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """patches [B, H, W, C]; det [B, Q, C] with the [DET] position added; positions [B, H * W, C] and
-        padding [B, H * W] (True = padding) are given in stages whose [DET] tokens look at the patches.
-        Returns patches as [B, H * W, C] and det [B, Q, C]."""
+        """patches [B, H, W, C]; det [B, Q, C] with the [DET] position added; positions [B, H * W,
+        C] and padding [B, H * W] (True = padding) are given in stages whose [DET] tokens look at
+        the patches. Returns patches as [B, H * W, C] and det [B, Q, C].
+        """
         grid, tokens = patches.shape[1:3], patches.flatten(1, 2)
-        # Without its bias: that is added once the windows are padded, since padded places hold the bias and nothing else.
+        # Without its bias: that is added once the windows are padded, since padded places hold the
+        # bias and nothing else.
         products = F.linear(torch.cat([tokens, det], dim=1), self.qkv.weight)
         patch_products, det_products = products.split([tokens.shape[1], det.shape[1]], dim=1)
         patch_out = self._windows(patch_products.unflatten(1, grid))
@@ -102,7 +115,9 @@ class ReconfiguredAttention(nn.Module):
         return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _windows(self, products: Tensor) -> Tensor:
-        """products [B, H, W, 3 * C], qkv without bias -> attended patches [B, H * W, C], before the projection."""
+        """products [B, H, W, 3 * C], qkv without bias -> attended patches [B, H * W, C], before the
+        projection.
+        """
         batch, height, width, _ = products.shape
         # Zero padding of the normed patches, not masked, as released.
         pad_h, pad_w = -height % self.window, -width % self.window
@@ -110,7 +125,9 @@ class ReconfiguredAttention(nn.Module):
         grid = (height + pad_h, width + pad_w)
         if self.shift:
             products = products.roll((-self.shift, -self.shift), dims=(1, 2))
-        windows = window_partition(products, (self.window, self.window)).flatten(1, 2)  # [B*nW, T, 3C]
+        windows = window_partition(products, (self.window, self.window)).flatten(
+            1, 2
+        )  # [B*nW, T, 3C]
         query, keys, values = self._heads(windows)
         windows = _attend(query, keys, values, self._window_mask(grid, batch, query.dtype))
         windows = windows.unflatten(1, (self.window, self.window))

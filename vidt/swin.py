@@ -1,7 +1,8 @@
 """Swin body that carries [DET] tokens (ViDT, arXiv 2110.03921; Swin, arXiv 2103.14030).
 
-Differs from timm's Swin: every attention is a `ReconfiguredAttention`; shifted windows are used even where the map is
-no larger than one window; each stage ends, rather than begins, with its merging; a fourth merging makes the stride-64 map.
+Differs from timm's Swin: every attention is a `ReconfiguredAttention`; shifted windows are used
+even where the map is no larger than one window; each stage ends, rather than begins, with its
+merging; a fourth merging makes the stride-64 map.
 
 Letters: B batch, H x W stage grid, Q [DET] tokens, C channels of the stage.
 """
@@ -89,16 +90,27 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, patches: Tensor, det: Tensor, det_pos: Tensor, positions: Tensor | None, padding: Tensor | None
+        self,
+        patches: Tensor,
+        det: Tensor,
+        det_pos: Tensor,
+        positions: Tensor | None,
+        padding: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """patches [B, H, W, C], det [B, Q, C], det_pos [1, Q, pos_dim] -> patches and det of the same shapes."""
+        """patches [B, H, W, C], det [B, Q, C], det_pos [1, Q, pos_dim] -> patches and det of the
+        same shapes.
+        """
         grid = patches.shape[1:3]
         tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
         normed_patches, normed_det = self._split(self.norm1(tokens), det)
         attended = self.attn(
-            normed_patches.unflatten(1, grid), normed_det + self.det_pos_linear(det_pos), positions, padding
+            normed_patches.unflatten(1, grid),
+            normed_det + self.det_pos_linear(det_pos),
+            positions,
+            padding,
         )
-        # One draw of drop path per image drops patches and [DET] tokens together, hence the joint sequence.
+        # One draw of drop path per image drops patches and [DET] tokens together, hence the joint
+        # sequence.
         tokens = tokens + self.drop_path(torch.cat(attended, dim=1))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         patches, det = self._split(tokens, det)
@@ -136,8 +148,12 @@ class Stage(nn.Module):
         )
         self.downsample = Merging(dim, out_dim)
 
-    def forward(self, patches: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """padding [B, h, w], True = padding, at the size in which the body resizes it first. No merging yet."""
+    def forward(
+        self, patches: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """padding [B, h, w], True = padding, at the size in which the body resizes it first. No
+        merging yet.
+        """
         positions = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, (patches.shape[1], patches.shape[2]))
@@ -183,11 +199,14 @@ class SwinBody(nn.Module):
         trunc_normal_(self.det_pos_embed, std=0.02)
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """images [B, 3, H, W]; padding [B, H, W], True = padding. Returns the maps of strides 8, 16, 32 and 64, each
-        [B, channels, h, w]; the [DET] tokens [B, Q, 8 * embed_dim]; their position table [1, Q, pos_dim]."""
+        """images [B, 3, H, W]; padding [B, H, W], True = padding. Returns the maps of strides 8,
+        16, 32 and 64, each [B, channels, h, w]; the [DET] tokens [B, Q, 8 * embed_dim]; their
+        position table [1, Q, pos_dim].
+        """
         patches = self.patch_embed(images)
         det = self.det_token.expand(images.shape[0], -1, -1)
-        # Two nearest steps, this one and the stage's, as released: their floors do not always agree with one.
+        # Two nearest steps, this one and the stage's, as released: their floors do not always agree
+        # with one.
         height, width = (max(side // self.padding_divisor, 1) for side in patches.shape[1:3])
         padding = resize_padding(padding, (height, width))
         maps = []
