@@ -21,9 +21,9 @@ class Agreement:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.num_processes = accelerator.num_processes
-        self.group = (
-            dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_processes > 1 else None
-        )
+        self.group: Any = None
+        if self.num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def gather(self, *numbers: float) -> Tensor:
         """Each process's numbers: [processes, len(numbers)] float64, the same on all."""

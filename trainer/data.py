@@ -8,6 +8,7 @@ Boxes are xyxy in pixels inside this file, and cxcywh in 0..1 of the unpadded im
 it.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from trainer.config import TrainConfig
 from trainer.samples import Sample, SampleTable
-from vidt.images import UnreadableImage, read_image
+from vidt.images import read_image
 from vidt.preprocessing import GRANULE, Preprocessing, pad_batch, resize, resized_shape
 
 RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation size
@@ -133,7 +134,7 @@ class DetectionDataset(Dataset):
         """`image` [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1, `image_id`
         and, if asked for, `noised_boxes` [copies * N, 4].
 
-        Raises UnreadableImage only if no picture of the dataset can be read.
+        Raises ValueError only if no picture of the dataset can be read.
         """
         epoch, wanted = key
         sample, image = self._read_from(wanted)
@@ -155,7 +156,7 @@ class DetectionDataset(Dataset):
             sample = self.samples[index]
             try:
                 return sample, read_image(sample.path, sample.size)
-            except UnreadableImage as error:
+            except ValueError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
@@ -194,7 +195,7 @@ class EvaluationDataset(Dataset):
         sample = self.samples[index]
         try:
             return index, self.preprocessing(read_image(sample.path, sample.size))
-        except UnreadableImage:
+        except ValueError:
             return index, None
 
 
@@ -270,7 +271,14 @@ def training_loader(
         pin_memory=torch.cuda.is_available(),
         # Else the loader would draw its workers' seed from the generator that drives dropout.
         generator=torch.Generator().manual_seed(config.seed),
+        worker_init_fn=leave_signals_to_the_parent,
     )
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the step in hand still needs its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def pad_to(batch: dict[str, Any], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trainer.agreement import Agreement
-from trainer.data import EvaluationDataset
+from trainer.data import EvaluationDataset, leave_signals_to_the_parent
 from trainer.report import COCO_NUMBERS
 from trainer.samples import SampleTable
 from vidt.predictor import Detections, decode_top_k
@@ -35,7 +35,11 @@ STATS = (
 
 
 class Interrupted(Exception):
-    """A stop was asked for while evaluating; raised on every process alike."""
+    """A stop was asked for while evaluating, by `signum`; raised on every process alike."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def evaluate(
     batch_size: int,
     num_workers: int,
     tick: Callable[[float], None] = lambda fraction: None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
     """Predicts this process's share, scores it, and puts all shares together.
 
@@ -70,16 +74,23 @@ def evaluate(
     batches = canvas_batches(canvases, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     dataset = EvaluationDataset(samples, preprocessing)
-    loader = DataLoader(dataset, batch_sampler=mine, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=mine,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_the_parent,
+    )
     detections: dict[int, Detections] = {}
-    stopped = False
+    signum = 0
     for done, batch in enumerate(loader):
         detections.update(predict_batch(model, batch, samples.sizes, accelerator))
         tick((done + 1) / len(mine))
-        if stopped := stop():
+        if signum := stop():
             break
-    if agreement.any(stopped):
-        raise Interrupted
+    signum = int(agreement.gather(signum).max())
+    if signum:
+        raise Interrupted(signum)
     indices = sorted(index for batch in mine for index in batch)
     shares = agreement.gather_objects(score_images(samples, indices, detections))
     unreadable = int(agreement.gather(len(indices) - len(detections))[:, 0].sum())

@@ -3,6 +3,7 @@ weights.
 """
 
 import math
+from typing import Any
 
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -14,12 +15,13 @@ from trainer.config import TrainConfig
 TABLES = ("det_token", "det_pos_embed", "relative_position_bias_table")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; norms, biases, tokens and position tables without.
 
     (The released recipe also decays the head's biases and norms; that is not kept.)
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         bare = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in TABLES
         (plain if bare else decayed).append(parameter)

@@ -15,6 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from trainer.report import write_whole
+from trainer.samples import SampleTable
+from vidt.images import read_image
+from vidt.predictor import Detections
+
+MOST_PAIRS = 16  # validation pictures shown after an evaluation
 
 # The first classes get colours that are told apart at a glance, also by most colour-blind eyes.
 COLOURS = (
@@ -309,3 +314,24 @@ def _framed(picture: Image.Image, margin: int) -> Image.Image:
     sheet = Image.new("RGB", size, BACKGROUND)
     sheet.paste(picture, (margin, margin))
     return sheet
+
+
+def comparisons(samples: SampleTable, detections: dict[int, Detections]) -> list[Comparison]:
+    """Truth beside prediction for a few images of this process's share, spread over the table."""
+    indices = sorted(detections)
+    chosen = indices[:: max(len(indices) // MOST_PAIRS, 1)][:MOST_PAIRS]
+    rows = []
+    for index in chosen:
+        sample, found = samples[index], detections[index]
+        rows.append(
+            Comparison(
+                image=read_image(sample.path, sample.size),
+                truth_boxes=sample.boxes,
+                truth_labels=sample.labels,
+                boxes=found.boxes,
+                labels=found.labels,
+                scores=found.scores,
+                name=Path(sample.path).name,
+            )
+        )
+    return rows

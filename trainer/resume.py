@@ -31,6 +31,7 @@ class RunState:
     """Where a run stands, beside its tensors."""
 
     step: int = 0  # optimiser steps done
+    saved_step: int = -1  # the step of the last checkpoint that was due
     evaluated_step: int = -1  # the step of the last evaluation
     best_map50: float = -1.0
     best_step: int = -1
@@ -43,6 +44,17 @@ class RunState:
     dataset: str = ""  # fingerprint of the training table
     settings: dict[str, Any] = field(default_factory=dict)  # resolved settings, for people
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
+
+    def note_evaluation(self, metrics: dict[str, float]) -> bool:
+        """The one place where "best" is decided; True if this evaluation is the best so far."""
+        self.evaluated_step = self.step
+        best = self.best_step < 0 or metrics["map50"] > self.best_map50
+        if best:
+            self.best_map50, self.best_step = metrics["map50"], self.step
+            self.best_metrics, self.stale_evaluations = dict(metrics), 0
+        else:
+            self.stale_evaluations += 1
+        return best
 
 
 def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -61,19 +73,23 @@ def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) ->
 def restore_tensors(
     tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: Optimizer
 ) -> None:
-    """The inverse of `tensors_of`, onto the devices of the model. Strict: every name must have its
-    place.
+    """The inverse of `tensors_of`, onto the devices of the model.
+
+    Raises ValueError if the tensors are those of another architecture.
     """
-    model.load_state_dict(_under("model/", tensors), strict=True)
-    if ema is not None:
-        ema.load_state_dict(_under("ema/", tensors), strict=True)
+    try:
+        model.load_state_dict(_under("model/", tensors), strict=True)
+        if ema is not None:
+            ema.load_state_dict(_under("ema/", tensors), strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--resume: the checkpoint is of another architecture: {reason}"
+        ) from error
     parameters = dict(model.named_parameters())
     for full_name, tensor in _under("optimizer/", tensors).items():
         key, name = full_name.split("/", 1)
-        parameter = parameters[name]
-        # AdamW keeps its step count on the CPU and its moments beside the parameter.
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +164,7 @@ def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
 
 def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
     """The first that loads, and a line about each that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in candidates:
         try:
             load(path)
@@ -156,6 +172,35 @@ def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def find(wanted: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run's output folder, of a folder of checkpoints, or the one
+    named itself; None if there is none; and a line about each that was passed over.
+    """
+    if (wanted / STATE).exists():
+        return newest_whole([wanted])
+    inner = wanted / "checkpoints"
+    return newest_whole(checkpoints(inner if inner.is_dir() else wanted))
+
+
+def changed_settings(old: RunState, new: RunState) -> list[str]:
+    """A line for each setting that differs. Raises ValueError for what a run cannot go on with."""
+    for name, meaning in (
+        ("step_images", "images per optimiser step"),
+        ("dataset", "training set"),
+    ):
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            raise ValueError(
+                f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the same "
+                "data, --batch_size and number of processes, or start anew with --load_from"
+            )
+    return [
+        f"resuming with {key} {value}, it was {old.settings.get(key)}"
+        for key, value in new.settings.items()
+        if old.settings.get(key) != value
+    ]
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

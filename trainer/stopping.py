@@ -1,14 +1,18 @@
 """SIGTERM and SIGINT as requests: the step in hand is finished, the run is saved, then it ends.
 
-A second signal ends the process at once. Exit codes are the shell's: 128 + the signal's number
-(130, 143).
+A second signal ends the process at once; one that follows within a moment is the same request (a
+launcher forwards what the terminal has sent already). Exit codes are the shell's: 128 + the
+signal's number (130, 143).
 """
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_REQUEST = 2.0  # seconds
 
 
 class Stopped(Exception):
@@ -24,7 +28,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._before: dict[int, signal.Handlers | int | None] = {}
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if (
@@ -42,8 +47,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()  # the next one acts as if we were not here
+        if not self.signum:
+            self.signum, self._since = signum, time.monotonic()
+        elif time.monotonic() - self._since > SAME_REQUEST:
+            self._restore()
+            signal.raise_signal(signum)  # as if we were not here
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
