@@ -48,7 +48,7 @@ def read_datasets(
     if num_classes is not None and num_classes != found:
         raise ValueError(
             f"--num_classes {num_classes}, but {train.source} has {found} classes "
-            f"({', '.join(train.class_names[:5])}{', ...' if found > 5 else ''}); leave the flag out"
+            f"(first {', '.join(train.class_names[:5])}); leave the flag out"
         )
     val, val_findings = read("val", train.class_names)
     train, val, checked = check(

@@ -193,8 +193,8 @@ def changed_settings(old: RunState, new: RunState) -> list[str]:
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             raise ValueError(
-                f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the same "
-                "data, --batch_size and number of processes, or start anew with --load_from"
+                f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
+                "same data, --batch_size and number of processes, or start anew with --load_from"
             )
     return [
         f"resuming with {key} {value}, it was {old.settings.get(key)}"

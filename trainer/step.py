@@ -1,7 +1,7 @@
 """One optimiser step: its micro-batches, what all processes must agree on about it, its gradients.
 
-The gradients of a step are the same however its images are dealt out to processes and micro-batches:
-one canvas for all of them, and one normaliser, the boxes of the whole step.
+The gradients of a step are the same however its images are dealt out to processes and
+micro-batches: one canvas for all of them, and one normaliser, the boxes of the whole step.
 """
 
 from collections.abc import Iterator
@@ -98,8 +98,8 @@ def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int,
             "lower --eval_size or --train_max_size, or choose a smaller --backbone_name"
         )
     logger.warning(
-        f"out of memory: --batch_size {size} is now computed in {larger[0]} portions on every process; "
-        f"the result is the same. Pass --n_iter_to_acc {larger[0]} to start that way"
+        f"out of memory: --batch_size {size} is now computed in {larger[0]} portions on every "
+        f"process; the result is the same. Pass --n_iter_to_acc {larger[0]} to start that way"
     )
     return larger[0]
 

@@ -1,7 +1,8 @@
-"""The main job: `accelerate launch trainer/train.py`. One straight line from settings to a detector.
+"""The main job: `accelerate launch trainer/train.py`. One straight line from settings to a
+detector.
 
-Order of initialisation: process group, datasets, seed, model (random; then a checkpoint to resume, or
---load_from, or the ImageNet body), average of the weights, optimiser, loop.
+Order of initialisation: process group, datasets, seed, model (random; then a checkpoint to resume,
+or --load_from, or the ImageNet body), average of the weights, optimiser, loop.
 """
 
 import contextlib
@@ -57,7 +58,8 @@ def train(
     *,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Trains a detector and returns the metrics of its best evaluation (keys as in `trainer.report`).
+    """Trains a detector and returns the metrics of its best evaluation (keys as in
+    `trainer.report`).
 
     train_set and val_set share their class names; model_fields are those of `ViDTConfig`. report is
     called on the main process only. Writes `best.safetensors`, `last.safetensors`, `checkpoints/`,
@@ -278,7 +280,9 @@ def restore(
     optimizer: Any,
     accelerator: Accelerator,
 ) -> RunState:
-    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on from."""
+    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on
+    from.
+    """
     state, tensors = checkpoints.load(path)
     for line in checkpoints.changed_settings(state, fresh):
         logger.warning(line)
@@ -297,8 +301,8 @@ def describe(accelerator: Accelerator, config: TrainConfig, clock: Clock, state:
         precision = "fp16 asked for, but a CPU computes fp32 (bf16 works)"
     return (
         f"{start} to {clock.total_steps} ({clock.per_epoch} per epoch), {clock.step_images} images "
-        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision {precision}; "
-        f"results in {config.output_dir}"
+        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision "
+        f"{precision}; results in {config.output_dir}"
     )
 
 
@@ -314,7 +318,9 @@ def closing(state: RunState) -> str:
 
 
 def on_main(accelerator: Accelerator, agreement: Agreement, work: Callable[[], Any]) -> Any:
-    """Does `work` on the main process and gives its result to all; a ValueError is raised on all."""
+    """Does `work` on the main process and gives its result to all; a ValueError is raised on
+    all.
+    """
     result: Any = None
     if accelerator.is_main_process:
         try:

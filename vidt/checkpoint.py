@@ -208,7 +208,8 @@ def start_from(model: ViDT, path: str | Path, class_names: tuple[str, ...]) -> H
         theirs, ours = getattr(config, setting.name), getattr(model.config, setting.name)
         if theirs != ours:
             raise ValueError(
-                f"{path} has {setting.name} {theirs}, this run {ours}; pass --{setting.name} {theirs}"
+                f"{path} has {setting.name} {theirs}, this run {ours}; "
+                f"pass --{setting.name} {theirs}"
             )
     fresh = model.state_dict()
     rows = _matching_rows(names, class_names, config.num_classes)

@@ -56,8 +56,8 @@ def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[
                 original = state_dict[shared]
                 if not torch.equal(tensor, original):
                     raise ValueError(
-                        f"{name} differs from {shared}: the file has heads of its own for every level; "
-                        "load it with with_box_refine=True"
+                        f"{name} differs from {shared}: the file has heads of its own for every "
+                        "level; load it with with_box_refine=True"
                     )
                 ours = shared
         converted[ours] = tensor

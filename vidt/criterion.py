@@ -34,6 +34,7 @@ class SetCriterion(nn.Module):
         focal_alpha: float = 0.25,
         aux_copies: int = 1,
         quality_target: bool = False,
+        patch_copies: int = 4,
     ) -> None:
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
@@ -41,6 +42,7 @@ class SetCriterion(nn.Module):
         self.focal_alpha = focal_alpha
         self.aux_copies = aux_copies
         self.quality_target = quality_target
+        self.patch_copies = patch_copies
 
     def forward(
         self, outputs: dict, targets: Targets, num_boxes: float | Tensor
@@ -56,6 +58,8 @@ class SetCriterion(nn.Module):
             for level, suffix in _suffixes(len(logits))
             for name in self.weights
         }
+        if "enc_outputs" in outputs:
+            terms |= self._patches(outputs["enc_outputs"], targets, num_boxes)
         if "denoising_outputs" in outputs:
             terms |= self._denoising(outputs["denoising_outputs"], targets, num_boxes)
         return terms
@@ -65,6 +69,20 @@ class SetCriterion(nn.Module):
         logits, boxes = stack_levels([*outputs.get("aux_outputs", []), outputs])
         copies = [self.aux_copies] * (len(logits) - 1) + [1]
         return self.matcher(logits, boxes, targets, copies)
+
+    def _patches(
+        self, level: dict[str, Tensor], targets: Targets, num_boxes: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Terms `loss_enc_*` of the patches' own predictions; each object takes several patches."""
+        logits, boxes = stack_levels([level])
+        matches = self.matcher(logits, boxes, targets, [self.patch_copies])
+        sums = self._sums(logits, boxes, matches, targets)
+        return {
+            f"loss_enc_{name}": self.weights[name]
+            * sums[name].sum()
+            / (num_boxes * self.patch_copies)
+            for name in self.weights
+        }
 
     def _denoising(
         self, levels: list[dict[str, Tensor]], targets: Targets, num_boxes: float | Tensor
@@ -157,10 +175,11 @@ def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
                 torch.arange(len(logits)), torch.tensor([image]), torch.arange(used)
             )
         )
-    level, image, query = torch.cat(pairs).to(logits.device, non_blocking=True).unbind(1)
+    levels, images, queries = torch.cat(pairs).to(logits.device, non_blocking=True).unbind(1)
     counts = torch.tensor([max(len(target["labels"]), 1) for target in targets])
     counts = counts.to(logits.device, non_blocking=True)
-    return Matches(level, image, query, query % counts[image]), weights.to(logits.device)
+    matches = Matches(levels, images, queries, queries % counts[images])
+    return matches, weights.to(logits.device)
 
 
 @torch.no_grad()

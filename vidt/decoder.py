@@ -24,16 +24,23 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class BoxHead(nn.Module):
-    """Three-layer MLP from a query to box offsets in logit space: [..., C] -> [..., 4]."""
+    """Three-layer MLP from a query to box offsets in logit space: [..., C] -> [..., 4].
 
-    def __init__(self, dim: int) -> None:
+    At the start every box is its reference, `size_bias` larger or smaller (in logits).
+    """
+
+    def __init__(self, dim: int, *, size_bias: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
+        last = nn.Linear(dim, 4)
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
 
     def forward(self, x: Tensor) -> Tensor:
         # Half precision has three digits: boxes are worth more, and the head costs nothing.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.layers[0].weight.dtype)
+            x = x.to(next(self.parameters()).dtype)
             x = F.relu(self.layers[0](x))
             x = F.relu(self.layers[1](x))
             return self.layers[2](x)
@@ -138,8 +145,9 @@ class DeformableDecoder(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         nn.init.zeros_(self.reference_points.bias)
-        for layer in self.layers:
-            layer.cross_attn.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
 
     def forward(
         self,
@@ -188,6 +196,20 @@ class DeformableDecoder(nn.Module):
             boxes.append(_offset_boxes(head(queries), reference))
             reference = boxes[-1].detach() if refine else points
         return states, boxes
+
+
+def patch_boxes(offsets: Tensor, paddings: list[Tensor]) -> Tensor:
+    """Boxes that patches predict from where they lie: offsets [B, S, 4] in logit space, paddings
+    [B, h, w] of each level -> [B, S, 4].
+    """
+    centres = []
+    for padding in paddings:
+        height, width = padding.shape[1:]
+        y = (torch.arange(height, device=padding.device) + 0.5) / height
+        x = (torch.arange(width, device=padding.device) + 0.5) / width
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2]
+        centres.append((grid / valid_ratios(padding)[:, None, None]).flatten(1, 2))
+    return _offset_boxes(offsets, torch.cat(centres, dim=1))
 
 
 def denoising_position(boxes: Tensor, dim: int) -> Tensor:

@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vidt.decoder import BoxHead, DeformableDecoder
+from vidt.decoder import BoxHead, DeformableDecoder, patch_boxes
 from vidt.ram import resize_padding
 from vidt.swin import SWIN_VARIANTS, SwinBody
 
@@ -95,9 +96,16 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """1 x 1 convolution and GroupNorm over the whole map, as released."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-    nn.init.xavier_uniform_(convolution.weight)
-    nn.init.zeros_(convolution.bias)
+    for parameter in convolution.parameters():
+        (nn.init.xavier_uniform_ if parameter.dim() > 1 else nn.init.zeros_)(parameter)
     return nn.Sequential(convolution, nn.GroupNorm(32, out_channels))
+
+
+def _classifier(dim: int, num_classes: int) -> nn.Linear:
+    """Every class starts at probability 0.01 (focal loss, arXiv 1708.02002, section 4.1)."""
+    linear = nn.Linear(dim, num_classes)
+    nn.init.constant_(linear.bias, -math.log(99))
+    return linear
 
 
 class ViDT(nn.Module):
@@ -130,24 +138,18 @@ class ViDT(nn.Module):
         # With refinement every prediction level has heads of its own; without, all share one.
         num_heads = config.dec_layers + 1 if config.with_box_refine else 1
         self.class_embed = nn.ModuleList(
-            nn.Linear(dim, config.num_classes) for _ in range(num_heads)
+            _classifier(dim, config.num_classes) for _ in range(num_heads)
         )
-        self.bbox_embed = nn.ModuleList(BoxHead(dim) for _ in range(num_heads))
-        self.reset_heads()
-
-    def reset_heads(self) -> None:
-        """Every class starts at probability 0.01, every box near its reference, a small box at
-        first.
-        """
-        for classifier in self.class_embed:
-            nn.init.constant_(classifier.bias, -math.log(99))
-        for head in self.bbox_embed:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
-        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+        self.bbox_embed = nn.ModuleList(
+            BoxHead(dim, size_bias=0.0 if level else -2.0) for level in range(num_heads)
+        )
 
     def forward(
-        self, images: Tensor, padding: Tensor, noised_boxes: Tensor | None = None
+        self,
+        images: Tensor,
+        padding: Tensor,
+        noised_boxes: Tensor | None = None,
+        patch_queries: bool = False,
     ) -> dict[str, Any]:
         """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
 
@@ -174,13 +176,27 @@ class ViDT(nn.Module):
             )
         ]
         found = [_queries(level, slice(self.config.det_token_num)) for level in predictions]
-        outputs = dict(found[-1])
+        outputs: dict[str, Any] = dict(found[-1])
         if self.config.aux_loss:
             outputs["aux_outputs"] = found[:-1]
+        if patch_queries:
+            outputs["enc_outputs"] = self._patch_predictions(maps, paddings)
         if noised_boxes is not None:
             mended = slice(self.config.det_token_num, None)
             outputs["denoising_outputs"] = [_queries(level, mended) for level in predictions[1:]]
         return outputs
+
+    def _patch_predictions(self, maps: list[Tensor], paddings: list[Tensor]) -> dict[str, Tensor]:
+        """What every patch of the projected maps would predict with the heads of the bare [DET]
+        tokens: logits [B, S, K], hopeless where padded, and boxes [B, S, 4].
+        """
+        patches = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        padded = torch.cat([level.flatten(1) for level in paddings], dim=1)
+        logits = self.class_embed[0](patches).float().masked_fill(padded[..., None], -1e4)
+        return {
+            "pred_logits": logits,
+            "pred_boxes": patch_boxes(self.bbox_embed[0](patches), paddings),
+        }
 
     @staticmethod
     def _project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:

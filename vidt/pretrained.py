@@ -75,8 +75,9 @@ def _fetch(backbone_name: str) -> dict[str, Tensor]:
         return timm.create_model(TIMM_NAMES[backbone_name], pretrained=True).state_dict()
     except Exception as error:  # every layer below has exceptions of its own for "no network"
         raise ValueError(
-            f"the ImageNet weights of {backbone_name} cannot be reached ({type(error).__name__}); fetch "
-            f"{address(backbone_name)} by hand and pass --pre_trained FILE, or --pre_trained none to start from random"
+            f"the ImageNet weights of {backbone_name} cannot be reached ({type(error).__name__}); "
+            f"fetch {address(backbone_name)} by hand and pass --pre_trained FILE, or "
+            "--pre_trained none to start from random"
         ) from error
 
 

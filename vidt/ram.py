@@ -65,6 +65,8 @@ def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.dev
 class ReconfiguredAttention(nn.Module):
     """Window attention for patches and global attention for [DET] tokens, with shared weights."""
 
+    relative_position_index: Tensor
+
     def __init__(self, dim: int, num_heads: int, *, window: int, shift: int) -> None:
         super().__init__()
         self.num_heads, self.window, self.shift = num_heads, window, shift

@@ -211,6 +211,7 @@ class SwinBody(nn.Module):
         padding = resize_padding(padding, (height, width))
         maps = []
         for index, stage in enumerate(self.layers):
+            assert isinstance(stage, Stage)
             patches, det = stage(patches, det, self.det_pos_embed, padding)
             if index > 0:
                 maps.append(patches.permute(0, 3, 1, 2))
