@@ -1,15 +1,19 @@
 """Fixtures and settings of all tests, and the table of largest differences after them."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the machine may be shared
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
+from trainer.report import Progress
 from vidt.model import ViDT, ViDTConfig
 
 Compare = Callable[[str, Tensor, Tensor, float], None]
@@ -76,9 +80,38 @@ def tiny_model(tiny_config: ViDTConfig) -> ViDT:
     return blurred(ViDT(tiny_config)).eval()
 
 
-def blurred(model: ViDT) -> ViDT:
-    """Noise on every weight: the zeros that a detector starts with hide what depends on what."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training and five validation pictures of several sizes."""
+    root = tmp_path_factory.mktemp("tiny")
+    return write_coco(root, random_pictures(12, seed=0), random_pictures(5, seed=1))
+
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    """A detector that knows four pictures by heart: its scores are neither none nor perfect. Their
+    category ids have gaps and an order of their own.
+    """
+    folder, pictures = tmp_path_factory.mktemp("learnt"), random_pictures(4, seed=0)
+    data = write_coco(folder / "data", pictures, pictures, ids=(7, 900, 3))
+    scores: dict[int, dict[str, float]] = {}
+
+    def report(progress: Progress) -> None:
+        if progress.event == "evaluation":
+            scores[progress.step] = dict(progress.metrics)
+
+    flags = "--epochs 40 --eval_interval 20 --save_interval 40 --lr 1e-3 --clip_max_norm 1"
+    easy = "--dropout 0 --no-flip --no-crop --train_sizes 64 --ema_decay 0.9 --log_interval 20"
+    run(data, folder / "output", flags, easy, report=report)
+    return Learnt(data, folder / "output", scores)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a run's results, a hundred megabytes a checkpoint, gone after the test."""
+    folder = tmp_path / "room"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+

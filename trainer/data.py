@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, wrap
 
 from trainer.config import TrainConfig
 from trainer.samples import Sample, SampleTable
@@ -80,7 +80,7 @@ class Augmentation:
             image, framed = _resize(image, framed, resized_shape(image.height, image.width, short))
             image, framed = self._random_crop(image, framed, random)
             keep = (framed[:, 2:] > framed[:, :2]).all(dim=1)
-            framed, labels = BoundingBoxes(framed[keep], like=framed), labels[keep]
+            framed, labels = wrap(framed[keep], like=framed), labels[keep]
         short = int(random.choice(self.sizes))
         shape = resized_shape(image.height, image.width, short, self.max_size)
         image, framed = _resize(image, framed, shape)

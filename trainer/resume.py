@@ -8,9 +8,9 @@ follow from (seed, step) and (seed, epoch, image).
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")  # the step, and which save of it from the second on
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -42,7 +44,7 @@ class RunState:
     stopped_early: bool = False
     step_images: int = 0  # images of one optimiser step over all processes
     dataset: str = ""  # fingerprint of the training table
-    settings: dict[str, Any] = field(default_factory=dict)  # resolved settings, for people
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved settings of the run that saved it
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
@@ -101,14 +103,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) -> Path:
-    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes all but the
-    newest `keep`.
+    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes others: the
+    newest `keep` stay. Raises OSError, and leaves the others alone, if it cannot be written.
     """
-    name = f"{PREFIX}{state.step:08d}"
     # The same step may be saved again, with its evaluation: beside the first, so that one of them
     # is always there.
-    names = (f"{name}.{again}" if again else name for again in itertools.count())
-    final = next(path for path in (root / name for name in names) if not path.exists())
+    again = [_order(path)[1] + 1 for path in checkpoints(root) if _order(path)[0] == state.step]
+    final = root / (f"{PREFIX}{state.step:08d}" + (f".{max(again)}" if again else ""))
     unfinished = root / f".{final.name}.{os.getpid()}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -123,40 +124,52 @@ def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) 
             _flush(path)
         unfinished.rename(final)
         _flush(root)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"checkpoint {final} cannot be written: {error}") from error
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    prune(root, keep)
+    prune(final, keep)
     return final
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes older checkpoints, renaming each first so that none is ever half there under its own
-    name.
+def prune(newest: Path, keep: int) -> None:
+    """Keeps `newest`, which is whole, and the keep - 1 before it. Those of later steps go too: this
+    run started afresh, or from an earlier checkpoint, and they would pass for its newest.
+
+    Each is renamed first, so that none is ever half there under its own name.
     """
-    for path in [*checkpoints(root)[keep:], *root.glob(f".{PREFIX}*")]:
-        if not path.name.startswith("."):
-            doomed = path.with_name(f".{path.name}.removed")
-            path.rename(doomed)
-            path = doomed
-        shutil.rmtree(path, ignore_errors=True)
+    root = newest.parent
+    before = [path for path in checkpoints(root) if _order(path) < _order(newest)]
+    kept = {newest, *before[: keep - 1]}
+    for leftover in root.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in checkpoints(root):
+        if path not in kept and path.is_dir():
+            doomed = path.rename(path.with_name(f".{path.name}.removed"))
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Folders that look like checkpoints, newest first."""
-    found = [path for path in root.glob(f"{PREFIX}*") if path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
+    """What is named like a checkpoint, whole or not, newest first."""
+    found = [path for path in root.glob(f"{PREFIX}*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=_order, reverse=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """The step of a checkpoint, and which save of that step it is, from 0."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1]), int(match[2] or 0)
 
 
 def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
     """A whole checkpoint. Raises ValueError naming the folder and what is wrong with it."""
     try:
         content = json.loads((path / STATE).read_text())
-        for name, fingerprint in content["files"].items():
-            if _fingerprint(path / name) != fingerprint:
-                raise ValueError(f"{name} is not the file that was written")
+        if _fingerprint(path / TENSORS) != content["files"][TENSORS]:
+            raise ValueError(f"{TENSORS} is not the file that was written")
         return RunState(**content["state"]), load_file(path / TENSORS)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"checkpoint {path} is not whole: {type(error).__name__}: {error}"
         ) from error

@@ -79,7 +79,7 @@ def gradients(
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
         return None
     return sums

@@ -259,6 +259,11 @@ def find_checkpoint(
     Raises ValueError if --resume names a place without a whole checkpoint.
     """
     if config.resume is None:
+        if checkpoints.checkpoints(Path(config.output_dir) / "checkpoints"):
+            logger.warning(
+                f"{config.output_dir} holds a run already: this one starts anew and replaces it "
+                "from its first checkpoint on; to go on with that one, stop and pass --resume"
+            )
         return None
     wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
     found = on_main(accelerator, agreement, lambda: checkpoints.find(wanted))
@@ -289,6 +294,10 @@ def restore(
     checkpoints.restore_tensors(tensors, model, ema, optimizer)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
+    asked = ("batch_size", "n_iter_to_acc")
+    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
+        state.n_iter_to_acc = fresh.n_iter_to_acc  # else what memory allowed still holds
+    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
     state.settings = fresh.settings
     return state
 
@@ -318,18 +327,18 @@ def closing(state: RunState) -> str:
 
 
 def on_main(accelerator: Accelerator, agreement: Agreement, work: Callable[[], Any]) -> Any:
-    """Does `work` on the main process and gives its result to all; a ValueError is raised on
-    all.
+    """Does `work` on the main process and gives its result to all; what a user can mend is raised
+    as ValueError on all.
     """
-    result: Any = None
+    result, problem = None, ""
     if accelerator.is_main_process:
         try:
             result = work()
-        except ValueError as error:
-            result = error
-    result = agreement.from_main(result)
-    if isinstance(result, ValueError):
-        raise result
+        except (ValueError, OSError) as error:
+            problem = str(error)  # not every exception survives the journey to other processes
+    result, problem = agreement.from_main((result, problem))
+    if problem:
+        raise ValueError(problem)
     return result
 
 
@@ -425,7 +434,8 @@ def evaluate_only(
         (output / "evaluation.json").write_text(json.dumps(evaluation.metrics, indent=1))
 
 
-def fail(line: str, code: int) -> None:
+def fail(message: str, code: int) -> None:
+    line = message.strip().splitlines()[-1]  # of a loader process's failure: what, without where
     sys.stderr.write(f"{line}\n" if code >= 128 else f"error: {line}\n")
     sys.exit(code)
 

@@ -57,7 +57,7 @@ class HeadTransfer:
 
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:
     """Writes the file under a temporary name and renames it: at every instant `path` is absent or
-    whole.
+    whole. Raises OSError naming it if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,8 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: Weigh
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

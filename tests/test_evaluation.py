@@ -1,0 +1,187 @@
+"""COCO metrics: those of plain pycocotools, whatever the batch size, and of the saved weights
+wherever they are evaluated.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_runs import NAMES, Learnt, cpu, random_pictures, write_split
+
+from trainer.agreement import Agreement
+from trainer.evaluation import STATS, Evaluation, evaluate
+from trainer.read_coco import read_coco
+from trainer.report import COCO_NUMBERS
+from trainer.samples import SampleTable
+from vidt import Predictor
+from vidt.checkpoint import load_model, load_weights
+
+WITH_NEVER = (*NAMES, "never")  # a class that no picture shows
+IDS = (7, 900, 3, 12)
+
+
+@pytest.fixture(scope="module")
+def crowded(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four pictures that the detector knows, one box of which is a crowd region now, and five
+    that it does not know.
+    """
+    known, unknown = random_pictures(4, seed=0), random_pictures(5, seed=3)
+    first = known[0]
+    crowd = (*first.boxes[0][:5], 1)
+    pictures = [replace(first, boxes=(crowd, *first.boxes[1:])), *known[1:], *unknown]
+    root = tmp_path_factory.mktemp("crowded")
+    write_split(root, "val", pictures, ids=IDS, names=WITH_NEVER)
+    return root
+
+
+def table_of(root: Path, names: tuple[str, ...] = WITH_NEVER) -> SampleTable:
+    return read_coco(root / "annotations/instances_val2017.json", root / "val2017", names)[0]
+
+
+def evaluated(weights: Path, samples: SampleTable, **more: Any) -> Evaluation:
+    model, info = load_model(weights)
+    settings = {"batch_size": 2, "num_workers": 0} | more
+    return evaluate(model, samples, info.preprocessing, cpu(), Agreement(cpu()), **settings)
+
+
+def by_pycocotools(
+    weights: Path, root: Path, change: Callable[[dict], None] = lambda document: None
+) -> dict[str, float]:
+    """The twelve numbers of what the saved weights find in the files, and the AP of each class."""
+    predictor = Predictor.from_checkpoint(weights)
+    document = json.loads((root / "annotations/instances_val2017.json").read_text())
+    change(document)
+    truth = COCO()
+    truth.dataset = document
+    ids = {category["name"]: category["id"] for category in document["categories"]}
+    paths = [root / "val2017" / image["file_name"] for image in document["images"]]
+    rows = [
+        {
+            "image_id": image["id"],
+            "category_id": ids[predictor.class_names[label]],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for image, found in zip(document["images"], predictor(paths), strict=True)
+        for (x1, y1, x2, y2), label, score in zip(
+            found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+        )
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluator = COCOeval(truth, truth.loadRes(rows), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    metrics = dict(zip(STATS, evaluator.stats.tolist(), strict=True))
+    for index, category_id in enumerate(evaluator.params.catIds):
+        precision = evaluator.eval["precision"][:, :, index, 0, -1]
+        name = truth.cats[category_id]["name"]
+        for key, values in (("ap", precision), ("ap50", precision[0])):
+            scored = values[values > -1]
+            metrics[f"{key}/{name}"] = float(scored.mean()) if scored.size else -1.0
+    return metrics
+
+
+def test_the_numbers_are_those_of_pycocotools(learnt: Learnt, crowded: Path) -> None:
+    found = evaluated(learnt.weights, table_of(crowded)).metrics
+    assert found == pytest.approx(by_pycocotools(learnt.weights, crowded), abs=1e-9)
+    assert 0.1 < found["map50"] < 1
+    assert list(found)[:12] == list(COCO_NUMBERS) and found["map50"] == list(found.values())[0]
+
+
+def test_crowd_regions_are_honoured(learnt: Learnt, crowded: Path) -> None:
+    """Taken for an object the crowd region gives other numbers: the test above has teeth."""
+
+    def no_crowd(document: dict) -> None:
+        for annotation in document["annotations"]:
+            annotation["iscrowd"] = 0
+
+    found = evaluated(learnt.weights, table_of(crowded)).metrics
+    without = by_pycocotools(learnt.weights, crowded, no_crowd)
+    assert abs(found["map"] - without["map"]) > 1e-3
+
+
+def test_a_class_without_boxes_has_no_score(learnt: Learnt, crowded: Path) -> None:
+    found = evaluated(learnt.weights, table_of(crowded)).metrics
+    assert (found["ap/never"], found["ap50/never"]) == (-1.0, -1.0)
+    scored = [found[f"ap50/{name}"] for name in NAMES]
+    assert found["map50"] == pytest.approx(np.mean(scored))
+
+
+def test_nothing_to_score_at_all(learnt: Learnt, crowded: Path) -> None:
+    samples = table_of(crowded)
+    bare = samples.keep_boxes(torch.zeros(len(samples.labels), dtype=torch.bool))
+    metrics = evaluated(learnt.weights, bare).metrics
+    assert set(metrics.values()) == {-1.0}
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (5, 0), (2, 2), (100, 1)])
+def test_batches_and_workers_do_not_matter(
+    learnt: Learnt, crowded: Path, batch_size: int, num_workers: int
+) -> None:
+    samples = table_of(crowded)
+    assert len({tuple(size) for size in samples.sizes.tolist()}) == 4
+    expected = evaluated(learnt.weights, samples).metrics
+    more = {"batch_size": batch_size, "num_workers": num_workers}
+    assert evaluated(learnt.weights, samples, **more).metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_order_of_images_and_ids_do_not_matter(learnt: Learnt, crowded: Path) -> None:
+    samples = table_of(crowded)
+    turned = samples.subset(list(reversed(range(len(samples)))))
+    expected = evaluated(learnt.weights, samples).metrics
+    assert evaluated(learnt.weights, turned).metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_image_that_cannot_be_read_any_more_counts_as_nothing_found(
+    learnt: Learnt, crowded: Path, tmp_path: Path
+) -> None:
+    samples = table_of(crowded)
+    whole = evaluated(learnt.weights, samples)
+    assert whole.unreadable == 0
+    path = Path(samples.path(1))
+    path.rename(tmp_path / "away.png")
+    try:
+        without = evaluated(learnt.weights, samples)
+    finally:
+        (tmp_path / "away.png").rename(path)
+    assert without.unreadable == 1 and 1 not in without.detections
+    assert without.metrics["map50"] < whole.metrics["map50"]
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(learnt: Learnt, crowded: Path) -> None:
+    model, info = load_model(learnt.weights)
+    model.train()
+    progress: list[float] = []
+    evaluate(
+        model,
+        table_of(crowded),
+        info.preprocessing,
+        cpu(),
+        Agreement(cpu()),
+        batch_size=4,
+        num_workers=0,
+        tick=progress.append,
+    )
+    assert model.training
+    assert progress == sorted(progress) and progress[-1] == 1.0
+
+
+def test_the_saved_weights_predict_what_training_scored(learnt: Learnt) -> None:
+    """One preprocessing: the number in the file is the one that its user gets."""
+    info = load_weights(learnt.weights)[1]
+    assert info.metrics["map50"] > 0.5
+    found = by_pycocotools(learnt.weights, learnt.data)
+    assert found == pytest.approx(info.metrics, abs=1e-6)
+    last = learnt.output / "last.safetensors"
+    assert by_pycocotools(last, learnt.data) == pytest.approx(learnt.scores[40], abs=1e-6)

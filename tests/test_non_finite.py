@@ -1,0 +1,60 @@
+"""A loss that is NaN or infinite ends a run with step, terms and images named, and nothing saved
+since.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tiny_runs import run
+
+from trainer.loss_log import NonFiniteLoss
+from trainer.report import Progress
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".safetensors", ".json")
+    }
+
+
+def test_a_diverging_run(tiny_data: Path, room: Path) -> None:
+    """With a learning rate of 1e30, of which nobody looks at the losses before the epoch ends."""
+    run(tiny_data, room, "--epochs 1")
+    before, events = contents(room), []
+
+    def report(progress: Progress) -> None:
+        events.append((progress.event, progress.step))
+
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(tiny_data, room, "--resume --lr 1e30 --log_interval 100 --keep 5", report=report)
+    message = str(caught.value)
+    assert "\n" not in message
+    # The step from 1e30 on is the fourth (3, counted from 0): the fifth is the first to see it.
+    assert message.startswith("the loss is not finite at step 4: loss_")
+    (finding,) = json.loads((room / "non_finite.json").read_text())
+    assert finding["step"] == 4
+    assert len(finding["image_ids"]) == 4 and set(finding["image_ids"]) <= set(range(101, 113))
+    assert str(finding["image_ids"]) in message and str(room / "non_finite.json") in message
+    bad = {name for name, value in finding["terms"].items() if not math.isfinite(value)}
+    assert bad and all(f"{name} " in message for name in bad)
+    assert all(name in finding["terms"] for name in ("loss_ce", "loss_bbox", "loss_giou"))
+    after = contents(room)
+    del after["non_finite.json"]
+    assert after == before
+    assert events == [("start", 3)]
+
+
+def test_it_is_noticed_at_the_next_log_line(tiny_data: Path, room: Path) -> None:
+    events = []
+
+    def report(progress: Progress) -> None:
+        events.append((progress.event, progress.step))
+
+    with pytest.raises(NonFiniteLoss):
+        run(tiny_data, room, "--epochs 5 --lr 1e30 --warmup_steps 0", report=report)
+    assert events == [("start", 0), ("step", 1)]
+    assert not (room / "checkpoints").exists() and not list(room.glob("*.safetensors"))

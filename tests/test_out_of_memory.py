@@ -1,0 +1,119 @@
+"""Memory that runs out: the same images in smaller portions, and the same result."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import differences, end_of, last_checkpoint, run
+
+from trainer import resume
+from trainer.report import Progress
+from vidt.model import ViDT
+
+MESSAGES = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+    torch.OutOfMemoryError("XPU: nothing left"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.92 GiB total)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.fixture
+def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """room_for(n, error, after): training more than n images at once raises the error, from the
+    given call on. Returns the sizes that were tried.
+    """
+    forward = ViDT.forward
+
+    def limit(most: int, error: Exception = MESSAGES[0], after: int = 0) -> list[int]:
+        tried: list[int] = []
+
+        def short_of_memory(self, images, *rest, **more):
+            if self.training:
+                tried.append(len(images))
+            outputs = forward(self, images, *rest, **more)
+            if self.training and len(images) > most and len(tried) > after:
+                raise error
+            return outputs
+
+        monkeypatch.setattr(ViDT, "forward", short_of_memory)
+        return tried
+
+    return limit
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in caplog.messages if "out of memory" in line]
+
+
+@pytest.mark.parametrize("error", MESSAGES, ids=["CUDA", "any device", "older", "CPU"])
+def test_smaller_portions_with_the_same_result(
+    tiny_data: Path,
+    room: Path,
+    room_for: Callable[..., list[int]],
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    flags = "--max_steps 2"
+    run(tiny_data, room / "planned", flags, "--n_iter_to_acc 2")
+    tried = room_for(2, error)
+    run(tiny_data, room / "short", flags)
+    assert tried == [4, 2, 2, 2, 2]
+    assert differences(end_of(room / "short"), end_of(room / "planned")) == []
+    (line,) = warnings(caplog)
+    assert "2 portions" in line and "--n_iter_to_acc 2" in line and "\n" not in line
+
+
+def test_in_the_middle_of_a_run(
+    tiny_data: Path,
+    room: Path,
+    room_for: Callable[..., list[int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From the third step on, with workers that have loaded ahead: no image is lost or repeated."""
+    losses: dict[str, list[float]] = {"whole": [], "short": []}
+    flags = "--dropout 0 --num_workers 1 --max_steps 5"
+
+    def report_to(name: str) -> Callable[[Progress], None]:
+        def report(progress: Progress) -> None:
+            if progress.event == "step":
+                losses[name].append(progress.metrics["loss"])
+
+        return report
+
+    run(tiny_data, room / "whole", flags, report=report_to("whole"))
+    tried = room_for(1, after=2)
+    run(tiny_data, room / "short", flags, report=report_to("short"))
+    assert tried == [4, 4, 4, 2, *[1] * 12]
+    assert losses["short"] == pytest.approx(losses["whole"], rel=1e-2)
+    assert len(warnings(caplog)) == 2  # four, then two, then one at a time
+
+
+def test_the_next_process_goes_on_with_the_smaller_portions(
+    tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
+) -> None:
+    tried = room_for(2)
+    run(tiny_data, room, "--max_steps 1")
+    assert resume.load(last_checkpoint(room))[0].n_iter_to_acc == 2
+    run(tiny_data, room, "--max_steps 2 --resume")
+    assert tried == [4, 2, 2, 2, 2]
+
+
+def test_one_image_is_too_much(
+    tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
+) -> None:
+    tried = room_for(0)
+    with pytest.raises(ValueError, match="out of memory with one image of") as caught:
+        run(tiny_data, room, "--max_steps 1")
+    assert tried == [4, 2, 1]
+    assert "--eval_size" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_errors_are_not_taken_for_it(
+    tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
+) -> None:
+    tried = room_for(2, RuntimeError("the size of tensor a (3) must match"))
+    with pytest.raises(RuntimeError, match="must match"):
+        run(tiny_data, room, "--max_steps 1")
+    assert tried == [4]

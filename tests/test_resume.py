@@ -1,0 +1,215 @@
+"""A run that is broken off and resumed ends bit for bit as one that was left alone.
+
+Whole processes, killed at random, are in test_kill_resume.py; here runs break off at chosen places.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import (
+    Crash,
+    differences,
+    end_of,
+    last_checkpoint,
+    random_pictures,
+    run,
+    write_coco,
+)
+
+from trainer import resume
+from trainer.report import Progress
+from trainer.stopping import Stopped
+
+Scores = dict[int, dict[str, float]]
+# Three steps an epoch, two epochs. Dropout is on, as by default, and the body drops paths.
+PLAIN = ""
+OTHER = "--n_iter_to_acc 2 --denoising 6 --no-ema --dropout 0.3"
+
+
+class Watch:
+    """A report that keeps the scores by step, and breaks the run off at an event of a step."""
+
+    def __init__(self, event: str = "", step: int = -1, signum: int = 0) -> None:
+        self.when, self.signum = (event, step), signum
+        self.scores: Scores = {}
+        self.losses: dict[int, float] = {}
+        self.first_step = -1
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.event == "start":
+            self.first_step = progress.step
+        if progress.event == "evaluation":
+            self.scores[progress.step] = dict(progress.metrics)
+        if progress.event == "step":
+            self.losses[progress.step] = progress.metrics["loss"]
+        if (progress.event, progress.step) == self.when:
+            if not self.signum:
+                raise Crash
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[dict[str, Any], Watch]]:
+    """What a run with these flags ends with when nothing breaks it off."""
+    done: dict[str, tuple[dict[str, Any], Watch]] = {}
+
+    def of(flags: str) -> tuple[dict[str, Any], Watch]:
+        if flags not in done:
+            output, watch = tmp_path_factory.mktemp("whole"), Watch()
+            run(tiny_data, output, flags, report=watch)
+            done[flags] = end_of(output), watch
+            shutil.rmtree(output)
+        return done[flags]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("flags", "event", "step", "signum", "resumed_at"),
+    [
+        (PLAIN, "step", 2, signal.SIGINT, 2),
+        (PLAIN, "step", 3, signal.SIGTERM, 3),
+        (PLAIN, "evaluating", 6, signal.SIGTERM, 6),
+        (PLAIN, "saved", 3, 0, 3),
+        (PLAIN, "evaluating", 3, 0, 0),
+        (f"{PLAIN} --save_steps 2", "step", 5, 0, 4),
+        (f"{PLAIN} --num_workers 2", "step", 4, signal.SIGTERM, 4),
+        (OTHER, "step", 4, signal.SIGTERM, 4),
+    ],
+)
+def test_broken_off_and_resumed(
+    tiny_data: Path,
+    room: Path,
+    whole_runs: Callable[[str], tuple[dict[str, Any], Watch]],
+    flags: str,
+    event: str,
+    step: int,
+    signum: int,
+    resumed_at: int,
+) -> None:
+    first, second = Watch(event, step, signum), Watch()
+    with pytest.raises((Crash, Stopped)):
+        run(tiny_data, room, flags, report=first)
+    run(tiny_data, room, flags, "--resume", report=second)
+    assert second.first_step == resumed_at
+    whole, whole_watch = whole_runs(PLAIN if flags.startswith(PLAIN + " ") else flags)
+    assert differences(end_of(room), whole) == []
+    for broken, once in ((first, whole_watch), (second, whole_watch)):
+        assert broken.scores.items() <= once.scores.items()
+        assert broken.losses.items() <= once.losses.items()
+    assert {*first.scores, *second.scores} == {3, 6}
+
+
+def test_broken_off_again_and_again(
+    tiny_data: Path, room: Path, whole_runs: Callable[[str], tuple[dict[str, Any], Watch]]
+) -> None:
+    """At every step, and twice while evaluating after the same step."""
+    stops = [("step", 1), ("step", 2), ("evaluating", 3), ("evaluating", 3), ("evaluating", 3)]
+    for event, step in [*stops, ("step", 5), ("evaluating", 6), ("evaluating", 6)]:
+        with pytest.raises(Stopped):
+            run(tiny_data, room, "--resume --keep 1", report=Watch(event, step, signal.SIGTERM))
+    run(tiny_data, room, "--resume --keep 1")
+    assert differences(end_of(room), whole_runs(PLAIN)[0]) == []
+    assert len(os.listdir(room / "checkpoints")) == 1
+
+
+def test_another_seed_and_no_dropout_end_elsewhere(
+    tiny_data: Path, room: Path, whole_runs: Callable[[str], tuple[dict[str, Any], Watch]]
+) -> None:
+    """What the tests above compare depends on the random numbers that they are about."""
+    for flags in ("--seed 43 --max_steps 1", "--dropout 0 --max_steps 1"):
+        watch = Watch()
+        run(tiny_data, room / flags.replace(" ", ""), flags, report=watch)
+        assert watch.losses[1] != whole_runs(PLAIN)[1].losses[1]
+
+
+def test_resuming_a_finished_run_changes_nothing_unless_told_to_go_on(
+    tiny_data: Path, room: Path
+) -> None:
+    best = run(tiny_data, room, "--max_steps 2")
+    before, watch = end_of(room), Watch()
+    assert run(tiny_data, room, "--max_steps 2 --resume", report=watch) == best
+    assert differences(end_of(room), before) == []
+    assert watch.losses == {} and watch.scores == {}
+    run(tiny_data, room, "--max_steps 4", f"--resume {room}", report=watch)
+    assert (watch.first_step, list(watch.losses)) == (2, [3, 4])
+
+
+def test_bare_resume_without_anything_is_a_fresh_run(tiny_data: Path, room: Path) -> None:
+    watch = Watch()
+    run(tiny_data, room, "--max_steps 1 --resume", report=watch)
+    assert watch.first_step == 0
+    with pytest.raises(ValueError, match="no whole checkpoint") as caught:
+        run(tiny_data, room, "--max_steps 1", f"--resume {room / 'nowhere'}")
+    assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_fresh_run_in_a_used_folder(
+    tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checkpoints count, though the old ones are of later steps; so does a branch's."""
+    run(tiny_data, room, "--keep 1")
+    assert "holds a run already" not in caplog.text
+    with pytest.raises(Crash):
+        run(tiny_data, room, "--keep 2 --seed 7 --save_steps 1", report=Watch("step", 3))
+    assert "holds a run already" in caplog.text
+    names = sorted(os.listdir(room / "checkpoints"))
+    assert names == ["step-00000001", "step-00000002"]
+    branch = f"--resume {room / 'checkpoints/step-00000001'}"
+    with pytest.raises(Crash):
+        run(tiny_data, room, "--keep 1 --seed 7 --save_steps 1", branch, report=Watch("saved", 2))
+    assert last_checkpoint(room).name == "step-00000002.1"
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    output = tmp_path_factory.mktemp("one step")
+    run(tiny_data, output, "--max_steps 1 --n_iter_to_acc 4")
+    yield output
+    shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--batch_size 2", "images per optimiser step is 4, this run's 2"),
+        ("--dec_layers 2", "another architecture"),
+    ],
+)
+def test_what_cannot_be_resumed(
+    tiny_data: Path, one_step: Path, flags: str, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected) as caught:
+        run(tiny_data, one_step, "--max_steps 2 --resume", flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_dataset_cannot_be_resumed_on(one_step: Path, room: Path) -> None:
+    other = write_coco(room, random_pictures(12, 5), random_pictures(1, 6))
+    with pytest.raises(ValueError, match="training set"):
+        run(other, one_step, "--max_steps 2 --resume")
+
+
+def test_portions_asked_for_when_resuming_count(
+    tiny_data: Path, one_step: Path, room: Path
+) -> None:
+    run(tiny_data, room, f"--max_steps 2 --n_iter_to_acc 2 --resume {one_step}")
+    assert resume.load(last_checkpoint(room))[0].n_iter_to_acc == 2
+
+
+def test_more_patience_when_resuming(tiny_data: Path, room: Path) -> None:
+    """With lr so small that nothing is learnt, the run ends early; told to wait it goes on."""
+    flags = "--epochs 4 --lr 1e-12 --min_lr 0 --no-ema"
+    run(tiny_data, room, flags, "--patience 1")
+    state = resume.load(last_checkpoint(room))[0]
+    assert state.stopped_early and state.step == 6
+    watch = Watch()
+    run(tiny_data, room, flags, "--patience 3 --resume", report=watch)
+    assert list(watch.losses) == [7, 8, 9, 10, 11, 12]

@@ -1,0 +1,312 @@
+"""Runs of the trainer so small that a test can afford many: pictures, settings, ways to start one.
+
+Everything here is deterministic, and everything computes on the CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer import resume
+from trainer.agreement import Agreement, sum_gradients
+from trainer.config import TrainConfig, parse
+from trainer.data import Augmentation, DetectionDataset
+from trainer.datasets import read_datasets
+from trainer.report import Progress
+from trainer.samples import SampleTable
+from trainer.step import agree_on, gradients, micro_batches
+from trainer.train import train
+from vidt.criterion import SetCriterion
+from vidt.model import ViDT, ViDTConfig
+from vidt.preprocessing import Preprocessing
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("red", "green", "blue")
+COLOURS = ((220, 30, 30), (30, 200, 30), (40, 40, 230))
+# Of four shapes, so that batches are padded and evaluation meets several canvases.
+SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))
+FLAGS = (
+    *("--dataset_file", "coco", "--backbone_name", "swin_nano", "--pre_trained", "none"),
+    *("--det_token_num", "8", "--dec_layers", "1", "--dim_feedforward", "64"),
+    *("--reduced_dim", "64", "--pos_dim", "32", "--eval_size", "64", "--train_sizes", "48,64"),
+    *("--batch_size", "4", "--epochs", "2", "--num_workers", "0", "--log_interval", "1"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Rectangles on grey noise; a box is (x, y, width, height, class, is crowd), in pixels."""
+
+    height: int
+    width: int
+    boxes: tuple[tuple[int, int, int, int, int, int], ...]
+
+
+def random_pictures(count: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Picture]:
+    """One to three boxes each; the fourth picture, and every twelfth after it, has none."""
+    random = np.random.default_rng(seed)
+    pictures = []
+    for index in range(count):
+        height, width = sizes[index % len(sizes)]
+        boxes = []
+        for _ in range(0 if index % 12 == 3 else random.integers(1, 4)):
+            w, h = random.integers(12, 32, 2)
+            x, y = random.integers(0, width - w), random.integers(0, height - h)
+            boxes.append((int(x), int(y), int(w), int(h), int(random.integers(len(NAMES))), 0))
+        pictures.append(Picture(height, width, tuple(boxes)))
+    return pictures
+
+
+def write_coco(
+    root: Path,
+    train_pictures: Sequence[Picture],
+    val_pictures: Sequence[Picture],
+    *,
+    ids: Sequence[int] = (1, 2, 3),
+    names: Sequence[str] = NAMES,
+) -> Path:
+    """A COCO 2017 folder; `ids` and `names` are the categories in the order of the files."""
+    for split, pictures in (("train", train_pictures), ("val", val_pictures)):
+        write_split(root, split, pictures, ids=ids, names=names)
+    return root
+
+
+def write_split(
+    root: Path,
+    split: str,
+    pictures: Sequence[Picture],
+    *,
+    ids: Sequence[int] = (1, 2, 3),
+    names: Sequence[str] = NAMES,
+) -> None:
+    folder = root / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for image_id, picture in enumerate(pictures, 101):
+        file_name = f"{image_id}.png"
+        images.append(
+            {
+                "id": image_id,
+                "file_name": file_name,
+                "width": picture.width,
+                "height": picture.height,
+            }
+        )
+        draw(picture, image_id).save(folder / file_name)
+        for x, y, width, height, label, crowd in picture.boxes:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[label],
+                    "bbox": [x, y, width, height],
+                    "area": width * height,
+                    "iscrowd": crowd,
+                }
+            )
+    categories = [{"id": own, "name": name} for own, name in zip(ids, names, strict=True)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    path = root / "annotations" / f"instances_{split}2017.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document))
+
+
+def draw(picture: Picture, seed: int) -> Image.Image:
+    shape = (picture.height, picture.width, 3)
+    pixels = np.random.default_rng(seed).integers(90, 150, shape).astype(np.uint8)
+    for x, y, width, height, label, _ in picture.boxes:
+        pixels[y : y + height, x : x + width] = COLOURS[label]
+    return Image.fromarray(pixels)
+
+
+def settings(data: Path, output: Path, *flags: str) -> tuple[TrainConfig, dict[str, Any]]:
+    """`flags` are split at blanks, and count before those of `FLAGS`."""
+    return parse(argv(data, output, *flags))
+
+
+def argv(data: Path, output: Path, *flags: str) -> list[str]:
+    given = [word for some in flags for word in some.split()]
+    names = {word for word in given if word.startswith("--")}
+    ours = ("--coco_path", str(data), "--output_dir", str(output), *FLAGS)
+    kept = [
+        word
+        for name, value in zip(ours[::2], ours[1::2], strict=True)
+        if name not in names
+        for word in (name, value)
+    ]
+    return [*kept, *given]
+
+
+def tables(config: TrainConfig, fields: dict[str, Any]) -> tuple[SampleTable, SampleTable]:
+    train_set, val_set, _ = read_datasets(
+        config, num_queries=fields["det_token_num"], num_classes=fields["num_classes"]
+    )
+    return train_set, val_set
+
+
+def cpu(**more: Any) -> Accelerator:
+    return Accelerator(cpu=True, rng_types=[], **more)
+
+
+def run(
+    data: Path,
+    output: Path,
+    *flags: str,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, float]:
+    """A run in this process; returns the metrics of its best evaluation."""
+    config, fields = settings(data, output, *flags)
+    return train(config, fields, *tables(config, fields), report, accelerator=cpu())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process of its own: one thread, no GPU, nothing of a launcher around the tests."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    ours = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited, **ours, **more}
+
+
+def command(data: Path, output: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "trainer/train.py"), *argv(data, output, *flags)]
+
+
+def call(words: Sequence[str], *, timeout: float = 120, **more: str) -> subprocess.CompletedProcess:
+    """Runs a command to its end, whatever that is, in the root of the repository."""
+    return subprocess.run(
+        words, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def program(name: str) -> str:
+    """A program of the environment that the tests run in: accelerate, torchrun."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def last_checkpoint(output: Path) -> Path:
+    return resume.checkpoints(output / "checkpoints")[0]
+
+
+def end_of(output: Path) -> dict[str, Any]:
+    """All that a finished run leaves which must not depend on how often it was interrupted."""
+    state, tensors = resume.load(last_checkpoint(output))
+    facts: dict[str, Any] = {f"state/{name}": value for name, value in vars(state).items()}
+    del facts["state/settings"]  # where the results are
+    files = ("best.safetensors", "last.safetensors")
+    weights = {f"{n}/{key}": t for n in files for key, t in load_file(output / n).items()}
+    return facts | tensors | weights
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of what is not the same, tensors bit for bit."""
+    names = sorted({*first, *second})
+    return [n for n in names if not same(first.get(n), second.get(n))]
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        whole = first.dtype == second.dtype and first.shape == second.shape
+        return whole and first.numpy().tobytes() == second.numpy().tobytes()
+    return bool(first == second)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A run that learnt its pictures, and its evaluations by step."""
+
+    data: Path
+    output: Path
+    scores: dict[int, dict[str, float]]
+
+    @property
+    def weights(self) -> Path:
+        return self.output / "best.safetensors"
+
+
+class Crash(Exception):
+    """Raised by a report: the run breaks off where it stands, as if it had been killed."""
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """For processes without pytest's monkeypatch."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def gradients_of_step(
+    config: TrainConfig,
+    fields: dict[str, Any],
+    train_set: SampleTable,
+    step: int,
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """The gradients that the loop would step with at `step`, summed over the processes, of a
+    detector whose every weight is away from zero.
+    """
+    torch.manual_seed(0)
+    model = blurred(ViDT(ViDTConfig(**{**fields, "num_classes": len(NAMES)}))).train()
+    dataset = DetectionDataset(
+        train_set,
+        Augmentation.from_config(config),
+        Preprocessing(config.eval_size),
+        seed=config.seed,
+        noised_queries=config.denoising,
+    )
+    steps = range(step, step + 1)
+    batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)
+    window = list(batches)
+    assert len(window) == config.n_iter_to_acc
+    num_boxes, canvas, _ = agree_on(window, 0, Agreement(accelerator))
+    prepared = accelerator.prepare_model(model, evaluation_mode=True).train()
+    criterion = SetCriterion(aux_copies=config.aux_copies, quality_target=config.quality_target)
+    terms = gradients(prepared, criterion, accelerator, window, canvas, num_boxes)
+    assert terms is not None
+    sum_gradients(list(model.parameters()), accelerator.num_processes)
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference of any gradient, relative to the largest entry of its tensor (but of
+    no less than a thousandth of the largest of all, beneath which rounding is all there is).
+    """
+    assert found.keys() == expected.keys()
+    floor = 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values())
+    shares = {
+        name: float((found[name] - tensor).abs().max()) / max(float(tensor.abs().max()), floor)
+        for name, tensor in expected.items()
+    }
+    worst = max(shares, key=lambda name: shares[name])
+    return shares[worst], worst
+
+
+def blurred(model: ViDT) -> ViDT:
+    """Noise on every weight: the zeros that a detector starts with hide what depends on what."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model

@@ -1,0 +1,175 @@
+"""One of two processes, started by test_two_processes.py: plays all scenes, writes what it saw.
+
+Usage: RANK=0 WORLD_SIZE=2 ... python two_processes.py FOLDER
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_runs import (
+    argv,
+    cpu,
+    differences,
+    end_of,
+    gradients_of_step,
+    run,
+    settings,
+    swapped,
+    tables,
+    write_coco,
+)
+
+import trainer.train
+from trainer.agreement import Agreement
+from trainer.dataset_check import BadDataset
+from trainer.evaluation import evaluate
+from trainer.report import Progress
+from trainer.stopping import Stopped
+from vidt.checkpoint import load_model
+from vidt.criterion import SetCriterion
+from vidt.model import ViDT
+
+LOSSES = {"plain": "", "denoising": "--denoising 9 --aux_copies 2 --quality_target"}
+PORTIONS = {"plain": 1, "denoising": 2}
+VALIDATION = (1, 3, 6)  # images to share among two
+NON_FINITE_STEP = 2
+
+
+def step_gradients(data: Path, room: Path, flags: str) -> list[dict[str, torch.Tensor]]:
+    """Of the first step and of the filled-up last one of the epoch."""
+    config, fields = settings(data, room, "--dropout 0", flags)
+    train_set, _ = tables(config, fields)
+    return [gradients_of_step(config, fields, train_set, step, cpu()) for step in (0, 1)]
+
+
+def play(folder: Path, rank: int) -> dict[str, Any]:
+    data, room = folder / "data", folder / "results"
+    seen: dict[str, Any] = {}
+    for name, flags in LOSSES.items():
+        dealt = f"--batch_size 4 --n_iter_to_acc {PORTIONS[name]} {flags}"
+        seen[f"gradients {name}"] = step_gradients(data, room, dealt)
+    seen["gradients without boxes"] = step_gradients(folder / "bare", room, "--batch_size 2")
+    seen["evaluations"] = evaluations(folder)
+    seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
+    seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")
+    seen["out of memory"] = out_of_memory(data, room / "memory", rank)
+    seen["stopped"] = stopped(data, room / "stopped", rank)
+    seen["bad dataset"] = bad_dataset(folder / "bad", room / "bad")
+    return seen
+
+
+def evaluations(folder: Path) -> dict[int, list[dict[str, float]]]:
+    """Metrics of the learnt weights by number of validation images, for batches of 1, 2 and 5."""
+    model, info = load_model(folder / "learnt.safetensors")
+    metrics: dict[int, list[dict[str, float]]] = {}
+    for count in VALIDATION:
+        data = folder / f"val{count}"
+        _, val_set = tables(*settings(data, folder))
+        metrics[count] = [
+            evaluate(
+                model,
+                val_set,
+                info.preprocessing,
+                cpu(),
+                Agreement(cpu()),
+                batch_size=batch_size,
+                num_workers=0,
+            ).metrics
+            for batch_size in (1, 2, 5)
+        ]
+    return metrics
+
+
+def training(data: Path, output: Path, flags: str) -> dict[int, dict[str, float]]:
+    """Loss terms by step, as the main process is told them; and the best metrics, on each."""
+    losses: dict[int, dict[str, float]] = {}
+
+    def report(progress: Progress) -> None:
+        if progress.event == "step":
+            losses[progress.step] = dict(progress.metrics)
+
+    losses[-1] = run(data, output, flags, report=report)
+    return losses
+
+
+def out_of_memory(data: Path, output: Path, rank: int) -> list[str]:
+    """The second process cannot compute more than one image; both must take smaller portions. What
+    differs from a run that was started so, for the process that writes the files.
+    """
+    forward = ViDT.forward
+
+    def short_of_memory(self, images, *rest, **more):
+        if rank == 1 and self.training and len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, images, *rest, **more)
+
+    flags = "--batch_size 2 --max_steps 2"
+    with swapped(ViDT, "forward", short_of_memory):
+        run(data, output / "short", flags)
+    run(data, output / "planned", f"{flags} --n_iter_to_acc 2")
+    return [] if rank else differences(end_of(output / "short"), end_of(output / "planned"))
+
+
+def stopped(data: Path, output: Path, rank: int) -> str:
+    """Only the second process gets a signal; both must stop after the same step."""
+    forward, calls = ViDT.forward, 0
+
+    def signalled(self, *images, **more):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *images, **more)
+
+    try:
+        with swapped(ViDT, "forward", signalled):
+            run(data, output, "--batch_size 2")
+    except Stopped as error:
+        return str(error)
+    return "not stopped"
+
+
+def bad_dataset(data: Path, output: Path) -> str:
+    """What the main process finds wrong with the files is raised on both."""
+    config, fields = settings(data, output)
+    try:
+        trainer.train.train_from_settings(config, fields, cpu())
+    except ValueError as error:
+        assert not isinstance(error, BadDataset) or error.findings
+        return str(error)
+    return "nothing wrong"
+
+
+def non_finite_on(rank: int) -> Callable:
+    """A criterion whose loss is NaN in the third step, on the second process alone."""
+    forward, calls = SetCriterion.forward, 0
+
+    def poisoned(self, *args, **more):
+        nonlocal calls
+        calls += 1
+        terms = forward(self, *args, **more)
+        if rank == 1 and calls == NON_FINITE_STEP + 1:
+            terms["loss_ce"] = terms["loss_ce"] * float("nan")
+        return terms
+
+    return poisoned
+
+
+def main() -> None:
+    """Plays the scenes; ends as `python trainer/train.py` does when the loss becomes NaN."""
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.save(play(folder, rank), folder / f"rank{rank}.pt")
+    words = argv(folder / "data", folder / "results/non-finite", "--batch_size 2 --save_steps 1")
+    (folder / f"begin{rank}").touch()
+    with swapped(SetCriterion, "forward", non_finite_on(rank)), swapped(sys, "argv", ["train.py", *words]):
+        trainer.train.main()
+    raise AssertionError("the run went on")
+
+
+if __name__ == "__main__":
+    main()
