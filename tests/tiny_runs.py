@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import trainer.train
 from trainer import resume
 from trainer.agreement import Agreement, sum_gradients
 from trainer.config import TrainConfig, parse
@@ -192,6 +193,16 @@ def call(words: Sequence[str], *, timeout: float = 120, **more: str) -> subproce
     return subprocess.run(
         words, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )
+
+
+def main_here(words: Sequence[str]) -> int:
+    """The command line in this process; its exit code."""
+    with swapped(sys, "argv", ["train.py", *words]):
+        try:
+            trainer.train.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
 
 
 def program(name: str) -> str:

@@ -9,7 +9,7 @@ decoder layers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ METHODS = ("vidt",)
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
 
 
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class ViDTConfig:
     """Architecture of a detector; saved with its weights. Fields bear the released flags' names.
@@ -30,21 +34,21 @@ class ViDTConfig:
     Raises ValueError for a value that no detector can be built from.
     """
 
-    method: str = "vidt"
-    backbone_name: str = "swin_nano"
-    num_classes: int = 80
-    det_token_num: int = 100
-    reduced_dim: int = 256
-    pos_dim: int = 256
-    dec_layers: int = 6
-    nheads: int = 8
-    dim_feedforward: int = 1024
-    dec_n_points: int = 4
-    num_feature_levels: int = NUM_LEVELS
-    cross_indices: tuple[int, ...] = (3,)
-    dropout: float = 0.1
-    aux_loss: bool = True
-    with_box_refine: bool = True
+    method: str = _setting("vidt", "which detector of the family")
+    backbone_name: str = _setting("swin_nano", "body: " + ", ".join(SWIN_VARIANTS))
+    num_classes: int = _setting(80, "classes; on the command line taken from the data")
+    det_token_num: int = _setting(100, "[DET] tokens: the most objects found in an image")
+    reduced_dim: int = _setting(256, "channels of the decoder")
+    pos_dim: int = _setting(256, "channels of the [DET] tokens' position table")
+    dec_layers: int = _setting(6, "decoder layers")
+    nheads: int = _setting(8, "attention heads of the decoder")
+    dim_feedforward: int = _setting(1024, "hidden channels of the decoder's MLPs")
+    dec_n_points: int = _setting(4, "points that a head samples on each level")
+    num_feature_levels: int = _setting(NUM_LEVELS, "levels of the pyramid; 4 is the only one")
+    cross_indices: tuple[int, ...] = _setting((3,), "stages whose [DET] tokens see the patches")
+    dropout: float = _setting(0.1, "dropout in the decoder")
+    aux_loss: bool = _setting(True, "supervise every decoder layer, not only the last")
+    with_box_refine: bool = _setting(True, "each decoder layer refines the boxes of the one before")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cross_indices", tuple(self.cross_indices))

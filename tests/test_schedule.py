@@ -1,0 +1,146 @@
+"""Learning rate, parameter groups, moving average, and what falls due at which step."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import last_checkpoint, run, settings
+from torch import nn
+
+from trainer import resume
+from trainer.clock import Clock
+from trainer.config import TrainConfig
+from trainer.optim import (
+    learning_rate,
+    make_ema,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from vidt import ViDT
+
+
+def test_learning_rate_by_hand() -> None:
+    """A warm-up of a tenth of the run at most, a cosine from lr to min_lr."""
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 104, config) for step in range(105)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
+    assert rates[29] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert all(later < sooner for sooner, later in zip(rates[4:], rates[5:], strict=False))
+    long_warmup = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=200)
+    assert learning_rate(9, 100, long_warmup) < learning_rate(10, 100, long_warmup) == 1.0
+    for total in (1, 2, 3):
+        rates = [learning_rate(step, total, config) for step in range(total)]
+        assert rates[0] == 1.0 and all(0.1 <= rate <= 1.0 for rate in rates)
+
+
+def test_the_reported_rate_is_the_one_that_was_used(tiny_data: Path, room: Path) -> None:
+    rates = {}
+
+    def report(progress) -> None:
+        if progress.event == "step":
+            rates[progress.step] = progress.metrics["lr"]
+
+    flags = "--epochs 4 --warmup_steps 1 --lr 1e-3 --eval_interval 4"
+    run(tiny_data, room, flags, report=report)
+    config, _ = settings(tiny_data, room, flags)
+    expected = {step + 1: learning_rate(step, 12, config) for step in range(12)}
+    assert rates == pytest.approx(expected)
+
+
+def test_every_parameter_is_in_one_group(tiny_model: ViDT) -> None:
+    groups = parameter_groups(tiny_model, 0.05)
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in tiny_model.parameters())
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert set(decays.values()) == {0.05, 0.0}
+    names = dict(tiny_model.named_parameters())
+    bare = {name for name, parameter in names.items() if decays[id(parameter)] == 0}
+    owners = {name: tiny_model.get_submodule(name.rpartition(".")[0]) for name in names}
+    for name, owner in owners.items():
+        is_norm = isinstance(owner, (nn.LayerNorm, nn.GroupNorm))
+        looked_up = name.endswith(("det_token", "det_pos_embed", "relative_position_bias_table"))
+        assert (name in bare) == (is_norm or name.endswith("bias") or looked_up), name
+    assert {"backbone.det_token", "backbone.det_pos_embed"} <= bare
+    matrices = {name for name, parameter in names.items() if parameter.ndim == 4}
+    assert matrices and not matrices & bare
+
+
+def test_weight_decay_shrinks_matrices_alone() -> None:
+    layer = nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.bias.fill_(1.0)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(layer, TrainConfig(lr=1.0, weight_decay=0.1))
+    set_learning_rate(optimizer, 0.5)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(layer.weight, before * 0.95)
+    assert torch.equal(layer.bias, torch.ones(3))
+
+
+def test_the_average_follows_closely_at_first() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    ema = make_ema(layer, 0.9)
+    nn.init.ones_(layer.weight)
+    followed = []
+    for step in range(200):
+        before = ema.module.weight.item()
+        ema.update(layer, step=step)
+        followed.append((ema.module.weight.item() - before) / (1 - before + 1e-12))
+    assert followed[1] > 0.5
+    assert followed[60] < 0.2
+    assert ema.module.weight.item() == pytest.approx(1.0)
+
+
+def test_the_average_is_what_is_evaluated_and_saved(tiny_data: Path, room: Path) -> None:
+    run(tiny_data, room, "--max_steps 3 --ema_decay 0.99 --lr 1e-2 --clip_max_norm 0")
+    _, tensors = resume.load(last_checkpoint(room))
+    saved = load_file(room / "last.safetensors")
+    averaged = {n.removeprefix("ema/module."): t for n, t in tensors.items() if n.startswith("ema")}
+    trained = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model")}
+    assert saved.keys() == averaged.keys() == trained.keys()
+    assert all(torch.equal(saved[name], averaged[name]) for name in saved)
+    assert any(not torch.equal(saved[name], trained[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("total", "every", "evaluations"),
+    [(12, 1, [3, 6, 9, 12]), (12, 2, [6, 12]), (10, 2, [6, 10]), (2, 1, [2]), (7, 5, [7])],
+)
+def test_when_to_evaluate(total: int, every: int, evaluations: list[int]) -> None:
+    """Three steps an epoch."""
+    clock = Clock(3, total, 4, 5, every)
+    assert [step for step in range(total + 1) if clock.evaluation_due(step)] == evaluations
+    assert clock.epoch(1) == clock.epoch(3) == 0 and clock.epoch(4) == 1
+    done = [clock.fraction(step) for step in range(total + 1)]
+    assert done == sorted(done) and done[0] == 0
+    for step in evaluations:
+        during = [clock.fraction(step, part / 4) for part in range(5)]
+        assert during == sorted(during)
+        if step < total:
+            assert during[-1] < clock.fraction(step + 1)
+    assert clock.fraction(total, 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "saves"),
+    [
+        ("--save_interval 1", [3, 6, 9, 10]),
+        ("--save_interval 2", [6]),
+        ("--save_interval 2 --save_steps 4", [4, 6, 8]),
+        ("--save_interval 100", []),
+    ],
+)
+def test_when_to_save(flags: str, saves: list[int], tmp_path: Path) -> None:
+    """Ten steps, three an epoch; the last step is saved whatever is due."""
+    clock, (config, _) = Clock(3, 10, 4, 5, 1), settings(tmp_path, tmp_path, flags)
+    found = [step for step in range(11) if clock.save_due(step, config)]
+    assert [step for step in found if step < 10] == [step for step in saves if step < 10]
+    due = {*saves, *(step for step in range(11) if clock.evaluation_due(step))}
+    assert all(clock.pause_due(step, config) for step in due)

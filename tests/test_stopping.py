@@ -1,0 +1,138 @@
+"""SIGTERM and SIGINT: a saved run and a documented exit code; a second signal ends it at once."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, argv, command, environment, program
+
+from trainer.resume import find
+from trainer.stopping import SAME_REQUEST, Stopped, StopRequest
+
+TIMEOUT = 120.0
+
+
+def started(words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        words,
+        env=environment(PYTHONUNBUFFERED="1"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen, text: str) -> str:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"it ended without saying {text!r}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("signum", "moment", "code", "name"),
+    [
+        (signal.SIGTERM, "step 2/30", 143, "SIGTERM"),
+        (signal.SIGINT, "evaluating", 130, "SIGINT"),
+    ],
+)
+def test_stopped_by_a_signal(
+    tiny_data: Path, room: Path, signum: signal.Signals, moment: str, code: int, name: str
+) -> None:
+    process = started(command(tiny_data, room, "--epochs 10 --num_workers 1"))
+    read_until(process, moment)
+    process.send_signal(signum)
+    said, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code, said
+    last = said.splitlines()[-1]
+    assert last == f"stopped by {name}; everything is saved, go on with --resume"
+    assert "Traceback" not in said
+    path, passed_over = find(room)
+    assert path is not None and passed_over == []
+    assert 2 <= int(path.name.removeprefix("step-")) < 30
+
+
+def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
+    """As a scheduler sends it: to `accelerate launch`, which is the parent of the run."""
+    launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]
+    words = [*launch, "trainer/train.py", *argv(tiny_data, room, "--epochs 10")]
+    process = started(words)
+    read_until(process, "step 2/30")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM; everything is saved" in said
+    assert find(room)[0] is not None
+
+
+STUBBORN = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import trainer.stopping
+trainer.stopping.SAME_REQUEST = 0.2
+with trainer.stopping.StopRequest():
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_process_that_is_stuck(signum: signal.Signals) -> None:
+    process = started([sys.executable, "-c", STUBBORN])
+    read_until(process, "ready")
+    process.send_signal(signum)
+    process.send_signal(signum)  # what a launcher forwards: still the same request
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signum)
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signum
+
+
+def test_the_first_signal_is_noted_and_its_echo_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequest() as stop:
+        assert stop.signum == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        later = time.monotonic() + SAME_REQUEST + 0.1
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_handlers_are_put_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError), StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_in_a_thread_goes_without() -> None:
+    seen: list[int] = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.append(stop.signum)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+def test_exit_codes_are_those_of_the_shell() -> None:
+    assert (Stopped(signal.SIGTERM).exit_code, Stopped(signal.SIGINT).exit_code) == (143, 130)
