@@ -75,7 +75,8 @@ def test_random_numbers_follow_from_seed_epoch_and_image(tiny_data: Path) -> Non
     assert len(changed) >= 10
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_do_not_matter(tiny_data: Path, num_workers: int) -> None:
     def batches(workers: int) -> list[dict[str, Any]]:
         flags = f"--denoising 9 --num_workers {workers}"
@@ -131,7 +132,8 @@ def test_boxes_follow_the_pixels(augmentation: Augmentation, size: tuple[int, in
         # Enlarged, a pixel is several wide and its edge is blurred over as many.
         blur = 1.0 + max(image.height / 60, image.width / 60)
         assert boxes[0].tolist() == pytest.approx(extent, abs=blur)
-        assert boxes.min() >= 0 and boxes[0, 2] <= image.width and boxes[0, 3] <= image.height
+        sides = torch.tensor([image.width, image.height])
+        assert boxes.min() >= 0 and bool((boxes[0, 2:] <= sides + 1e-3).all())
         kinds.add(tuple(round(value / 40) for value in extent))
     assert len(kinds) >= 8
 
@@ -267,7 +269,7 @@ def test_pictures_that_vanish_while_training(
     own_data: Path, room: Path, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One of twelve is borne and named, three are too many."""
-    flags = f"--epochs 3 --num_workers {num_workers} --eval_interval 3 --no-ema"
+    flags = f"--max_steps 5 --num_workers {num_workers} --eval_interval 3 --no-ema"
     one = damage_at(2, own_data, ["105.png"])
     run(own_data, room, flags, "--max_bad_fraction 0.1", report=one)
     (line,) = [line for line in caplog.messages if "no longer be read" in line]

@@ -131,6 +131,7 @@ def test_nothing_to_score_at_all(learnt: Learnt, samples: SampleTable) -> None:
     assert set(metrics.values()) == {-1.0}
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (5, 0), (2, 2), (100, 1)])
 def test_batches_and_workers_do_not_matter(
     learnt: Learnt, samples: SampleTable, batch_size: int, num_workers: int

@@ -3,9 +3,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
-from tiny_runs import NAMES, Learnt, cpu, last_checkpoint, run, settings, tables
+from safetensors.torch import load_file
+from tiny_runs import (
+    NAMES,
+    Learnt,
+    cpu,
+    differences,
+    last_checkpoint,
+    random_pictures,
+    run,
+    settings,
+    tables,
+    write_coco,
+)
 
 from trainer import resume
 from trainer.report import COCO_NUMBERS, Progress
@@ -49,8 +62,15 @@ def test_what_is_reported(tiny_data: Path, room: Path) -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def one_step_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures that make a batch."""
+    root = tmp_path_factory.mktemp("four")
+    return write_coco(root, random_pictures(4, 0), random_pictures(2, 1))
+
+
 def test_the_best_is_kept_when_it_gets_worse(
-    tiny_data: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+    one_step_epochs: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores of one's own choosing: 0.2, 0.5, 0.4, 0.5; a tie is not better."""
     scripted = iter([0.2, 0.5, 0.4, 0.5])
@@ -62,22 +82,22 @@ def test_the_best_is_kept_when_it_gets_worse(
 
     monkeypatch.setattr(resume.RunState, "note_evaluation", scores)
     told: list[Progress] = []
-    best = run(tiny_data, room, "--epochs 4", report=told.append)
+    best = run(one_step_epochs, room, "--epochs 4", report=told.append)
     evaluations = [each for each in told if each.event == "evaluation"]
     assert [each.best for each in evaluations] == [True, True, False, False]
     assert best["map50"] == 0.5 and told[-1].metrics["best_epoch"] == 1
     assert load_weights(room / "best.safetensors")[1].metrics["map50"] == 0.5
     assert load_weights(room / "last.safetensors")[1].metrics["map50"] == 0.5
     state, _ = resume.load(last_checkpoint(room))
-    assert (state.best_step, state.stale_evaluations) == (6, 2)
+    assert (state.best_step, state.stale_evaluations) == (2, 2)
 
 
-@pytest.mark.parametrize(("patience", "steps"), [(1, 6), (2, 9), (0, 15)])
-def test_patience(tiny_data: Path, room: Path, patience: int, steps: int) -> None:
+@pytest.mark.parametrize(("patience", "steps"), [(1, 2), (2, 3), (0, 4)])
+def test_patience(one_step_epochs: Path, room: Path, patience: int, steps: int) -> None:
     """Nothing is learnt at this rate, so no evaluation is better than the first."""
     told: list[Progress] = []
-    flags = f"--epochs 5 --lr 1e-12 --min_lr 0 --no-ema --patience {patience}"
-    run(tiny_data, room, flags, report=told.append)
+    flags = f"--epochs 4 --lr 1e-12 --min_lr 0 --no-ema --patience {patience}"
+    run(one_step_epochs, room, flags, report=told.append)
     assert told[-1].step == steps
     assert ("stopped early" in told[-1].message) == (patience > 0)
     assert resume.load(last_checkpoint(room))[0].step == steps
@@ -92,10 +112,10 @@ def test_max_steps_beyond_and_within_the_epochs(tiny_data: Path, room: Path) -> 
 
 
 def test_the_same_seed_the_same_run(tiny_data: Path, room: Path) -> None:
-    metrics = [run(tiny_data, room / str(number), "--max_steps 3") for number in range(2)]
+    metrics = [run(tiny_data, room / str(number), "--max_steps 2") for number in range(2)]
     assert metrics[0] == metrics[1]
-    files = [(room / str(number) / "last.safetensors").read_bytes() for number in range(2)]
-    assert files[0] == files[1]
+    weights = [load_file(room / str(number) / "last.safetensors") for number in range(2)]
+    assert differences(*weights) == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -117,8 +137,8 @@ def test_other_precisions_on_a_cpu(tiny_data: Path, room: Path, precision: str) 
     assert ("a CPU computes fp32" in told[0].message) == (precision == "fp16")
     with safe_open(room / "last.safetensors", framework="pt") as file:
         names = list(file.keys())
-        assert {file.get_tensor(name).dtype.is_floating_point for name in names} <= {True, False}
-        assert str(file.get_tensor("backbone.det_token").dtype) == "torch.float32"
+        kinds = {file.get_tensor(name).dtype for name in names}
+    assert {kind for kind in kinds if kind.is_floating_point} == {torch.float32}
 
 
 def test_everything_switched_the_other_way(tiny_data: Path, room: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PREFIX = "step-"
-NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")  # the step, and which save of it from the second on
+# The step, and from the second save of it on, which save.
+NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -44,7 +45,7 @@ class RunState:
     stopped_early: bool = False
     step_images: int = 0  # images of one optimiser step over all processes
     dataset: str = ""  # fingerprint of the training table
-    settings: dict[str, Any] = field(default_factory=dict)  # resolved settings of the run that saved it
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved, of the run that saved it
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:

@@ -34,7 +34,6 @@ class SetCriterion(nn.Module):
         focal_alpha: float = 0.25,
         aux_copies: int = 1,
         quality_target: bool = False,
-        patch_copies: int = 4,
     ) -> None:
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
@@ -42,7 +41,6 @@ class SetCriterion(nn.Module):
         self.focal_alpha = focal_alpha
         self.aux_copies = aux_copies
         self.quality_target = quality_target
-        self.patch_copies = patch_copies
 
     def forward(
         self, outputs: dict, targets: Targets, num_boxes: float | Tensor
@@ -58,8 +56,6 @@ class SetCriterion(nn.Module):
             for level, suffix in _suffixes(len(logits))
             for name in self.weights
         }
-        if "enc_outputs" in outputs:
-            terms |= self._patches(outputs["enc_outputs"], targets, num_boxes)
         if "denoising_outputs" in outputs:
             terms |= self._denoising(outputs["denoising_outputs"], targets, num_boxes)
         return terms
@@ -69,20 +65,6 @@ class SetCriterion(nn.Module):
         logits, boxes = stack_levels([*outputs.get("aux_outputs", []), outputs])
         copies = [self.aux_copies] * (len(logits) - 1) + [1]
         return self.matcher(logits, boxes, targets, copies)
-
-    def _patches(
-        self, level: dict[str, Tensor], targets: Targets, num_boxes: float | Tensor
-    ) -> dict[str, Tensor]:
-        """Terms `loss_enc_*` of the patches' own predictions; each object takes several patches."""
-        logits, boxes = stack_levels([level])
-        matches = self.matcher(logits, boxes, targets, [self.patch_copies])
-        sums = self._sums(logits, boxes, matches, targets)
-        return {
-            f"loss_enc_{name}": self.weights[name]
-            * sums[name].sum()
-            / (num_boxes * self.patch_copies)
-            for name in self.weights
-        }
 
     def _denoising(
         self, levels: list[dict[str, Tensor]], targets: Targets, num_boxes: float | Tensor

@@ -198,20 +198,6 @@ class DeformableDecoder(nn.Module):
         return states, boxes
 
 
-def patch_boxes(offsets: Tensor, paddings: list[Tensor]) -> Tensor:
-    """Boxes that patches predict from where they lie: offsets [B, S, 4] in logit space, paddings
-    [B, h, w] of each level -> [B, S, 4].
-    """
-    centres = []
-    for padding in paddings:
-        height, width = padding.shape[1:]
-        y = (torch.arange(height, device=padding.device) + 0.5) / height
-        x = (torch.arange(width, device=padding.device) + 0.5) / width
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2]
-        centres.append((grid / valid_ratios(padding)[:, None, None]).flatten(1, 2))
-    return _offset_boxes(offsets, torch.cat(centres, dim=1))
-
-
 def denoising_position(boxes: Tensor, dim: int) -> Tensor:
     """Sine encoding of boxes (DAB-DETR, arXiv 2201.12329, equation 4) for queries that are given a
     box, not a token.

@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vidt.decoder import BoxHead, DeformableDecoder, patch_boxes
+from vidt.decoder import BoxHead, DeformableDecoder
 from vidt.ram import resize_padding
 from vidt.swin import SWIN_VARIANTS, SwinBody
 
@@ -153,7 +152,6 @@ class ViDT(nn.Module):
         images: Tensor,
         padding: Tensor,
         noised_boxes: Tensor | None = None,
-        patch_queries: bool = False,
     ) -> dict[str, Any]:
         """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
 
@@ -183,24 +181,10 @@ class ViDT(nn.Module):
         outputs: dict[str, Any] = dict(found[-1])
         if self.config.aux_loss:
             outputs["aux_outputs"] = found[:-1]
-        if patch_queries:
-            outputs["enc_outputs"] = self._patch_predictions(maps, paddings)
         if noised_boxes is not None:
             mended = slice(self.config.det_token_num, None)
             outputs["denoising_outputs"] = [_queries(level, mended) for level in predictions[1:]]
         return outputs
-
-    def _patch_predictions(self, maps: list[Tensor], paddings: list[Tensor]) -> dict[str, Tensor]:
-        """What every patch of the projected maps would predict with the heads of the bare [DET]
-        tokens: logits [B, S, K], hopeless where padded, and boxes [B, S, 4].
-        """
-        patches = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
-        padded = torch.cat([level.flatten(1) for level in paddings], dim=1)
-        logits = self.class_embed[0](patches).float().masked_fill(padded[..., None], -1e4)
-        return {
-            "pred_logits": logits,
-            "pred_boxes": patch_boxes(self.bbox_embed[0](patches), paddings),
-        }
 
     @staticmethod
     def _project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
