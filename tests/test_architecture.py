@@ -20,8 +20,8 @@ _ORDER = {
         """,
     "trainer": """
         settings config launch_check findings samples classes read_coco read_voc read_yolo readers
-        dataset_check shapes datasets agreement report console pictures data optim evaluation
-        resume stopping train
+        dataset_check shapes datasets clock agreement report console pictures data optim evaluation
+        loss_log resume step stopping train
         """,
     "ymir_adapter": """
         task errors outputs dataset training infer mining __main__

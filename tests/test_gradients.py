@@ -75,7 +75,7 @@ def test_an_epoch_shows_every_image_and_fills_up_from_its_start(
     tiny_data: Path, room: Path
 ) -> None:
     """Twelve images in steps of eight: the second holds the other four, and four seen already."""
-    config, fields = settings(tiny_data, room, "--batch_size 8 --n_iter_to_acc 4 --epochs 3")
+    config, _ = settings(tiny_data, room)
 
     def steps(first: int) -> list[list[int]]:
         sampler = RunSampler(

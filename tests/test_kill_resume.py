@@ -37,7 +37,7 @@ TRACES = {"a save": ".*.unfinished", "a clean-up": ".*.removed", "an epoch": "st
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run: where it was to be killed, what that left, and what is not the same at the end."""
+    """Of one run: where it was to be killed, what that left, what is not the same at the end."""
 
     place: str
     seconds: float  # from the start of the program to its death

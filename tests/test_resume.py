@@ -183,9 +183,7 @@ def one_step(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         ("--dec_layers 2", "another architecture"),
     ],
 )
-def test_what_cannot_be_resumed(
-    tiny_data: Path, one_step: Path, flags: str, expected: str
-) -> None:
+def test_what_cannot_be_resumed(tiny_data: Path, one_step: Path, flags: str, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         run(tiny_data, one_step, "--max_steps 2 --resume", flags)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Learning rate, parameter groups, moving average, and what falls due at which step."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_learning_rate_by_hand() -> None:
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
     assert rates[29] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
-    assert all(later < sooner for sooner, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later < sooner for sooner, later in pairwise(rates[4:]))
     long_warmup = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=200)
     assert learning_rate(9, 100, long_warmup) < learning_rate(10, 100, long_warmup) == 1.0
     for total in (1, 2, 3):
@@ -94,7 +95,7 @@ def test_the_average_follows_closely_at_first() -> None:
         ema.update(layer, step=step)
         ways.append(ema.module.weight.item())
     assert ways[0] == 1.0 and ways[1] > 0.5
-    assert all(later <= sooner for sooner, later in zip(ways, ways[1:], strict=False))
+    assert all(later <= sooner for sooner, later in pairwise(ways))
     assert ways[-1] == pytest.approx(0.1)
 
 

@@ -56,7 +56,9 @@ class Picture:
     boxes: tuple[tuple[int, int, int, int, int, int], ...]
 
 
-def random_pictures(count: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Picture]:
+def random_pictures(
+    count: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES
+) -> list[Picture]:
     """One to three boxes each; the fourth picture, and every twelfth after it, has none."""
     random = np.random.default_rng(seed)
     pictures = []

@@ -21,7 +21,6 @@ from tiny_runs import (
     settings,
     swapped,
     tables,
-    write_coco,
 )
 
 import trainer.train
@@ -166,7 +165,10 @@ def main() -> None:
     torch.save(play(folder, rank), folder / f"rank{rank}.pt")
     words = argv(folder / "data", folder / "results/non-finite", "--batch_size 2 --save_steps 1")
     (folder / f"begin{rank}").touch()
-    with swapped(SetCriterion, "forward", non_finite_on(rank)), swapped(sys, "argv", ["train.py", *words]):
+    with (
+        swapped(SetCriterion, "forward", non_finite_on(rank)),
+        swapped(sys, "argv", ["train.py", *words]),
+    ):
         trainer.train.main()
     raise AssertionError("the run went on")
 

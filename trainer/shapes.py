@@ -18,11 +18,11 @@ from PIL import Image
 CLASS_NAMES = ("rectangle", "ellipse", "triangle")
 
 _SPLITS = ("train", "val")
-_VERSION = 1  # part of the folder's name: raise it with any change to the pictures
+_VERSION = 2  # part of the folder's name: raise it with any change to the pictures
 _MAX_OBJECTS = 6
 _MAX_HIDDEN = 0.2  # of an object's pixels
 _MIN_CONTRAST = 40.0  # distance in RGB, from the background and from shapes drawn over
-_NOISE = (6.0, 24.0)  # standard deviation, drawn for each picture
+_NOISE = (4.0, 12.0)  # standard deviation, drawn for each picture
 _OUTLINE_POINTS = 32
 
 
