@@ -267,8 +267,9 @@ def test_pictures_that_vanish_while_training(
     own_data: Path, room: Path, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One of twelve is borne and named, three are too many."""
-    seldom = "--eval_interval 3 --save_interval 3 --no-ema"
-    flags = f"--max_steps 9 --num_workers {num_workers} {seldom}"
+    seldom = "--eval_interval 5 --save_interval 5 --no-ema"
+    # Long enough that no worker has read all there is to read before the pictures vanish.
+    flags = f"--epochs 5 --max_steps 15 --num_workers {num_workers} {seldom}"
     one = damage_at(2, own_data, ["105.png"])
     run(own_data, room, flags, "--max_bad_fraction 0.1", report=one)
     (line,) = [line for line in caplog.messages if "no longer be read" in line]

@@ -101,7 +101,8 @@ def kills(folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
             lived = kill(data, output, place, random, length)
         left = sorted(path.name for path in output.glob("checkpoints/*"))
         finish(start(data, output, "--resume"), output)
-        yield Outcome(place, lived, left, differences(end_of(output), whole))
+        leftovers = [path.name for path in output.rglob(".*")]
+        yield Outcome(place, lived, left, [*differences(end_of(output), whole), *leftovers])
         shutil.rmtree(output)
 
 

@@ -69,7 +69,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: Weigh
         "metrics": json.dumps(info.metrics),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
     try:
         save_file(tensors, temporary, metadata=header)
         with open(temporary, "rb") as written:
