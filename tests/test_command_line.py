@@ -25,6 +25,7 @@ from tiny_runs import (
     command,
     main_here,
     program,
+    published,
     random_pictures,
     run,
     write_coco,
@@ -83,7 +84,7 @@ def test_a_run_through_the_launcher(tiny_data: Path, room: Path, guarded: dict[s
     """Everything promised is there, and nothing tried to leave the machine."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]
     flags = "--max_steps 5 --num_workers 1 --keep 1"
-    done = call([*launch, "trainer/train.py", *argv(tiny_data, room, flags)], **guarded)
+    done = call([*launch, "trainer/train.py", *published(tiny_data, room, flags)], **guarded)
     assert done.returncode == 0, done.stderr
     assert not Path(guarded["NETWORK_LOG"]).exists(), Path(guarded["NETWORK_LOG"]).read_text()
     check_results(room)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, argv, command, environment, program
+from tiny_runs import ROOT, command, environment, program, published
 
 from trainer.resume import find
 from trainer.stopping import SAME_REQUEST, Stopped, StopRequest
@@ -63,7 +63,7 @@ def test_stopped_by_a_signal(
 def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
     """As a scheduler sends it: to `accelerate launch`, which is the parent of the run."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]
-    words = [*launch, "trainer/train.py", *argv(tiny_data, room, "--epochs 10")]
+    words = [*launch, "trainer/train.py", *published(tiny_data, room, "--epochs 10")]
     process = started(words)
     read_until(process, "step 2/30")
     process.send_signal(signal.SIGTERM)

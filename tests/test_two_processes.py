@@ -190,7 +190,8 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
 
 
 def test_torchrun_evaluates_as_one_process_does(learnt: Learnt, tmp_path: Path) -> None:
-    words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "trainer/train.py")]
+    """The command line, of weights that do find something."""
+    words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "tests/tiny_runs.py")]
     flags = f"--eval --load_from {learnt.weights} --batch_size 3"
     done = call([*words, *argv(learnt.data, tmp_path, flags)])
     assert done.returncode == 0, done.stderr
