@@ -147,7 +147,7 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ("--epochs 0", "epochs is 0; it must be 1 or more"),
         ("--lr 0", "lr is 0.0; it must be above 0"),
         ("--lr -1e-4", "lr is -0.0001; it must be above 0"),
-        ("--min_lr 1", "min_lr is 1.0; it must be at most lr, 0.0004"),
+        ("--lr 0.5 --min_lr 1", "min_lr is 1.0; it must be at most lr, 0.5"),
         ("--seed -1", "seed is -1; it must be 0 or more"),
         ("--max_steps 0", "max_steps is 0; it must be 1 or more"),
         ("--ema_decay 1", "ema_decay is 1.0; it must be 0 or more and below 1"),
