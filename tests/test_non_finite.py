@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_runs import run
+from tiny_runs import last_checkpoint, run
 
+from trainer import resume
 from trainer.loss_log import NonFiniteLoss
 from trainer.report import Progress
+from vidt.criterion import SetCriterion
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -46,6 +48,30 @@ def test_a_diverging_run(tiny_data: Path, room: Path) -> None:
     del after["non_finite.json"]
     assert after == before
     assert events == [("start", 3)]
+
+
+@pytest.mark.parametrize("clip", ["0.1", "0"])
+def test_a_gradient_that_overflows_under_a_finite_loss(
+    tiny_data: Path, room: Path, monkeypatch: pytest.MonkeyPatch, clip: str
+) -> None:
+    """It would ruin the weights of the very step that is saved."""
+    forward, calls = SetCriterion.forward, []
+
+    def overflowing(self, *args, **more):
+        terms = forward(self, *args, **more)
+        calls.append(args)
+        if len(calls) == 2:
+            terms["loss_ce"].register_hook(lambda gradient: gradient * float("inf"))
+        return terms
+
+    monkeypatch.setattr(SetCriterion, "forward", overflowing)
+    with pytest.raises(NonFiniteLoss, match=r"at step 1: grad_norm (nan|inf); images"):
+        run(tiny_data, room, f"--save_steps 1 --clip_max_norm {clip}")
+    (finding,) = json.loads((room / "non_finite.json").read_text())
+    assert all(math.isfinite(v) for name, v in finding["terms"].items() if name != "grad_norm")
+    _, tensors = resume.load(last_checkpoint(room))
+    assert last_checkpoint(room).name == "step-00000001"
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def test_it_is_noticed_at_the_next_log_line(tiny_data: Path, room: Path) -> None:

@@ -21,6 +21,7 @@ class Agreement:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.num_processes = accelerator.num_processes
+        self.is_main = accelerator.is_main_process
         self.group: Any = None
         if self.num_processes > 1:
             self.group = dist.new_group(backend="gloo", timeout=PATIENCE)

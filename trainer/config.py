@@ -248,6 +248,9 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
         given = {**_read_config(given["config"]), **given}
     if any(given.get(name) is not None for name in COCO_FILES):
         given.setdefault("dataset_file", "coco")
+    for name in DATASETS:
+        if given.get(f"{name}_path") is not None:
+            given.setdefault("dataset_file", name)
     if not own_data:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})

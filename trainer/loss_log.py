@@ -5,6 +5,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +13,26 @@ from torch import Tensor
 from trainer.agreement import Agreement
 from trainer.report import write_whole
 
+NORM = "grad_norm"
+
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; nothing was saved since."""
+    """The loss or its gradient became NaN or infinite; nothing was saved since."""
 
 
 class LossLog:
-    """Loss terms of the steps since the last look. They stay on the device until then: no wait at
-    every step.
+    """Loss terms and gradient norms of the steps since the last look. They stay on the device until
+    then: no wait at every step.
     """
 
     def __init__(self, agreement: Agreement, output: Path, *, step_images: int) -> None:
         self.agreement, self.output, self.step_images = agreement, output, step_images
         self.since = time.monotonic()
         self.pending: list[tuple[int, dict[str, Tensor], list[int]]] = []
-        self.norm = torch.zeros(())
 
     def add(self, step: int, terms: dict[str, Tensor], norm: Tensor, image_ids: list[int]) -> None:
-        self.pending.append((step, terms, image_ids))
-        self.norm = norm
+        """norm is that of the gradient over all processes, 0 where the weights did not move."""
+        self.pending.append((step, {**terms, NORM: norm}, image_ids))
 
     def check(self) -> dict[str, float]:
         """Means over the steps since the last call, summed over processes, with speed and memory.
@@ -42,12 +44,12 @@ class LossLog:
             return {}
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.pending])
-        values = values.double().cpu()  # [steps, terms]; the one wait
+        values = values.double().cpu()  # [steps, terms and the norm]; the one wait
         self._refuse_non_finite(names, values)
-        means = self.agreement.gather(*values.mean(0).tolist()).sum(0).tolist()
+        means = self.agreement.gather(*values[:, :-1].mean(0).tolist()).sum(0).tolist()
         now = time.monotonic()
-        metrics = {"loss": sum(means), **dict(zip(names, means, strict=True))}
-        metrics["grad_norm"] = float(self.norm)
+        metrics = {"loss": sum(means), **dict(zip(names[:-1], means, strict=True))}
+        metrics[NORM] = float(values[-1, -1])
         metrics["images_per_second"] = (
             len(self.pending) * self.step_images / max(now - self.since, 1e-9)
         )
@@ -65,16 +67,32 @@ class LossLog:
         findings = [found for found in self.agreement.gather_objects(finding) if found is not None]
         if not findings:
             return
-        first = min(findings, key=lambda found: found["step"])
         path = self.output / "non_finite.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(findings, indent=1).encode())  # every process writes the same
-        bad = [f"{name} {term}" for name, term in first["terms"].items() if not math.isfinite(term)]
-        raise NonFiniteLoss(
-            f"the loss is not finite at step {first['step']}: {', '.join(bad)}; images "
-            f"{first['image_ids']} (more in {path}); the weights on disk are from before. "
-            "Try a lower --lr, or --clip_max_norm if it is 0"
-        )
+        if self.agreement.is_main:
+            write_whole(path, json.dumps(findings, indent=1).encode())
+        self.agreement.any(False)  # it is there before a process ends, by which others are ended
+        raise NonFiniteLoss(_message(findings, path))
+
+
+def _message(findings: list[dict[str, Any]], path: Path) -> str:
+    """Names the first such step, and the images of the processes whose loss it was: the gradient,
+    being a sum, is not finite on any of them.
+    """
+    step = min(found["step"] for found in findings)
+    first = [found for found in findings if found["step"] == step]
+    own = [found for found in first if any(name != NORM for name in _bad_terms(found))]
+    blamed = own or first
+    bad = [f"{name} {blamed[0]['terms'][name]}" for name in _bad_terms(blamed[0])]
+    images = [image_id for found in blamed for image_id in found["image_ids"]]
+    return (
+        f"the loss is not finite at step {step}: {', '.join(bad)}; images {images} "
+        f"(more in {path}); the weights on disk are from before. "
+        "Try a lower --lr, or --clip_max_norm if it is 0"
+    )
+
+
+def _bad_terms(finding: dict[str, Any]) -> list[str]:
+    return [name for name, term in finding["terms"].items() if not math.isfinite(term)]
 
 
 def memory_gib() -> float:

@@ -212,6 +212,7 @@ def train(
             optimizer.zero_grad()
             if accelerator.optimizer_step_was_skipped:
                 state.skipped_updates += 1
+                norm = torch.zeros_like(norm)  # fp16 overflowed; the weights are as they were
             elif ema is not None:
                 ema.update(model, step=state.step - state.skipped_updates)
             image_ids = [target["image_id"] for batch in window for target in batch["targets"]]

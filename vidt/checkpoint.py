@@ -72,6 +72,7 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: Weigh
     temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
     try:
         save_file(tensors, temporary, metadata=header)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
