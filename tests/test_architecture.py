@@ -21,10 +21,11 @@ _ORDER = {
     "trainer": """
         settings config launch_check findings samples classes read_coco read_voc read_yolo readers
         dataset_check shapes datasets clock agreement report console pictures data optim evaluation
-        loss_log resume step stopping train
+        loss_log resume start step stopping train
         """,
     "ymir_adapter": """
-        task errors outputs dataset training infer mining __main__
+        errors values environment task outputs dataset launch training infer mining candidates
+        sandbox __main__
         """,
 }
 ORDER = {package: files.split() for package, files in _ORDER.items()}

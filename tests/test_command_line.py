@@ -255,6 +255,20 @@ def test_eval_gives_the_number_in_the_file(learnt: Learnt, room: Path) -> None:
     assert metrics == pytest.approx(expected, abs=1e-6)
 
 
+def test_eval_needs_the_validation_files_alone_and_takes_the_size_from_the_weights(
+    learnt: Learnt, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [learnt.data / "annotations/instances_val2017.json", learnt.data / "val2017"]
+    words = ["--eval", "--load_from", learnt.weights, "--output_dir", room, "--num_workers", 0]
+    words += ["--val_json", files[0], "--val_images", files[1]]
+    assert main_here([str(word) for word in words]) == 0
+    metrics = json.loads((room / "evaluation.json").read_text())
+    with safe_open(learnt.weights, framework="pt") as file:
+        expected = json.loads(file.metadata()["metrics"])
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    assert "was trained for" not in caplog.text
+
+
 def test_a_written_configuration_repeats_the_run(tiny_data: Path, room: Path) -> None:
     first = run(tiny_data, room, "--max_steps 2")
     words = ["--config", str(room / "config.yaml"), "--output_dir", str(room / "again")]

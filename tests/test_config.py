@@ -153,6 +153,9 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ("--ema_decay 1", "ema_decay is 1.0; it must be 0 or more and below 1"),
         ("--max_bad_fraction 1.1", "max_bad_fraction is 1.1; it must be from 0 to 1"),
         ("--eval_size 31", "eval_size is 31; it must be 32 or more"),
+        ("--eval --eval_size 31", "eval_size is 31; it must be 32 or more"),
+        ("--eval_size 0", "eval_size is 0; it must be 32 or more"),
+        ("--eval --val_json a", "val_json is given without val_images; give both"),
         ("--train_sizes 64 16", "train_sizes is 16; it must be 32 or more"),
         ("--train_sizes []", "train_sizes is empty; it must be one size or more, or none"),
         (

@@ -25,7 +25,7 @@ from vidt import ViDT
 
 
 def test_learning_rate_by_hand() -> None:
-    """A warm-up of a tenth of the run at most, a cosine from lr to min_lr."""
+    """A warm-up of a third of the run at most, a cosine from lr to min_lr."""
     config = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
     rates = [learning_rate(step, 104, config) for step in range(105)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -33,8 +33,8 @@ def test_learning_rate_by_hand() -> None:
     assert rates[29] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert all(later < sooner for sooner, later in pairwise(rates[4:]))
     long_warmup = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=200)
-    assert learning_rate(9, 100, long_warmup) < learning_rate(10, 100, long_warmup) == 1.0
-    for total in (1, 2, 3):
+    assert learning_rate(32, 100, long_warmup) < learning_rate(33, 100, long_warmup) == 1.0
+    for total in (1, 2):
         rates = [learning_rate(step, total, config) for step in range(total)]
         assert rates[0] == 1.0 and all(0.1 <= rate <= 1.0 for rate in rates)
 
@@ -69,6 +69,20 @@ def test_every_parameter_is_in_one_group(tiny_model: ViDT) -> None:
     assert {"backbone.det_token", "backbone.det_pos_embed"} <= bare
     matrices = {name for name, parameter in names.items() if parameter.ndim == 4}
     assert matrices and not matrices & bare
+
+
+def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
+    optimizer = make_optimizer(tiny_model, TrainConfig(lr=1.0, lr_linear_proj_mult=0.1))
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = dict(tiny_model.named_parameters())
+    slow = {name for name, parameter in names.items() if rates[id(parameter)] == 0.05}
+    assert {rates[id(parameter)] for parameter in names.values()} == {0.5, 0.05}
+    assert slow == {
+        *("backbone.det_pos_embed", "decoder.reference_points.weight"),
+        *("decoder.reference_points.bias", *(n for n in names if "sampling_offsets" in n)),
+        *(n for n in names if n.startswith("query_pos_proj")),
+    }
 
 
 def test_weight_decay_shrinks_matrices_alone() -> None:

@@ -5,6 +5,7 @@ A gloo group of its own: no wait for queued device work, and no 600 s limit whil
 scores or reads. With one process everything here is the identity.
 """
 
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -54,6 +55,30 @@ class Agreement:
         box = [item]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Does `work` on the main process and gives its result to all. A ValueError or OSError of
+        it is raised there, and as ValueError with its words on the others.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError) as error:
+                failure = error
+        # Words travel, exceptions do not: not every one of them can be pickled.
+        result, problem = self.from_main((result, str(failure) if failure else ""))
+        if failure:
+            raise failure
+        if problem:
+            raise ValueError(problem)
+        return result
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors, in place and on the CPU, with those of the main process."""
+        if self.group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self.group)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> None:

@@ -27,6 +27,7 @@ from trainer.settings import (
 from vidt.model import ViDTConfig
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
+WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
 SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 
@@ -95,10 +96,14 @@ class TrainConfig:
         default=1, metadata=_help("micro-batches into which batch_size is split")
     )
     lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
+    lr_linear_proj_mult: float = field(
+        default=1.0,
+        metadata=_help("rate, relative to lr, of the weights that say where queries look"),
+    )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
     warmup_steps: int = field(
-        default=200, metadata=_help("steps of warm-up, at most a tenth of the run")
+        default=200, metadata=_help("steps of warm-up, at most a third of the run")
     )
     clip_max_norm: float = field(
         default=0.1, metadata=_help("largest norm of the gradients; 0: not clipped")
@@ -121,7 +126,10 @@ class TrainConfig:
 
     eval_size: int = field(
         default=640,
-        metadata=_help("short side at evaluation and prediction, pixels", group="Evaluation"),
+        metadata=_help(
+            "short side at evaluation and prediction, pixels; with --eval: that of the weights",
+            group="Evaluation",
+        ),
     )
     eval_batch_size: int | None = field(
         default=None, metadata=_help("images per process and batch; None: batch_size")
@@ -176,7 +184,7 @@ _AT_LEAST = {
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
-    **dict.fromkeys(("eval_size", "train_max_size"), SMALLEST_SIZE),
+    **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
 
 
@@ -192,7 +200,11 @@ def _check_alone(config: TrainConfig) -> None:
         _require(value is None or value >= least, name, value, f"{least} or more")
     datasets = f"one of {', '.join(DATASETS)}"
     _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
+    size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
+    _require(own or size >= SMALLEST_SIZE, "eval_size", size, f"{SMALLEST_SIZE} or more")
     _require(config.lr > 0, "lr", config.lr, "above 0")
+    mult = config.lr_linear_proj_mult
+    _require(mult >= 0, "lr_linear_proj_mult", mult, "0 or more")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
     share = config.max_bad_fraction
@@ -211,10 +223,11 @@ def _check_together(config: TrainConfig) -> None:
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
+    needed, number = (COCO_FILES[2:], "both") if config.eval else (COCO_FILES, "all four")
     given = [name for name in COCO_FILES if getattr(config, name) is not None]
-    missing = [name for name in COCO_FILES if name not in given]
+    missing = [name for name in needed if name not in given]
     if given and missing:
-        raise ConfigError(f"{given[0]} is given without {', '.join(missing)}; give all four")
+        raise ConfigError(f"{given[0]} is given without {', '.join(missing)}; give {number}")
     if given and config.dataset_file != "coco":
         raise ConfigError(f"{given[0]} is for dataset_file coco; it is {config.dataset_file}")
 
@@ -222,7 +235,7 @@ def _check_together(config: TrainConfig) -> None:
 def _check_data_path(config: TrainConfig) -> None:
     """A dataset that is not ours must have been told where its files are."""
     flag = f"{config.dataset_file}_path"
-    if config.dataset_file == "shapes" or config.train_json or getattr(config, flag):
+    if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
         return
     files = " or " + ", ".join(COCO_FILES) if config.dataset_file == "coco" else ""
     raise ConfigError(f"dataset_file {config.dataset_file} has no files; give {flag}{files}")
@@ -243,14 +256,14 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     the caller brings the samples, so no recipe is applied and no path is asked for.
     Raises ConfigError for anything wrong and HelpRequested for `--help`.
     """
-    given = read_flags(argv, _ALL)
-    if given.get("config") is not None:
-        given = {**_read_config(given["config"]), **given}
+    given = given_settings(argv)
     if any(given.get(name) is not None for name in COCO_FILES):
         given.setdefault("dataset_file", "coco")
     for name in DATASETS:
         if given.get(f"{name}_path") is not None:
             given.setdefault("dataset_file", name)
+    if given.get("eval"):
+        given.setdefault("eval_size", WEIGHTS_OWN)
     if not own_data:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
@@ -259,6 +272,16 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     if not own_data:
         _check_data_path(config)
     return config, model
+
+
+def given_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings given as flags or in the file of `--config`, and no defaults. Raises as `parse`
+    for flags and values that cannot be read.
+    """
+    given = read_flags(argv, _ALL)
+    if given.get("config") is not None:
+        given = {**_read_config(given["config"]), **given}
+    return given
 
 
 def _read_config(path: str) -> dict[str, Any]:

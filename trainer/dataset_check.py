@@ -30,7 +30,7 @@ class BadDataset(ValueError):
 
 
 def clean(
-    table: SampleTable, *, max_bad_fraction: float = 0.01
+    table: SampleTable, *, max_bad_fraction: float = 0.05
 ) -> tuple[SampleTable, list[Finding]]:
     """The samples that can be used, with boxes inside their images, and all that was found.
 
@@ -48,7 +48,7 @@ def check(
     val: SampleTable,
     *,
     num_queries: int,
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = 0.05,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """Both splits as `clean` gives them, and all that was found in each and between them.
 

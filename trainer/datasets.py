@@ -18,7 +18,7 @@ SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, 
 
 def reader_of(config: TrainConfig) -> Reader:
     """A function of ("train" or "val", class names to keep to) that reads one split."""
-    if config.train_json is not None:
+    if config.val_json is not None:
         files = {
             "train": (config.train_json, config.train_images),
             "val": (config.val_json, config.val_images),

@@ -18,10 +18,11 @@ from PIL import Image
 CLASS_NAMES = ("rectangle", "ellipse", "triangle")
 
 _SPLITS = ("train", "val")
-_VERSION = 2  # part of the folder's name: raise it with any change to the pictures
+_VERSION = 3  # part of the folder's name: raise it with any change to the pictures
 _MAX_OBJECTS = 6
 _MAX_HIDDEN = 0.2  # of an object's pixels
 _MIN_CONTRAST = 40.0  # distance in RGB, from the background and from shapes drawn over
+_GREY = (90.0, 160.0)  # background, drawn for each picture
 _NOISE = (4.0, 12.0)  # standard deviation, drawn for each picture
 _OUTLINE_POINTS = 32
 
@@ -68,9 +69,11 @@ def write_shapes(
 
 
 def draw_picture(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, list[Shape]]:
-    """A picture, uint8 [size, size, 3], and its one to six shapes, the last drawn on top."""
+    """A picture, uint8 [size, size, 3], and its one to six shapes, the last drawn on top: shapes of
+    any colour on noisy grey.
+    """
     rng = np.random.default_rng([seed, _SPLITS.index(split), index])
-    background = rng.uniform(0, 255, 3)
+    background = np.full(3, rng.uniform(*_GREY))
     shapes: list[Shape] = []
     for _ in range(rng.integers(1, _MAX_OBJECTS + 1)):
         shape = _place(rng, size, background, shapes)

@@ -21,6 +21,10 @@ from vidt.criterion import SetCriterion
 logger = get_logger(__name__)
 
 
+class OutOfMemory(ValueError):
+    """One image at a time is too much for the memory; says what makes it less."""
+
+
 def micro_batches(
     dataset: DetectionDataset,
     config: TrainConfig,
@@ -88,12 +92,12 @@ def gradients(
 def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int, int]) -> int:
     """The next number of micro-batches that divides the batch, at least twice the present one.
 
-    Raises ValueError when a micro-batch is one image already.
+    Raises OutOfMemory when a micro-batch is one image already.
     """
     size = config.batch_size
     larger = [n for n in range(2 * n_iter_to_acc, size + 1) if size % n == 0] or [size]
     if n_iter_to_acc == size:
-        raise ValueError(
+        raise OutOfMemory(
             f"out of memory with one image of {canvas[0]} x {canvas[1]} pixels at a time; "
             "lower --eval_size or --train_max_size, or choose a smaller --backbone_name"
         )

@@ -9,7 +9,8 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from trainer import resume as checkpoints
 from trainer.agreement import PATIENCE, Agreement, sum_gradients
 from trainer.clock import Clock
-from trainer.config import TrainConfig, parse_or_exit, resolved, write_yaml
+from trainer.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from trainer.console import Console, score_table
 from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.dataset_check import BadDataset
@@ -38,13 +39,13 @@ from trainer.pictures import compare, comparisons, save_picture, truth_beside_pr
 from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.resume import RunState
 from trainer.samples import SampleTable
+from trainer.start import find_checkpoint, load_detector, load_start, restore
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
-from vidt.checkpoint import WeightsInfo, load_model, local_weights, save_weights, start_from
+from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.criterion import SetCriterion
 from vidt.model import ViDT, ViDTConfig
 from vidt.preprocessing import Preprocessing
-from vidt.pretrained import load_imagenet
 
 logger = get_logger(__name__)
 
@@ -78,13 +79,13 @@ def train(
     preprocessing = Preprocessing(eval_size=config.eval_size)
     if config.denoising and not model_config.with_box_refine:
         raise ValueError("--denoising needs --with_box_refine: its queries start from boxes")
-    model: nn.Module = ViDT(model_config)
-    resumed_from = find_checkpoint(config, accelerator, agreement)
+    detector = ViDT(model_config)
+    resumed_from = find_checkpoint(config, agreement)
     if resumed_from is None:
-        load_start(model, config, class_names, agreement)
-    ema = make_ema(model, config.ema_decay).to(accelerator.device) if config.ema else None
+        load_start(detector, config, class_names, agreement)
+    ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
-    model = accelerator.prepare_model(model, evaluation_mode=True).train()
+    model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     parameters = list(model.parameters())
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     criterion = SetCriterion(aux_copies=config.aux_copies, quality_target=config.quality_target)
@@ -239,70 +240,6 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
-def load_start(
-    model: nn.Module, config: TrainConfig, class_names: tuple[str, ...], agreement: Agreement
-) -> None:
-    """Fills a fresh model: a whole detector where --load_from is given, else the body."""
-    assert isinstance(model, ViDT)
-    if config.load_from is None:
-        load_imagenet(model.backbone, model.config.backbone_name, config.pre_trained)
-        return
-    path = local_weights(config.load_from, agreement.from_main)
-    transfer = start_from(model, path, class_names)
-    logger.info(f"started from {config.load_from}; classes {transfer}")
-
-
-def find_checkpoint(
-    config: TrainConfig, accelerator: Accelerator, agreement: Agreement
-) -> Path | None:
-    """What to resume from, the same on every process; None for a fresh run.
-
-    Raises ValueError if --resume names a place without a whole checkpoint.
-    """
-    if config.resume is None:
-        if checkpoints.checkpoints(Path(config.output_dir) / "checkpoints"):
-            logger.warning(
-                f"{config.output_dir} holds a run already: this one starts anew and replaces it "
-                "from its first checkpoint on; to go on with that one, stop and pass --resume"
-            )
-        return None
-    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
-    found = on_main(accelerator, agreement, lambda: checkpoints.find(wanted))
-    path, passed_over = found
-    for line in passed_over:
-        logger.warning(f"passed over: {line}")
-    if path is None and config.resume != "auto":
-        raise ValueError(f"--resume {config.resume}: there is no whole checkpoint")
-    if path is None:
-        logger.info(f"nothing to resume in {wanted}: a fresh run")
-    return path
-
-
-def restore(
-    path: Path,
-    fresh: RunState,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: Any,
-    accelerator: Accelerator,
-) -> RunState:
-    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on
-    from.
-    """
-    state, tensors = checkpoints.load(path)
-    for line in checkpoints.changed_settings(state, fresh):
-        logger.warning(line)
-    checkpoints.restore_tensors(tensors, model, ema, optimizer)
-    if accelerator.scaler is not None and state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    asked = ("batch_size", "n_iter_to_acc")
-    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
-        state.n_iter_to_acc = fresh.n_iter_to_acc  # else what memory allowed still holds
-    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
-    state.settings = fresh.settings
-    return state
-
-
 def describe(accelerator: Accelerator, config: TrainConfig, clock: Clock, state: RunState) -> str:
     """One line on what is about to run, and where."""
     start = f"resumed at step {state.step}" if state.step else "from step 0"
@@ -327,31 +264,13 @@ def closing(state: RunState) -> str:
     return f"done after {state.step} steps"
 
 
-def on_main(accelerator: Accelerator, agreement: Agreement, work: Callable[[], Any]) -> Any:
-    """Does `work` on the main process and gives its result to all; what a user can mend is raised
-    as ValueError on all.
-    """
-    result, problem = None, ""
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            problem = str(error)  # not every exception survives the journey to other processes
-    result, problem = agreement.from_main((result, problem))
-    if problem:
-        raise ValueError(problem)
-    return result
-
-
 def train_from_settings(
     config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
 ) -> None:
     """Reads and checks the data on the main process, shares it, trains, and shows the run."""
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
-    train_set, val_set = on_main(
-        accelerator, agreement, lambda: checked_datasets(config, model_fields)
-    )
+    train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     if config.check:
         return
     names = (
@@ -401,28 +320,27 @@ def checked_datasets(
 def evaluate_only(
     config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
 ) -> None:
-    """`--eval --load_from FILE`: the COCO numbers of a weights file at --eval_size; what the file
-    says of its architecture and classes counts, not the flags.
+    """`--eval --load_from FILE`: the COCO numbers of a weights file. What the file says of its
+    architecture, classes and preprocessing counts; of the flags only --eval_size, where given.
     """
     if config.load_from is None:
         raise ValueError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)
-    model, info = load_model(local_weights(config.load_from, agreement.from_main))
-    own_size = info.preprocessing.eval_size
-    if own_size != config.eval_size:
+    model, info = load_detector(config.load_from, agreement)
+    preprocessing = info.preprocessing
+    if config.eval_size not in (WEIGHTS_OWN, preprocessing.eval_size):
         logger.warning(
-            f"{config.load_from} was trained for --eval_size {own_size}; "
+            f"{config.load_from} was trained for --eval_size {preprocessing.eval_size}; "
             f"this evaluates it at {config.eval_size}"
         )
-    val_set, findings = on_main(
-        accelerator, agreement, lambda: read_validation(config, info.class_names)
-    )
+        preprocessing = replace(preprocessing, eval_size=config.eval_size)
+    val_set, findings = agreement.on_main(lambda: read_validation(config, info.class_names))
     if findings:
         logger.info(format_findings(findings))
     evaluation = evaluate(
         accelerator.prepare_model(model, evaluation_mode=True),
         val_set,
-        Preprocessing(config.eval_size, info.preprocessing.mean, info.preprocessing.std),
+        preprocessing,
         accelerator,
         agreement,
         batch_size=config.eval_batch_size or config.batch_size,

@@ -11,10 +11,9 @@ import json
 import os
 import textwrap
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -28,6 +27,16 @@ from vidt.preprocessing import Preprocessing
 
 FORMAT = "vidt-weights-1"
 CLASS_ROWS = ("class_embed.",)  # tensors whose first axis is the class
+
+
+class UnusableWeights(ValueError):
+    """A weights file that is missing, damaged, of another kind or of another architecture; one line
+    names it.
+    """
+
+
+class Unreachable(ValueError):
+    """Weights that could not be downloaded; one line says how to do without."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +92,47 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: Weigh
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Tensors and header of a weights file of ours. Raises ValueError naming the file if it is
-    anything else.
+    """Tensors and header of a weights file of ours. Raises UnusableWeights, naming the file, if it
+    is anything else.
     """
+    info = read_info(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as ViDT weights: {error}") from error
-    preprocessing = json.loads(header["preprocessing"])
-    info = WeightsInfo(
-        config=ViDTConfig(**json.loads(header["config"])),
-        class_names=tuple(json.loads(header["class_names"])),
-        preprocessing=Preprocessing(
-            preprocessing["eval_size"], tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-        ),
-        metrics=json.loads(header["metrics"]),
-    )
+        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
     return tensors, info
 
 
+def read_info(path: str | Path) -> WeightsInfo:
+    """The header alone of a weights file of ours. Raises UnusableWeights as `load_weights`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
+    if header.get("format") != FORMAT:
+        raise UnusableWeights(
+            f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
+        )
+    try:
+        preprocessing = json.loads(header["preprocessing"])
+        return WeightsInfo(
+            config=ViDTConfig(**json.loads(header["config"])),
+            class_names=tuple(json.loads(header["class_names"])),
+            preprocessing=Preprocessing(
+                preprocessing["eval_size"],
+                tuple(preprocessing["mean"]),
+                tuple(preprocessing["std"]),
+            ),
+            metrics=json.loads(header["metrics"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
+
+
 def load_model(path: str | Path) -> tuple[ViDT, WeightsInfo]:
-    """A detector as it was saved. Raises ValueError naming the file."""
+    """A detector as it was saved. Raises UnusableWeights naming the file."""
     tensors, info = load_weights(path)
     model = ViDT(info.config)
     _fill(model, tensors, path)
@@ -121,24 +144,28 @@ def _fill(model: ViDT, tensors: dict[str, Tensor], path: str | Path) -> None:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300)  # of torch's many lines, one
-        raise ValueError(f"{path} does not hold the tensors it should: {reason}") from error
+        raise UnusableWeights(f"{path} does not hold the tensors it should: {reason}") from error
 
 
 def read_pickled(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may
     hold nothing but plain values and `argparse.Namespace`.
 
-    Raises ValueError naming the file for anything else in it, damaged files included.
+    Raises UnusableWeights naming the file for anything else in it, damaged files included.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or refused file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read safely as PyTorch weights: {reason}") from error
+        raise UnusableWeights(
+            f"{path} cannot be read safely as PyTorch weights: {reason}"
+        ) from error
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors, neither bare nor under model")
+        raise UnusableWeights(
+            f"{path} holds no dictionary of tensors, neither bare nor under model"
+        )
     return tensors
 
 
@@ -150,7 +177,7 @@ def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[s
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass --load_from a weights file")
+        raise UnusableWeights(f"{path} does not exist; pass --load_from a weights file")
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
@@ -161,48 +188,38 @@ def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[s
         config = released_config(state_dict)
         return released_vidt(state_dict, config), config, None
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that can be started from: {error}"
         ) from error
 
 
-def local_weights(source: str, from_main: Callable[[Any], Any] = lambda item: item) -> Path:
+def local_weights(source: str) -> Path:
     """The file that `source`, a path or a URL, stands for. A URL is fetched once, into torch hub's
-    cache, by the process that `from_main` takes its answer from.
+    cache.
 
-    Raises ValueError for a URL that cannot be fetched.
+    Raises Unreachable for a URL that cannot be fetched.
     """
     if "://" not in source:
         return Path(source)
     # Many addresses end in best.safetensors: the file's name alone would mix them up.
     name = f"{zlib.crc32(source.encode()):08x}-{Path(urlparse(source).path).name}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    problem = from_main(_fetch_error(source, path))
-    if problem:
-        raise ValueError(
-            f"{source} cannot be fetched ({problem}); fetch it by hand and pass --load_from FILE"
-        )
-    return path
-
-
-def _fetch_error(source: str, path: Path) -> str:
-    """Downloads unless it is there; torch writes to a temporary name and renames. Returns what went
-    wrong.
-    """
     if path.exists():
-        return ""
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    try:  # torch writes to a temporary name and renames
         torch.hub.download_url_to_file(source, str(path), progress=False)
     except (OSError, RuntimeError) as error:
-        return str(error)
-    return ""
+        raise Unreachable(
+            f"{source} cannot be fetched ({error}); fetch it by hand and pass --load_from FILE"
+        ) from error
+    return path
 
 
 def start_from(model: ViDT, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
     """Loads weights for fine-tuning into `model`; class rows by name, everything else strictly.
 
-    Raises ValueError where the architectures differ, naming the first flag that does.
+    Raises UnusableWeights where the architectures differ, naming the first flag that does.
     """
     tensors, config, names = read_start(path)
     for setting in dataclasses.fields(ViDTConfig):
@@ -210,7 +227,7 @@ def start_from(model: ViDT, path: str | Path, class_names: tuple[str, ...]) -> H
             continue
         theirs, ours = getattr(config, setting.name), getattr(model.config, setting.name)
         if theirs != ours:
-            raise ValueError(
+            raise UnusableWeights(
                 f"{path} has {setting.name} {theirs}, this run {ours}; "
                 f"pass --{setting.name} {theirs}"
             )

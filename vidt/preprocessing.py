@@ -55,8 +55,8 @@ class Preprocessing:
         """RGB picture -> [3, h, w] float32, resized to its canvas and normalised."""
         return self.normalise(resize(image, self.canvas(image.height, image.width)))
 
-    def normalise(self, image: Image.Image) -> Tensor:
-        """RGB picture -> [3, H, W] float32."""
+    def normalise(self, image: Image.Image | Tensor) -> Tensor:
+        """RGB picture, or uint8 [..., 3, H, W] -> [..., 3, H, W] float32."""
         pixels = F.to_dtype(F.to_image(image), torch.float32, scale=True)
         return F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(Tensor)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vidt.checkpoint import read_pickled
+from vidt.checkpoint import Unreachable, UnusableWeights, read_pickled
 from vidt.convert import imagenet_swin
 
 TIMM_NAMES = {
@@ -29,7 +29,9 @@ def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None
     """Fills `body` from `pre_trained`: "imagenet", "none" (left as it is) or a file.
 
     Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 merging) must be
-    in the weights. Raises ValueError: one line naming the file to fetch by hand, the missing or
+    in the weights.
+
+    Raises Unreachable, naming the file to fetch by hand, or UnusableWeights, naming the missing or
     misshapen tensor, or the damaged file.
     """
     if pre_trained == "none":
@@ -42,15 +44,15 @@ def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None
     expected = body.state_dict()
     for name, tensor in converted.items():
         if name not in expected:
-            raise ValueError(f"{source}: tensor {name} has no place in {backbone_name}")
+            raise UnusableWeights(f"{source}: tensor {name} has no place in {backbone_name}")
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, {backbone_name} needs {tuple(expected[name].shape)}"
-            raise ValueError(
+            raise UnusableWeights(
                 f"{source}: tensor {name} has shape {shapes}; choose the body's own file"
             )
     missing = [name for name in expected if name not in converted and not added_by_vidt(name)]
     if missing:
-        raise ValueError(
+        raise UnusableWeights(
             f"{source}: {len(missing)} tensors of {backbone_name} are missing, first {missing[0]}"
         )
     body.load_state_dict({**expected, **converted}, strict=True)
@@ -74,7 +76,7 @@ def _fetch(backbone_name: str) -> dict[str, Tensor]:
             return content.get("model", content)
         return timm.create_model(TIMM_NAMES[backbone_name], pretrained=True).state_dict()
     except Exception as error:  # every layer below has exceptions of its own for "no network"
-        raise ValueError(
+        raise Unreachable(
             f"the ImageNet weights of {backbone_name} cannot be reached ({type(error).__name__}); "
             f"fetch {address(backbone_name)} by hand and pass --pre_trained FILE, or "
             "--pre_trained none to start from random"
@@ -90,10 +92,12 @@ def address(backbone_name: str) -> str:
 
 def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
-        raise ValueError(f'--pre_trained {path}: no such file (say "imagenet", "none" or a file)')
+        raise UnusableWeights(
+            f'--pre_trained {path}: no such file (say "imagenet", "none" or a file)'
+        )
     if path.endswith(".safetensors"):
         try:
             return load_file(path)
         except Exception as error:  # safetensors and the file system raise different kinds
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+            raise UnusableWeights(f"{path} cannot be read as safetensors: {error}") from error
     return read_pickled(path)
