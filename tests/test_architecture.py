@@ -24,8 +24,8 @@ _ORDER = {
         loss_log resume start step stopping train
         """,
     "ymir_adapter": """
-        errors values environment task outputs dataset launch training infer mining candidates
-        sandbox __main__
+        errors values environment task monitor outputs columns ark voc coco annotations dataset
+        launch training parts infer mining candidates sandbox_tree sandbox __main__
         """,
 }
 ORDER = {package: files.split() for package, files in _ORDER.items()}

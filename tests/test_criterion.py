@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from vidt import HungarianMatcher, SetCriterion
-from vidt.criterion import log_values, paired_iou, quality_focal_loss
+from vidt.criterion import log_values
 
 LEVELS, QUERIES, CLASSES = 3, 6, 4
 
@@ -79,24 +79,21 @@ def test_images_are_matched_alone_as_in_a_batch() -> None:
             assert torch.equal(getattr(together, field)[here], getattr(alone, field))
 
 
-@pytest.mark.parametrize("copies", [1, 2, 4, 100])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
-def test_copies_are_matched_evenly_on_auxiliary_levels(copies: int, count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 2, 6])
+def test_every_object_has_one_query_at_every_level(count: int) -> None:
     targets = objects(count, 2)
-    matches = SetCriterion(aux_copies=copies).match(outputs(2), targets)
+    matches = SetCriterion().match(outputs(2), targets)
     for level in range(LEVELS):
         for image, target in enumerate(targets):
             here = (matches.level == level) & (matches.image == image)
             number = len(target["labels"])
-            expected = 1 if level == LEVELS - 1 else min(copies, QUERIES // max(number, 1))
-            times = torch.bincount(matches.target[here], minlength=number)
-            assert times.tolist() == [expected] * number
+            assert torch.bincount(matches.target[here], minlength=number).tolist() == [1] * number
             assert len(matches.query[here].unique()) == here.sum()  # no query twice
 
 
 def test_with_more_objects_than_queries_every_query_is_taken() -> None:
     predicted, targets = outputs(2), objects(QUERIES + 3, 1)
-    matches = SetCriterion(aux_copies=3).match(predicted, targets)
+    matches = SetCriterion().match(predicted, targets)
     here = (matches.image == 0) & (matches.level == LEVELS - 1)
     assert sorted(matches.query[here].tolist()) == list(range(QUERIES))
     assert len(matches.target[here].unique()) == QUERIES
@@ -130,11 +127,10 @@ def test_terms_are_named_by_level() -> None:
     assert SetCriterion()(outputs(1), objects(2), 2).keys() == names
 
 
-@pytest.mark.parametrize("options", [{}, {"aux_copies": 3, "quality_target": True}])
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (QUERIES + 2, 1)])
-def test_losses_are_finite_and_reach_every_output(counts: tuple[int, int], options: dict) -> None:
+def test_losses_are_finite_and_reach_every_output(counts: tuple[int, int]) -> None:
     predicted = outputs(2)
-    terms = SetCriterion(**options)(predicted, objects(*counts), max(sum(counts), 1))
+    terms = SetCriterion()(predicted, objects(*counts), max(sum(counts), 1))
     torch.stack(list(terms.values())).sum().backward()
     for level in (*predicted["aux_outputs"], predicted):
         for name in ("pred_logits", "pred_boxes"):
@@ -163,24 +159,6 @@ def test_cost_weights_are_the_callers() -> None:
     moved = {**predicted, "pred_boxes": boxes(1, QUERIES)}
     again = SetCriterion(HungarianMatcher(1.0, 0.0, 0.0)).match(moved, targets)
     assert torch.equal(classes_only.query, again.query)
-
-
-def test_quality_target_asks_for_the_overlap() -> None:
-    """Least loss of a matched entry: where its probability is quality^gamma; of others: at zero."""
-    quality, gamma = torch.tensor([0.6]), 1.5
-    logits = torch.linspace(-4, 4, 801)[:, None]
-    losses = torch.stack([quality_focal_loss(row, (torch.tensor([0]),), quality) for row in logits])
-    best = logits[losses.argmin()].sigmoid().item()
-    assert best == pytest.approx(0.6**gamma, abs=0.01)
-    nowhere = (torch.zeros(0, dtype=torch.int64),)
-    unmatched = quality_focal_loss(logits.squeeze(1), nowhere, torch.zeros(0))
-    assert (unmatched.diff() > 0).all()
-
-
-def test_paired_iou_by_hand() -> None:
-    first = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
-    second = torch.tensor([[1.0, 0, 3, 2], [0, 0, 1, 1], [5, 5, 6, 6], [1, 1, 1, 1]])
-    assert torch.allclose(paired_iou(first, second), torch.tensor([1 / 3, 1, 0, 0]))
 
 
 def test_log_values_by_hand() -> None:

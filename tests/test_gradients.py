@@ -14,7 +14,7 @@ from trainer.report import Progress
 from vidt.criterion import SetCriterion
 
 ROUNDING = 2e-5  # of fp32 sums in another order, relative to the largest entry of a tensor
-LOSSES = {"plain": "", "denoising": "--denoising 9 --aux_copies 2 --quality_target"}
+LOSSES = {"plain": "", "denoising": "--denoising 9"}
 
 
 def of_step(data: Path, room: Path, portions: int, flags: str, step: int) -> dict[str, Tensor]:

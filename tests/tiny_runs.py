@@ -301,7 +301,7 @@ def gradients_of_step(
     assert len(window) == config.n_iter_to_acc
     num_boxes, canvas, _ = agree_on(window, 0, Agreement(accelerator))
     prepared = accelerator.prepare_model(model, evaluation_mode=True).train()
-    criterion = SetCriterion(aux_copies=config.aux_copies, quality_target=config.quality_target)
+    criterion = SetCriterion()
     terms = gradients(prepared, criterion, accelerator, window, canvas, num_boxes)
     assert terms is not None
     sum_gradients(list(model.parameters()), accelerator.num_processes)

@@ -33,7 +33,7 @@ from vidt.checkpoint import load_model
 from vidt.criterion import SetCriterion
 from vidt.model import ViDT
 
-LOSSES = {"plain": "", "denoising": "--denoising 9 --aux_copies 2 --quality_target"}
+LOSSES = {"plain": "", "denoising": "--denoising 9"}
 PORTIONS = {"plain": 1, "denoising": 2}
 VALIDATION = (1, 3, 6)  # images to share among two
 NON_FINITE_STEP = 2

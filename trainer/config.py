@@ -112,12 +112,6 @@ class TrainConfig:
         default=0,
         metadata=_help("extra queries per image that mend boxes near the truth; 0: none"),
     )
-    aux_copies: int = field(
-        default=1, metadata=_help("queries that each object takes at the earlier decoder layers")
-    )
-    quality_target: bool = field(
-        default=False, metadata=_help("teach the class score how well its box fits")
-    )
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
     )
@@ -180,7 +174,6 @@ class TrainConfig:
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "max_steps", "batch_size", "n_iter_to_acc", "eval_batch_size"), 1),
-    **dict.fromkeys(("aux_copies",), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),

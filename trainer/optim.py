@@ -15,9 +15,9 @@ from trainer.config import TrainConfig
 TABLES = ("det_token", "det_pos_embed", "relative_position_bias_table")
 
 
-# What decides where a query looks. The position table is small (std 0.02) and passes a norm, so that
-# a step of the common size redraws all places at once; Deformable DETR (arXiv 2010.04159, appendix
-# A.4) slows its linear projections of places for the same reason.
+# What decides where a query looks. The position table is small (std 0.02) and passes a norm, so a
+# step of the common size redraws all places at once; Deformable DETR (arXiv 2010.04159, appendix
+# A.4) slows its projections to places down to a tenth.
 PLACING = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
 
 

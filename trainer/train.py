@@ -88,7 +88,7 @@ def train(
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     parameters = list(model.parameters())
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
-    criterion = SetCriterion(aux_copies=config.aux_copies, quality_target=config.quality_target)
+    criterion = SetCriterion()
 
     step_images = config.batch_size * accelerator.num_processes
     per_epoch = steps_per_epoch(len(train_set), step_images)

@@ -8,7 +8,6 @@ Letters: L prediction levels, B batch, Q queries, K classes, N matched pairs of 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
@@ -32,15 +31,11 @@ class SetCriterion(nn.Module):
         bbox_loss_coef: float = 5.0,
         giou_loss_coef: float = 2.0,
         focal_alpha: float = 0.25,
-        aux_copies: int = 1,
-        quality_target: bool = False,
     ) -> None:
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
         self.weights = {"ce": cls_loss_coef, "bbox": bbox_loss_coef, "giou": giou_loss_coef}
         self.focal_alpha = focal_alpha
-        self.aux_copies = aux_copies
-        self.quality_target = quality_target
 
     def forward(
         self, outputs: dict, targets: Targets, num_boxes: float | Tensor
@@ -63,8 +58,7 @@ class SetCriterion(nn.Module):
     def match(self, outputs: dict, targets: Targets) -> Matches:
         """Assignment of every level, earlier levels first, the last prediction level last."""
         logits, boxes = stack_levels([*outputs.get("aux_outputs", []), outputs])
-        copies = [self.aux_copies] * (len(logits) - 1) + [1]
-        return self.matcher(logits, boxes, targets, copies)
+        return self.matcher(logits, boxes, targets)
 
     def _denoising(
         self, levels: list[dict[str, Tensor]], targets: Targets, num_boxes: float | Tensor
@@ -106,39 +100,13 @@ class SetCriterion(nn.Module):
             for name, loss in pair_losses.items()
         }
         place = (matches.level, matches.image, matches.query, labels)
-        if self.quality_target:
-            losses = quality_focal_loss(logits, place, paired_iou(found_xyxy, wanted_xyxy).detach())
-        else:
-            truth = torch.zeros_like(logits)
-            truth[place] = 1.0
-            losses = sigmoid_focal_loss(logits, truth, self.focal_alpha, 2.0)
+        truth = torch.zeros_like(logits)
+        truth[place] = 1.0
+        losses = sigmoid_focal_loss(logits, truth, self.focal_alpha, 2.0)
         if query_weights is not None:
             losses = losses * query_weights[..., None]
         sums["ce"] = losses.flatten(1).sum(1)
         return sums
-
-
-def paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of box i with box i: [N, 4] and [N, 4], xyxy -> [N]."""
-    low, high = torch.max(first[:, :2], second[:, :2]), torch.min(first[:, 2:], second[:, 2:])
-    shared = (high - low).clamp(min=0).prod(1)
-    areas = (first[:, 2:] - first[:, :2]).prod(1) + (second[:, 2:] - second[:, :2]).prod(1)
-    return shared / (areas - shared).clamp(min=1e-9)
-
-
-def quality_focal_loss(
-    logits: Tensor, place: tuple[Tensor, ...], quality: Tensor, gamma: float = 1.5
-) -> Tensor:
-    """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4): the class score learns how well
-    the box fits.
-
-    logits of any shape; place indexes the matched entries, quality [N] is their IoU. Returns the
-    shape of logits.
-    """
-    truth, weight = torch.zeros_like(logits), logits.detach().sigmoid() ** gamma
-    truth[place] = quality**gamma
-    weight[place] = 1.0
-    return weight * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 
 def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:

@@ -47,31 +47,22 @@ class HungarianMatcher(nn.Module):
         self.alpha, self.gamma = alpha, gamma
 
     @torch.no_grad()
-    def forward(
-        self,
-        logits: Tensor,
-        boxes: Tensor,
-        targets: list[dict[str, Tensor]],
-        copies: list[int] | None = None,
-    ) -> Matches:
+    def forward(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
         """logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes`
         [n, 4] cxcywh.
 
-        copies says, per level, how many queries each object may take (1 if not given). Where an
-        image has more objects than queries, as many objects as there are queries are matched.
+        Where an image has more objects than queries, as many objects as there are queries are
+        matched.
         """
         costs = self.costs(logits, boxes, targets).cpu().numpy()  # the one wait for the device
         counts = [len(target["labels"]) for target in targets]
         pairs: list[Tensor] = []
-        for level, repeat in enumerate(copies or [1] * len(costs)):
+        for level in range(len(costs)):
             for image, count in enumerate(counts):
-                cost = costs[level, image, :, :count]
-                # Never more copies than fit, or some objects would get all of them and others none.
-                repeat_here = max(1, min(repeat, cost.shape[0] // max(count, 1)))
-                rows, columns = linear_sum_assignment(cost.repeat(repeat_here, axis=1))
+                rows, columns = linear_sum_assignment(costs[level, image, :, :count])
                 pair = torch.empty(4, len(rows), dtype=torch.int64)
                 pair[0], pair[1] = level, image
-                pair[2], pair[3] = torch.from_numpy(rows), torch.from_numpy(columns // repeat_here)
+                pair[2], pair[3] = torch.from_numpy(rows), torch.from_numpy(columns)
                 pairs.append(pair)
         return Matches(*torch.cat(pairs, dim=1).to(logits.device, non_blocking=True).unbind(0))
 
