@@ -25,7 +25,7 @@ _ORDER = {
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset
-        launch training parts infer mining candidates sandbox_tree sandbox __main__
+        launch training infer mining parts candidates sandbox_tree sandbox __main__
         """,
 }
 ORDER = {package: files.split() for package, files in _ORDER.items()}
