@@ -1,0 +1,1 @@
+"""The YMIR executor: the platform's files on one side, trainer and detector on the other."""
