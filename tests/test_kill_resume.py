@@ -45,7 +45,7 @@ class Outcome:
     different: list[str]
 
     def __str__(self) -> str:
-        end = f"{len(self.different)} DIFFERENT" if self.different else "bit-identical"
+        end = f"DIFFERENT: {', '.join(self.different)}" if self.different else "bit-identical"
         left = ", ".join(self.left) or "nothing"
         return f"killed in {self.place} after {self.seconds:.2f} s, left {left}; resumed: {end}"
 

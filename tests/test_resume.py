@@ -215,3 +215,15 @@ def test_more_patience_when_resuming(tmp_path: Path, room: Path) -> None:
     watch = Watch()
     run(data, room, flags, "--patience 3 --resume", report=watch)
     assert list(watch.losses) == [3, 4]
+
+
+def test_a_finished_run_that_is_resumed_sweeps_what_a_kill_left(
+    tiny_data: Path, room: Path
+) -> None:
+    """Nothing is saved any more, so no later save would do it."""
+    first = run(tiny_data, room, "--max_steps 2")
+    leftover = room / "checkpoints/.step-00000001.removed"
+    leftover.mkdir()
+    (leftover / "model.safetensors").touch()
+    assert run(tiny_data, room, "--max_steps 2 --resume") == first
+    assert not leftover.exists()

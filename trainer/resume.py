@@ -142,12 +142,17 @@ def prune(newest: Path, keep: int) -> None:
     root = newest.parent
     before = [path for path in checkpoints(root) if _order(path) < _order(newest)]
     kept = {newest, *before[: keep - 1]}
-    for leftover in root.glob(f".{PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(root)
     for path in checkpoints(root):
         if path not in kept and path.is_dir():
             doomed = path.rename(path.with_name(f".{path.name}.removed"))
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Removes what a kill in the middle of a save or a removal left."""
+    for leftover in root.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:

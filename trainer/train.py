@@ -166,6 +166,7 @@ def train(
 
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
+        checkpoints.sweep(output / "checkpoints")
         write_yaml(output / "config.yaml", config, model_fields)
     say("start", message=describe(accelerator, config, clock, state))
     losses = LossLog(agreement, output, step_images=step_images)
