@@ -1,0 +1,147 @@
+"""Mining and inference tasks on tiny pictures, by one process or by two.
+
+As a program one of two ranks, which knows the tiny bodies of `tiny_runs`: ENV_FILE ...
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny_runs import NAMES, ROOT, cpu, environment
+from ymir_runs import CHECKER, TIMEOUT, Tree
+
+from trainer.train import make_accelerator
+from ymir_adapter.candidates import search_candidates
+from ymir_adapter.monitor import Monitor
+from ymir_adapter.task import read_task
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the platform would read back; None for what is not there."""
+
+    tree: Tree
+
+    @property
+    def ranking(self) -> list[tuple[str, float]] | None:
+        path = self.tree.output / "result.tsv"
+        if not path.exists():
+            return None
+        rows = (line.split("\t") for line in path.read_text().splitlines())
+        return [(Path(asset).name, float(score)) for asset, score in rows]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return dict(self.ranking or [])
+
+    @property
+    def boxes(self) -> dict[str, Any] | None:
+        """The JSON's images in its order: lists of boxes, whatever the protocol calls them."""
+        path = self.tree.output / "infer-result.json"
+        if not path.exists():
+            return None
+        document = json.loads(path.read_text())["detection"]
+        return {name: next(iter(image.values())) for name, image in document.items()}
+
+
+def candidate_task(
+    root: Path,
+    images: Sequence[Path],
+    weights: Path,
+    *,
+    mining: bool = False,
+    infer: bool = False,
+    protocol: str | None = "1.1.0",
+    names: Sequence[str] = NAMES,
+    **config: Any,
+) -> Tree:
+    """A task on images where they lie, in the order given; nothing is copied."""
+    tree = Tree(root)
+    for folder in (root / "in", tree.output):
+        folder.mkdir(parents=True)
+    (root / "in/candidates.tsv").write_text("".join(f"{image}\n" for image in images))
+    env: dict[str, Any] = {"task_id": "t1", "run_mining": mining, "run_infer": infer}
+    if protocol is not None:
+        env["protocol_version"] = protocol
+    env["input"] = {
+        "root_dir": str(root / "in"),
+        "candidate_index_file": str(root / "in/candidates.tsv"),
+        "config_file": str(root / "in/config.yaml"),
+    }
+    env["output"] = {
+        "root_dir": str(tree.output),
+        "mining_result_file": str(tree.output / "result.tsv"),
+        "infer_result_file": str(tree.output / "infer-result.json"),
+        "monitor_file": str(tree.monitor),
+    }
+    tree.env_file.write_text(yaml.safe_dump(env))
+    own = {"gpu_id": "", "num_workers_per_gpu": 0, "model_params_path": [str(weights)]}
+    values = {**own, "class_names": list(names), **config}
+    (root / "in/config.yaml").write_text(yaml.safe_dump(values))
+    return tree
+
+
+def run_here(tree: Tree) -> Results:
+    """In this process, as the only rank."""
+    task = read_task(tree.env_file)
+    search_candidates(task, Monitor(tree.monitor, task.task_id), cpu())
+    return Results(tree)
+
+
+def run_by_two(*trees: Tree) -> str:
+    """By two processes, one task after the other; what they said. No launcher around them: it would
+    only cost time.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, __file__, *(str(tree.env_file) for tree in trees)]
+    own = {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+    }
+    ranks = [
+        subprocess.Popen(
+            words,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **own),
+            cwd=trees[0].root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = "".join(rank.communicate(timeout=TIMEOUT)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return said
+
+
+def complaints(tree: Tree, task: str) -> str:
+    """What the platform's checker has against a run that ended well; "" if nothing."""
+    words = ["--in", tree.root / "in", "--out", tree.output, "--task", task, "--exit-code", "0"]
+    done = subprocess.run(
+        [sys.executable, str(CHECKER), *map(str, words)], capture_output=True, text=True
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    accelerator = make_accelerator()
+    for env_file in sys.argv[1:]:
+        task = read_task(env_file)
+        monitor = Monitor(task.output.monitor_file, task.task_id)
+        search_candidates(task, monitor if accelerator.is_main_process else None, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Ranks that do what SCENE says instead of a task, and their real parent.
+
+Usage: SCENE=... DEFAULT_ENV_FILE_PATH=... python ymir_ranks.py (the parent)
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ymir_adapter.__main__ import main
+from ymir_adapter.errors import Code, TaskError
+from ymir_adapter.launch import run_rank
+from ymir_adapter.monitor import Monitor
+from ymir_adapter.task import Task
+
+FOREVER = 300.0
+
+
+def forever(first: bool) -> None:
+    time.sleep(FOREVER)
+
+
+def leave_a_child() -> None:
+    """In a session of its own, as far from its parents as a process can be."""
+    subprocess.Popen(["sleep", str(int(FOREVER))], start_new_session=True)
+
+
+def well(first: bool) -> None:
+    if first:
+        Path(os.environ["SEEN"]).write_text(json.dumps(dict(os.environ)))
+    leave_a_child()
+
+
+def second_fails(first: bool) -> None:
+    if first:
+        forever(first)
+    raise TaskError(Code.MODEL, "the second process has no weights")
+
+
+def both_fail(first: bool) -> None:
+    """The second is told in words what the first one found."""
+    if first:
+        time.sleep(0.5)
+        raise TaskError(Code.DATASET, "no images")
+    raise ValueError("no images")
+
+
+def dies_of(signum: int) -> Callable[[bool], None]:
+    def die(first: bool) -> None:
+        if first:
+            forever(first)
+        os.kill(os.getpid(), signum)
+        forever(first)
+
+    return die
+
+
+def deaf(first: bool) -> None:
+    """Does not end when asked to, and neither does what it started."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_a_child()
+    forever(first)
+
+
+SCENES: dict[str, Callable[[bool], None]] = {
+    "forever": forever,
+    "well": well,
+    "second fails": second_fails,
+    "both fail": both_fail,
+    "killed": dies_of(signal.SIGKILL),
+    "bus error": dies_of(signal.SIGBUS),
+    "deaf": deaf,
+}
+
+
+def work(task: Task, monitor: Monitor | None) -> None:
+    first = monitor is not None
+    Path(os.environ["SEEN"]).with_suffix(f".{os.environ['RANK']}").touch()
+    SCENES[os.environ["SCENE"]](first)
+    if monitor is not None:
+        monitor.update(1.0)
+
+
+if __name__ == "__main__":
+    if "VIDT_FAILURES" in os.environ:
+        run_rank(work)
+    else:
+        sys.exit(main("ymir_ranks"))

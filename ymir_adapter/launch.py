@@ -1,0 +1,357 @@
+"""From one process to as many as a task has GPUs, and back to none.
+
+The platform starts the parent. The parent starts `accelerate launch`, and that starts the ranks. A
+rank that fails leaves its failure in a folder and stays, so that no other rank fails of a lost
+connection first; the parent sees the file, ends everything and reports. Nothing outlives the
+parent: what loses its own parent is given to it, and a rank whose parent was killed finds its
+standard input hung up.
+"""
+
+import ctypes
+import faulthandler
+import fcntl
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import yaml
+
+from ymir_adapter.errors import Code, Failure, TaskError, first_failure, write_failure
+from ymir_adapter.outputs import Monitor
+from ymir_adapter.task import Task, read_task
+
+FAILURES = "VIDT_FAILURES"  # variable: where ranks leave their failures, and their signs of life
+CPU_PROCESSES = "VIDT_CPU_PROCESSES"  # variable: ranks of a task without GPUs, 1 if not set
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL = 0.1  # seconds between two looks at the ranks
+REFRESH = 1.0  # seconds between two records while the ranks are still starting
+SETTLE = 1.0  # seconds for the other ranks to tell the cause, after one that does not know it
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+RUNNING = "running"  # file: rank 0 has begun and writes the monitor file from here on
+SET_CHILD_SUBREAPER = 36  # of prctl(2): orphans among our descendants become our children
+# Where libraries keep what they download or compile, below HOME unless these are set.
+CACHES = {
+    "XDG_CACHE_HOME": ".cache",
+    "TORCH_HOME": ".cache/torch",
+    "TORCHINDUCTOR_CACHE_DIR": ".cache/inductor",
+    "HF_HOME": ".cache/huggingface",
+    "TRITON_CACHE_DIR": ".triton",
+    "MPLCONFIGDIR": ".config/matplotlib",
+}
+
+Work = Callable[[Task, Monitor | None], None]  # one rank's part; the monitor is for rank 0
+
+
+class Terminated(Exception):
+    """The parent was asked to stop. The exit code is the shell's: 128 and the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"the task was stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class RankFailed(Exception):
+    """A rank left this failure, or died without leaving one."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """The first SIGTERM or SIGINT raises Terminated; later ones do not disturb the clean-up."""
+
+    def stop(signum: int, frame: object) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise Terminated(signum)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_ranks(task: Task, module: str, monitor: Monitor) -> None:
+    """Runs `python -m MODULE` once for each GPU of the task, or once on the CPU, and waits. Keeps
+    the monitor fresh until the ranks do.
+
+    Raises RankFailed, or Terminated within `stop_signals`. Of the ranks and whatever they started
+    nothing is left when it is over.
+    """
+    with tempfile.TemporaryDirectory(prefix="vidt-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        _adopt_orphans()
+        try:
+            words = launch_command(task, module, folder)
+            environment = rank_environment(task, folder, os.environ)
+            # Its own session: Ctrl-C is for the parent alone. The pipe tells ranks if that dies.
+            launcher = subprocess.Popen(
+                words, env=environment, stdin=subprocess.PIPE, start_new_session=True
+            )
+            try:
+                _watch(launcher, folder, monitor, num_ranks(task))
+            except Terminated:
+                _ask_to_stop(launcher, folder, num_ranks(task))
+                raise
+        finally:
+            _end_children()
+
+
+def num_ranks(task: Task) -> int:
+    """One for each GPU; on the CPU one, or what VIDT_CPU_PROCESSES says."""
+    return len(task.gpu_ids) or int(os.environ.get(CPU_PROCESSES, "1"))
+
+
+def launch_command(task: Task, module: str, folder: Path) -> list[str]:
+    """`accelerate launch -m MODULE`, with settings of its own instead of the user's."""
+    ranks = num_ranks(task)
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        # For one rank and for CPUs too: the only kind that starts what it is told to.
+        "distributed_type": "MULTI_GPU",
+        "num_machines": 1,
+        "num_processes": ranks,
+        "machine_rank": 0,
+        "main_process_port": 0,  # any free one
+        "mixed_precision": "no",
+    }
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    words += ["--config_file", str(path)]
+    if not task.gpu_ids and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        words += ["--num_cpu_threads_per_process", str(threads)]
+    return [*words, "-m", module]
+
+
+def rank_environment(task: Task, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The task's devices alone are visible, and HOME and every cache can be written to."""
+    return {
+        **inherited,
+        **_homes(folder, inherited),
+        "CUDA_VISIBLE_DEVICES": _devices(task.gpu_ids, inherited.get("CUDA_VISIBLE_DEVICES")),
+        "PYTHONUNBUFFERED": "1",
+        FAILURES: str(folder),
+    }
+
+
+def _homes(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The user of a task may be in no password file, with a HOME that is / or not there."""
+    home = inherited.get("HOME")
+    if home and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
+        return {}
+    places = {"HOME": folder, **{name: folder / place for name, place in CACHES.items()}}
+    given = {name: str(path) for name, path in places.items()}
+    kept = {name: inherited[name] for name in CACHES if name in inherited}
+    return {"USER": "vidt", **given, **kept}
+
+
+def _devices(gpu_ids: Sequence[int], visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for these ids, which count within what is visible already."""
+    if visible is None:
+        return ",".join(map(str, gpu_ids))
+    there = [name for name in visible.split(",") if name.strip()]
+    return ",".join(there[index] for index in gpu_ids if index < len(there))
+
+
+def _watch(launcher: subprocess.Popen, folder: Path, monitor: Monitor, ranks: int) -> None:
+    """Until the launcher has ended or a rank has failed; raises RankFailed then."""
+    refreshed = 0.0
+    while launcher.poll() is None and first_failure(folder) is None:
+        if time.monotonic() - refreshed > REFRESH:
+            _refresh(monitor, folder)
+            refreshed = time.monotonic()
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(POLL)
+    failure = _settled(folder, ranks)
+    if failure is not None:
+        raise RankFailed(failure)
+    if launcher.returncode:
+        raise RankFailed(_silent_death(folder, launcher.returncode))
+
+
+def _refresh(monitor: Monitor, folder: Path) -> None:
+    """Never after the first record of rank 0, which takes the same lock to say that it runs."""
+    with _locked(folder):
+        if not (folder / RUNNING).exists():
+            monitor.update(0.0)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _settled(folder: Path, ranks: int) -> Failure | None:
+    """The first failure, once the rank that knows the cause had time to tell it: the others are
+    told in words, without the kind of the error.
+    """
+    deadline = time.monotonic() + SETTLE
+    while True:
+        failure = first_failure(folder)
+        told = failure is None or failure.code != Code.CONTAINER
+        if told or _num_failures(folder) == ranks or time.monotonic() > deadline:
+            return failure
+        time.sleep(POLL)
+
+
+def _num_failures(folder: Path) -> int:
+    return len(list(folder.glob("rank-*.json")))
+
+
+def _silent_death(folder: Path, code: int) -> Failure:
+    """What is known of ranks that ended without a word, which is what signals do to them."""
+    begun = sorted(folder.glob("crash-*.txt"))
+    for path in begun:
+        trace = path.read_text(encoding="utf-8", errors="replace")
+        if trace:
+            what = trace.splitlines()[0].rpartition(": ")[2]
+            bus = what == "Bus error"
+            cause = "; shared memory is full: raise shm_size" if bus else ""
+            message = f"a process of the task crashed: {what}{cause}"
+            return Failure(Code.OOM if bus else Code.CONTAINER, message, trace, time.time())
+    if begun:
+        message = (
+            "a process of the task was killed, as a machine does when its memory is full; lower "
+            "batch_size_per_gpu or num_workers_per_gpu"
+        )
+        return Failure(Code.OOM, message, "", time.time())
+    message = f"accelerate launch ended with code {code} before the task began; see its words above"
+    return Failure(Code.CONTAINER, message, "", time.time())
+
+
+def _ask_to_stop(launcher: subprocess.Popen, folder: Path, ranks: int) -> None:
+    """SIGTERM to the ranks, and time to follow it. Not to the launcher, which would have the last
+    word.
+    """
+    for pid in _children_of(launcher.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while launcher.poll() is None and _num_failures(folder) < ranks:
+        if time.monotonic() > deadline or not _children_of(launcher.pid):
+            return
+        time.sleep(POLL)
+
+
+def _adopt_orphans() -> None:
+    ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_children() -> None:
+    """SIGKILL for everything below this process. Whose parent dies becomes our child, before the
+    death of that parent is told: when there are no children there is nothing left.
+    """
+    while True:
+        for pid in _children_of(os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def run_rank(work: Work) -> None:
+    """What a rank is: its work, within reach of the parent. A failure of any kind is left for the
+    parent, which then ends this process.
+    """
+    _log_lines()
+    folder, rank = os.environ.get(FAILURES), int(os.environ.get("RANK", "0"))
+    if folder is None:  # started by hand
+        _work(work, rank)
+        return
+    _end_with_parent()
+    with open(Path(folder) / f"crash-{rank}.txt", "w") as crash:
+        faulthandler.enable(crash)
+        try:
+            if rank == 0:
+                with _locked(Path(folder)):
+                    (Path(folder) / RUNNING).touch()
+            _work(work, rank)
+        except BaseException as error:
+            write_failure(Path(folder), rank, error)
+            threading.Event().wait(2 * GRACE)
+            raise
+        finally:
+            faulthandler.disable()
+
+
+def _work(work: Work, rank: int) -> None:
+    task = read_task()
+    if rank:
+        require_devices(task.gpu_ids)
+        work(task, None)
+        return
+    with Monitor(task.output.monitor_file, task.task_id) as monitor:
+        monitor.update(0.0)
+        require_devices(task.gpu_ids)
+        work(task, monitor)
+
+
+def _log_lines() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("ymir_adapter", "trainer", "vidt", "__main__"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _end_with_parent() -> None:
+    """Ends this process and its loaders when the parent is no more, however it died."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(0, 0)  # a hang-up is told unasked
+        if any(event & select.POLLHUP for _, event in poll.poll()):
+            os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def require_devices(gpu_ids: Sequence[int]) -> None:
+    """Raises TaskError unless there is a GPU for each of the ids. Nothing else is tried: a task
+    that was given GPUs is not to run for weeks on a CPU.
+    """
+    if not gpu_ids:
+        return
+    import torch  # seconds that the parent, which never calls this, does not spend
+
+    wanted = ",".join(map(str, gpu_ids))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found:
+        raise TaskError(
+            Code.NO_GPU,
+            f"gpu_id {wanted} was given, but PyTorch sees no GPU; check the driver or take the CPU",
+        )
+    if found < len(gpu_ids):
+        raise TaskError(
+            Code.GPU, f"gpu_id {wanted} was given, but only {found} of these GPUs can be seen"
+        )

@@ -1,0 +1,253 @@
+"""How informative an image is, by what the detector predicts for it: pure functions and a ranking.
+
+Every score is of one image alone, finite and bounded, and higher is more informative. None is a sum
+over boxes: an image of many boxes and one of few compare. An image's boxes are the queries whose
+best class scores at least the threshold, without duplicates.
+
+random   A hash of the seed and the asset's name; class balance does not touch it.
+entropy  Mean over the boxes of the entropy of the best class score, in bits. After the "average"
+         aggregation of Brust et al. (arXiv 1809.09875). Instead of their margin between two softmax
+         scores the entropy of one sigmoid, which is what this detector predicts; where no box
+         reaches the threshold the best query counts, so that the score has no gap there.
+cald     Consistency under augmentation, Yu et al. (arXiv 2103.10374): minus the mean over four
+         views of the least |IoU + C - 1.3|, see `view_consistency`. Departures: sigmoid scores
+         divided by their sum stand for the softmax; the smaller view keeps the canvas, framed in
+         the mean colour, so that all views share a batch; the cut-outs lie anywhere, not beside
+         predicted boxes, so that no view waits for the boxes of the picture itself. Their second
+         stage needs the labelled images, which a mining task does not bring: see class balance.
+aldd     Disagreement, after Aghdam et al. (ICCV 2019, arXiv 1911.09168): entropy of the mean
+         prediction minus mean entropy of the predictions, its largest value in each region of the
+         picture, the mean over regions. Theirs compares neighbouring cells of a dense map of
+         scores. This detector has none, so the last decoder layers' predictions for the same query
+         are compared instead (the layers as a committee: Roy et al., BMVC 2018), and only regions
+         with a box count. Nothing is learnt for it; weights without scores of inner layers cannot.
+
+Class balance weighs a score by how much the image's classes differ from those of all candidates
+(Jensen-Shannon divergence, as CALD's second stage against the labelled images).
+
+Letters: Q queries, K classes, M committee members, V views. Probabilities are sigmoid scores. Boxes
+are cxcywh in 0..1 of the canvas unless it says otherwise.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.special import entr
+from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+DUPLICATE = 0.5  # boxes of one class that overlap more are one
+BASE = 1.3  # CALD's base point: a box that is as (in)consistent as this says most
+# What each algorithm's scores cannot fall below.
+FLOORS = {"random": 0.0, "entropy": 0.0, "cald": -BASE, "aldd": 0.0}
+# Scores are rounded to so many decimals. Another batch size adds in another order, which changes a
+# score by up to 1e-6; this hides it but for one in a hundred that lies at a border between two
+# rounded values and moves by 1e-4. More decimals would show all of it, fewer would tie images.
+DECIMALS = 4
+SHARE_UNITS = 1_000_000  # class shares are counted in these: sums of integers have no order
+
+VIEWS = 4
+SHRINK = 0.8
+ANGLE = 5.0  # degrees, counter-clockwise
+CUTS, CUT_SIDE = 2, 0.2  # erased patches and their sides, as a share of the picture's
+
+COMMITTEE = 3  # the last decoder layers; earlier ones are still far from the answer
+REGIONS = 4  # along each side of the picture
+
+
+def digest(seed: int, asset: str) -> int:
+    """64 bits that follow from the seed and the base name: wherever the file lies, in any order."""
+    text = f"{seed}\0{PurePosixPath(asset).name}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def random_score(seed: int, asset: str) -> float:
+    """Uniform in 0..1."""
+    return (digest(seed, asset) >> 11) / 2**53
+
+
+def boxes_of(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
+    """Which queries count as boxes: bool [Q]. Of several of one class in one place only the surest:
+    the detector is not told to suppress the others, and none of them is a doubt of its own.
+
+    probabilities [Q, K], boxes [Q, 4].
+    """
+    best, label = probabilities.max(1)
+    sure = (best >= threshold).nonzero().squeeze(1)
+    corners = box_convert(boxes[sure], "cxcywh", "xyxy")
+    kept = sure[batched_nms(corners, best[sure], label[sure], DUPLICATE)]
+    return torch.zeros_like(best, dtype=torch.bool).index_fill_(0, kept, True)
+
+
+def boxes_or_best(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
+    """As `boxes_of`, but the best query if no other counts: bool [Q], never all False."""
+    return boxes_of(probabilities, boxes, min(threshold, probabilities.max().item()))
+
+
+def binary_entropy(probabilities: Tensor) -> Tensor:
+    """In bits, 0..1, of any shape; finite at 0 and 1."""
+    return (entr(probabilities) + entr(1 - probabilities)) / math.log(2)
+
+
+def entropy_score(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
+    """probabilities [Q, K], boxes [Q, 4] -> scalar in 0..1."""
+    counts = boxes_or_best(probabilities, boxes, threshold)
+    return binary_entropy(probabilities.amax(1)[counts]).mean()
+
+
+def disagreement(members: Tensor) -> Tensor:
+    """members [M, Q, K] -> [Q] bits, 0..1: of each query the class that they disagree on most."""
+    spread = binary_entropy(members.mean(0)) - binary_entropy(members).mean(0)
+    return spread.clamp(min=0).amax(1)
+
+
+def aldd_score(members: Tensor, boxes: Tensor, threshold: float) -> Tensor:
+    """Probabilities of the committee [M, Q, K] and the last member's boxes [Q, 4] -> scalar in
+    0..1.
+    """
+    counts = boxes_or_best(members.mean(0), boxes, threshold)
+    column, row = (boxes[counts, :2] * REGIONS).long().clamp(0, REGIONS - 1).unbind(1)
+    region, inverse = (row * REGIONS + column).unique(return_inverse=True)
+    largest = torch.zeros(len(region), dtype=members.dtype)
+    largest.scatter_reduce_(0, inverse, disagreement(members)[counts], "amax")
+    return largest.mean()
+
+
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """Of distributions [..., K]: [...] in nats, 0..ln 2."""
+    mixed = entr((first + second) / 2).sum(-1)
+    return (mixed - (entr(first) + entr(second)).sum(-1) / 2).clamp(min=0)
+
+
+def view_consistency(
+    probabilities: Tensor, boxes: Tensor, view_probabilities: Tensor, view_boxes: Tensor
+) -> Tensor:
+    """CALD's measure of one view: the least |IoU + C - 1.3| of the picture's boxes, moved along
+    with the view, each against the view's box that fits it best. 0 without boxes in either. A
+    scalar in 0..1.3.
+
+    probabilities [N, K], boxes [N, 4] xyxy in the view; the view's own [M, K] and [M, 4] xyxy.
+    C is half the sum of the two best class scores, times 1 - the divergence of the two class
+    distributions (natural logarithms, as in the authors' code).
+    """
+    if not len(boxes) or not len(view_boxes):
+        return probabilities.new_zeros(())
+    # Where nothing overlaps, all boxes of the view fit alike: then the surest is compared.
+    surest_first = view_probabilities.amax(1).argsort(descending=True, stable=True)
+    overlap = box_iou(boxes, view_boxes[surest_first]).nan_to_num(0.0)  # 0 / 0: both are empty
+    best, match = overlap.max(1)
+    matched = view_probabilities[surest_first[match]]
+    divergence = jensen_shannon(_distribution(probabilities), _distribution(matched))
+    agreement = (probabilities.amax(1) + matched.amax(1)) / 2 * (1 - divergence)
+    return (best + agreement - BASE).abs().amin()
+
+
+def _distribution(probabilities: Tensor) -> Tensor:
+    return probabilities / probabilities.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def cald_score(
+    probabilities: Tensor, boxes: Tensor, canvas: tuple[int, int], threshold: float
+) -> Tensor:
+    """probabilities [1 + V, Q, K] and boxes [1 + V, Q, 4] of the picture and its views, canvas
+    (height, width) -> scalar in -1.3..0, 0 the most informative.
+    """
+    own = boxes_of(probabilities[0], boxes[0], threshold)
+    measured = []
+    for scores, found, moved in zip(
+        probabilities[1:], boxes[1:], boxes_in_views(boxes[0, own], canvas), strict=True
+    ):
+        kept = boxes_of(scores, found, threshold)
+        corners = box_convert(found[kept], "cxcywh", "xyxy").clamp(0, 1)
+        measured.append(view_consistency(probabilities[0, own], moved, scores[kept], corners))
+    return -torch.stack(measured).mean()
+
+
+def views(image: Tensor, seed: int, asset: str) -> Tensor:
+    """A normalised picture [3, h, w] mirrored, with patches erased, smaller, and turned:
+    [V, 3, h, w]. What is empty has the mean colour.
+    """
+    random = np.random.default_rng(digest(seed, asset))
+    turned = F.rotate(image, ANGLE, InterpolationMode.BILINEAR, fill=0.0)
+    return torch.stack([image.flip(-1), _cut_out(image, random), _shrunk(image), turned])
+
+
+def _cut_out(image: Tensor, random: np.random.Generator) -> Tensor:
+    image = image.clone()
+    height, width = image.shape[1:]
+    for _ in range(CUTS):
+        top, left = (random.random(2) * (1 - CUT_SIDE) * (height, width)).astype(int)
+        bottom, right = top + max(int(CUT_SIDE * height), 1), left + max(int(CUT_SIDE * width), 1)
+        image[:, top:bottom, left:right] = 0
+    return image
+
+
+def _shrunk_sides(canvas: tuple[int, int]) -> tuple[int, int]:
+    height, width = (max(round(side * SHRINK), 1) for side in canvas)
+    return height, width
+
+
+def _shrunk(image: Tensor) -> Tensor:
+    """Into the upper left corner, in whole pixels: so the boxes' scale is exact."""
+    height, width = _shrunk_sides((image.shape[1], image.shape[2]))
+    small = F.resize(image, [height, width], antialias=True)
+    return F.pad(small, [0, 0, image.shape[2] - width, image.shape[1] - height], fill=0.0)
+
+
+def boxes_in_views(boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Where boxes [N, 4] are in the views of a picture of canvas (height, width): [V, N, 4] xyxy in
+    0..1, cut off at the border.
+    """
+    x1, y1, x2, y2 = box_convert(boxes, "cxcywh", "xyxy").unbind(1)
+    height, width = canvas
+    small_height, small_width = _shrunk_sides(canvas)
+    scale = boxes.new_tensor([small_width / width, small_height / height] * 2)
+    plain = torch.stack([x1, y1, x2, y2], 1)
+    mirrored = torch.stack([1 - x2, y1, 1 - x1, y2], 1)
+    # Turned, a box is the frame around its turned corners, in pixels from the centre.
+    cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
+    x = (torch.stack([x1, x2, x1, x2], 1) - 0.5) * width
+    y = (torch.stack([y1, y1, y2, y2], 1) - 0.5) * height
+    x, y = (cos * x + sin * y) / width + 0.5, (cos * y - sin * x) / height + 0.5
+    turned = torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1)
+    return torch.stack([mirrored, plain, plain * scale, turned]).clamp(0, 1)
+
+
+def class_shares(probabilities: Tensor, threshold: float) -> Tensor:
+    """probabilities [Q, K] -> [K] int64, of SHARE_UNITS in all: the best score of each class among
+    the queries that reach the threshold, as a share. Zeros without boxes.
+    """
+    sure = probabilities.amax(1) >= threshold
+    if not sure.any():
+        return torch.zeros(probabilities.shape[1], dtype=torch.int64)
+    return (_distribution(probabilities[sure].amax(0)) * SHARE_UNITS).round().long()
+
+
+def class_weights(shares: Tensor, total: Tensor) -> Tensor:
+    """shares [N, K] of images, total [K] over all candidates -> weights [N] in 0.5..1: close to 1
+    for an image of rare classes; 1 without boxes, where the classes are not known.
+    """
+    shares, total = shares.double(), total.double()
+    divergence = jensen_shannon(_distribution(shares), _distribution(total)) / math.log(2)
+    return torch.where(shares.sum(1) > 0, (1 + divergence) / 2, 1.0)
+
+
+def weighted(scores: Tensor, weights: Tensor, floor: float) -> Tensor:
+    """Scores brought nearer to the lowest possible one by their weights, elementwise."""
+    return floor + (scores - floor) * weights
+
+
+def rounded(score: float) -> float:
+    """As it is ranked and written."""
+    return round(score, DECIMALS) + 0.0  # no -0.0
+
+
+def ranking(scores: Sequence[float]) -> list[int]:
+    """Indices from the most informative on; ties in the order of the candidates."""
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
