@@ -18,11 +18,11 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import NAMES, Learnt, cpu, random_pictures, write_split
 
 from trainer.agreement import Agreement
-from trainer.evaluation import STATS, Evaluation, evaluate
+from trainer.evaluation import STATS, Evaluation, evaluate, score_images, summarise
 from trainer.read_coco import read_coco
 from trainer.report import COCO_NUMBERS
-from trainer.samples import SampleTable
-from vidt import Predictor
+from trainer.samples import Sample, SampleTable
+from vidt import Detections, Predictor
 from vidt.checkpoint import load_model, load_weights
 
 WITH_NEVER = (*NAMES, "never")  # a class that no picture shows
@@ -56,6 +56,12 @@ def evaluated(weights: Path, samples: SampleTable, **more: Any) -> Evaluation:
     return evaluate(model, samples, info.preprocessing, cpu(), Agreement(cpu()), **settings)
 
 
+def inside(boxes: torch.Tensor, image: dict[str, Any]) -> torch.Tensor:
+    """Clipped to the image, as results are written everywhere."""
+    limits = torch.tensor([image["width"], image["height"]] * 2, dtype=boxes.dtype)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
 def by_pycocotools(
     weights: Path, root: Path, change: Callable[[dict], None] = lambda document: None
 ) -> dict[str, float]:
@@ -76,7 +82,10 @@ def by_pycocotools(
         }
         for image, found in zip(document["images"], predictor(paths), strict=True)
         for (x1, y1, x2, y2), label, score in zip(
-            found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+            inside(found.boxes, image).tolist(),
+            found.labels.tolist(),
+            found.scores.tolist(),
+            strict=True,
         )
     ]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -187,3 +196,14 @@ def test_the_saved_weights_predict_what_training_scored(learnt: Learnt) -> None:
     assert found == pytest.approx(info.metrics, abs=1e-6)
     last = learnt.output / "last.safetensors"
     assert by_pycocotools(last, learnt.data) == pytest.approx(learnt.scores[40], abs=1e-6)
+
+
+def test_what_lies_beyond_the_image_does_not_count() -> None:
+    """The same object, found far beyond the border, and as the image shows it."""
+    box = torch.tensor([[10.0, 20.0, 40.0, 50.0]])
+    columns = {"labels": torch.tensor([0]), "areas": torch.tensor([900.0])}
+    sample = Sample("a.png", 1, (50, 40), box, crowd=torch.tensor([False]), **columns)
+    table = SampleTable.from_samples([sample], ["a"])
+    found = torch.tensor([[10.0, 20.0, 140.0, 150.0]])
+    detections = {0: Detections(torch.tensor([0.9]), torch.tensor([0]), found)}
+    assert summarise(table, [score_images(table, [0], detections)])["map"] == pytest.approx(1)

@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.ops import clip_boxes_to_image
 
 from trainer.agreement import Agreement
 from trainer.data import EvaluationDataset, leave_signals_to_the_parent
@@ -193,8 +194,10 @@ def _evaluator(
             _add(truth, index, label, box, area=area, iscrowd=int(crowd))
         if index in detections:
             found = detections[index]
+            # As the platform and every file of results have them: nothing beyond the image.
+            inside = clip_boxes_to_image(found.boxes, sample.size)
             for box, label, score in zip(
-                found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+                inside.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
             ):
                 area = max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
                 _add(results, index, label, box, area=area, score=score, iscrowd=0)
