@@ -23,6 +23,7 @@ import yaml
 from ymir_runs import TIMEOUT, Tree, processes_with, start, training_task, wait_until_gone
 
 from vidt.checkpoint import load_weights
+from ymir_adapter.task import read_task
 
 EPOCHS = 14  # more than the stages that are kept
 # A detector that learns its four pictures fast and badly: the best stage is seldom the last.
@@ -73,11 +74,13 @@ def kill(tree: Tree, place: str, random: np.random.Generator, length: float) -> 
     """Starts the task and kills it at the place; returns the seconds that it lived, 0 if it was
     done before.
     """
+    # A result without stages drops its file for every better one.
+    clean_up_after = STAGES_BEFORE_CLEAN_UP if read_task(tree.env_file).has_stages else 1
     process, begin = start(tree, module="ymir_tiny"), time.monotonic()
     if place == "the whole run":
         time.sleep(random.uniform(0, length))
     else:
-        first = STAGES_BEFORE_CLEAN_UP if place == "a clean-up" else 0
+        first = clean_up_after if place == "a clean-up" else 0
         wait_for_changes(process, tree, first + int(random.integers(1, 4)))
         time.sleep(random.uniform(0, LASTS[place]))
     for pid in processes_with(f"MARK={tree.root}"):

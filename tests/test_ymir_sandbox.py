@@ -273,7 +273,7 @@ def check_outputs(root: Path, task: str, history: Path) -> None:
         return
     words = ["--in", root / "in", "--out", root / "out", "--task", task, "--history", history]
     judged = subprocess.run(
-        [sys.executable, CHECKER, *words, "--exit-code", "0", "--max-gap", "5"],
+        [sys.executable, CHECKER, *words, "--exit-code", "0", "--max-gap", "30"],
         capture_output=True,
         text=True,
         timeout=60,
