@@ -5,6 +5,7 @@ Letters: L prediction levels, B batch, Q queries, K classes, T most objects in a
 batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,18 @@ class Matches:
     target: Tensor  # index within the image's own targets
 
 
-class HungarianMatcher(nn.Module):
-    """Finds, per level and image, the assignment of least total cost. Alpha and gamma are the
-    released constants.
+def focal_cost(logits: Tensor) -> Tensor:
+    """What each class would cost by the focal loss. Alpha .25 and gamma 2 are the released
+    constants, whatever the loss has.
     """
+    probability = logits.sigmoid()
+    hit = 0.25 * (1 - probability) ** 2 * -(probability + EPS).log()
+    miss = 0.75 * probability**2 * -(1 - probability + EPS).log()
+    return hit - miss
+
+
+class HungarianMatcher(nn.Module):
+    """Finds, per level and image, the assignment of least total cost."""
 
     def __init__(
         self,
@@ -39,12 +48,12 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         *,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        class_cost: Callable[[Tensor], Tensor] = focal_cost,
     ) -> None:
+        """class_cost: logits [..., K] to the cost of every class, of the same shape."""
         super().__init__()
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.alpha, self.gamma = alpha, gamma
+        self.class_cost = class_cost
 
     @torch.no_grad()
     def forward(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
@@ -72,17 +81,29 @@ class HungarianMatcher(nn.Module):
         wanted = pad_sequence(
             [target["boxes"] for target in targets], batch_first=True
         )  # [B, T, 4]
-        probability = logits.float().sigmoid()
-        hit = self.alpha * (1 - probability) ** self.gamma * -(probability + EPS).log()
-        miss = (1 - self.alpha) * probability**self.gamma * -(1 - probability + EPS).log()
         index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        cost_class = (hit - miss).gather(-1, index)
+        cost_class = self.class_cost(logits.float()).gather(-1, index)
         cost_bbox = torch.cdist(boxes.float(), wanted[None].expand(len(boxes), -1, -1, -1), p=1)
         costs = self.cost_bbox * cost_bbox + self.cost_class * cost_class
         costs = costs - self.cost_giou * _pairwise_giou(boxes.float(), wanted)
         # A diverging run must reach the loss, which names the step and the terms, rather than fail
         # in scipy.
         return costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
+
+
+def matched_targets(matches: Matches, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Labels [pairs] and boxes [pairs, 4] of the matched objects."""
+    index = flat_index(matches, targets)
+    labels = torch.cat([target["labels"] for target in targets])
+    boxes = torch.cat([target["boxes"] for target in targets])
+    return labels[index], boxes[index]
+
+
+def flat_index(matches: Matches, targets: list[dict[str, Tensor]]) -> Tensor:
+    """[pairs]: places of the matched objects among those of all images in one list."""
+    counts = torch.tensor([0, *(len(target["labels"]) for target in targets)])
+    first = counts.cumsum(0)[:-1].to(matches.image.device, non_blocking=True)
+    return first[matches.image] + matches.target
 
 
 def _pairwise_giou(boxes: Tensor, wanted: Tensor) -> Tensor:

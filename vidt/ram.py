@@ -62,6 +62,36 @@ def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.dev
     return (windows[:, None, :] != windows[:, :, None]) * MASKED
 
 
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """[B, N, 3 * C] -> query, keys and values, each [B, M, N, D]."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Each [B, M, N, D] -> [B, N, M * D]."""
+    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    return output.transpose(1, 2).flatten(2)
+
+
+def attend_det(
+    det_qkv: Tensor, patch_qkv: Tensor | None, padding: Tensor | None, num_heads: int
+) -> Tensor:
+    """[DET] tokens look at each other and, where they are given, at the patches, in one softmax.
+
+    det_qkv [B, Q, 3 * C]; patch_qkv [B, N, 3 * C] or None; padding [B, N] bool, True = padding, or
+    None. Returns [B, Q, C], before the projection.
+    """
+    query, keys, values = split_heads(det_qkv, num_heads)
+    mask = None
+    if patch_qkv is not None:
+        _, patch_keys, patch_values = split_heads(patch_qkv, num_heads)
+        keys = torch.cat([patch_keys, keys], dim=2)
+        values = torch.cat([patch_values, values], dim=2)
+    if padding is not None:
+        mask = F.pad(padding.to(query.dtype) * MASKED, (0, query.shape[2]))[:, None, None]
+    return attend(query, keys, values, mask)
+
+
 class ReconfiguredAttention(nn.Module):
     """Window attention for patches and global attention for [DET] tokens, with shared weights."""
 
@@ -98,23 +128,12 @@ class ReconfiguredAttention(nn.Module):
         patch_products, det_products = products.split([tokens.shape[1], det.shape[1]], dim=1)
         patch_out = self._windows(patch_products.unflatten(1, grid))
 
-        query, keys, values = self._heads(det_products + self.qkv.bias)
-        mask = None
-        if positions is not None:
-            # The released model adds the position before qkv: it is in the values as well.
-            _, patch_keys, patch_values = self._heads(self.qkv(tokens + positions))
-            keys = torch.cat([patch_keys, keys], dim=2)
-            values = torch.cat([patch_values, values], dim=2)
-        if padding is not None:
-            mask = F.pad(padding.to(query.dtype) * MASKED, (0, det.shape[1]))[:, None, None]
-        det_out = _attend(query, keys, values, mask)
+        # The released model adds the position before qkv: it is in the values as well.
+        seen = None if positions is None else self.qkv(tokens + positions)
+        det_out = attend_det(det_products + self.qkv.bias, seen, padding, self.num_heads)
         return self.proj(torch.cat([patch_out, det_out], dim=1)).split(
             [tokens.shape[1], det.shape[1]], dim=1
         )
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """[B, N, 3 * C] -> query, keys and values, each [B, M, N, D]."""
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _windows(self, products: Tensor) -> Tensor:
         """products [B, H, W, 3 * C], qkv without bias -> attended patches [B, H * W, C], before the
@@ -130,8 +149,8 @@ class ReconfiguredAttention(nn.Module):
         windows = window_partition(products, (self.window, self.window)).flatten(
             1, 2
         )  # [B*nW, T, 3C]
-        query, keys, values = self._heads(windows)
-        windows = _attend(query, keys, values, self._window_mask(grid, batch, query.dtype))
+        query, keys, values = split_heads(windows, self.num_heads)
+        windows = attend(query, keys, values, self._window_mask(grid, batch, query.dtype))
         windows = windows.unflatten(1, (self.window, self.window))
         patches = window_reverse(windows, (self.window, self.window), *grid)
         if self.shift:
@@ -147,9 +166,3 @@ class ReconfiguredAttention(nn.Module):
             return bias[None]
         apart = shift_mask(grid, self.window, self.shift, bias.device).to(dtype)
         return (bias + apart[:, None]).repeat(batch, 1, 1, 1)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Each [B, M, N, D] -> [B, N, M * D]."""
-    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    return output.transpose(1, 2).flatten(2)

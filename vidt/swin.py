@@ -40,16 +40,16 @@ SWIN_VARIANTS = {
 
 
 class PatchEmbedding(nn.Module):
-    """Image to tokens: 4 x 4 pixels each, zero padded on the right and below to whole patches."""
+    """Image or map to tokens of patch x patch places, zero padded right and below to whole ones."""
 
-    def __init__(self, dim: int, *, patch: int = 4) -> None:
+    def __init__(self, dim: int, *, patch: int = 4, in_channels: int = 3) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, ceil(H / 4), ceil(W / 4), C]."""
+        """images [B, C_in, H, W] -> [B, ceil(H / patch), ceil(W / patch), C]."""
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
@@ -127,13 +127,14 @@ class Stage(nn.Module):
     def __init__(
         self,
         dim: int,
-        out_dim: int,
+        out_dim: int | None,
         *,
         num_heads: int,
         drop_paths: list[float],
         pos_dim: int,
         det_sees_patches: bool,
     ) -> None:
+        """out_dim: channels after the merging, None for a stage without one."""
         super().__init__()
         self.det_sees_patches = det_sees_patches
         self.blocks = nn.ModuleList(
@@ -146,7 +147,7 @@ class Stage(nn.Module):
             )
             for index, drop_path in enumerate(drop_paths)
         )
-        self.downsample = Merging(dim, out_dim)
+        self.downsample = Merging(dim, out_dim) if out_dim else None
 
     def forward(
         self, patches: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor
@@ -165,7 +166,7 @@ class Stage(nn.Module):
 
 
 class SwinBody(nn.Module):
-    """Returns a pyramid of four maps and the [DET] tokens as they are after the last block."""
+    """Returns a pyramid of maps and the [DET] tokens as they are after the last block."""
 
     def __init__(
         self,
@@ -174,10 +175,14 @@ class SwinBody(nn.Module):
         det_token_num: int,
         pos_dim: int,
         cross_indices: tuple[int, ...],
+        pyramid: bool = True,
     ) -> None:
+        """Without the pyramid, for who reads [DET] tokens only, there is no last merging and no
+        stride-64 map.
+        """
         super().__init__()
         dims = [variant.embed_dim * 2**stage for stage in range(4)]
-        self.num_channels = (*dims[1:], COARSE_DIM)
+        self.num_channels = (*dims[1:], COARSE_DIM) if pyramid else tuple(dims[1:])
         self.padding_divisor = 2 ** (4 - len(cross_indices))
         self.patch_embed = PatchEmbedding(dims[0])
         self.det_token = nn.Parameter(torch.zeros(1, det_token_num, dims[0]))
@@ -187,7 +192,7 @@ class SwinBody(nn.Module):
         self.layers = nn.ModuleList(
             Stage(
                 dims[stage],
-                (*dims[1:], COARSE_DIM)[stage],
+                (*dims[1:], COARSE_DIM if pyramid else None)[stage],
                 num_heads=variant.num_heads[stage],
                 drop_paths=rates[sum(variant.depths[:stage]) : sum(variant.depths[: stage + 1])],
                 pos_dim=pos_dim,
@@ -197,11 +202,15 @@ class SwinBody(nn.Module):
         )
         trunc_normal_(self.det_token, std=0.02)
         trunc_normal_(self.det_pos_embed, std=0.02)
+        if not pyramid:
+            # It moves nothing but patches that nobody reads: no gradient would ever come.
+            last_block = [module for module in self.modules() if isinstance(module, Block)][-1]
+            last_block.attn.relative_position_bias_table.requires_grad_(False)
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """images [B, 3, H, W]; padding [B, H, W], True = padding. Returns the maps of strides 8,
-        16, 32 and 64, each [B, channels, h, w]; the [DET] tokens [B, Q, 8 * embed_dim]; their
-        position table [1, Q, pos_dim].
+        16, 32 and, with the pyramid, 64, each [B, channels, h, w]; the [DET] tokens [B, Q, 8 *
+        embed_dim]; their position table [1, Q, pos_dim].
         """
         patches = self.patch_embed(images)
         det = self.det_token.expand(images.shape[0], -1, -1)
@@ -210,13 +219,15 @@ class SwinBody(nn.Module):
         height, width = (max(side // self.padding_divisor, 1) for side in patches.shape[1:3])
         padding = resize_padding(padding, (height, width))
         maps = []
-        for index, stage in enumerate(self.layers):
-            assert isinstance(stage, Stage)
+        *earlier, last = self.layers
+        for stage in earlier:
+            assert isinstance(stage, Stage) and stage.downsample is not None
             patches, det = stage(patches, det, self.det_pos_embed, padding)
-            if index > 0:
-                maps.append(patches.permute(0, 3, 1, 2))
-            patches = stage.downsample(patches)
-            if index < 3:
-                det = stage.downsample.merge_det(det)
-        maps.append(patches.permute(0, 3, 1, 2))
-        return maps, det, self.det_pos_embed
+            maps.append(patches)
+            patches, det = stage.downsample(patches), stage.downsample.merge_det(det)
+        assert isinstance(last, Stage)
+        patches, det = last(patches, det, self.det_pos_embed, padding)
+        maps.append(patches)
+        if last.downsample is not None:
+            maps.append(last.downsample(patches))
+        return [level.permute(0, 3, 1, 2) for level in maps[1:]], det, self.det_pos_embed
