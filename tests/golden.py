@@ -16,6 +16,7 @@ from vidt.matcher import Matches
 from vidt.model import ViDTConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden" / "vidt"
+FIELDS = {"labels": "labels", "boxes": "boxes", "masks": "masks", "mask_boxes": "xyxy_boxes"}
 present = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no ../shared/golden/vidt")
 
 
@@ -42,16 +43,18 @@ def read_arrays(path: str) -> dict[str, Tensor]:
 def config_of(path: str) -> ViDTConfig:
     """The configuration that the `arguments` of a file ask for, without dropout."""
     content = read_json(path)
-    arguments = content["arguments"]
+    arguments = [argument for argument in content["arguments"] if argument != "--masks"]
     flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    switches = ("aux_loss", "with_box_refine", "epff", "iou_aware", "token_label", "with_vector")
     return ViDTConfig(
         method=flags.get("--method", "vidt"),
         backbone_name=flags["--backbone_name"],
         num_classes=content.get("num_classes", 91),
+        det_token_num=int(flags.get("--det_token_num", 100)),
         dec_layers=int(flags.get("--dec_layers", 6)),
-        aux_loss=flags.get("--aux_loss") == "True",
-        with_box_refine=flags.get("--with_box_refine") == "True",
         dropout=0.0,
+        token_label_shift=False,
+        **{name: flags.get(f"--{name}") == "True" for name in switches},
     )
 
 
@@ -69,14 +72,14 @@ def inputs(name: str) -> tuple[Tensor, Tensor]:
 def targets(
     name: str, num_classes: int, first_label: int | None = None, empty: tuple[int, ...] = ()
 ) -> list[dict[str, Tensor]]:
-    """Labels and boxes of each image; none for the images in `empty`."""
+    """Labels, boxes and masks of each image; none for the images in `empty`."""
     if first_label is None:
         first_label = 1 if num_classes == 91 else 0
     made = fill().make_targets(name, num_classes, first_label)
     return [
         {
-            field: torch.from_numpy(target[field])[: 0 if index in empty else None]
-            for field in ("labels", "boxes")
+            ours: torch.from_numpy(target[theirs])[: 0 if index in empty else None]
+            for ours, theirs in FIELDS.items()
         }
         for index, target in enumerate(made)
     ]

@@ -8,7 +8,9 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from vidt import HungarianMatcher, SetCriterion
-from vidt.criterion import log_values
+from vidt.config import ViDTConfig
+from vidt.criterion import criterion_for, log_values
+from vidt.mask_vectors import encode_masks
 
 LEVELS, QUERIES, CLASSES = 3, 6, 4
 
@@ -177,3 +179,85 @@ def test_log_values_by_hand() -> None:
     nothing = objects(0)
     values = log_values(predicted, nothing, SetCriterion(matcher).match(predicted, nothing))
     assert values["class_error"] == 100 and values["cardinality_error"] == 2
+
+
+TRUTH = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+HALF = torch.tensor([[[0.5, 0.5, 0.2, 0.1], [0.9, 0.9, 0.1, 0.1]]])
+
+
+def test_the_iou_loss_by_hand() -> None:
+    """Its own logit and, as released, the box learn from it."""
+    found, ious = HALF.clone().requires_grad_(), torch.zeros(1, 2, 1, requires_grad=True)
+    predicted = {"pred_logits": torch.zeros(1, 2, 2), "pred_boxes": found, "pred_ious": ious}
+    terms = SetCriterion()(predicted, [{"labels": torch.tensor([1]), "boxes": TRUTH}], 4.0)
+    assert terms["loss_iouaware"].item() == pytest.approx(2 * 0.6931472 / 4)
+    terms["loss_iouaware"].backward()
+    # Half of the truth is covered: that is what a logit of 0 says.
+    assert ious.grad.abs().max() < 1e-6
+    assert found.grad.abs().max() == 0  # only at a logit of 0: the gradient is -logit
+    with torch.no_grad():
+        ious += 1
+    SetCriterion()(predicted, [{"labels": torch.tensor([1]), "boxes": TRUTH}], 4.0)[
+        "loss_iouaware"
+    ].backward()
+    assert ious.grad[0, 0] > 0 and found.grad[0, 0].abs().max() > 0
+    assert ious.grad[0, 1] == 0 and found.grad[0, 1].abs().max() == 0
+
+
+def drawn() -> dict[str, Tensor]:
+    """Two objects in the corners of 16 x 16 pixels, of which the second has no mask."""
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, :4, :6] = True
+    edges = torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]])
+    return {
+        "labels": torch.tensor([0, 1]),
+        "boxes": box_convert(edges / 16, "xyxy", "cxcywh"),
+        "masks": masks,
+        "mask_boxes": edges,
+        "has_mask": torch.tensor([True, False]),
+    }
+
+
+def with_vectors(target: dict[str, Tensor], n_keep: int) -> dict:
+    """Both objects found where they are, at one level."""
+    vectors = torch.randn(1, 2, n_keep, requires_grad=True)
+    logits = torch.eye(2)[None] * 9
+    return {"pred_logits": logits, "pred_boxes": target["boxes"][None], "pred_vectors": vectors}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_vector_loss_by_hand(norm: bool) -> None:
+    target = drawn()
+    predicted = with_vectors(target, 10)
+    criterion = SetCriterion(gt_mask_len=8, vector_loss_norm=norm)
+    term = criterion(predicted, [target], 2.0)["loss_vector"]
+    wanted = encode_masks(target["masks"][:1], target["mask_boxes"][:1], n_keep=10, side=8)
+    distance = (predicted["pred_vectors"][0, :1] - wanted).abs().sum().item()
+    assert term.item() == pytest.approx(3 * distance / 2 / (10 if norm else 1), rel=1e-5)
+    term.backward()
+    assert predicted["pred_vectors"].grad[0, 1].abs().max() == 0  # nobody knows its mask
+
+
+@pytest.mark.parametrize("objects_left", [2, 0])
+def test_without_masks_vectors_stay_and_still_have_a_gradient(objects_left: int) -> None:
+    target = {name: drawn()[name][:objects_left] for name in ("labels", "boxes")}
+    predicted = with_vectors(drawn(), 10)
+    term = SetCriterion(gt_mask_len=8)(predicted, [target], 2.0)["loss_vector"]
+    term.backward()
+    assert term == 0 and predicted["pred_vectors"].grad.abs().max() == 0
+
+
+def test_vectors_count_from_the_stage_asked_for() -> None:
+    target, levels = drawn(), [with_vectors(drawn(), 10) for _ in range(4)]
+    predicted = {**levels[-1], "aux_outputs": levels[:-1]}
+    terms = SetCriterion(gt_mask_len=8, vector_start_stage=2)(predicted, [target], 2.0)
+    found = {name for name in terms if "vector" in name}
+    assert found == {"loss_vector", "loss_vector_2"}
+
+
+def test_the_criterion_of_a_configuration() -> None:
+    config = ViDTConfig(token_label=True, token_label_shift=False, gt_mask_len=32)
+    criterion = criterion_for(config)
+    assert isinstance(criterion, SetCriterion)
+    assert not criterion.token_label_shift and criterion.gt_mask_len == 32
+    assert criterion_for(ViDTConfig(method="vidt_wo_neck")).weights["ce"] == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vidt import SetCriterion, ViDT, decode_top_k
 from vidt.convert import released_name, released_vidt
-from vidt.criterion import log_values
+from vidt.criterion import criterion_for, log_values
 
 pytestmark = golden.present
 
@@ -83,7 +83,9 @@ def record_inside(model: ViDT) -> Iterator[dict[str, Tensor]]:
 
 def named_outputs(found: dict) -> dict[str, Tensor]:
     """What `run` returns, by the golden files' names."""
-    named = {name: found[name] for name in ("pred_logits", "pred_boxes")} | found["inside"]
+    named = {name: found[name] for name in found if name.startswith("pred_")} | found["inside"]
+    for level, logits in enumerate(found.get("enc_tokens", {}).get("pred_logits", [])):
+        named[f"enc_tokens{level}"] = logits
     for level, outputs in enumerate(found["aux_outputs"]):
         named |= {f"aux{level}.{name}": tensor for name, tensor in outputs.items()}
     return named
@@ -131,12 +133,14 @@ def compare_losses(
     expected: dict,
     compare: Compare,
     allowed: float,
+    criterion: SetCriterion | None = None,
 ) -> dict[str, Tensor]:
     """Every stored loss by name, the total and the matchings; returns our weighted terms."""
-    criterion = SetCriterion()
+    criterion = criterion or SetCriterion(token_label_shift=False)
     matches = criterion.match(outputs, targets)
     terms = criterion(outputs, targets, max(sum(len(t["labels"]) for t in targets), 1))
-    plain = {name: term / criterion.weights[name.split("_")[1]] for name, term in terms.items()}
+    weights = {**criterion.weights, "vector": 1}  # stored with its weight
+    plain = {name: term / weights[name.split("_")[1]] for name, term in terms.items()}
     found = plain | log_values(outputs, targets, matches)
     assert found.keys() == expected["losses"].keys()
     for name, value in expected["losses"].items():
@@ -163,13 +167,17 @@ def test_losses_and_matchings(variant: str, case: str, compare: Compare) -> None
 
 
 def test_gradients(compare: Compare) -> None:
-    variant = "vidt_swin_nano"
+    compare_gradients("vidt_swin_nano", compare)
+
+
+def compare_gradients(variant: str, compare: Compare) -> None:
     facts = golden.read_json(f"{variant}/grads.json")["float64"]
     expected = {our_name(name): values for name, values in facts["grads"].items()}
     # As near to the float64 reference as its own float32 run is (1.7e-4).
     allowed = facts["max_relative_norm_difference"]
     model = load(variant).train()
-    terms = SetCriterion()(model(*golden.inputs("pair")), golden.targets("pair", 91), 10)
+    criterion = criterion_for(model.config)
+    terms = criterion(model(*golden.inputs("pair")), golden.targets("pair", 91), 10)
     torch.stack(list(terms.values())).sum().backward()
     model.eval()
     assert expected.pop(None) is None  # where we have no tensor, the reference has no gradient
@@ -190,11 +198,17 @@ def our_name(name: str) -> str | None:
 
 @pytest.mark.parametrize("case", CRITERIA)
 def test_criterion_alone(case: str, compare: Compare) -> None:
+    compare_criterion(case, SetCriterion(), compare)
+
+
+def compare_criterion(case: str, criterion: SetCriterion, compare: Compare) -> None:
+    """Losses, matchings, gradients and decoded boxes of predictions made up."""
     outputs, targets, expected = criterion_case(case)
-    terms = compare_losses(outputs, targets, expected, compare, 2e-6)
+    terms = compare_losses(outputs, targets, expected, compare, 2e-6, criterion)
     torch.stack(list(terms.values())).sum().backward()
     for name, norm in expected["grad_norms"].items():
-        compare(f"gradient of {name}", outputs[name].grad.norm() / norm, torch.tensor(1.0), 2e-6)
+        share = outputs[name].grad.norm() / max(norm, 1e-9)
+        compare(f"gradient of {name}", share, torch.tensor(float(norm > 0)), 2e-6)
     sizes = torch.tensor(expected["postprocess"]["target_sizes_hw"])
     decoded = expected["postprocess"]["results"]
     for found, wanted in zip(decode_top_k(outputs, sizes), decoded, strict=True):
@@ -208,23 +222,41 @@ def criterion_case(case: str) -> tuple[dict, list[dict[str, Tensor]], dict]:
     expected = golden.read_json("criterion_cases.json")[case]
     asked = expected["definition"]
     made = golden.fill().synthetic_outputs(
-        asked["tag"], 2, asked["queries"], asked["num_classes"], asked["levels"]
+        asked["tag"],
+        2,
+        asked["queries"],
+        asked["num_classes"],
+        asked["levels"],
+        asked.get("n_keep", 0),
+        asked.get("iou", False),
+        asked.get("token_shapes", ()),
     )
-    targets = golden.targets(asked["input"], asked["num_classes"], asked["first_label"])
-    return tensors(made), targets, expected
+    targets = golden.targets(
+        asked["input"], asked["num_classes"], asked["first_label"], asked.get("empty", ())
+    )
+    outputs = tensors(made)
+    if "enc_tokens" in outputs:
+        outputs["enc_tokens"]["padding"] = golden.inputs(asked["input"])[1]
+    return outputs, targets, expected
 
 
 def tensors(made: dict) -> dict:
     """Arrays to leaf tensors that collect gradients."""
     levels = [tensors(level) for level in made.pop("aux_outputs", [])]
+    tokens = [torch.from_numpy(a) for a in made.pop("enc_tokens", {}).get("pred_logits", [])]
     leaves = {name: torch.from_numpy(array).requires_grad_() for name, array in made.items()}
+    leaves |= {"enc_tokens": {"pred_logits": tokens}} if tokens else {}
     return {**leaves, "aux_outputs": levels} if levels else leaves
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameter_count(variant: str) -> None:
     """All released parameters but those that the released forward pass never reads."""
-    facts = golden.read_json(f"{variant}/keys.json")
+    check_parameter_count(f"{variant}/keys.json", load(variant))
+
+
+def check_parameter_count(path: str, model: torch.nn.Module) -> None:
+    facts = golden.read_json(path)
     counts = {
         alias or name: (math.prod(shape), our_name(name))
         for name, (dtype, shape, alias) in facts["keys"].items()
@@ -232,4 +264,4 @@ def test_parameter_count(variant: str) -> None:
     }
     assert sum(count for count, _ in counts.values()) == facts["parameter_count"]
     used = sum(count for count, ours in counts.values() if ours)
-    assert used == sum(parameter.numel() for parameter in load(variant).parameters())
+    assert used == sum(parameter.numel() for parameter in model.parameters())

@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidt import SetCriterion, ViDT, ViDTConfig
 from vidt.convert import imagenet_swin
+from vidt.model import build_detector
 from vidt.pretrained import TIMM_NAMES, added_by_vidt
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
 from vidt.swin import SWIN_VARIANTS, Block, SwinBody
+from vidt.without_neck import ViDTWithoutNeck
 
 Targets = list[dict[str, Tensor]]
 
@@ -76,10 +78,14 @@ def test_levels_without_aux_loss_and_with_few_layers(
     tiny_config: ViDTConfig, num_layers: int
 ) -> None:
     config = dataclasses.replace(tiny_config, dec_layers=num_layers, aux_loss=False)
-    assert ViDT(config)(*unpadded(1)).keys() == {"pred_logits", "pred_boxes"}
+    assert ViDT(config)(*unpadded(1)).keys() == {
+        "pred_logits",
+        "pred_boxes",
+        "distil_tokens",
+    }
 
 
-@pytest.mark.parametrize("name", TIMM_NAMES)
+@pytest.mark.parametrize("name", [name for name in TIMM_NAMES if name in SWIN_VARIANTS])
 def test_bodies_have_the_shapes_of_timms(name: str) -> None:
     with torch.device("meta"):
         body = SwinBody(SWIN_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,))
@@ -248,11 +254,29 @@ def test_dropped_paths_drop_patches_and_det_tokens_together() -> None:
         ("num_feature_levels", 3, "num_feature_levels is 3; it must be 4"),
         ("dropout", 1.0, "dropout is 1.0; it must be 0 or more and below 1"),
         ("cross_indices", (4,), "cross_indices is (4,); it must be stages from 0 to 3"),
+        ("n_keep", 128**2 + 1, "n_keep is 16385; it must be at most gt_mask_len squared, 16384"),
+        ("gt_mask_len", 0, "gt_mask_len is 0; it must be 1 or more"),
     ],
 )
 def test_impossible_settings_are_named(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ViDTConfig(**{field: value})
+
+
+@pytest.mark.parametrize("part", ["epff", "iou_aware", "token_label", "with_vector"])
+def test_what_needs_a_neck_says_so(part: str) -> None:
+    expected = f"{part} is True; it must be False with method vidt_wo_neck"
+    with pytest.raises(ValueError, match=expected):
+        ViDTConfig(method="vidt_wo_neck", **{part: True})
+
+
+def test_each_method_is_built_by_its_class() -> None:
+    without = ViDTConfig(method="vidt_wo_neck")
+    with torch.device("meta"):
+        assert isinstance(build_detector(ViDTConfig()), ViDT)
+        assert isinstance(build_detector(without), ViDTWithoutNeck)
+    with pytest.raises(ValueError, match="method is vidt_wo_neck; it must be vidt"):
+        ViDT(without)
 
 
 @pytest.mark.parametrize("cross_indices", [(), (2, 3), (0, 1, 2, 3)])

@@ -23,19 +23,15 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-class BoxHead(nn.Module):
-    """Three-layer MLP from a query to box offsets in logit space: [..., C] -> [..., 4].
+class MLPHead(nn.Module):
+    """Three-layer MLP from a query to what is predicted of it: [..., C] -> [..., out_dim]."""
 
-    At the start every box is its reference, `size_bias` larger or smaller (in logits).
-    """
-
-    def __init__(self, dim: int, *, size_bias: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        last = nn.Linear(dim, 4)
-        nn.init.zeros_(last.weight)
-        with torch.no_grad():
-            last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), last])
+        last = nn.Linear(hidden_dim, out_dim)
+        self.layers = nn.ModuleList(
+            [nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim), last]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         # Half precision has three digits: boxes are worth more, and the head costs nothing.
@@ -44,6 +40,19 @@ class BoxHead(nn.Module):
             x = F.relu(self.layers[0](x))
             x = F.relu(self.layers[1](x))
             return self.layers[2](x)
+
+
+def box_head(dim: int, *, size_bias: float = 0.0) -> MLPHead:
+    """Offsets of a box in logit space; at the start every box is its reference, `size_bias` larger
+    or smaller.
+    """
+    head = MLPHead(dim, dim, 4)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([0.0, 0.0, size_bias, size_bias]))
+    return head
 
 
 class DecoderLayer(nn.Module):
