@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, wrap
 
 from trainer.config import TrainConfig
+from trainer.masks import RunLengths, decode
 from trainer.samples import Sample, SampleTable
 from vidt.images import read_image
 from vidt.preprocessing import GRANULE, Preprocessing, pad_batch, resize, resized_shape
@@ -64,46 +65,104 @@ class Augmentation:
             crop_range=(round(RELEASED_CROP[0] * ratio), round(RELEASED_CROP[1] * ratio)),
         )
 
+    def draw(self, size: tuple[int, int], random: np.random.Generator) -> "Geometry":
+        """What becomes of a picture of `size` (height, width) this time."""
+        flip = self.flip and random.random() < 0.5
+        area, crop = size, None
+        if self.crop and random.random() < 0.5:
+            before = resized_shape(*size, int(random.choice(self.crop_resize)))
+            crop = Crop(before, *self._crop_area(before, random))
+            area = crop.height, crop.width
+        shape = resized_shape(*area, int(random.choice(self.sizes)), self.max_size)
+        return Geometry(size, flip, crop, shape)
+
     def __call__(
         self, image: Image.Image, boxes: Tensor, labels: Tensor, random: np.random.Generator
     ) -> tuple[Image.Image, Tensor, Tensor]:
         """boxes [N, 4] xyxy pixels, labels [N]; objects that a crop leaves nothing of are gone from
         both.
         """
-        framed = BoundingBoxes(
-            boxes, format=BoundingBoxFormat.XYXY, canvas_size=(image.height, image.width)
-        )
-        if self.flip and random.random() < 0.5:
-            image, framed = F.horizontal_flip(image), F.horizontal_flip(framed)
-        if self.crop and random.random() < 0.5:
-            short = int(random.choice(self.crop_resize))
-            image, framed = _resize(image, framed, resized_shape(image.height, image.width, short))
-            image, framed = self._random_crop(image, framed, random)
-            keep = (framed[:, 2:] > framed[:, :2]).all(dim=1)
-            framed, labels = wrap(framed[keep], like=framed), labels[keep]
-        short = int(random.choice(self.sizes))
-        shape = resized_shape(image.height, image.width, short, self.max_size)
-        image, framed = _resize(image, framed, shape)
-        return image, framed.as_subclass(Tensor), labels
+        geometry = self.draw((image.height, image.width), random)
+        boxes, kept = geometry.on_boxes(boxes)
+        return geometry.on_image(image), boxes, labels[kept]
 
-    def _random_crop(
-        self, image: Image.Image, boxes: BoundingBoxes, random: np.random.Generator
-    ) -> tuple[Image.Image, BoundingBoxes]:
+    def _crop_area(
+        self, size: tuple[int, int], random: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width inside a picture of `size`."""
         low, high = self.crop_range
-        height, width = (
-            int(random.integers(min(low, side), min(high, side) + 1))
-            for side in (image.height, image.width)
-        )
-        top = int(random.integers(0, image.height - height + 1))
-        left = int(random.integers(0, image.width - width + 1))
-        area = (top, left, height, width)
-        return F.crop(image, *area), F.clamp_bounding_boxes(F.crop(boxes, *area))
+        height, width = (int(random.integers(min(low, side), min(high, side) + 1)) for side in size)
+        top = int(random.integers(0, size[0] - height + 1))
+        left = int(random.integers(0, size[1] - width + 1))
+        return top, left, height, width
 
 
-def _resize(
-    image: Image.Image, boxes: BoundingBoxes, shape: tuple[int, int]
-) -> tuple[Image.Image, BoundingBoxes]:
-    return resize(image, shape), F.resize(boxes, list(shape))
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture, in pixels, after it was resized to `before` (height, width)."""
+
+    before: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def area(self) -> tuple[int, int, int, int]:
+        return self.top, self.left, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One drawing of an augmentation, the same for pixels, boxes and masks: mirror, crop, resize
+    from `size` to `shape`, both (height, width).
+    """
+
+    size: tuple[int, int]
+    flip: bool
+    crop: Crop | None
+    shape: tuple[int, int]
+
+    def on_image(self, image: Image.Image) -> Image.Image:
+        if self.flip:
+            image = F.horizontal_flip(image)
+        if self.crop:
+            image = F.crop(resize(image, self.crop.before), *self.crop.area)
+        return resize(image, self.shape)
+
+    def on_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [N, 4] xyxy pixels to those of which a crop leaves something, and which these are:
+        bool [N].
+        """
+        framed = BoundingBoxes(boxes, format=BoundingBoxFormat.XYXY, canvas_size=self.size)
+        kept = torch.ones(len(boxes), dtype=torch.bool)
+        if self.flip:
+            framed = F.horizontal_flip(framed)
+        if self.crop:
+            framed = F.crop(F.resize(framed, list(self.crop.before)), *self.crop.area)
+            framed = F.clamp_bounding_boxes(framed)
+            kept = (framed[:, 2:] > framed[:, :2]).all(dim=1).as_subclass(Tensor)
+            framed = wrap(framed[kept], like=framed)
+        return F.resize(framed, list(self.shape)).as_subclass(Tensor), kept
+
+    def on_masks(self, masks: Tensor) -> Tensor:
+        """Masks [N, *size] to [N, *shape]: each pixel is the one that its centre came from."""
+        rows, columns = (torch.arange(side) for side in self.size)
+        if self.flip:
+            columns = columns.flip(0)
+        if self.crop:
+            top, left, height, width = self.crop.area
+            rows = _nearest(rows, self.crop.before[0])[top : top + height]
+            columns = _nearest(columns, self.crop.before[1])[left : left + width]
+        rows, columns = _nearest(rows, self.shape[0]), _nearest(columns, self.shape[1])
+        # Masks lie column by column: whole columns are picked, then whole rows.
+        picked = masks.transpose(1, 2).index_select(1, columns).transpose(1, 2).contiguous()
+        return picked.index_select(1, rows)
+
+
+def _nearest(places: Tensor, length: int) -> Tensor:
+    """An axis resized to `length`: of each new pixel the place that its centre falls on."""
+    return places[(2 * torch.arange(length) + 1) * len(places) // (2 * length)]
 
 
 class DetectionDataset(Dataset):
@@ -132,7 +191,9 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """`image` [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1, `image_id`
-        and, if asked for, `noised_boxes` [copies * N, 4].
+        and, if asked for, `noised_boxes` [copies * N, 4]. Where the table has masks, `masks` [N, h,
+        w] bool, `mask_boxes` [N, 4] xyxy in pixels of them, and `has_mask` [N] bool: False for an
+        object without, whose `masks` are empty.
 
         Raises ValueError only if no picture of the dataset can be read.
         """
@@ -140,12 +201,16 @@ class DetectionDataset(Dataset):
         sample, image = self._read_from(wanted)
         random = np.random.default_rng((self.seed, epoch, wanted))
         objects = ~sample.crowd  # crowd regions are for scoring
-        image, boxes, labels = self.augmentation(
-            image, sample.boxes[objects], sample.labels[objects], random
-        )
-        scale = boxes.new_tensor([image.width, image.height] * 2)
-        boxes = box_convert(boxes, "xyxy", "cxcywh") / scale
+        geometry = self.augmentation.draw((image.height, image.width), random)
+        pixel_boxes, kept = geometry.on_boxes(sample.boxes[objects])
+        image = geometry.on_image(image)
+        scale = pixel_boxes.new_tensor([image.width, image.height] * 2)
+        boxes = box_convert(pixel_boxes, "xyxy", "cxcywh") / scale
+        labels = sample.labels[objects][kept]
         target = {"labels": labels, "boxes": boxes, "image_id": sample.image_id}
+        if sample.masks is not None:
+            rows = objects.nonzero()[kept, 0].tolist()
+            target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
         if self.noised_queries:
             target["noised_boxes"] = noise_boxes(boxes, self.noised_queries, random)
         return {"image": self.preprocessing.normalise(image), "target": target}
@@ -160,6 +225,15 @@ class DetectionDataset(Dataset):
                 self.unreadable[index] = True
                 last = error
         raise last
+
+
+def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> dict[str, Tensor]:
+    """What a target says of the masks in boxes [N, 4], xyxy in pixels after the augmentation."""
+    return {
+        "masks": geometry.on_masks(decode(masks, geometry.size)),
+        "mask_boxes": boxes,
+        "has_mask": torch.tensor([bool(mask) for mask in masks], dtype=torch.bool),
+    }
 
 
 def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Tensor:

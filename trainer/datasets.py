@@ -12,45 +12,58 @@ from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
 from trainer.samples import SampleTable
 from trainer.shapes import write_shapes
 
-Reader = Callable[[str, Sequence[str] | None], tuple[SampleTable, list[Finding]]]
+# Of "train" or "val", class names to keep to, and whether masks are asked for.
+Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
 SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
 
 
 def reader_of(config: TrainConfig) -> Reader:
-    """A function of ("train" or "val", class names to keep to) that reads one split."""
+    """A function that reads one split; only COCO's files can have masks."""
     if config.val_json is not None:
         files = {
             "train": (config.train_json, config.train_images),
             "val": (config.val_json, config.val_images),
         }
-        return lambda split, names: read_coco(*files[split], names)  # type: ignore[arg-type]
+        return lambda split, names, masks: read_coco(*files[split], names, masks=masks)  # type: ignore[arg-type]
     if config.dataset_file == "voc":
-        return lambda split, names: read_voc(str(config.voc_path), split, names)
+        return lambda split, names, masks: read_voc(str(config.voc_path), split, names)
     if config.dataset_file == "yolo":
-        return lambda split, names: read_yolo(str(config.yolo_path), split, names)
+        return lambda split, names, masks: read_yolo(str(config.yolo_path), split, names)
     root = config.coco_path
     if config.dataset_file == "shapes":
         root = str(write_shapes(SHAPES_CACHE.expanduser()))
-    return lambda split, names: read_coco(*coco_folder(str(root), split), names)
+    return lambda split, names, masks: read_coco(*coco_folder(str(root), split), names, masks=masks)
 
 
 def read_datasets(
-    config: TrainConfig, *, num_queries: int, num_classes: int | None
+    config: TrainConfig,
+    *,
+    num_queries: int,
+    num_classes: int | None,
+    masks: bool = False,
+    token_label: bool = False,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """Training and validation samples that can be used, and all that was found wrong with them.
+    With `masks`, those of both are read; `token_label` takes those of the training samples, if
+    there are any.
 
     Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to
-    learn from, or a number of classes that is not the given one.
+    learn from, `masks` and no object that has one, or a number of classes that is not the given
+    one.
     """
     read = reader_of(config)
-    train, findings = read("train", None)
+    train, findings = read("train", None, masks or token_label)
+    if masks and train.masks is None:
+        raise ValueError(
+            f"{train.source}: no object has a mask to learn from; leave --with_vector out"
+        )
     found = len(train.class_names)
     if num_classes is not None and num_classes != found:
         raise ValueError(
             f"--num_classes {num_classes}, but {train.source} has {found} classes "
             f"(first {', '.join(train.class_names[:5])}); leave the flag out"
         )
-    val, val_findings = read("val", train.class_names)
+    val, val_findings = read("val", train.class_names, masks)
     train, val, checked = check(
         train, val, num_queries=num_queries, max_bad_fraction=config.max_bad_fraction
     )
@@ -58,11 +71,11 @@ def read_datasets(
 
 
 def read_validation(
-    config: TrainConfig, class_names: Sequence[str]
+    config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
 ) -> tuple[SampleTable, list[Finding]]:
     """The validation samples alone, labelled by the class names of a weights file. Raises as
-    `read_datasets`.
+    `read_datasets`, but for masks.
     """
-    val, findings = reader_of(config)("val", class_names)
+    val, findings = reader_of(config)("val", class_names, masks)
     val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
     return val, [*findings, *checked]

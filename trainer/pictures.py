@@ -1,11 +1,11 @@
-"""Boxes drawn on pictures, and truth beside prediction for a grid of validation images.
+"""Boxes and masks drawn on pictures, and truth beside prediction for a grid of validation images.
 
-Boxes are xyxy in pixels of the image they belong to.
+Boxes are xyxy in pixels of the image they belong to; masks are run lengths, as of `trainer.masks`.
 """
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainer.masks import RunLengths, decode, encode
 from trainer.report import write_whole
 from trainer.samples import SampleTable
 from vidt.images import read_image
@@ -28,6 +29,7 @@ COLOURS = (
 )
 MIN_SIDE = 480  # smaller pictures are enlarged to this, or no text would be legible on them
 LONGEST_NAME = 16  # characters
+MASK_SHARE = 0.45  # of a mask's colour, in what shows through it
 BACKGROUND = "#ffffff"
 INK = "#202020"
 
@@ -47,6 +49,8 @@ class Comparison:
     labels: Array  # [N]
     scores: Array  # [N], 0..1
     name: str = ""
+    truth_masks: Sequence[RunLengths] | None = None  # M
+    masks: Sequence[RunLengths] | None = None  # N
 
 
 def class_colour(label: int) -> str:
@@ -76,12 +80,15 @@ def draw_boxes(
     labels: Array,
     scores: Array | None,
     class_names: Sequence[str],
+    masks: Tensor | None = None,
 ) -> Image.Image:
-    """A copy with boxes [N, 4] (xyxy pixels), class names [N] and scores [N] drawn on it.
+    """A copy with boxes [N, 4] (xyxy pixels), class names [N], scores [N] and masks [N, H, W] drawn
+    on it.
 
     A picture whose longer side is below `MIN_SIDE` comes back enlarged to it.
     """
-    return _drawn(image, _Boxes(boxes, labels, scores), class_names, _enlargement(image))
+    shown = _Boxes(boxes, labels, scores, None if masks is None else encode(masks.cpu()))
+    return _drawn(image, shown, class_names, _enlargement(image))
 
 
 def truth_beside_prediction(
@@ -111,8 +118,8 @@ def compare(
 ) -> Image.Image:
     """One pair, truth | prediction, with its captions above."""
     scale = panel / max(row.image.size)
-    truth = _Boxes(row.truth_boxes, row.truth_labels, None)
-    every = _Boxes(row.boxes, row.labels, row.scores)
+    truth = _Boxes(row.truth_boxes, row.truth_labels, None, row.truth_masks)
+    every = _Boxes(row.boxes, row.labels, row.scores, row.masks)
     found = every.at_least(min_score)
     pictures = [_drawn(row.image, shown, class_names, scale) for shown in (truth, found)]
     captions = (_truth_caption(row.name, truth), _found_caption(every, found, min_score))
@@ -131,19 +138,28 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 class _Boxes:
-    """Boxes, labels and scores of one image as arrays, whatever they came as."""
+    """Boxes, labels, scores and masks of one image, whatever they came as."""
 
-    def __init__(self, boxes: Array, labels: Array, scores: Array | None) -> None:
+    def __init__(
+        self,
+        boxes: Array,
+        labels: Array,
+        scores: Array | None,
+        masks: Sequence[RunLengths] | None = None,
+    ) -> None:
         self.boxes = _array(boxes).reshape(-1, 4)
         self.labels = _int_list(labels)
         self.scores = None if scores is None else _array(scores).reshape(-1)
-        given = {len(self.boxes), len(self.labels)}
-        assert len(given | ({len(self.scores)} if self.scores is not None else set())) == 1
+        self.masks = masks
+        optional = (self.scores, self.masks)
+        given = {len(each) for each in optional if each is not None}
+        assert given <= {len(self.labels)} == {len(self.boxes)}
 
     def at_least(self, min_score: float) -> "_Boxes":
         assert self.scores is not None
         keep = self.scores >= min_score
-        return _Boxes(self.boxes[keep], np.asarray(self.labels)[keep], self.scores[keep])
+        masks = self.masks and [self.masks[row] for row in np.flatnonzero(keep).tolist()]
+        return _Boxes(self.boxes[keep], np.asarray(self.labels)[keep], self.scores[keep], masks)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -169,10 +185,14 @@ def _drawn(
     """Scaled first and drawn on afterwards, so that lines and text keep their size."""
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
+    if boxes.masks is not None:
+        for i in order:
+            colour = class_colour(boxes.labels[i])
+            _tint(canvas, boxes.masks[i], (image.height, image.width), colour)
     draw = ImageDraw.Draw(canvas)
     longest = max(size)
     line = max(3, round(longest / 250))
-    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
     labels: list[Label] = []
     for i in order:  # the surest last, on top
         box = _inside(boxes.boxes[i] * scale, size)
@@ -185,6 +205,13 @@ def _drawn(
         labels.append((box, text, colour))
     _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
     return canvas
+
+
+def _tint(canvas: Image.Image, mask: RunLengths, size: tuple[int, int], colour: str) -> None:
+    """Colours a mask of an image of `size` (height, width) on the canvas that shows it."""
+    inside = np.uint8(255 * MASK_SHARE) * decode([mask], size)[0].numpy()
+    veil = Image.fromarray(inside).resize(canvas.size, Image.Resampling.BILINEAR)
+    canvas.paste(Image.new("RGB", canvas.size, colour), mask=veil)
 
 
 def _inside(box: np.ndarray, size: tuple[int, int]) -> Rectangle:
@@ -316,8 +343,14 @@ def _framed(picture: Image.Image, margin: int) -> Image.Image:
     return sheet
 
 
-def comparisons(samples: SampleTable, detections: dict[int, Detections]) -> list[Comparison]:
-    """Truth beside prediction for a few images of this process's share, spread over the table."""
+def comparisons(
+    samples: SampleTable,
+    detections: dict[int, Detections],
+    masks: Mapping[int, Sequence[RunLengths]],
+) -> list[Comparison]:
+    """Truth beside prediction for a few images of this process's share, spread over the table;
+    their masks where there are some.
+    """
     indices = sorted(detections)
     chosen = indices[:: max(len(indices) // MOST_PAIRS, 1)][:MOST_PAIRS]
     rows = []
@@ -332,6 +365,8 @@ def comparisons(samples: SampleTable, detections: dict[int, Detections]) -> list
                 labels=found.labels,
                 scores=found.scores,
                 name=Path(sample.path).name,
+                truth_masks=sample.masks,
+                masks=masks.get(index),
             )
         )
     return rows

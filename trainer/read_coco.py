@@ -18,6 +18,7 @@ import numpy as np
 
 from trainer.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.findings import Finding
+from trainer.masks import MaskColumn, RunLengths, read_segmentation
 from trainer.samples import SampleTable
 
 _FOREIGN = "class not trained"
@@ -58,12 +59,15 @@ def read_coco(
     json_path: str | os.PathLike[str],
     image_dir: str | os.PathLike[str],
     class_names: Sequence[str] | None = None,
+    *,
+    masks: bool = False,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a COCO file and list what had to be left out.
 
     Labels follow the sorted category ids, or `class_names` where given (a validation set takes
     those of its training set): categories are then matched by name, and boxes of other classes
-    are left out with a finding, since the model has no output for them. Segmentations are not read.
+    are left out with a finding, since the model has no output for them. Segmentations are read only
+    if `masks` are asked for; an object whose own is unusable keeps its box.
 
     Raises ValueError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
@@ -91,6 +95,11 @@ def read_coco(
         findings.append(
             Finding("missing area", "info", "computed", detail, source, count=num_without_area)
         )
+    found_masks = None
+    if masks:
+        annotations = document["annotations"]
+        found_masks, more = _masks(source, annotations, images, paths, columns, keep)
+        findings += more
     table = SampleTable.from_columns(
         source=source,
         class_names=classes.names,
@@ -104,6 +113,7 @@ def read_coco(
         areas=np.where(np.isnan(columns.areas), _box_areas(columns.boxes), columns.areas)[keep],
         crowd=columns.crowd[keep],
         annotation_ids=columns.ids[keep],
+        masks=found_masks,
     )
     return table, findings
 
@@ -258,6 +268,51 @@ def _fault_findings(
             )
         )
     return findings
+
+
+def _masks(
+    source: str,
+    annotations: list[dict[str, Any]],
+    images: list[dict[str, Any]],
+    paths: list[str],
+    columns: _Columns,
+    keep: np.ndarray,
+) -> tuple[MaskColumn | None, list[Finding]]:
+    """The masks of the rows where `keep` holds; None if not one of them has any."""
+    found: list[RunLengths] = []
+    findings = []
+    for row in np.flatnonzero(keep).tolist():
+        owner = int(columns.owners[row])
+        mask, problem = _mask(annotations[row].get("segmentation"), _size(images[owner]))
+        found.append(mask)
+        if problem:
+            findings.append(
+                Finding(
+                    kind="malformed mask",
+                    severity="warning",
+                    action="only its box is used",
+                    detail=problem,
+                    source=source,
+                    file=paths[owner],
+                    image_id=images[owner]["id"],
+                    annotation_id=int(columns.ids[row]),
+                )
+            )
+    without = sum(not mask for mask in found) - len(findings)
+    if without:
+        detail = "objects without a mask: only their boxes are used"
+        findings.append(Finding("no mask", "info", "kept", detail, source, count=without))
+    return MaskColumn.from_run_lengths(found) if any(found) else None, findings
+
+
+def _mask(segmentation: Any, size: tuple[int, int]) -> tuple[RunLengths, str]:
+    """Run lengths, b"" for none, and what is wrong if something is."""
+    if segmentation and size == (0, 0):
+        return b"", "the annotations do not give the size of its image"
+    try:
+        return read_segmentation(segmentation, size), ""
+    except ValueError as error:
+        return b"", str(error)
 
 
 def _box_areas(boxes: np.ndarray) -> np.ndarray:

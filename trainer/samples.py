@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.masks import MaskColumn, RunLengths
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -25,7 +27,8 @@ class Sample:
 
     `size` is (height, width) as annotated, (0, 0) where the annotations do not say. `labels` count
     from 0 without gaps. `crowd` marks regions to ignore in training and to honour in scoring.
-    `annotation_ids` are the dataset's own; None numbers boxes in the order of the table.
+    `annotation_ids` are the dataset's own; None numbers boxes in the order of the table. `masks`
+    are n run lengths as of `trainer.masks`, None where no object of the dataset has one.
     """
 
     path: str
@@ -36,6 +39,7 @@ class Sample:
     areas: Tensor  # float32 [n]
     crowd: Tensor  # bool [n]
     annotation_ids: Tensor | None = None  # int64 [n]
+    masks: tuple[RunLengths, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class SampleTable:
     """All samples of a split. `source` names it in messages.
 
     `category_ids[label]` is the dataset's own id of a class, -1 for a class it does not have.
+    `masks` is None where none were asked for, or none are there.
     """
 
     source: str
@@ -58,6 +63,7 @@ class SampleTable:
     areas: Tensor  # float32 [M]
     crowd: Tensor  # bool [M]
     annotation_ids: Tensor  # int64 [M]
+    masks: MaskColumn | None = None  # of M objects
 
     @classmethod
     def from_columns(
@@ -75,6 +81,7 @@ class SampleTable:
         areas: Any,
         crowd: Any,
         annotation_ids: Any,
+        masks: MaskColumn | None = None,
     ) -> "SampleTable":
         """Build from arrays. `owners` [M] is the image, 0..N-1, of each box, in any order."""
         owners = np.asarray(owners, np.int64)
@@ -100,6 +107,7 @@ class SampleTable:
             areas=column(areas, np.float32),
             crowd=column(crowd, np.bool_),
             annotation_ids=column(annotation_ids, np.int64),
+            masks=_picked(masks, torch.from_numpy(order)),
         )
 
     @classmethod
@@ -133,6 +141,7 @@ class SampleTable:
             areas=_joined([sample.areas for sample in samples]),
             crowd=_joined([sample.crowd for sample in samples]),
             annotation_ids=_joined(annotation_ids),
+            masks=_mask_column(samples),
         )
 
     def __len__(self) -> int:
@@ -155,6 +164,7 @@ class SampleTable:
             areas=self.areas[boxes].clone(),
             crowd=self.crowd[boxes].clone(),
             annotation_ids=self.annotation_ids[boxes].clone(),
+            masks=None if self.masks is None else self.masks[boxes],
         )
 
     def path(self, index: int) -> str:
@@ -170,6 +180,8 @@ class SampleTable:
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for column in (self.image_ids, self.sizes, self.box_offsets, self.boxes, self.labels):
             digest.update(column.contiguous().numpy().tobytes())
+        if self.masks is not None:
+            digest.update(self.masks.data.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -208,6 +220,7 @@ class SampleTable:
             areas=self.areas[index],
             crowd=self.crowd[index],
             annotation_ids=self.annotation_ids[index],
+            masks=_picked(self.masks, index),
         )
 
 
@@ -222,6 +235,21 @@ def _gather_ranges(offsets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     new_offsets = _offsets(counts)
     shifts = offsets[:-1][index] - new_offsets[:-1]
     return new_offsets, torch.arange(int(new_offsets[-1])) + shifts.repeat_interleave(counts)
+
+
+def _picked(masks: MaskColumn | None, index: Tensor) -> MaskColumn | None:
+    if masks is None:
+        return None
+    offsets, elements = _gather_ranges(masks.offsets, index)
+    return MaskColumn(masks.data[elements], offsets)
+
+
+def _mask_column(samples: list[Sample]) -> MaskColumn | None:
+    if all(sample.masks is None for sample in samples):
+        return None
+    nothing = [(b"",) * len(sample.boxes) for sample in samples]
+    masks = [sample.masks or none for sample, none in zip(samples, nothing, strict=True)]
+    return MaskColumn.from_run_lengths([mask for image in masks for mask in image])
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
