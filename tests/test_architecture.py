@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        images preprocessing deformable_triton deformable_attention ram swin coat epff decoder
-        mask_vectors model matcher criterion distillation convert checkpoint pretrained predictor
-        export
+        images preprocessing deformable_triton deformable_attention ram swin coat config epff
+        token_label decoder mask_vectors matcher without_neck model criterion distillation
+        coco_classes released weights_file published checkpoint pretrained convert predictor export
         """,
     "trainer": """
-        settings config launch_check findings samples classes read_coco read_voc read_yolo readers
+        settings config launch_check findings masks samples classes read_coco read_voc read_yolo readers
         dataset_check shapes datasets clock agreement report console pictures data optim evaluation
         loss_log resume start step stopping train
         """,

@@ -2,19 +2,24 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_runs import blurred
 from torch import Tensor
 
 from vidt import ViDT, ViDTConfig
 from vidt.checkpoint import (
+    Unreachable,
     WeightsInfo,
     load_model,
     load_weights,
@@ -24,7 +29,10 @@ from vidt.checkpoint import (
     save_weights,
     start_from,
 )
+from vidt.model import build_detector
 from vidt.preprocessing import Preprocessing
+from vidt.published import PUBLISHED, TEACHERS
+from vidt.released import to_released
 
 NAMES = ("disc", "square", "star")
 
@@ -197,7 +205,7 @@ def test_head_rows_go_by_class_name(tiny_model: ViDT, saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "field, value", [("det_token_num", 9), ("dec_layers", 1), ("with_box_refine", False)]
+    "field, value", [("det_token_num", 9), ("dec_layers", 3), ("with_box_refine", False)]
 )
 def test_another_architecture_names_the_flag(
     tiny_model: ViDT, saved: Path, field: str, value: object
@@ -206,6 +214,99 @@ def test_another_architecture_names_the_flag(
     theirs = getattr(tiny_model.config, field)
     with refused(saved, f"{field} {theirs}, this run {value}; pass --{field} {theirs}"):
         start_from(model, saved, NAMES)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_fewer_decoder_layers_load_by_name(
+    tiny_config: ViDTConfig, tmp_path: Path, refine: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = blurred(ViDT(dataclasses.replace(tiny_config, with_box_refine=refine))).eval()
+    path = tmp_path / "whole.safetensors"
+    save_weights(path, whole.state_dict(), info_of(whole))
+    with caplog.at_level("INFO"):
+        model, info = load_model(path, dec_layers=1)
+    said = "left out decoder layers 2 to 2 and the heads above them, "
+    assert f"{path}: {said}" in caplog.text
+    assert info.config == model.config == dataclasses.replace(whole.config, dec_layers=1)
+    tuned = ViDT(info.config).eval()
+    transfer = start_from(tuned, path, NAMES)
+    assert transfer.kept == NAMES and said in str(transfer)
+    images, padding = torch.randn(1, 3, 48, 64), torch.zeros(1, 48, 64, dtype=torch.bool)
+    with torch.no_grad():
+        wanted = whole(images, padding)["aux_outputs"][1]  # of the levels 0, 1 and 2
+        for found in (model.eval()(images, padding), tuned(images, padding)):
+            for name in ("pred_logits", "pred_boxes"):
+                assert torch.equal(found[name], wanted[name]), name
+    with refused(path, "2 decoder layers; --dec_layers 3"):
+        load_model(path, dec_layers=3)
+
+
+PLUS = {"iou_aware": True, "token_label": True, "with_vector": True, "n_keep": 16}
+
+
+def test_heads_that_find_no_boxes_may_be_left_out_or_start_afresh(
+    tiny_config: ViDTConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, **PLUS, gt_mask_len=32)
+    plus, plain = blurred(ViDT(config)), blurred(ViDT(tiny_config))
+    path = tmp_path / "weights.safetensors"
+    for source, target, words in ((plus, plain, "left out the"), (plain, plus, "afresh")):
+        save_weights(path, source.state_dict(), info_of(source))
+        before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+        notes = start_from(target, path, NAMES).notes
+        assert len(notes) == 3 and all(words in note for note in notes)
+        theirs = source.state_dict()
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor, theirs.get(name, before[name])), name
+    save_weights(path, plus.state_dict(), info_of(plus))
+    with refused(path, "n_keep 16, this run 8; pass --n_keep 16"):
+        start_from(ViDT(dataclasses.replace(config, n_keep=8)), path, NAMES)
+
+
+def test_token_columns_go_by_class_name(tiny_config: ViDTConfig, tmp_path: Path) -> None:
+    """From a released file, whose indicator stands in class 0's place."""
+    names = ("nothing", "disc", "square")
+    theirs = dataclasses.replace(tiny_config, token_label=True, token_label_shift=False)
+    released, ours = (
+        blurred(ViDT(theirs)),
+        ViDT(dataclasses.replace(theirs, token_label_shift=True)),
+    )
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, released.state_dict(), info_of(released, names))
+    assert ours.token_head.token_embed.weight.shape[0] == 4
+    before = ours.token_head.token_embed.weight.detach().clone()
+    assert start_from(ours, path, ("square", "nothing", "star")).kept == ("square", "nothing")
+    found, wanted = ours.token_head.token_embed.weight, released.token_head.token_embed.weight
+    assert torch.equal(found[:2], wanted[[0, 2]])  # the indicator, and "square"
+    assert torch.equal(found[2:], before[2:])  # the file has no column for its class 0
+
+
+def test_released_coco_heads_have_coco_names(tmp_path: Path) -> None:
+    config = ViDTConfig(num_classes=91, det_token_num=5, dec_layers=1, dim_feedforward=64)
+    model = blurred(ViDT(config))
+    path = tmp_path / "vidt_nano_50.pth"
+    torch.save({"model": to_released(model.state_dict(), config)}, path)
+    loaded, info = load_model(path)
+    assert info.config == config and info.preprocessing == Preprocessing(800)
+    assert (info.class_names[1], info.class_names[90]) == ("person", "toothbrush")
+    assert len(set(info.class_names)) == 91 and loaded.config.num_classes == 91
+    wanted = ("toothbrush", "disc", "stop sign")
+    tuned = ViDT(dataclasses.replace(config, num_classes=3))
+    assert start_from(tuned, path, wanted).kept == ("toothbrush", "stop sign")
+    assert torch.equal(tuned.class_embed[1].weight[[0, 2]], model.class_embed[1].weight[[90, 13]])
+
+
+def test_without_neck_the_background_stays_last(tiny_config: ViDTConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, method="vidt_wo_neck")
+    source = build_detector(config)
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, source.state_dict(), WeightsInfo(config, NAMES, Preprocessing()))
+    tuned = build_detector(dataclasses.replace(config, num_classes=1, dec_layers=6))
+    assert start_from(tuned, path, ("star",)).kept == ("star",)
+    found, wanted = tuned.state_dict(), source.state_dict()
+    for name, tensor in found.items():
+        rows = [2, 3] if name.startswith("class_embed.layers.2.") else slice(None)
+        assert torch.equal(tensor, wanted[name][rows]), name
 
 
 def test_weights_from_an_address(
@@ -231,3 +332,53 @@ def test_an_address_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="fetch it by hand and pass --load_from FILE") as caught:
         local_weights(address)
     assert address in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, bytes]]:
+    """An address and what it serves; a query of `?cut` promises more than it sends."""
+    content = bytes(range(256)) * 40
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + 100 * self.path.endswith("cut")))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/weights.pth", content
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_is_whole_or_not_there(
+    server: tuple[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, content = server
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    good, bad = hashlib.sha256(content).hexdigest(), "0" * 64
+    for source, reason in (
+        (f"{address}?cut", "after 10240 of 10340"),
+        (f"{address}#sha256={bad}", good),
+    ):
+        with pytest.raises(Unreachable, match=f"{reason}.*pass --load_from FILE"):
+            local_weights(source)
+        assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+    path = local_weights(f"{address}#sha256={good}")
+    assert path.read_bytes() == content and local_weights(address) == path
+    path.write_bytes(b"something else")
+    with pytest.raises(Unreachable, match="SHA-256"):
+        local_weights(f"{address}#sha256={good}")
+
+
+def test_the_table_of_published_models() -> None:
+    assert len(PUBLISHED) == 18 and len({model.url for model in PUBLISHED.values()}) == 18
+    base = "https://github.com/naver-ai/vidt/releases/download/"
+    assert PUBLISHED["vidt_nano_150"].url == base + "v0.1-vidt/vidt_nano_150.pth"
+    assert TEACHERS["vidt_plus_base"].backbone_name == "swin_base_win7_22k"

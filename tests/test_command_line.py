@@ -33,6 +33,7 @@ from tiny_runs import (
 
 from trainer import resume
 from trainer.report import COCO_NUMBERS
+from vidt.convert import to_theirs
 
 BCCD = ROOT.parent / "shared/data/bccd"
 # Put in the way of every Python process of a run: notes any attempt to leave the machine, and
@@ -283,3 +284,22 @@ def test_in_a_process_of_its_own_a_mistake_leaves_no_trace_of_python(
     done = call(command(tiny_data, room, "--num_classes 5"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_eval_of_a_released_file_and_of_fewer_decoder_layers(
+    learnt: Learnt, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same weights under the released names score the same; without their only decoder layer,
+    which the log names, they score less.
+    """
+    released = room / "released.pth"
+    to_theirs(learnt.weights, released)
+    scores = {}
+    for layers in (1, 0):
+        flags = f"--eval --load_from {released} --eval_size 64 --dec_layers {layers}"
+        assert main_here(argv(learnt.data, room, flags)) == 0
+        scores[layers] = json.loads((room / "evaluation.json").read_text())["map"]
+        said = f"{released}: left out decoder layers 1 to 1 and the heads above them"
+        assert (said in caplog.text) == (layers == 0)
+    assert scores[1] == pytest.approx(learnt.scores[40]["map"], abs=1e-6)
+    assert scores[0] < scores[1]

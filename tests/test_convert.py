@@ -1,29 +1,50 @@
-"""Names of released checkpoints to ours, on every golden key list; files of another kind."""
+"""Names of released checkpoints to ours and back, on every golden key list; the program around it;
+files of another kind.
+"""
 
+import argparse
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import golden
 import pytest
 import torch
 from torch import Tensor
 
-from vidt import ViDT, ViDTConfig
-from vidt.convert import imagenet_swin, released_config, released_name, released_vidt
+from vidt import ViDTConfig
+from vidt.checkpoint import load_model, read_start
+from vidt.coco_classes import COCO_ROWS
+from vidt.convert import main
+from vidt.model import build_detector
+from vidt.released import (
+    imagenet_swin,
+    name_in_released,
+    released_config,
+    released_name,
+    released_vidt,
+    to_released,
+    unread_tensors,
+)
+from vidt.weights_file import load_kept, load_weights
 
-VANILLA = {
-    "vidt_swin_nano/keys.json": "vidt_swin_nano/meta.json",
-    "vidt_swin_nano_nc3_norefine/keys.json": "vidt_swin_nano_nc3_norefine/meta.json",
-    **{
-        path: path
-        for body in ("nano_dec4", "tiny", "small", "base_win7_22k")
-        for path in [f"keys/vidt_swin_{body}.json"]
-    },
-}
-OTHERS = {
-    "vidt_plus_swin_nano_300/keys.json": "fusion|vector_embed|iou_embed|token_embed",
-    "vidt_swin_tiny_epff_iou_token_300/keys.json": "fusion|iou_embed|token_embed",
-    "vidt_wo_neck_swin_nano/keys.json": "it holds no class_embed.0.weight",
-    "vidt_coat_lite_tiny/keys.json": "backbone.cls_token",
+VARIANTS = (
+    "vidt_swin_nano",
+    "vidt_swin_nano_nc3_norefine",
+    "vidt_swin_tiny_epff_iou_token_300",
+    "vidt_plus_swin_nano_300",
+    "vidt_wo_neck_swin_nano",
+    "vidt_coat_lite_tiny",
+)
+OTHER_SIZES = (
+    *("vidt_swin_nano_dec4", "vidt_swin_tiny", "vidt_swin_small", "vidt_swin_base_win7_22k"),
+    *("vidt_plus_swin_nano_300_dec4", "vidt_plus_swin_tiny_300", "vidt_plus_swin_small_300"),
+    "vidt_plus_swin_base_win7_22k_300",
+)
+LISTS = {
+    **{f"{variant}/keys.json": f"{variant}/meta.json" for variant in VARIANTS},
+    **{f"keys/{name}.json": f"keys/{name}.json" for name in OTHER_SIZES},
 }
 
 
@@ -33,12 +54,55 @@ def stored(path: str) -> dict[str, Tensor]:
     return {name: torch.zeros(()).expand(shape) for name, (_, shape, _) in keys.items()}
 
 
+def filled(path: str) -> dict[str, Tensor]:
+    """A state dict as the released code saves it: shared tensors are one."""
+    keys = golden.read_json(path)["keys"]
+    own = {name: facts for name, facts in keys.items() if facts[2] is None}
+    tensors = {name: torch.from_numpy(array) for name, array in golden.fill().fill(own).items()}
+    index = position_index()
+    return {
+        name: tensors[alias or name] if dtype == "float32" else index
+        for name, (dtype, _, alias) in keys.items()
+    }
+
+
+def position_index() -> Tensor:
+    """Of two places of a 7 x 7 window: 13 * (row difference + 6) + column difference + 6."""
+    rows, columns = torch.arange(49) // 7, torch.arange(49) % 7
+    return 13 * (rows[:, None] - rows + 6) + columns[:, None] - columns + 6
+
+
+def settings(path: str) -> dict[str, object]:
+    """What a key list's arguments ask for, by the names of our configuration."""
+    words = [word for word in golden.read_json(LISTS[path])["arguments"] if word != "--masks"]
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    values: dict[str, object] = {"method": "vidt", "dec_layers": 6, "det_token_num": 100}
+    switches = ("epff", "iou_aware", "token_label", "with_vector", "with_box_refine")
+    values |= dict.fromkeys(switches, False)
+    for flag, value in flags.items():
+        number = value.isdecimal()
+        values[flag.removeprefix("--")] = int(value) if number else {"True": True}.get(value, value)
+    values["num_classes"] = golden.read_json(LISTS[path]).get("num_classes", 91)
+    return values
+
+
 @golden.present
-@pytest.mark.parametrize("path", VANILLA)
+@pytest.mark.parametrize("path", LISTS)
+def test_configuration_is_read_off_the_tensors(path: str) -> None:
+    found, expected = released_config(stored(path)), settings(path)
+    if expected["method"] == "vidt_wo_neck":  # it has none of these
+        expected |= {"with_box_refine": True}
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.token_label_shift is not found.token_label  # 91 columns for 91 classes
+    assert (found.reduced_dim, found.pos_dim, found.dec_n_points) == (256, 256, 4)
+
+
+@golden.present
+@pytest.mark.parametrize("path", LISTS)
 def test_every_released_tensor_finds_its_place(path: str) -> None:
-    config = golden.config_of(VANILLA[path])
+    config = released_config(stored(path))
     with torch.device("meta"):
-        model = ViDT(config)
+        model = build_detector(config)
     converted = released_vidt(stored(path), config)
     assert {name: tensor.shape for name, tensor in converted.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
@@ -46,19 +110,99 @@ def test_every_released_tensor_finds_its_place(path: str) -> None:
 
 
 @golden.present
-@pytest.mark.parametrize("path", VANILLA)
-def test_configuration_is_read_off_the_tensors(path: str) -> None:
-    expected = golden.config_of(VANILLA[path])
-    found = released_config(stored(path))
-    for field in ("backbone_name", "num_classes", "det_token_num", "dec_layers", "with_box_refine"):
-        assert getattr(found, field) == getattr(expected, field), field
+@pytest.mark.parametrize("path", LISTS)
+def test_there_and_back_is_the_identity(path: str) -> None:
+    tensors = filled(path)
+    config = released_config(tensors)
+    ours = released_vidt(tensors, config)
+    back = to_released(ours, config, unread_tensors(tensors))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+    again = released_vidt(back, released_config(back))
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
 
 
 @golden.present
-@pytest.mark.parametrize("path", OTHERS)
-def test_other_models_are_refused_by_what_they_hold(path: str) -> None:
-    with pytest.raises(ValueError, match=OTHERS[path]):
-        released_config(stored(path))
+@pytest.mark.parametrize("path", LISTS)
+def test_the_released_key_list_is_written_from_a_fresh_detector(path: str) -> None:
+    """Types, shapes and which names share a tensor, with nothing kept from a released file."""
+    with torch.device("meta"):
+        config = released_config(stored(path))
+        model = build_detector(config)
+    written = to_released(model.state_dict(), config)
+    first: dict[int, str] = {}
+    for name in sorted(written):  # as in the list, the first name by the alphabet stands for all
+        first.setdefault(id(written[name]), name)
+    found = {
+        name: [
+            str(tensor.dtype).removeprefix("torch."),
+            list(tensor.shape),
+            None if first[id(tensor)] == name else first[id(tensor)],
+        ]
+        for name, tensor in written.items()
+    }
+    assert found == golden.read_json(path)["keys"]
+
+
+@golden.present
+@pytest.mark.parametrize("variant", ["vidt_plus_swin_nano_300", "vidt_coat_lite_tiny"])
+def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
+    tensors = filled(f"{variant}/keys.json")
+    epff = argparse.Namespace(cross_scale_fusion=True, lr=1e-4)  # as the first release named it
+    names = ("in.pth", "our.safetensors", "back.pth")
+    first, ours, back = (str(tmp_path / name) for name in names)
+    torch.save({"model": tensors, "args": epff, "epoch": 49, "optimizer": {"state": {}}}, first)
+    assert main([first, ours]) == 0
+    model, info = load_model(ours)
+    assert info.class_names == COCO_ROWS and info.config == released_config(tensors)
+    assert load_kept(ours).keys() == unread_tensors(tensors).keys()
+    assert main([ours, back]) == 0
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(back, weights_only=True)
+    assert content["args"].cross_scale_fusion is content["args"].epff is info.config.epff
+    assert content["model"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(content["model"][name], tensor), name
+    assert (tmp_path / "back.pth").stat().st_size < 1.01 * (tmp_path / "in.pth").stat().st_size
+    again, config, class_names = read_start(back)
+    assert config == info.config and class_names == COCO_ROWS
+    assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A released file of three classes."""
+    config = ViDTConfig(num_classes=3, det_token_num=5, dec_layers=1, dim_feedforward=64)
+    released = to_released(build_detector(config).state_dict(), config)
+    torch.save({"model": released}, tmp_path / "small.pth")
+    return tmp_path / "small.pth"
+
+
+def test_the_program_asks_for_class_names(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = small.with_suffix(".safetensors")
+    assert main([str(small), str(ours)]) == 2
+    assert "has 3 classes and no class names; pass --class_names" in capsys.readouterr().err
+    assert main([str(small), str(ours), "--class_names", "a,b"]) == 2
+    assert main([str(small), str(ours), "--class_names", "a,b,c"]) == 0
+    assert load_weights(ours)[1].class_names == ("a", "b", "c")
+    assert main([str(ours), str(small)]) == 0
+    assert read_start(small)[2] == ("a", "b", "c")  # our writer leaves them in the file
+    for source, wrong in ((ours, "x.safetensors"), (small, "x.pth")):
+        assert main([str(source), str(small.parent / wrong)]) == 2
+        assert "name it so" in capsys.readouterr().err
+
+
+def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:
+    """As a person starts it: nothing else is said, no file is left."""
+    (tmp_path / "in.pth").write_bytes(b"no weights")
+    command = [sys.executable, "-m", "vidt.convert", "in.pth", "out.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: in.pth cannot be read safely as PyTorch weights")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
 @golden.present
@@ -70,15 +214,44 @@ def test_untied_heads_cannot_become_shared_ones() -> None:
         released_vidt(tensors, config)
 
 
+@golden.present
+@pytest.mark.parametrize(
+    "path, alias, first",
+    [
+        ("vidt_swin_nano", "transformer.decoder.bbox_embed.2.layers.0.bias", "bbox_embed.2"),
+        ("vidt_plus_swin_nano_300", "vector_embed.4.layers.1.bias", "vector_embed.0"),
+        ("vidt_coat_lite_tiny", "backbone.serial_blocks2.1.cpe.proj.bias", "backbone.cpe2"),
+    ],
+)
+def test_names_of_one_tensor_with_two_contents_are_refused(
+    path: str, alias: str, first: str
+) -> None:
+    tensors = stored(f"{path}/keys.json")
+    tensors[alias] = torch.ones(tensors[alias].shape)
+    with pytest.raises(ValueError, match=rf"{re.escape(alias)} differs from {first}.*not whole"):
+        released_vidt(tensors, released_config(tensors))
+
+
+@golden.present
+def test_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
+    tensors = stored("vidt_wo_neck_swin_nano/keys.json")
+    tensors["backbone.layers.0.extra.weight"] = torch.zeros(1)
+    torch.save({"model": {name: t.contiguous() for name, t in tensors.items()}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth .*layers\.0\.extra\.weight"):
+        load_model(tmp_path / "a.pth")
+
+
 def test_only_what_the_forward_pass_never_reads_is_dropped() -> None:
     assert released_name("transformer.level_embed") is None
     assert released_name("backbone.norm2.weight") is None
     assert released_name("backbone.layers.1.downsample.norm2.bias") is None
     assert released_name("backbone.layers.0.blocks.1.attn.relative_position_index") is None
+    assert released_name("fusion.multi_scaler.refinenet_3.smoothing.bias") is None
     for kept in ("backbone.layers.0.blocks.0.norm2.weight", "backbone.patch_embed.norm.bias"):
-        assert released_name(kept) == kept
+        assert released_name(kept) == name_in_released(kept) == kept
     ours = "decoder.layers.5.norm2.weight"
     assert released_name("transformer." + ours) == ours
+    assert name_in_released(ours) == "transformer." + ours
 
 
 def test_detr_is_not_a_vidt() -> None:
@@ -86,7 +259,7 @@ def test_detr_is_not_a_vidt() -> None:
         "class_embed.weight": torch.zeros(92, 256),
         "bbox_embed.layers.0.weight": torch.zeros(1),
     }
-    with pytest.raises(ValueError, match=re.escape("it holds no class_embed.0.weight")):
+    with pytest.raises(ValueError, match=re.escape("it holds no backbone.det_token")):
         released_config(detr)
 
 

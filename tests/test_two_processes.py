@@ -112,6 +112,14 @@ def test_gradients_are_those_of_one_process(ended: Ended, tmp_path: Path, losses
         assert share < ROUNDING, f"{name} differs by {share:.1e}"
 
 
+def test_gradients_with_a_teacher_are_those_of_one_process(ended: Ended, tmp_path: Path) -> None:
+    flags = f"--batch_size 8 --distil_model_path {ended.folder}/learnt.safetensors"
+    alone = step_gradients(ended.folder / "data", tmp_path, flags)
+    for seen in ended.seen:
+        for ours, theirs in zip(seen["gradients with a teacher"], alone, strict=True):
+            assert furthest(ours, theirs)[0] < ROUNDING
+
+
 def test_gradients_where_one_process_has_no_boxes(ended: Ended, tmp_path: Path) -> None:
     alone = step_gradients(ended.folder / "bare", tmp_path, "--batch_size 4")
     for seen in ended.seen:

@@ -18,8 +18,9 @@ from ymir_candidates import Results, candidate_task, run_here
 from trainer.agreement import Agreement
 from trainer.evaluation import evaluate
 from trainer.read_coco import read_coco
-from vidt.checkpoint import load_model, save_weights
-from vidt.model import ViDT
+from vidt.checkpoint import WeightsInfo, load_model, save_weights
+from vidt.config import ViDTConfig
+from vidt.model import ViDT, build_detector
 from vidt.predictor import Predictor
 from vidt.preprocessing import Preprocessing
 from ymir_adapter.candidates import PARTS
@@ -29,6 +30,7 @@ from ymir_adapter.infer import (
     READ_AHEAD,
     Detector,
     Picture,
+    detections_of,
     equal_canvases,
     names_in_task,
     read_picture,
@@ -221,6 +223,25 @@ def test_a_picture_is_prepared_as_for_evaluation(predictor: Predictor, images: l
     found = Detector(predictor, rows=2).normalised(pictures)
     expected = preprocessing(Image.open(images[0]).convert("RGB"))
     assert torch.equal(found, torch.stack([expected] * 2))
+
+
+def test_a_detector_without_neck_finds_what_its_predictor_finds(images: list[Path]) -> None:
+    """Its scores are a softmax with a column for the background."""
+    config = ViDTConfig(method="vidt_wo_neck", num_classes=3, det_token_num=7)
+    torch.manual_seed(0)
+    info = WeightsInfo(config, ("a", "b", "c"), Preprocessing(eval_size=64))
+    predictor = Predictor(build_detector(config), info)
+    picture = read_picture(0, str(images[0]), info.preprocessing)
+    detector = Detector(predictor, rows=2)
+    predictions = detector(detector.normalised([picture]))
+    assert predictions.probabilities.shape == (1, 1, 7, 3)
+    (found,) = detections_of(detector, [picture], predictions, 0.0)
+    (expected,) = predictor([images[0]])
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(found.boxes, expected.boxes)
+    best = predictions.probabilities[0, 0].amax(1).sort(descending=True).values
+    torch.testing.assert_close(found.scores.double(), best)
 
 
 def pictures_of(canvases: list[int | None]) -> Iterator[Picture]:

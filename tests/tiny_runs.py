@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import trainer.train
 from trainer import resume
@@ -28,14 +28,16 @@ from trainer.data import Augmentation, DetectionDataset
 from trainer.datasets import read_datasets
 from trainer.report import Progress
 from trainer.samples import SampleTable
+from trainer.start import load_teacher
 from trainer.step import agree_on, gradients, micro_batches
 from trainer.train import train
-from vidt.criterion import SetCriterion
-from vidt.model import ViDT, ViDTConfig
+from vidt.criterion import criterion_for
+from vidt.model import ViDTConfig, build_detector
 from vidt.preprocessing import Preprocessing
 from vidt.swin import SWIN_VARIANTS, SwinVariant
 
 ROOT = Path(__file__).parent.parent
+Model = TypeVar("Model", bound=nn.Module)
 NAMES = ("red", "green", "blue")
 COLOURS = ((220, 30, 30), (30, 200, 30), (40, 40, 230))
 # Of four shapes, so that batches are padded and evaluation meets several canvases.
@@ -159,7 +161,11 @@ def argv(data: Path, output: Path, *flags: str) -> list[str]:
 
 def tables(config: TrainConfig, fields: dict[str, Any]) -> tuple[SampleTable, SampleTable]:
     train_set, val_set, _ = read_datasets(
-        config, num_queries=fields["det_token_num"], num_classes=fields["num_classes"]
+        config,
+        num_queries=fields["det_token_num"],
+        num_classes=fields["num_classes"],
+        masks=fields["with_vector"],
+        token_label=fields["token_label"],
     )
     return train_set, val_set
 
@@ -287,7 +293,8 @@ def gradients_of_step(
     detector whose every weight is away from zero.
     """
     torch.manual_seed(0)
-    model = blurred(ViDT(ViDTConfig(**{**fields, "num_classes": len(NAMES)}))).train()
+    model_config = ViDTConfig(**{**fields, "num_classes": len(NAMES)})
+    model = blurred(build_detector(model_config)).train()
     dataset = DetectionDataset(
         train_set,
         Augmentation.from_config(config),
@@ -299,10 +306,12 @@ def gradients_of_step(
     batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)
     window = list(batches)
     assert len(window) == config.n_iter_to_acc
-    num_boxes, canvas, _ = agree_on(window, 0, Agreement(accelerator))
+    agreement = Agreement(accelerator)
+    num_boxes, canvas, _ = agree_on(window, 0, agreement)
+    teacher = load_teacher(config, model.config, accelerator, agreement)
     prepared = accelerator.prepare_model(model, evaluation_mode=True).train()
-    criterion = SetCriterion()
-    terms = gradients(prepared, criterion, accelerator, window, canvas, num_boxes)
+    criterion = criterion_for(model_config)
+    terms = gradients(prepared, criterion, accelerator, window, canvas, num_boxes, teacher)
     assert terms is not None
     sum_gradients(list(model.parameters()), accelerator.num_processes)
     return {
@@ -326,7 +335,7 @@ def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
     return shares[worst], worst
 
 
-def blurred(model: ViDT) -> ViDT:
+def blurred(model: Model) -> Model:
     """Noise on every weight: the zeros that a detector starts with hide what depends on what."""
     with torch.no_grad():
         for parameter in model.parameters():

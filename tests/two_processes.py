@@ -52,6 +52,8 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     for name, flags in LOSSES.items():
         dealt = f"--batch_size 4 --n_iter_to_acc {PORTIONS[name]} {flags}"
         seen[f"gradients {name}"] = step_gradients(data, room, dealt)
+    taught = f"--batch_size 4 --n_iter_to_acc 2 --distil_model_path {folder}/learnt.safetensors"
+    seen["gradients with a teacher"] = step_gradients(data, room, taught)
     seen["gradients without boxes"] = step_gradients(folder / "bare", room, "--batch_size 2")
     seen["evaluations"] = evaluations(folder)
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")

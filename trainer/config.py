@@ -7,6 +7,7 @@ setting given more than once, the first of these counts: flag, `--config` file, 
 (`recipes/<dataset_file>.yaml`), default of the dataclass.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from trainer.settings import (
     settings_of,
 )
 from vidt.model import ViDTConfig
+from vidt.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
@@ -142,6 +144,15 @@ class TrainConfig:
     load_from: str | None = field(
         default=None, metadata=_help("weights to start from: a file or a URL")
     )
+    distil_model: str | None = field(
+        default=None,
+        metadata=_help("teacher to distil from: " + ", ".join(TEACHERS)),
+    )
+    distil_model_path: str | None = field(
+        default=None,
+        metadata=_help("weights of the teacher: a file or a URL; None: the published ones"),
+    )
+    distil_loss_coef: float = field(default=4.0, metadata=_help("weight of following a teacher"))
     resume: str | None = field(
         default=None,
         metadata=_help(
@@ -200,6 +211,11 @@ def _check_alone(config: TrainConfig) -> None:
     _require(mult >= 0, "lr_linear_proj_mult", mult, "0 or more")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
+    coef = config.distil_loss_coef
+    _require(0 < coef < math.inf, "distil_loss_coef", coef, "above 0")
+    teachers = f"one of {', '.join(TEACHERS)}"
+    known = config.distil_model is None or config.distil_model in TEACHERS
+    _require(known, "distil_model", config.distil_model, teachers)
     share = config.max_bad_fraction
     _require(0 <= share <= 1, "max_bad_fraction", share, "from 0 to 1")
     sizes = config.train_sizes
@@ -245,8 +261,9 @@ assert len(_ALL) == len(_TRAIN) + len(_MODEL), "a setting has two owners"
 def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, dict[str, Any]]:
     """Flags to a run's settings and the fields of its ViDTConfig.
 
-    `num_classes` among the latter is None unless it was given: the data tells it. With `own_data`
-    the caller brings the samples, so no recipe is applied and no path is asked for.
+    `num_classes` among the latter is None unless it was given: the data tells it; so is, with
+    --eval, `dec_layers`: the weights tell it. With `own_data` the caller brings the samples, so no
+    recipe is applied and no path is asked for.
     Raises ConfigError for anything wrong and HelpRequested for `--help`.
     """
     given = given_settings(argv)
@@ -257,6 +274,7 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
             given.setdefault("dataset_file", name)
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
+        given.setdefault("dec_layers", None)
     if not own_data:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
@@ -299,10 +317,9 @@ def _read_recipe(dataset_file: str) -> dict[str, Any]:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    """What ViDTConfig refuses is refused now; one class stands for those still to be counted."""
-    classes = 1 if model["num_classes"] is None else model["num_classes"]
+    """What ViDTConfig refuses is refused now; its defaults stand for what is told later."""
     try:
-        ViDTConfig(**{**model, "num_classes": classes})
+        ViDTConfig(**{name: value for name, value in model.items() if value is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -147,7 +147,7 @@ class Console:
         self._evaluating = False
         if progress.best:
             self._best = progress
-        names = ("map50", "map", "map75")
+        names = ("map50", "map", "map75", "segm_map50", "segm_map")
         parts = [f"{n} {score(progress.metrics[n])}" for n in names if n in progress.metrics]
         if progress.best:
             parts.append("* best so far")

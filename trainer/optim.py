@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from trainer.config import TrainConfig
 
 # Tables and tokens that are looked up rather than multiplied: decay would only pull them to zero.
-TABLES = ("det_token", "det_pos_embed", "relative_position_bias_table")
+TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table")
 
 
 # What decides where a query looks. The position table is small (std 0.02) and passes a norm, so a

@@ -34,8 +34,8 @@ class Progress:
     - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr` (more groups as
       `lr/NAME`), `grad_norm`, `images_per_second`, `memory_gib`.
     - "evaluating": nothing; scoring has begun, or goes on (`fraction` moves).
-    - "evaluation": the names in `COCO_NUMBERS`, `ap/CLASS` and `ap50/CLASS`; -1 or NaN where the
-      validation set has no such objects.
+    - "evaluation": the names in `COCO_NUMBERS`, for masks with `segm_` before them, `ap/CLASS` and
+      `ap50/CLASS`; -1 or NaN where the validation set has no such objects.
     - "saved": nothing.
     - "end": the numbers of the best evaluation, and its epoch as `best_epoch`. May be empty.
     """

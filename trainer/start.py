@@ -13,15 +13,30 @@ from trainer import resume as checkpoints
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.resume import RunState
-from vidt.checkpoint import WeightsInfo, load_model, local_weights, start_from
-from vidt.model import ViDT
+from vidt.checkpoint import (
+    UnusableWeights,
+    WeightsInfo,
+    load_model,
+    local_weights,
+    read_start,
+    start_from,
+)
+from vidt.config import ViDTConfig
+from vidt.distillation import TokenMatching, require_pair
+from vidt.model import ViDT, build_detector
 from vidt.pretrained import load_imagenet
+from vidt.published import TEACHERS
+from vidt.weights_file import fill_strictly
+from vidt.without_neck import ViDTWithoutNeck
 
 logger = get_logger(__name__)
 
 
 def load_start(
-    model: ViDT, config: TrainConfig, class_names: tuple[str, ...], agreement: Agreement
+    model: ViDT | ViDTWithoutNeck,
+    config: TrainConfig,
+    class_names: tuple[str, ...],
+    agreement: Agreement,
 ) -> None:
     """Fills a fresh model: a whole detector where --load_from is given, else the body.
 
@@ -40,20 +55,59 @@ def load_start(
     agreement.copy_from_main(model.state_dict().values())
 
 
-def load_detector(source: str, agreement: Agreement) -> tuple[ViDT, WeightsInfo]:
-    """A detector as it was saved, from a file or a URL; read by the main process, the same on all.
+def load_teacher(
+    config: TrainConfig, student: ViDTConfig, accelerator: Accelerator, agreement: Agreement
+) -> TokenMatching | None:
+    """The frozen detector that --distil_model or --distil_model_path names, on this process's
+    device and in the run's precision; None without either.
+
+    The main process fetches and reads it. Raises ValueError on all of them, also for a teacher that
+    this student cannot learn from.
+    """
+    published = TEACHERS[config.distil_model] if config.distil_model else None
+    source = config.distil_model_path or (published.url if published else None)
+    if source is None:
+        return None
+    loaded: list[nn.Module] = []
+
+    def load() -> ViDTConfig:
+        tensors, theirs, _ = read_start(local_weights(source, "--distil_model_path"))
+        if published and theirs.backbone_name != published.backbone_name:
+            raise UnusableWeights(
+                f"{source} has backbone_name {theirs.backbone_name}; --distil_model "
+                f"{config.distil_model} has {published.backbone_name}"
+            )
+        require_pair(student, theirs, source)
+        teacher = build_detector(theirs)
+        fill_strictly(teacher, tensors, source)
+        loaded.append(teacher)
+        logger.info(f"distils from {source}: {theirs.backbone_name}")
+        return theirs
+
+    theirs = agreement.on_main(load)
+    teacher = loaded[0] if loaded else build_detector(theirs)
+    agreement.copy_from_main(teacher.state_dict().values())
+    prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
+    return TokenMatching(prepared, distil_loss_coef=config.distil_loss_coef)
+
+
+def load_detector(
+    source: str, agreement: Agreement, dec_layers: int | None = None
+) -> tuple[nn.Module, WeightsInfo]:
+    """A detector as it was saved, from a file or a URL, with its first dec_layers decoder layers or
+    all; read by the main process, the same on all.
 
     Raises ValueError on all of them.
     """
-    loaded: list[ViDT] = []
+    loaded: list[nn.Module] = []
 
     def load() -> WeightsInfo:
-        model, info = load_model(local_weights(source))
+        model, info = load_model(local_weights(source), dec_layers=dec_layers)
         loaded.append(model)
         return info
 
     info = agreement.on_main(load)
-    model = loaded[0] if loaded else ViDT(info.config)
+    model = loaded[0] if loaded else build_detector(info.config)
     agreement.copy_from_main(model.state_dict().values())
     return model, info
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader
-from vidt.criterion import SetCriterion
+from vidt.distillation import TokenMatching
 
 logger = get_logger(__name__)
 
@@ -60,25 +60,29 @@ def agree_on(
 
 def gradients(
     model: nn.Module,
-    criterion: SetCriterion,
+    criterion: nn.Module,
     accelerator: Accelerator,
     window: list[dict[str, Any]],
     canvas: tuple[int, int],
     num_boxes: float,
+    teacher: TokenMatching | None = None,
 ) -> dict[str, Tensor] | None:
     """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
     out.
 
-    Terms are normalised by the boxes of the whole step, so micro-batches and processes simply add
-    up.
+    Terms are normalised by the boxes and the images of the whole step, so micro-batches and
+    processes simply add up.
     """
+    num_images = sum(len(batch["images"]) for batch in window) * accelerator.num_processes
     sums: dict[str, Tensor] = {}
     try:
         for batch in window:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
             outputs = model(images, padding, noised_batch(targets))
-            terms = criterion(outputs, targets, num_boxes)
+            terms = criterion(outputs, targets, num_boxes, num_images)
+            if teacher is not None:
+                terms |= teacher(images, padding, outputs, num_images)
             accelerator.backward(torch.stack(list(terms.values())).sum())
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()

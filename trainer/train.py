@@ -39,12 +39,13 @@ from trainer.pictures import compare, comparisons, save_picture, truth_beside_pr
 from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.resume import RunState
 from trainer.samples import SampleTable
-from trainer.start import find_checkpoint, load_detector, load_start, restore
+from trainer.start import find_checkpoint, load_detector, load_start, load_teacher, restore
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
 from vidt.checkpoint import WeightsInfo, save_weights
-from vidt.criterion import SetCriterion
-from vidt.model import ViDT, ViDTConfig
+from vidt.config import ViDTConfig
+from vidt.criterion import criterion_for
+from vidt.model import build_detector
 from vidt.preprocessing import Preprocessing
 
 logger = get_logger(__name__)
@@ -79,16 +80,19 @@ def train(
     preprocessing = Preprocessing(eval_size=config.eval_size)
     if config.denoising and not model_config.with_box_refine:
         raise ValueError("--denoising needs --with_box_refine: its queries start from boxes")
-    detector = ViDT(model_config)
+    if config.denoising and model_config.method != "vidt":
+        raise ValueError(f"--denoising needs a decoder; --method {model_config.method} has none")
+    detector = build_detector(model_config)
     resumed_from = find_checkpoint(config, agreement)
     if resumed_from is None:
         load_start(detector, config, class_names, agreement)
+    teacher = load_teacher(config, model_config, accelerator, agreement)
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     parameters = list(model.parameters())
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
-    criterion = SetCriterion()
+    criterion = criterion_for(model_config)
 
     step_images = config.batch_size * accelerator.num_processes
     per_epoch = steps_per_epoch(len(train_set), step_images)
@@ -151,7 +155,7 @@ def train(
             save_weights(output / "last.safetensors", weights, info)
             if best:
                 save_weights(output / "best.safetensors", weights, info)
-            pairs = comparisons(val_set, evaluation.detections)
+            pairs = comparisons(val_set, evaluation.detections, evaluation.masks)
             if pairs:
                 overview = truth_beside_prediction(pairs, class_names)
                 save_picture(overview, output / "predictions.jpg")
@@ -200,7 +204,7 @@ def train(
             set_learning_rate(optimizer, rate)
             # All that is random in a step follows from its number: there is nothing to save.
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-            terms = gradients(model, criterion, accelerator, window, canvas, num_boxes)
+            terms = gradients(model, criterion, accelerator, window, canvas, num_boxes, teacher)
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
                 optimizer.zero_grad()
@@ -304,6 +308,8 @@ def checked_datasets(
             config,
             num_queries=model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],
+            masks=model_fields["with_vector"],
+            token_label=model_fields["token_label"],
         )
     except BadDataset as error:
         write_findings(output / "findings.csv", error.findings)
@@ -322,12 +328,13 @@ def evaluate_only(
     config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
 ) -> None:
     """`--eval --load_from FILE`: the COCO numbers of a weights file. What the file says of its
-    architecture, classes and preprocessing counts; of the flags only --eval_size, where given.
+    architecture, classes and preprocessing counts; of the flags only --eval_size and --dec_layers,
+    where given.
     """
     if config.load_from is None:
         raise ValueError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)
-    model, info = load_detector(config.load_from, agreement)
+    model, info = load_detector(config.load_from, agreement, model_fields["dec_layers"])
     preprocessing = info.preprocessing
     if config.eval_size not in (WEIGHTS_OWN, preprocessing.eval_size):
         logger.warning(
@@ -335,7 +342,9 @@ def evaluate_only(
             f"this evaluates it at {config.eval_size}"
         )
         preprocessing = replace(preprocessing, eval_size=config.eval_size)
-    val_set, findings = agreement.on_main(lambda: read_validation(config, info.class_names))
+    val_set, findings = agreement.on_main(
+        lambda: read_validation(config, info.class_names, masks=info.config.with_vector)
+    )
     if findings:
         logger.info(format_findings(findings))
     evaluation = evaluate(

@@ -1,250 +1,213 @@
-"""Our weights file: safetensors with the configuration, class names, preprocessing and metrics in
-its header.
-
-Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=True)` with
-`argparse.Namespace` allowed by name, for the released ViDT files.
+"""From a weights file, of ours or released, to a model: whole, with fewer decoder layers, or as the
+start of another run.
 """
 
-import argparse
 import dataclasses
-import json
-import os
-import textwrap
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidt.convert import released_config, released_vidt
-from vidt.model import ViDT, ViDTConfig
+from vidt.coco_classes import COCO_ROWS
+from vidt.config import ViDTConfig
+from vidt.model import ViDT, build_detector
 from vidt.preprocessing import Preprocessing
+from vidt.published import Unreachable, local_weights
+from vidt.released import TOKEN_CLASSES, released_config, released_vidt
+from vidt.weights_file import (
+    UnusableWeights,
+    WeightsInfo,
+    fill_strictly,
+    is_ours,
+    load_weights,
+    read_info,
+    read_pickled,
+    read_pickled_named,
+    save_weights,
+)
+from vidt.without_neck import ViDTWithoutNeck
 
-FORMAT = "vidt-weights-1"
-CLASS_ROWS = ("class_embed.",)  # tensors whose first axis is the class
+__all__ = [
+    "HeadTransfer",
+    "Unreachable",
+    "UnusableWeights",
+    "WeightsInfo",
+    "load_model",
+    "load_weights",
+    "local_weights",
+    "read_info",
+    "read_pickled",
+    "read_released",
+    "read_start",
+    "save_weights",
+    "start_from",
+]
 
+logger = logging.getLogger(__name__)
 
-class UnusableWeights(ValueError):
-    """A weights file that is missing, damaged, of another kind or of another architecture; one line
-    names it.
-    """
-
-
-class Unreachable(ValueError):
-    """Weights that could not be downloaded; one line says how to do without."""
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """What a weights file says of itself."""
-
-    config: ViDTConfig
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    metrics: dict[str, float] = field(default_factory=dict)
+# Heads that may be in a file and not in the run that starts from it, or the other way round: they
+# have no part in finding boxes. Their settings count only where both have them.
+OPTIONAL_HEADS = {
+    "iou_aware": ("iou_embed.", ()),
+    "token_label": ("token_head.", ()),
+    "with_vector": ("vector_embed.", ("n_keep", "gt_mask_len", "vector_hidden_dim")),
+}
+# What two detectors may differ in and still share weights.
+INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift")
+# What a detector without neck has no use for.
+OF_THE_NECK = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
 
 
 @dataclass(frozen=True)
 class HeadTransfer:
     """Classes of a fine-tuned model whose head rows came from the file, were left behind, or start
-    afresh.
+    afresh; and what else of the file was left out, or is not in it.
     """
 
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = (("kept", self.kept), ("dropped", self.dropped), ("new", self.new))
-        return "; ".join(f"{name} {len(rows)}: {', '.join(rows) or '-'}" for name, rows in parts)
+        classes = [f"{name} {len(rows)}: {', '.join(rows) or '-'}" for name, rows in parts]
+        return "; ".join([*classes, *self.notes])
 
 
-def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:
-    """Writes the file under a temporary name and renames it: at every instant `path` is absent or
-    whole. Raises OSError naming it if it cannot be written.
+def load_model(
+    path: str | Path, *, dec_layers: int | None = None
+) -> tuple[ViDT | ViDTWithoutNeck, WeightsInfo]:
+    """A detector as it was saved, by us or by the released code; with `dec_layers`, without the
+    decoder layers above, which the log then names. Raises UnusableWeights naming the file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = {
-        "format": FORMAT,
-        "config": json.dumps(dataclasses.asdict(info.config)),
-        "class_names": json.dumps(info.class_names),
-        "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
-        "metrics": json.dumps(info.metrics),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
-    try:
-        save_file(tensors, temporary, metadata=header)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Tensors and header of a weights file of ours. Raises UnusableWeights, naming the file, if it
-    is anything else.
-    """
-    info = read_info(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError) as error:
-        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
-    return tensors, info
-
-
-def read_info(path: str | Path) -> WeightsInfo:
-    """The header alone of a weights file of ours. Raises UnusableWeights as `load_weights`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
-    if header.get("format") != FORMAT:
-        raise UnusableWeights(
-            f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
-        )
-    try:
-        preprocessing = json.loads(header["preprocessing"])
-        return WeightsInfo(
-            config=ViDTConfig(**json.loads(header["config"])),
-            class_names=tuple(json.loads(header["class_names"])),
-            preprocessing=Preprocessing(
-                preprocessing["eval_size"],
-                tuple(preprocessing["mean"]),
-                tuple(preprocessing["std"]),
-            ),
-            metrics=json.loads(header["metrics"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
-
-
-def load_model(path: str | Path) -> tuple[ViDT, WeightsInfo]:
-    """A detector as it was saved. Raises UnusableWeights naming the file."""
-    tensors, info = load_weights(path)
-    model = ViDT(info.config)
-    _fill(model, tensors, path)
+    tensors, info = load_weights(path) if is_ours(path) else _released_weights(path)
+    if dec_layers is not None and dec_layers != info.config.dec_layers:
+        tensors, config, note = with_fewer_layers(tensors, info.config, dec_layers, path)
+        info = dataclasses.replace(info, config=config)
+        logger.info(f"{path}: {note}")
+    model = build_detector(info.config)
+    fill_strictly(model, tensors, path)
     return model, info
 
 
-def _fill(model: ViDT, tensors: dict[str, Tensor], path: str | Path) -> None:
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)  # of torch's many lines, one
-        raise UnusableWeights(f"{path} does not hold the tensors it should: {reason}") from error
-
-
-def read_pickled(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may
-    hold nothing but plain values and `argparse.Namespace`.
-
-    Raises UnusableWeights naming the file for anything else in it, damaged files included.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or refused file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    tensors, config, names = read_released(path)
+    if names is None:
         raise UnusableWeights(
-            f"{path} cannot be read safely as PyTorch weights: {reason}"
-        ) from error
-    tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UnusableWeights(
-            f"{path} holds no dictionary of tensors, neither bare nor under model"
+            f"{path} does not name its {config.num_classes} classes; give them to "
+            f"python -m vidt.convert {path} OUT.safetensors --class_names a,b,..."
         )
-    return tensors
+    return tensors, WeightsInfo(config, names, Preprocessing())
+
+
+def with_fewer_layers(
+    tensors: dict[str, Tensor], config: ViDTConfig, dec_layers: int, source: object
+) -> tuple[dict[str, Tensor], ViDTConfig, str]:
+    """The weights without the top decoder layers and the heads above them, the configuration of
+    what is left, and words on it. Raises UnusableWeights if there are not that many layers.
+    """
+    if config.method != "vidt" or not 0 <= dec_layers <= config.dec_layers:
+        layers = config.dec_layers if config.method == "vidt" else "no"
+        raise UnusableWeights(f"{source} has {layers} decoder layers; --dec_layers {dec_layers}")
+
+    def above(name: str) -> bool:
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        head = re.match(r"(?:class|bbox|iou|vector)_embed\.(\d+)\.", name)
+        return bool((layer and int(layer[1]) >= dec_layers) or (head and int(head[1]) > dec_layers))
+
+    dropped = [name for name in tensors if above(name)]
+    note = (
+        f"left out decoder layers {dec_layers + 1} to {config.dec_layers} and the heads above "
+        f"them, {len(dropped)} tensors"
+    )
+    left = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
+    return left, dataclasses.replace(config, dec_layers=dec_layers), note
 
 
 def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
     """Weights to fine-tune from: tensors under our names, their configuration and, where known,
-    class names.
+    class names (COCO's for the released files).
 
-    Takes our own files and the released ViDT's `.pth` files; told apart by content.
+    Takes our own files and the released `.pth` files; told apart by content.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UnusableWeights(f"{path} does not exist; pass --load_from a weights file")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+    if is_ours(path):
         tensors, info = load_weights(path)
         return tensors, info.config, info.class_names
-    state_dict = read_pickled(path)
+    return read_released(path)
+
+
+def read_released(
+    path: str | Path,
+) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
+    """A released `.pth` file: tensors under our names, their configuration, and class names, which
+    are COCO's for 91 classes unless the file has its own.
+
+    Raises UnusableWeights naming the file and what it holds that a released detector does not.
+    """
+    state_dict, names = read_pickled_named(path)
     try:
         config = released_config(state_dict)
-        return released_vidt(state_dict, config), config, None
+        tensors = released_vidt(state_dict, config)
     except (KeyError, ValueError) as error:
         raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that can be started from: {error}"
         ) from error
+    if names is None and config.num_classes == len(COCO_ROWS):
+        names = COCO_ROWS
+    return tensors, config, names
 
 
-def local_weights(source: str) -> Path:
-    """The file that `source`, a path or a URL, stands for. A URL is fetched once, into torch hub's
-    cache.
-
-    Raises Unreachable for a URL that cannot be fetched.
-    """
-    if "://" not in source:
-        return Path(source)
-    # Many addresses end in best.safetensors: the file's name alone would mix them up.
-    name = f"{zlib.crc32(source.encode()):08x}-{Path(urlparse(source).path).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:  # torch writes to a temporary name and renames
-        torch.hub.download_url_to_file(source, str(path), progress=False)
-    except (OSError, RuntimeError) as error:
-        raise Unreachable(
-            f"{source} cannot be fetched ({error}); fetch it by hand and pass --load_from FILE"
-        ) from error
-    return path
-
-
-def start_from(model: ViDT, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
-    """Loads weights for fine-tuning into `model`; class rows by name, everything else strictly.
+def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
+    """Loads weights for fine-tuning into `model`; class rows by name, everything else strictly but
+    for decoder layers above the model's and heads that one of the two does not have.
 
     Raises UnusableWeights where the architectures differ, naming the first flag that does.
     """
     tensors, config, names = read_start(path)
-    for setting in dataclasses.fields(ViDTConfig):
-        if setting.name in ("num_classes", "dropout", "aux_loss"):
-            continue
-        theirs, ours = getattr(config, setting.name), getattr(model.config, setting.name)
-        if theirs != ours:
-            raise UnusableWeights(
-                f"{path} has {setting.name} {theirs}, this run {ours}; "
-                f"pass --{setting.name} {theirs}"
-            )
-    fresh = model.state_dict()
+    wanted, fresh, notes = model.config, model.state_dict(), []
+    assert isinstance(wanted, ViDTConfig)
+    if wanted.method == config.method == "vidt" and wanted.dec_layers < config.dec_layers:
+        tensors, config, note = with_fewer_layers(tensors, config, wanted.dec_layers, path)
+        notes.append(note)
+    _require_same(config, wanted, path)
+    for flag, (prefix, _) in OPTIONAL_HEADS.items():
+        if getattr(config, flag) and not getattr(wanted, flag):
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+            notes.append(f"left out the heads of {flag}")
+        elif getattr(wanted, flag) and not getattr(config, flag):
+            tensors |= {name: t for name, t in fresh.items() if name.startswith(prefix)}
+            notes.append(f"the heads of {flag} start afresh")
     rows = _matching_rows(names, class_names, config.num_classes)
-    for name in [name for name in tensors if name.startswith(CLASS_ROWS)]:
-        merged = fresh[name].clone()
-        for ours, theirs in rows.items():
-            merged[ours] = tensors[name][theirs]
-        tensors[name] = merged
-    _fill(model, tensors, path)
+    for name in tensors:
+        pairs = _row_pairs(name, rows, wanted, config)
+        if pairs is not None and tensors[name] is not fresh.get(name):
+            tensors[name] = _merged(fresh[name], tensors[name], pairs)
+    fill_strictly(model, tensors, path)
     kept = tuple(class_names[row] for row in rows)
     return HeadTransfer(
         kept=kept,
         dropped=tuple(name for name in names or () if name not in class_names),
         new=tuple(name for name in class_names if name not in kept),
+        notes=tuple(notes),
     )
+
+
+def _require_same(theirs: ViDTConfig, ours: ViDTConfig, path: str | Path) -> None:
+    indifferent = {*INDIFFERENT, *OPTIONAL_HEADS}
+    for flag, (_, settings) in OPTIONAL_HEADS.items():
+        if not (getattr(theirs, flag) and getattr(ours, flag)):
+            indifferent |= set(settings)
+    if theirs.method == ours.method != "vidt":
+        indifferent |= set(OF_THE_NECK)
+    for name in [setting.name for setting in dataclasses.fields(ViDTConfig)]:
+        value, wanted = getattr(theirs, name), getattr(ours, name)
+        if name not in indifferent and value != wanted:
+            raise UnusableWeights(
+                f"{path} has {name} {value}, this run {wanted}; pass --{name} {value}"
+            )
 
 
 def _matching_rows(
@@ -256,3 +219,26 @@ def _matching_rows(
     if names is None:
         return {row: row for row in range(rows)} if rows == len(class_names) else {}
     return {ours: names.index(name) for ours, name in enumerate(class_names) if name in names}
+
+
+def _row_pairs(
+    name: str, rows: dict[int, int], ours: ViDTConfig, theirs: ViDTConfig
+) -> dict[int, int] | None:
+    """Our row -> the file's for a tensor whose first axis is the class; None for any other."""
+    if re.match(r"class_embed\.\d+\.", name):
+        return rows
+    if name.startswith("class_embed.layers.2."):  # without neck: a softmax, background last
+        return {**rows, ours.num_classes: theirs.num_classes}
+    if name.startswith(TOKEN_CLASSES):
+        # Row 0 stands for any object; without a shift it does so in class 0's place.
+        first, their_first = int(ours.token_label_shift), int(theirs.token_label_shift)
+        pairs = {row + first: their + their_first for row, their in rows.items()}
+        return {0: 0, **{row: their for row, their in pairs.items() if row and their}}
+    return None
+
+
+def _merged(fresh: Tensor, tensor: Tensor, pairs: dict[int, int]) -> Tensor:
+    merged = fresh.clone()
+    for ours, theirs in pairs.items():
+        merged[ours] = tensor[theirs]
+    return merged

@@ -1,131 +1,115 @@
-"""Foreign state dicts to ours: all knowledge of other projects' key names, as pure functions.
+"""A released file as one of ours, or the other way round:
 
-The only module that knows how the released ViDT (github.com/naver-ai/vidt) and the ImageNet Swin
-files name their tensors.
+python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors
+python -m vidt.convert best.safetensors for_the_released_code.pth
 """
 
-import re
-from collections.abc import Mapping
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from vidt.model import ViDTConfig
-from vidt.swin import SWIN_VARIANTS
-
-# Released name -> ours. First match wins.
-RENAMED = (
-    (re.compile(r"^transformer\.decoder\.layers\."), "decoder.layers."),
-    (re.compile(r"^transformer\.reference_points\."), "decoder.reference_points."),
+from vidt.checkpoint import read_released
+from vidt.model import build_detector
+from vidt.preprocessing import Preprocessing
+from vidt.released import (
+    imagenet_swin,
+    released_config,
+    released_name,
+    released_vidt,
+    to_released,
+    unread_tensors,
 )
-# Tensors that the released forward pass never reads, or that follow from the configuration.
-UNUSED = re.compile(
-    r"^transformer\.level_embed$"
-    r"|^backbone\.norm[123]\.(weight|bias)$"
-    r"|^backbone\.layers\.\d\.downsample\.(expansion|norm2)\."
-    r"|\.relative_position_index$"
-    r"|^transformer\.decoder\.bbox_embed\."  # an alias of bbox_embed
+from vidt.weights_file import (
+    UnusableWeights,
+    WeightsInfo,
+    fill_strictly,
+    is_ours,
+    load_kept,
+    load_weights,
+    read_pickled,
+    save_weights,
 )
-# ImageNet classifiers: the head and the final norm have no place in a detector.
-CLASSIFIER = re.compile(r"^(head\.|norm\.)|\.relative_position_index$|\.attn_mask$")
+
+__all__ = [
+    "imagenet_swin",
+    "main",
+    "released_config",
+    "released_name",
+    "released_vidt",
+    "to_ours",
+    "to_released",
+    "to_theirs",
+]
 
 
-def released_name(name: str) -> str | None:
-    """Our name of a released tensor, or None for one that is not used."""
-    if UNUSED.search(name):
-        return None
-    for pattern, replacement in RENAMED:
-        if pattern.search(name):
-            return pattern.sub(replacement, name)
-    return name
-
-
-def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[str, Tensor]:
-    """A released ViDT's state dict under our names, for a strict load into `ViDT(config)`.
-
-    Raises ValueError if heads that the configuration shares between levels differ.
+def to_ours(source: Path, target: Path, class_names: tuple[str, ...] | None = None) -> WeightsInfo:
+    """Writes a released `.pth` file as one of ours, with what our detector does not read beside its
+    tensors, for the way back. Raises UnusableWeights naming the file.
     """
-    converted: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        ours = released_name(name)
-        if ours is None:
-            continue
-        if not config.with_box_refine:
-            shared = re.sub(r"^(class_embed|bbox_embed)\.\d+\.", r"\1.0.", ours)
-            if shared != ours:
-                original = state_dict[shared]
-                if not torch.equal(tensor, original):
-                    raise ValueError(
-                        f"{name} differs from {shared}: the file has heads of its own for every "
-                        "level; load it with with_box_refine=True"
-                    )
-                ours = shared
-        converted[ours] = tensor
-    return converted
-
-
-def imagenet_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Swin classifier's state dict (Microsoft's, ViDT's or timm's names) as tensors of our
-    `backbone`.
-
-    timm keeps the merging at the start of the next stage, the others at the end of the stage as we
-    do.
-    """
-    timm_layout = not any(name.startswith("layers.0.downsample.") for name in state_dict)
-    converted = {}
-    for name, tensor in state_dict.items():
-        if CLASSIFIER.search(name):
-            continue
-        match = re.match(r"layers\.(\d)\.(downsample\..*)", name)
-        if match and timm_layout:
-            name = f"layers.{int(match[1]) - 1}.{match[2]}"
-        converted[name] = tensor
-    return converted
-
-
-def released_config(state_dict: Mapping[str, Tensor]) -> ViDTConfig:
-    """The configuration of a released vanilla ViDT, from names and shapes alone.
-
-    Raises ValueError for a file of another kind (ViDT+, CoaT, no neck), naming what it holds.
-    """
-    foreign = (
-        "fusion.",
-        "vector_embed.",
-        "iou_embed.",
-        "transformer.token_embed.",
-        "backbone.cls_token",
-    )
-    for name in state_dict:
-        if name.startswith(foreign):
-            raise ValueError(f"it holds {name}, of a model that this version does not build")
-    for name in ("class_embed.0.weight", "backbone.det_token"):
-        if name not in state_dict:
-            raise ValueError(f"it holds no {name}")
-    levels = {int(name.split(".")[1]) for name in state_dict if name.startswith("class_embed.")}
-    dim = state_dict["backbone.det_token"].shape[-1]
-    depths = tuple(
-        1
-        + max(
-            int(name.split(".")[4])
-            for name in state_dict
-            if name.startswith(f"backbone.layers.{i}.blocks.")
+    tensors, config, names = read_released(source)
+    names = class_names or names
+    if names is None or len(names) != config.num_classes:
+        given = "no class names" if names is None else f"{len(names)} class names"
+        raise UnusableWeights(
+            f"{source} has {config.num_classes} classes and {given}; pass --class_names a,b,..."
         )
-        for i in range(4)
+    fill_strictly(build_detector(config), tensors, source)
+    info = WeightsInfo(config, names, Preprocessing())
+    save_weights(target, tensors, info, unread_tensors(read_pickled(source)))
+    return info
+
+
+def to_theirs(source: Path, target: Path) -> WeightsInfo:
+    """Writes a weights file of ours as the released code reads it: tensors under `model`, settings
+    under `args`. Raises UnusableWeights naming the file.
+    """
+    tensors, info = load_weights(source)
+    settings = dataclasses.asdict(info.config)
+    settings |= {"cross_scale_fusion": info.config.epff, "masks": info.config.with_vector}
+    settings |= {"eval_size": info.preprocessing.eval_size}
+    content = {
+        "model": to_released(tensors, info.config, load_kept(source)),
+        "args": argparse.Namespace(**settings),
+        "class_names": list(info.class_names),
+    }
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        torch.save(content, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return info
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 done, 2 a user's error, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vidt.convert", description="Weights of the released ViDT to ours, or back."
     )
-    bodies = [
-        name
-        for name, body in SWIN_VARIANTS.items()
-        if (body.embed_dim, body.depths) == (dim, depths)
-    ]
-    if not bodies:
-        raise ValueError(f"its body has width {dim} and depths {depths}, which no known body has")
-    first = state_dict["bbox_embed.0.layers.0.weight"]
-    return ViDTConfig(
-        backbone_name=bodies[0],
-        num_classes=state_dict["class_embed.0.weight"].shape[0],
-        det_token_num=state_dict["backbone.det_token"].shape[1],
-        reduced_dim=first.shape[1],
-        dec_layers=max(levels),
-        dim_feedforward=state_dict["transformer.decoder.layers.0.linear1.weight"].shape[0],
-        with_box_refine="transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict,
-    )
+    parser.add_argument("source", type=Path, help="a released .pth file, or one of ours")
+    parser.add_argument("target", type=Path, help="OUT.safetensors, or OUT.pth for the way back")
+    parser.add_argument("--class_names", help="a,b,...; for a file that is not of COCO's 91 ids")
+    given = parser.parse_args(argv)
+    names = tuple(given.class_names.split(",")) if given.class_names else None
+    try:
+        back = is_ours(given.source)
+        wanted = ".pth" if back else ".safetensors"
+        if given.target.suffix != wanted:
+            raise ValueError(f"{given.target}: of {given.source} comes a {wanted} file; name it so")
+        info = (
+            to_theirs(given.source, given.target)
+            if back
+            else to_ours(given.source, given.target, names)
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.target}: {info.config}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

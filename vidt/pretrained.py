@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidt.checkpoint import Unreachable, UnusableWeights, read_pickled
-from vidt.convert import imagenet_swin
+from vidt.coat import COAT_VARIANTS
+from vidt.released import imagenet_coat, imagenet_swin
 
 TIMM_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
     "swin_small": "swin_small_patch4_window7_224.ms_in1k",
     "swin_base_win7_22k": "swin_base_patch4_window7_224.ms_in22k",
     "swin_large_win7_22k": "swin_large_patch4_window7_224.ms_in22k",
+    **{name: f"{name}.in1k" for name in COAT_VARIANTS},
 }
 URLS = {
     "swin_nano": "https://github.com/naver-ai/vidt/releases/download/v0.1-swin/swin_nano_patch4_window7_224.pth",
@@ -28,8 +30,8 @@ URLS = {
 def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None:
     """Fills `body` from `pre_trained`: "imagenet", "none" (left as it is) or a file.
 
-    Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 merging) must be
-    in the weights.
+    Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 map) must be in
+    the weights.
 
     Raises Unreachable, naming the file to fetch by hand, or UnusableWeights, naming the missing or
     misshapen tensor, or the damaged file.
@@ -40,7 +42,8 @@ def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None
         state_dict, source = _fetch(backbone_name), f"the ImageNet weights of {backbone_name}"
     else:
         state_dict, source = _read(pre_trained), pre_trained
-    converted = imagenet_swin(state_dict)
+    convert = imagenet_coat if backbone_name in COAT_VARIANTS else imagenet_swin
+    converted = convert(state_dict)
     expected = body.state_dict()
     for name, tensor in converted.items():
         if name not in expected:
@@ -63,7 +66,8 @@ def added_by_vidt(name: str) -> bool:
     return (
         name in ("det_token", "det_pos_embed")
         or ".det_pos_linear." in name
-        or name.startswith("layers.3.downsample.")
+        or ".det_exp." in name
+        or name.startswith(("layers.3.downsample.", "patch_embed5."))
     )
 
 

@@ -1,0 +1,186 @@
+"""Our weights file: safetensors with the configuration, class names, preprocessing and metrics in
+its header; and the safe reading of the pickled files of others.
+
+Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=True)` with
+`argparse.Namespace` allowed by name, for the released ViDT files.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vidt.config import ViDTConfig
+from vidt.preprocessing import Preprocessing
+
+FORMAT = "vidt-weights-1"
+# Tensors of a converted file that our model has no use for; they serve the way back.
+KEPT = "released."
+
+
+class UnusableWeights(ValueError):
+    """A weights file that is missing, damaged, of another kind or of another architecture; one line
+    names it.
+    """
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a weights file says of itself."""
+
+    config: ViDTConfig
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def save_weights(
+    path: str | Path,
+    state_dict: Mapping[str, Tensor],
+    info: WeightsInfo,
+    kept: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes the file under a temporary name and renames it: at every instant `path` is absent or
+    whole. `kept` are a released file's unread tensors. Raises OSError naming the file if it cannot
+    be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(info.config)),
+        "class_names": json.dumps(info.class_names),
+        "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
+        "metrics": json.dumps(info.metrics),
+    }
+    named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
+    try:
+        save_file(tensors, temporary, metadata=header)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """Tensors and header of a weights file of ours. Raises UnusableWeights, naming the file, if it
+    is anything else.
+    """
+    info = read_info(path)
+    tensors = _read_tensors(path)
+    return {name: t for name, t in tensors.items() if not name.startswith(KEPT)}, info
+
+
+def load_kept(path: str | Path) -> dict[str, Tensor]:
+    """The released file's unread tensors in a file of ours that was converted from it, by their
+    released names. Raises UnusableWeights as `load_weights`.
+    """
+    tensors = _read_tensors(path)
+    return {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
+
+
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (OSError, SafetensorError) as error:
+        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
+
+
+def read_info(path: str | Path) -> WeightsInfo:
+    """The header alone of a weights file of ours. Raises UnusableWeights as `load_weights`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UnusableWeights(f"{path} cannot be read as ViDT weights: {error}") from error
+    if header.get("format") != FORMAT:
+        raise UnusableWeights(
+            f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
+        )
+    try:
+        preprocessing = json.loads(header["preprocessing"])
+        return WeightsInfo(
+            config=ViDTConfig(**json.loads(header["config"])),
+            class_names=tuple(json.loads(header["class_names"])),
+            preprocessing=Preprocessing(
+                preprocessing["eval_size"],
+                tuple(preprocessing["mean"]),
+                tuple(preprocessing["std"]),
+            ),
+            metrics=json.loads(header["metrics"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file, by its first bytes, is safetensors: eight bytes of length, then JSON. Raises
+    UnusableWeights if it is not there.
+    """
+    if not Path(path).is_file():
+        raise UnusableWeights(f"{path} does not exist; pass --load_from a weights file")
+    with open(path, "rb") as file:
+        return file.read(9)[8:9] == b"{"
+
+
+def read_pickled(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may
+    hold nothing but plain values and `argparse.Namespace`.
+
+    Raises UnusableWeights naming the file for anything else in it, damaged files included.
+    """
+    return read_pickled_named(path)[0]
+
+
+def read_pickled_named(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """`read_pickled`, and the `class_names` beside the tensors, which our own writer of such files
+    leaves there.
+    """
+    content = _unpickle(path)
+    tensors = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UnusableWeights(
+            f"{path} holds no dictionary of tensors, neither bare nor under model"
+        )
+    names = content.get("class_names")
+    named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tensors, tuple(names) if named else None
+
+
+def _unpickle(path: str | Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or refused file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnusableWeights(
+            f"{path} cannot be read safely as PyTorch weights: {reason}"
+        ) from error
+
+
+def fill_strictly(model: nn.Module, tensors: dict[str, Tensor], source: object) -> None:
+    """Loads tensors that must be the model's, one for one. Raises UnusableWeights naming `source`
+    and what is missing, left over or misshapen.
+    """
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)  # of torch's many lines, one
+        raise UnusableWeights(f"{source} does not hold the tensors it should: {reason}") from error
