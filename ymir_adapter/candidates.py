@@ -128,9 +128,10 @@ class Search:
 
     def _note(self, batch: Sequence[Picture], predictions: Predictions | None, part: Part) -> None:
         found: list[Detections | None] = [None] * len(batch)
-        if self.task.run_infer and predictions is not None:
+        if self.task.run_infer and self.detector is not None and predictions is not None:
             pictures_only = predictions.rows(slice(None, None, self.rows))
-            found = [*detections_of(batch, pictures_only, self.settings.conf_threshold)]
+            threshold = self.settings.conf_threshold
+            found = [*detections_of(self.detector, batch, pictures_only, threshold)]
         for position, (picture, detections) in enumerate(zip(batch, found, strict=True)):
             rows = slice(position * self.rows, (position + 1) * self.rows)
             own = None if predictions is None else predictions.rows(rows)

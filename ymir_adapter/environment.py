@@ -102,13 +102,14 @@ def read_identity(path: str | Path | None = None) -> tuple[str, Path]:
     to read it must be reported too. Never raises.
     """
     path = _env_file(path)
-    try:
-        raw = read_mapping(path)
-        env = _checked(path, raw)
-        paths = _under_root(vars(env.output), OUTPUT_FILES)
-        return env.task_id, paths["monitor_file"]
-    except TaskError:
-        pass
+    for needed in (("task_id", "output"), ("output",)):  # another key may be what is wrong
+        try:
+            raw = read_mapping(path)
+            env = _checked(path, {key: raw[key] for key in needed if key in raw})
+            paths = _under_root(vars(env.output), OUTPUT_FILES)
+            return env.task_id, paths["monitor_file"]
+        except TaskError:
+            continue
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vidt.images import UnreadableImage, read_image
-from vidt.predictor import Detections, Predictor, decode_top_k
+from vidt.predictor import Detections, Predictor, score_for
 from vidt.preprocessing import Preprocessing, resize
 from ymir_adapter.errors import Code, TaskError
 
@@ -52,16 +52,17 @@ class Predictions:
 
     logits: Tensor  # [M, B, Q, K] of the last M prediction levels, the final one last
     boxes: Tensor  # [B, Q, 4] cxcywh in 0..1, of the final level
+    score: Callable[[Tensor], Tensor] = torch.sigmoid  # logits to one probability per class
 
     @property
     def probabilities(self) -> Tensor:
         """Of all members, in double precision, so that what is computed from them adds nothing to
         their own rounding: [M, B, Q, K].
         """
-        return self.logits.double().sigmoid()
+        return self.score(self.logits.double())
 
     def rows(self, which: slice) -> "Predictions":
-        return Predictions(self.logits[:, which], self.boxes[which])
+        return Predictions(self.logits[:, which], self.boxes[which], self.score)
 
 
 def names_in_task(known: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -171,6 +172,7 @@ class Detector:
         return Predictions(
             torch.cat([part.logits for part in parts], dim=1),
             torch.cat([part.boxes for part in parts]),
+            parts[0].score,
         )
 
     def _rows_for(self, images: Tensor) -> int:
@@ -195,13 +197,13 @@ class Detector:
             raise TaskError(
                 Code.NAN, "the detector predicts numbers that are not finite; its weights are bad"
             )
-        return Predictions(logits, boxes)
+        return Predictions(logits, boxes, score_for(self.predictor.model.config))
 
 
 def detections_of(
-    batch: Sequence[Picture], predictions: Predictions, threshold: float
+    detector: Detector, batch: Sequence[Picture], predictions: Predictions, threshold: float
 ) -> list[Detections]:
     """What was found in each picture, at least `threshold`, best first; boxes in pixels of it."""
     final = {"pred_logits": predictions.logits[-1], "pred_boxes": predictions.boxes}
     sizes = torch.tensor([picture.size for picture in batch])
-    return [found.above(threshold) for found in decode_top_k(final, sizes)]
+    return [found.above(threshold) for found in detector.predictor.decode(final, sizes)]

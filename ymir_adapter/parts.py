@@ -99,7 +99,8 @@ class Parts:
         file.seek(int(image["start"]) * BOX.itemsize)
         boxes = np.frombuffer(file.read(int(image["count"]) * BOX.itemsize), BOX)
         columns = (boxes["score"], boxes["label"].astype(np.int64), boxes["box"])
-        return Detections(*(torch.from_numpy(column.copy()) for column in columns))
+        scores, labels, corners = (torch.from_numpy(column.copy()) for column in columns)
+        return Detections(scores, labels, corners)
 
     def class_weights(self, num_classes: int) -> np.ndarray:
         """[N] in the order of the candidates."""
