@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vidt.config import ViDTConfig
@@ -67,12 +67,13 @@ def save_weights(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
     try:
-        save_file(tensors, temporary, metadata=header)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
+        with open(temporary, "wb") as file:
+            file.write(save(tensors, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except SafetensorError as error:
+    except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
