@@ -28,6 +28,7 @@ from trainer.stopping import Stopped
 Scores = dict[int, dict[str, float]]
 # Three steps an epoch, two epochs. Dropout is on, as by default, and the body drops paths.
 PLAIN = "--backbone_name swin_test_drop"
+PLUS = "--epff --iou_aware --token_label --denoising 6"
 OTHER = "--n_iter_to_acc 2 --denoising 6 --no-ema --dropout 0.3"
 
 
@@ -78,6 +79,7 @@ def whole_runs(
         (PLAIN, "step", 2, signal.SIGINT, 2),
         (PLAIN, "step", 3, signal.SIGTERM, 3),
         (PLAIN, "evaluating", 6, signal.SIGTERM, 6),
+        (PLUS, "step", 2, signal.SIGTERM, 2),
         (PLAIN, "saved", 3, 0, 3),
         (PLAIN, "evaluating", 3, 0, 0),
         (f"{PLAIN} --save_steps 2", "step", 5, 0, 4),
