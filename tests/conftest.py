@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the machine may be shared
 
@@ -18,6 +19,10 @@ from vidt.model import ViDT, ViDTConfig
 
 Compare = Callable[[str, Tensor, Tensor, float], None]
 DIFFERENCE = "largest difference: "
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
