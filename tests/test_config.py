@@ -164,6 +164,10 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ),
         ("--dataset_file coko", "dataset_file is coko; it must be one of shapes, coco, voc, yolo"),
         ("--dataset_file voc", "dataset_file voc has no files; give voc_path"),
+        (
+            "--dataset_file voc --voc_path a --coco_path b",
+            "coco_path is for dataset_file coco; it is voc",
+        ),
         ("--load_from a --resume b", "cannot load from and resume at the same time"),
         (
             "--train_json a",
@@ -314,3 +318,12 @@ def test_help_is_shown_by_programs_and_refused_by_others(
     assert capsys.readouterr().out == help_text()
     with pytest.raises(HelpRequested):
         parse([flag])
+
+
+def test_a_fine_tuning_run_is_resumed_from_its_own_settings(tmp_path: Path):
+    """Where it once started from is no concern of the rest of it."""
+    path = tmp_path / "config.yaml"
+    path.write_text("load_from: weights.safetensors\n")
+    assert parse(["--config", str(path)])[0].load_from == "weights.safetensors"
+    resumed = parse(["--config", str(path), "--resume"])[0]
+    assert (resumed.load_from, resumed.resume) == (None, "auto")

@@ -156,6 +156,25 @@ def test_bare_resume_without_anything_is_a_fresh_run(tiny_data: Path, room: Path
     assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_bare_resume_does_not_start_anew_over_damaged_checkpoints(
+    tiny_data: Path, room: Path
+) -> None:
+    run(tiny_data, room, "--max_steps 1")
+    (last_checkpoint(room) / resume.STATE).write_text("{")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        run(tiny_data, room, "--max_steps 1 --resume")
+    assert last_checkpoint(room).exists()
+
+
+def test_without_anything_to_score_the_latest_is_the_best() -> None:
+    state = resume.RunState(n_iter_to_acc=1, step=1)
+    assert state.note_evaluation({"map50": -1.0})
+    state.step = 2
+    assert state.note_evaluation({"map50": -1.0}) and state.best_step == 2
+    state.step = 3
+    assert state.note_evaluation({"map50": 0.5}) and not state.note_evaluation({"map50": 0.5})
+
+
 def test_a_fresh_run_in_a_used_folder(
     tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,6 +184,7 @@ def test_a_fresh_run_in_a_used_folder(
     with pytest.raises(Crash):
         run(tiny_data, room, "--keep 2 --seed 7 --save_steps 1", report=Watch("step", 3))
     assert "holds a run already" in caplog.text
+    assert len(os.listdir(room / "checkpoints.old")) == 1, "nothing of the first run is lost"
     names = sorted(os.listdir(room / "checkpoints"))
     assert names == ["step-00000001", "step-00000002"]
     branch = f"--resume {room / 'checkpoints/step-00000001'}"

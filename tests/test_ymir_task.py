@@ -287,6 +287,8 @@ BAD_CONFIGS = [
     ({"backbone_name": ["swin_nano"]}, "backbone_name"),
     ({"method": "yolo"}, "method"),
     ({"args_options": "--colour red"}, "colour"),
+    ({"args_options": "--coco_path /data"}, "coco_path"),
+    ({"args_options": "--epff --with_vector"}, "with_vector"),
     ({"args_options": "--epochs"}, "epochs"),
     ({"args_options": "--epochs 'three"}, "args_options"),
     ({"args_options": "--help"}, "help"),

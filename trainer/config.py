@@ -232,6 +232,11 @@ def _check_together(config: TrainConfig) -> None:
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
+    for name in DATASETS[1:]:
+        if getattr(config, f"{name}_path") is not None and config.dataset_file != name:
+            raise ConfigError(
+                f"{name}_path is for dataset_file {name}; it is {config.dataset_file}"
+            )
     needed, number = (COCO_FILES[2:], "both") if config.eval else (COCO_FILES, "all four")
     given = [name for name in COCO_FILES if getattr(config, name) is not None]
     missing = [name for name in needed if name not in given]
@@ -291,7 +296,10 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
     """
     given = read_flags(argv, _ALL)
     if given.get("config") is not None:
-        given = {**_read_config(given["config"]), **given}
+        read = _read_config(given["config"])
+        if given.get("resume") is not None:
+            read.pop("load_from", None)  # where the run once started from is in its checkpoint
+        given = {**read, **given}
     return given
 
 

@@ -44,7 +44,7 @@ class LossLog:
             return {}
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.pending])
-        values = values.double().cpu()  # [steps, terms and the norm]; the one wait
+        values = values.cpu().double()  # [steps, terms and the norm]; the one wait
         self._refuse_non_finite(names, values)
         means = self.agreement.gather(*values[:, :-1].mean(0).tolist()).sum(0).tolist()
         now = time.monotonic()

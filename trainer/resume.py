@@ -51,9 +51,11 @@ class RunState:
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
         """The one place where "best" is decided; True if this evaluation is the best so far."""
         self.evaluated_step = self.step
-        best = self.best_step < 0 or metrics["map50"] > self.best_map50
+        score = metrics["map50"]
+        # With nothing to score (-1) the latest weights are the best guess.
+        best = self.best_step < 0 or score > self.best_map50 or score == self.best_map50 == -1
         if best:
-            self.best_map50, self.best_step = metrics["map50"], self.step
+            self.best_map50, self.best_step = score, self.step
             self.best_metrics, self.stale_evaluations = dict(metrics), 0
         else:
             self.stale_evaluations += 1
@@ -147,6 +149,18 @@ def prune(newest: Path, keep: int) -> None:
         if path not in kept and path.is_dir():
             doomed = path.rename(path.with_name(f".{path.name}.removed"))
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(root: Path) -> Path | None:
+    """Moves the checkpoints of an earlier run to `root`.old, in place of those that were there; the
+    new place, or None if there are none.
+    """
+    if not checkpoints(root):
+        return None
+    place = root.with_name(f"{root.name}.old")
+    shutil.rmtree(place, ignore_errors=True)
+    root.rename(place)
+    return place
 
 
 def sweep(root: Path) -> None:

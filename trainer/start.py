@@ -118,10 +118,12 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
     Raises ValueError if --resume names a place without a whole checkpoint.
     """
     if config.resume is None:
-        if checkpoints.checkpoints(Path(config.output_dir) / "checkpoints"):
+        root = Path(config.output_dir) / "checkpoints"
+        aside = agreement.on_main(lambda: checkpoints.set_aside(root))
+        if aside is not None:
             logger.warning(
-                f"{config.output_dir} holds a run already: this one starts anew and replaces it "
-                "from its first checkpoint on; to go on with that one, stop and pass --resume"
+                f"{config.output_dir} holds a run already: this one starts anew and replaces its "
+                f"results; to go on with that one, stop and pass --resume {aside}"
             )
         return None
     wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
@@ -129,8 +131,10 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
     path, passed_over = found
     for line in passed_over:
         logger.warning(f"passed over: {line}")
-    if path is None and config.resume != "auto":
-        raise ValueError(f"--resume {config.resume}: there is no whole checkpoint")
+    if path is None and (passed_over or config.resume != "auto"):
+        raise ValueError(
+            f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
+        )
     if path is None:
         logger.info(f"nothing to resume in {wanted}: a fresh run")
     return path

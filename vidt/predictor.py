@@ -14,7 +14,7 @@ from torchvision.ops import box_convert
 
 from vidt.checkpoint import WeightsInfo, load_model
 from vidt.config import ViDTConfig
-from vidt.images import read_image
+from vidt.images import probe_image, read_image
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import canvas_batches, pad_batch
@@ -175,17 +175,26 @@ class Predictor:
     def stream(
         self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 8
     ) -> Iterator[tuple[int, Detections]]:
-        """(index, detections) as they are ready; pictures of equal canvas are batched together."""
-        pictures = [
-            image if isinstance(image, Image.Image) else read_image(image) for image in images
-        ]
-        canvases = [
-            self.preprocessing.canvas(picture.height, picture.width) for picture in pictures
-        ]
+        """(index, detections) as they are ready, which is not in order: pictures of equal canvas
+        are batched together. Files are decoded batch by batch.
+        """
+        sizes_of_all = [_size(image) for image in images]
+        canvases = [self.preprocessing.canvas(*size) for size in sizes_of_all]
         for indices in canvas_batches(canvases, batch_size):
-            tensors = [self.preprocessing(pictures[index].convert("RGB")) for index in indices]
+            tensors = [self.preprocessing(_opened(images[index])) for index in indices]
             batch, padding = pad_batch([tensor.to(self.device) for tensor in tensors])
-            sizes = torch.tensor([(pictures[i].height, pictures[i].width) for i in indices])
+            sizes = torch.tensor([sizes_of_all[index] for index in indices])
             found = self.decode(self.model(batch, padding), sizes.to(self.device))
             for index, detections in zip(indices, found, strict=True):
                 yield index, detections.cpu()
+
+
+def _size(image: str | Path | Image.Image) -> tuple[int, int]:
+    """(height, width) of the stored pixels."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return probe_image(image).size
+
+
+def _opened(image: str | Path | Image.Image) -> Image.Image:
+    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)

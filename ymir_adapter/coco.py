@@ -25,7 +25,7 @@ class CocoDocument:
         keys = ("images", "annotations")
         if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
             self.status = Status.UNKNOWN
-            self.fault = "is JSON, but not COCO; set export_format to ark:raw"
+            self.fault = "is JSON, but not COCO; set export_format to det-ark:raw"
             return
         self._fill(content, classes, notes)
 

@@ -186,7 +186,7 @@ def _training_lines(task: Task, path: Path) -> list[tuple[str, str]]:
 
 def _exported(task: Task) -> str:
     given = task.config.get("export_format")
-    return f" (export_format is {given!r}; set it to ark:raw)" if given else ""
+    return f" (export_format is {given!r}; det-ark:raw is what works best)" if given else ""
 
 
 def _require_annotations(task: Task, split: Split, *, scored: bool) -> None:

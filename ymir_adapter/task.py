@@ -65,6 +65,13 @@ TEMPLATE = {
 }
 
 
+# Flags of the trainer that say where data are.
+DATA_FLAGS = (
+    *("dataset_file", "coco_path", "voc_path", "yolo_path"),
+    *("train_json", "train_images", "val_json", "val_images"),
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """One task. `gpu_ids` is empty on the CPU; `protocol` (0, 0, 0) where env.yaml names none."""
@@ -159,6 +166,13 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
         for mode in ("check", "eval"):
             if own.get(mode):
                 raise TaskError(Code.CONFIG, f"args_options: --{mode} trains nothing; leave it out")
+        for flag in DATA_FLAGS:
+            if own.get(flag) is not None:
+                message = f"args_options: --{flag}; the platform says which data, leave it out"
+                raise TaskError(Code.CONFIG, message)
+        if own.get("with_vector"):
+            message = "args_options: --with_vector needs masks, which this executor does not read"
+            raise TaskError(Code.CONFIG, message)
         config, fields = parse(
             [*(f"--{flag}={value}" for flag, value in base.items()), *words], own_data=True
         )
