@@ -91,16 +91,15 @@ def named_outputs(found: dict) -> dict[str, Tensor]:
     return named
 
 
-@pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs(variant: str, name: str, compare: Compare) -> None:
+def compare_outputs(variant: str, name: str, found: dict[str, Tensor], compare: Compare) -> None:
+    """Everything that is stored of a variant on an input, but for what `test_decoded_boxes` sees
+    to; found as of `named_outputs`.
+    """
     meta = golden.read_json(f"{variant}/meta.json")
     stated = {what: 5 * limit for what, limit in meta["fp32_max_abs_diff"][name].items()}
     # Inner tensors have no stated limit: that of the logits, in proportion to their spread.
     relative = stated["pred_logits"] / meta["tensors"][name]["pred_logits"]["std"]
-    found = named_outputs(run(variant, name))
-    stored = golden.read_arrays(f"{variant}/{name}.npz")
-    for what, expected in stored.items():
+    for what, expected in golden.read_arrays(f"{variant}/{name}.npz").items():
         if what.startswith("post"):
             continue  # see test_decoded_boxes
         facts = meta["tensors"][name][what]
@@ -111,6 +110,12 @@ def test_outputs(variant: str, name: str, compare: Compare) -> None:
             allowed = stated.get(what.rpartition(".")[2], relative * facts["std"])
         part = golden.stored_part(found[what], facts["slice"])
         compare(re.sub(r"\d", "", what), part, expected, 0 if "mask" in what else allowed)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs(variant: str, name: str, compare: Compare) -> None:
+    compare_outputs(variant, name, named_outputs(run(variant, name)), compare)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

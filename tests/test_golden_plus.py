@@ -2,8 +2,6 @@
 and the losses that ViDT+ adds.
 """
 
-import re
-
 import golden
 import pytest
 import torch
@@ -13,6 +11,7 @@ from test_golden import (
     compare_criterion,
     compare_gradients,
     compare_losses,
+    compare_outputs,
     load,
     named_outputs,
     run,
@@ -51,22 +50,7 @@ CRITERIA = {
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs(variant: str, name: str, compare: Compare) -> None:
-    meta = golden.read_json(f"{variant}/meta.json")
-    stated = {what: 5 * limit for what, limit in meta["fp32_max_abs_diff"][name].items()}
-    # Inner tensors have no stated limit: that of the logits, in proportion to their spread.
-    relative = stated["pred_logits"] / meta["tensors"][name]["pred_logits"]["std"]
-    found = named_outputs(run(variant, name))
-    for what, expected in golden.read_arrays(f"{variant}/{name}.npz").items():
-        if what.startswith("post"):
-            continue  # see test_decoded_boxes
-        facts = meta["tensors"][name][what]
-        assert list(found[what].shape) == facts["shape"], what
-        if what.endswith("pred_boxes") or "reference" in what:
-            allowed = stated["pred_boxes"]
-        else:
-            allowed = stated.get(what.rpartition(".")[2], relative * facts["std"])
-        part = golden.stored_part(found[what], facts["slice"])
-        compare(re.sub(r"\d", "", what), part, expected, 0 if "mask" in what else allowed)
+    compare_outputs(variant, name, named_outputs(run(variant, name)), compare)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
