@@ -140,9 +140,9 @@ def shown_columns(
     # Which classes these are only the device knows, and to draw every class at full size would take
     # gigabytes: what is seen of each object is drawn, or of each class where classes are fewer.
     every = torch.arange(min(len(masks), num_columns), device=masks.device)
-    owner = masks.to(torch.uint8).argmax(0)
+    shown, owner = masks.view(torch.uint8).max(0)  # the first of those that are there
     drawn_as, places = (owner, columns) if len(masks) <= num_columns else (columns[owner], every)
-    drawn = ((drawn_as == every[:, None, None]) & masks.any(0)).float()
+    drawn = ((drawn_as == every[:, None, None]) & shown.bool()).float()
     truths = []
     for grid in grids:
         # Class 0 has no column as released.
