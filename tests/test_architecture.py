@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 _ORDER = {
     "vidt": """
         images preprocessing deformable_triton deformable_attention ram swin coat config epff
-        token_label decoder mask_vectors matcher without_neck model criterion distillation
+        token_label decoder mask_vectors overlap matcher without_neck model criterion distillation
         coco_classes released weights_file published checkpoint pretrained convert predictor export
         """,
     "trainer": """

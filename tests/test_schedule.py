@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
-from tiny_runs import last_checkpoint, run, settings
+from tiny_runs import cpu, last_checkpoint, run, settings
 from torch import nn
 
 from trainer import resume
@@ -97,6 +98,22 @@ def test_weight_decay_shrinks_matrices_alone() -> None:
     optimizer.step()
     assert torch.allclose(layer.weight, before * 0.95)
     assert torch.equal(layer.bias, torch.ones(3))
+
+
+def test_a_step_that_the_loss_scaler_refuses_is_known_to_be_skipped() -> None:
+    """The run counts such steps, and leaves the average of the weights alone."""
+    cpu()  # Accelerate's optimiser asks for the state that this makes
+    layer, scaler = nn.Linear(2, 2), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(
+        make_optimizer(layer, TrainConfig(lr=1.0), scaled=True), scaler=scaler
+    )
+    for factor, refused in ((float("inf"), True), (1.0, False)):
+        before = layer.weight.detach().clone()
+        scaler.scale(layer(torch.ones(1, 2)).sum() * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped is refused
+        assert torch.equal(layer.weight, before) is refused
 
 
 def test_the_average_follows_closely_at_first() -> None:

@@ -94,5 +94,6 @@ def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> N
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     pieces = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    torch._foreach_copy_(
+        gradients, [piece.view_as(own) for own, piece in zip(gradients, pieces, strict=True)]
+    )

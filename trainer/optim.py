@@ -41,10 +41,14 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW; its learning rate is set before every step by `set_learning_rate`."""
+def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = False) -> AdamW:
+    """AdamW; its learning rate is set before every step by `set_learning_rate`.
+
+    scaled: a loss scaler (fp16) will step it. Fused, AdamW then leaves the weights alone inside its
+    kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
+    """
     groups = parameter_groups(model, config.weight_decay, config.lr_linear_proj_mult)
-    return AdamW(groups, lr=config.lr, fused=True)
+    return AdamW(groups, lr=config.lr, fused=not scaled, foreach=scaled)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -92,9 +92,12 @@ def restore_tensors(
             f"--resume: the checkpoint is of another architecture: {reason}"
         ) from error
     parameters = dict(model.named_parameters())
+    fused = optimizer.defaults["fused"]
     for full_name, tensor in _under("optimizer/", tensors).items():
         key, name = full_name.split("/", 1)
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+        # The count of steps is read on the host, unless the optimiser is one kernel.
+        there = parameters[name].device if fused or key != "step" else torch.device("cpu")
+        optimizer.state[parameters[name]][key] = tensor.to(there)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader
+from vidt.criterion import SetCriterion
 from vidt.distillation import TokenMatching
+from vidt.without_neck import SoftmaxCriterion
 
 logger = get_logger(__name__)
 
@@ -60,7 +62,7 @@ def agree_on(
 
 def gradients(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SetCriterion | SoftmaxCriterion,
     accelerator: Accelerator,
     window: list[dict[str, Any]],
     canvas: tuple[int, int],
@@ -74,23 +76,27 @@ def gradients(
     processes simply add up.
     """
     num_images = sum(len(batch["images"]) for batch in window) * accelerator.num_processes
-    sums: dict[str, Tensor] = {}
+    counts = {"num_boxes": num_boxes, "num_images": num_images}
+    wanted = {name: counts[name] for name in criterion.normalised_by}
+    names: list[str] = []
+    sums: Tensor | None = None
     try:
         for batch in window:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
             outputs = model(images, padding, noised_batch(targets))
-            terms = criterion(outputs, targets, num_boxes, num_images)
+            terms = criterion(outputs, targets, **wanted)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)
-            accelerator.backward(torch.stack(list(terms.values())).sum())
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach()
+            names, values = list(terms), torch.stack(list(terms.values()))
+            accelerator.backward(values.sum())
+            sums = values.detach() if sums is None else sums + values.detach()
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
         return None
-    return sums
+    assert sums is not None, "a step without micro-batches"
+    return dict(zip(names, sums.unbind(), strict=True))
 
 
 def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int, int]) -> int:

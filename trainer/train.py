@@ -91,7 +91,8 @@ def train(
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     parameters = list(model.parameters())
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
+    scaled = accelerator.scaler is not None
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
     criterion = criterion_for(model_config)
 
     step_images = config.batch_size * accelerator.num_processes

@@ -8,14 +8,15 @@ stacked tensor.
 Letters: L prediction levels, B batch, Q queries, K classes, N matched pairs of all levels.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from vidt.config import ViDTConfig
 from vidt.mask_vectors import encode_squares, square_masks
 from vidt.matcher import HungarianMatcher, Matches, flat_index, matched_targets
+from vidt.overlap import giou_losses, paired_iou
 from vidt.token_label import has_masks, token_label_losses
 from vidt.without_neck import SoftmaxCriterion
 
@@ -24,8 +25,10 @@ Levels = list[dict[str, Tensor]]
 Stacked = dict[str, Tensor]  # predictions by name, [L, B, Q, ...]
 
 
-def criterion_for(config: ViDTConfig) -> nn.Module:
-    """What a detector of this configuration is trained with, at its published weights."""
+def criterion_for(config: ViDTConfig) -> "SetCriterion | SoftmaxCriterion":
+    """What a detector of this configuration is trained with, at its published weights. It is called
+    with outputs, targets and, by keyword, the counts that its `normalised_by` names.
+    """
     if config.method == "vidt_wo_neck":
         return SoftmaxCriterion()
     return SetCriterion(token_label_shift=config.token_label_shift, gt_mask_len=config.gt_mask_len)
@@ -41,6 +44,8 @@ class SetCriterion(nn.Module):
     Differs from the released code in one normaliser: a vector's loss is a mean over the objects of
     the whole step, as all other terms are, rather than over the pairs that one process holds.
     """
+
+    normalised_by = ("num_boxes",)
 
     def __init__(
         self,
@@ -178,12 +183,11 @@ class SetCriterion(nn.Module):
         """
         labels, wanted = matched_targets(matches, targets)
         boxes = found["pred_boxes"][matches.place]  # [N, 4]
-        boxes_xyxy, wanted_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, wanted))
         logits = found["pred_logits"]
         empty, taken = focal_parts(logits, logits[(*matches.place, labels)], self.focal_alpha)
         pair_losses = {
             "bbox": (boxes - wanted).abs().sum(-1),
-            "giou": generalized_box_iou_loss(boxes_xyxy, wanted_xyxy),
+            "giou": giou_losses(boxes, wanted),
             "ce": taken,
         }
         if query_weights is not None:
@@ -224,14 +228,14 @@ def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     the target) count 0.
     """
     # Put together on the host: all that is known there already, and goes over in one piece each.
-    used = torch.tensor([len(target["noised_boxes"]) for target in targets])
-    objects = torch.tensor([len(target["labels"]) for target in targets])
-    own = torch.arange(logits.shape[2]) < used[:, None]  # [B, Q]
-    weights = own * (objects / used.clamp(min=1))[:, None]
-    level, image, query = own.expand(len(logits), -1, -1).nonzero().unbind(1)
-    pairs = torch.stack([level, image, query, query % objects[image].clamp(min=1)])
+    used = np.array([len(target["noised_boxes"]) for target in targets])
+    objects = np.array([len(target["labels"]) for target in targets])
+    own = np.arange(logits.shape[2]) < used[:, None]  # [B, Q]
+    weights = (own * (objects / np.maximum(used, 1))[:, None]).astype(np.float32)
+    level, image, query = np.broadcast_to(own, logits.shape[:3]).nonzero()
+    pairs = torch.from_numpy(np.stack([level, image, query, query % objects[image]]))
     matches = Matches(*pairs.to(logits.device, non_blocking=True).unbind())
-    return matches, weights.to(logits.device, non_blocking=True)
+    return matches, torch.from_numpy(weights).to(logits.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -272,15 +276,6 @@ def stack(levels: Levels, name: str) -> Tensor:
 def stacked(levels: Levels) -> Stacked:
     """All kinds of prediction that every level has."""
     return {name: stack(levels, name) for name in levels[0] if name.startswith("pred_")}
-
-
-def paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of each pair, [N]; boxes [N, 4] cxcywh."""
-    first, second = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (first, second))
-    low, high = torch.maximum(first, second)[:, :2], torch.minimum(first, second)[:, 2:]
-    overlap = (high - low).clamp(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second)]
-    return overlap / (areas[0] + areas[1] - overlap).clamp(min=1e-12)
 
 
 @torch.no_grad()

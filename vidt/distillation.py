@@ -28,14 +28,13 @@ def token_distances(student: dict[str, Any], teacher: dict[str, Any]) -> Tensor:
     """
     maps = zip(student["patch_token"], teacher["patch_token"], strict=True)
     distances = [_lengths(ours, theirs, dim=1).flatten(1).mean(1) for ours, theirs in maps]
-    for ours, theirs in zip(_det_tokens(student), _det_tokens(teacher), strict=True):
-        distances.append(_lengths(ours, theirs, dim=-1).mean(1))
+    distances += _lengths(_det_tokens(student), _det_tokens(teacher), dim=-1).mean(2).unbind()
     return torch.stack(distances).sum(0)
 
 
-def _det_tokens(tokens: dict[str, Any]) -> list[Tensor]:
-    """The body's [B, Q, C], and those of each prediction level."""
-    return [tokens["body_det_token"], *tokens["neck_det_token"]]
+def _det_tokens(tokens: dict[str, Any]) -> Tensor:
+    """The body's and those of each prediction level: [D + 2, B, Q, C]."""
+    return torch.cat([tokens["body_det_token"][None], tokens["neck_det_token"]])
 
 
 def _lengths(ours: Tensor, theirs: Tensor, *, dim: int) -> Tensor:

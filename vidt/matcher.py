@@ -14,6 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from vidt.overlap import giou_matrix
+
 EPS = 1e-8
 
 
@@ -97,7 +99,7 @@ class HungarianMatcher(nn.Module):
         costs = self.class_cost(logits.float(), labels).mul_(self.cost_class)
         for ours, theirs in zip(found, wanted, strict=True):
             costs.add_((ours - theirs).abs_(), alpha=self.cost_bbox)
-        costs.sub_(_giou(found, wanted), alpha=self.cost_giou)
+        costs.sub_(giou_matrix(found, wanted), alpha=self.cost_giou)
         # A diverging run must reach the loss, which names the step and the terms, rather than fail
         # in scipy.
         return costs.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6)
@@ -117,23 +119,6 @@ class HungarianMatcher(nn.Module):
         targets = np.concatenate([targets for targets, _ in found])
         place = (np.repeat(levels, lengths), np.repeat(images, lengths))
         return torch.from_numpy(np.stack([*place, queries, targets]))
-
-
-def _giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU (arXiv 1902.09630) of boxes cx, cy, w, h: coordinates are the first
-    dimension, the others are broadcast. In place where it can be: the matrices are large.
-    """
-    overlap, frame = first.new_ones(()), first.new_ones(())
-    for axis in (0, 1):
-        centre, side, wanted, wanted_side = (
-            box[part] for box in (first, second) for part in (axis, axis + 2)
-        )
-        shared = torch.minimum(centre + side / 2, wanted + wanted_side / 2)
-        shared -= torch.maximum(centre - side / 2, wanted - wanted_side / 2)
-        frame = (side + wanted_side).sub_(shared).mul_(frame)  # before it is clamped
-        overlap = shared.clamp_(min=0).mul_(overlap)
-    union = (first[2] * first[3] + second[2] * second[3]).sub_(overlap)
-    return overlap.div_(union).add_(union.div_(frame)).sub_(1)
 
 
 def matched_targets(matches: Matches, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

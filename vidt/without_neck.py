@@ -8,12 +8,13 @@ Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from vidt.config import ViDTConfig, build_body, require
 from vidt.decoder import MLPHead
 from vidt.epff import projection
 from vidt.matcher import HungarianMatcher, Matches, matched_targets, of_labels
+from vidt.overlap import giou_losses
 
 METHOD = "vidt_wo_neck"
 
@@ -68,6 +69,8 @@ class SoftmaxCriterion(nn.Module):
     device the two agree.
     """
 
+    normalised_by = ("num_boxes", "num_images")
+
     def __init__(
         self,
         matcher: HungarianMatcher | None = None,
@@ -97,15 +100,14 @@ class SoftmaxCriterion(nn.Module):
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         matches = self.match(outputs, targets)
         labels, wanted = matched_targets(matches, targets)
-        found = boxes[matches.image, matches.query]  # [N, 4]
-        found_xyxy, wanted_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (found, wanted))
+        found = boxes[matches.place[1:]]  # [N, 4]
         num_queries = (num_images or len(logits)) * logits.shape[1]
         # What all queries of the step weigh together, each object having its query.
         weight = num_boxes + self.eos_coef * (num_queries - num_boxes)
         sums = {
             "ce": self._cross_entropy(logits, matches, labels) / weight,
             "bbox": (found - wanted).abs().sum() / num_boxes,
-            "giou": generalized_box_iou_loss(found_xyxy, wanted_xyxy).sum() / num_boxes,
+            "giou": giou_losses(found, wanted).sum() / num_boxes,
         }
         return {f"loss_{name}": self.weights[name] * value for name, value in sums.items()}
 
@@ -117,7 +119,7 @@ class SoftmaxCriterion(nn.Module):
         """Summed over queries, each weighted as its class; who has no object is background."""
         background = logits.shape[-1] - 1
         classes = torch.full(logits.shape[:2], background, device=logits.device)
-        classes[matches.image, matches.query] = labels
+        classes[matches.place[1:]] = labels
         class_weights = logits.new_ones(logits.shape[-1])
         class_weights[background] = self.eos_coef
         return F.cross_entropy(logits.mT, classes, class_weights, reduction="sum")

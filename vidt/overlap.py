@@ -1,0 +1,57 @@
+"""How much boxes overlap, pair by pair or all with all, without waiting for the device: the losses
+of torchvision pick those that overlap by a mask, which does. Boxes are cxcywh of any one frame.
+
+Letters: N pairs.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+EPS = 1e-7  # torchvision's, in the loss
+
+
+def paired_areas(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pair of boxes [N, 4]: the area of what both cover, of what either covers, and of the
+    smallest box around them, [N] each.
+    """
+    first, second = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (first, second))
+    (low, high), (other_low, other_high) = (boxes.split(2, dim=1) for boxes in (first, second))
+    shared = _area((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
+    union = _area(high - low) + _area(other_high - other_low) - shared
+    return shared, union, _area(torch.maximum(high, other_high) - torch.minimum(low, other_low))
+
+
+def _area(sides: Tensor) -> Tensor:
+    """[N, 2] to [N]; its gradient is plainer than that of `prod`."""
+    return sides[:, 0] * sides[:, 1]
+
+
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of each pair of boxes [N, 4]: [N]."""
+    shared, union, _ = paired_areas(first, second)
+    return shared / union.clamp(min=1e-12)
+
+
+def giou_losses(first: Tensor, second: Tensor) -> Tensor:
+    """1 - generalised IoU (arXiv 1902.09630) of each pair of boxes [N, 4]: [N]."""
+    shared, union, frame = paired_areas(first, second)
+    return 1 - shared / (union + EPS) + (frame - union) / (frame + EPS)
+
+
+@torch.no_grad()
+def giou_matrix(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU of boxes whose coordinates are the first dimension, [4, ...] each; the other
+    dimensions are broadcast. In place where it can be: such matrices are large.
+    """
+    overlap, frame = first.new_ones(()), first.new_ones(())
+    for axis in (0, 1):
+        centre, side, other_centre, other_side = (
+            box[part] for box in (first, second) for part in (axis, axis + 2)
+        )
+        shared = torch.minimum(centre + side / 2, other_centre + other_side / 2)
+        shared -= torch.maximum(centre - side / 2, other_centre - other_side / 2)
+        frame = (side + other_side).sub_(shared).mul_(frame)  # before it is cut off at 0
+        overlap = shared.clamp_(min=0).mul_(overlap)
+    union = (first[2] * first[3] + second[2] * second[3]).sub_(overlap)
+    return overlap.div_(union).add_(union.div_(frame)).sub_(1)
