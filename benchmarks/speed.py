@@ -12,8 +12,9 @@ All of a size take turns in one process, so that a ratio holds on a machine that
 figures are medians, "to timm" is the median of each round's ratio to the eager floor. The first
 turn counts FLOPs instead, and warms up. "limit" is the time that these would take at the machine's
 own speed, measured first on a large matrix product, relative to the time that they took; for parts
-that only touch the parameters it is the time of copying as many bytes. Weights, images and boxes
-are random: neither time nor memory depends on them. Memory is measured in processes of their own.
+that only touch the parameters it is the time that as many bytes need to come and go. Weights,
+images and boxes are random: neither time nor memory depends on them. Memory is measured in
+processes of their own.
 """
 
 import argparse

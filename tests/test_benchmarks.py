@@ -154,7 +154,7 @@ def test_a_ratio_is_that_of_each_round(files: SimpleNamespace) -> None:
     assert by_work["training step"].ratios == [2.0] * 3
 
 
-def test_parts_that_touch_the_parameters_are_held_against_copying(files: SimpleNamespace) -> None:
+def test_parts_that_touch_parameters_are_held_against_the_memory(files: SimpleNamespace) -> None:
     limit = files.ceiling.Ceiling(flops=10.0, bytes=1000.0)
     rounds = [{"body": 3.0, "optimiser": 1.0}, {"body": 5.0, "optimiser": 1.0}]
     body, optimiser = files.results.make_parts(rounds, {"body": 8.0}, limit, num_parameters=10)
