@@ -110,7 +110,7 @@ def make_rows(
                 peaks.get(work) if how == "eager" else None,
             )
         )
-    return rows
+    return sorted(rows, key=lambda row: WORKS.index(row.work))
 
 
 def _each_once(flops: dict[str, Gains]) -> Iterable[tuple[Name, list[Gains]]]:
