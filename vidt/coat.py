@@ -101,8 +101,8 @@ class FactorizedAttention(nn.Module):
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
         # The class token has no place on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
-        patch_qkv = None if seen is None else self.qkv(seen)
-        det_out = attend_det(self.qkv(det), patch_qkv, padding, NUM_HEADS)
+        patch_kv = None if seen is None else self.qkv(seen)[..., seen.shape[-1] :]
+        det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 

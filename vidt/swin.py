@@ -91,34 +91,19 @@ class Block(nn.Module):
 
     def forward(
         self,
-        patches: Tensor,
-        det: Tensor,
+        tokens: Tensor,
         det_pos: Tensor,
+        grid: tuple[int, int],
         positions: Tensor | None,
         padding: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """patches [B, H, W, C], det [B, Q, C], det_pos [1, Q, pos_dim] -> patches and det of the
-        same shapes.
+    ) -> Tensor:
+        """tokens [B, H * W + Q, C], patches first, so that one draw of drop path serves both kinds;
+        det_pos [1, Q, pos_dim]; grid (H, W). Returns tokens of the same shape.
         """
-        grid = patches.shape[1:3]
-        tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
-        normed_patches, normed_det = self._split(self.norm1(tokens), det)
-        attended = self.attn(
-            normed_patches.unflatten(1, grid),
-            normed_det + self.det_pos_linear(det_pos),
-            positions,
-            padding,
-        )
-        # One draw of drop path per image drops patches and [DET] tokens together, hence the joint
-        # sequence.
-        tokens = tokens + self.drop_path(torch.cat(attended, dim=1))
-        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
-        patches, det = self._split(tokens, det)
-        return patches.unflatten(1, grid), det
-
-    @staticmethod
-    def _split(tokens: Tensor, det: Tensor) -> tuple[Tensor, ...]:
-        return tokens.split([tokens.shape[1] - det.shape[1], det.shape[1]], dim=1)
+        patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
+        attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, positions, padding)
+        tokens = tokens + self.drop_path(attended)
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class Stage(nn.Module):
@@ -155,14 +140,17 @@ class Stage(nn.Module):
         """padding [B, h, w], True = padding, at the size in which the body resizes it first. No
         merging yet.
         """
+        grid = (patches.shape[1], patches.shape[2])
         positions = stage_padding = None
         if self.det_sees_patches:
-            grid_padding = resize_padding(padding, (patches.shape[1], patches.shape[2]))
+            grid_padding = resize_padding(padding, grid)
             positions = sine_position(grid_padding, patches.shape[-1]).to(patches.dtype)
             stage_padding = grid_padding.flatten(1)
+        tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
         for block in self.blocks:
-            patches, det = block(patches, det, det_pos, positions, stage_padding)
-        return patches, det
+            tokens = block(tokens, det_pos, grid, positions, stage_padding)
+        patches, det = tokens.split([grid[0] * grid[1], det.shape[1]], dim=1)
+        return patches.unflatten(1, grid), det
 
 
 class SwinBody(nn.Module):
