@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        images preprocessing deformable_triton deformable_attention windows ram swin coat config epff
+        images preprocessing deformable_gather deformable_triton deformable_attention windows ram
+        swin coat config epff
         token_label decoder mask_vectors matcher without_neck model criterion distillation
         coco_classes released weights_file published checkpoint pretrained convert predictor export
         """,
