@@ -179,10 +179,6 @@ class DeformableAttention(nn.Module):
         padded level; source [B, S, C]; padding [B, S] bool, True where padded. Returns [B, Q,
         C].
         """
-        value = self.value_proj(source)
-        if padding is not None:
-            value = value.masked_fill_(padding[..., None], 0.0)
-        value = value.unflatten(-1, (self.num_heads, -1))
         # Half precision would move a sample by whole hundredths of a cell: places and weights stay
         # in float32.
         with torch.autocast(query.device.type, enabled=False):
@@ -192,8 +188,24 @@ class DeformableAttention(nn.Module):
             weights = self.attention_weights(exact).unflatten(-1, (shape[0], -1)).softmax(-1)
             weights = weights.unflatten(-1, shape[1:])
             locations = self._locations(reference.to(exact.dtype), offsets, level_shapes)
+            if self._samples_first(source, query):
+                levels = level_table(level_shapes, source.device)
+                output = deformable_gather.attend_unprojected(
+                    source.to(exact.dtype), padding, levels, locations, weights, self.value_proj
+                )
+                return self.output_proj(output)
+        value = self.value_proj(source)
+        if padding is not None:
+            value = value.masked_fill_(padding[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        with torch.autocast(query.device.type, enabled=False):
             output = deformable_attention(value, level_shapes, locations, weights)
         return self.output_proj(output)
+
+    def _samples_first(self, source: Tensor, query: Tensor) -> bool:
+        return best_form(source.device) == "gather" and deformable_gather.sampling_first_pays(
+            *source.shape[1:], query.shape[1] * self.num_heads, self.num_levels * self.num_points
+        )
 
     def _locations(
         self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]

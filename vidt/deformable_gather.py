@@ -29,6 +29,43 @@ def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) ->
     return output.view(batch, locations.shape[1], heads * dim)
 
 
+def sampling_first_pays(positions: int, dim: int, num_sums: int, num_samples: int) -> bool:
+    """Whether `attend_unprojected` beats a projection of all positions: a multiplication in a
+    look-up costs about 8 times what one in a matrix product does, backward pass included.
+
+    num_sums = Q * M sums of an image, num_samples = L * P samples in each.
+    """
+    return positions * dim > 8 * num_sums * 4 * num_samples
+
+
+def attend_unprojected(
+    source: Tensor,
+    padding: Tensor | None,
+    levels: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    value_proj: torch.nn.Linear,
+) -> Tensor:
+    """Attention to `value_proj(source)`, zero where padded, without computing it: a projection of
+    the sums is the sum of the projections, and there are fewer sums than positions.
+
+    source [B, S, C]; padding [B, S] bool, True = padding; the rest as in `attend`. Returns [B, Q,
+    C].
+    """
+    batch, positions, dim = source.shape
+    queries, heads = weights.shape[1:3]
+    index, shares = corners(levels, positions, locations, weights)
+    index = index.div(heads, rounding_mode="floor")  # rows of [B * S, C]
+    if padding is not None:
+        shares = shares * padding.logical_not().flatten()[index]
+    sums = weighted_rows(source.reshape(-1, dim), index, shares)
+    sums = sums.view(batch * queries, heads, dim).transpose(0, 1)
+    total = shares.sum(1).view(batch * queries, heads).T[..., None]  # [M, B*Q, 1]
+    bias = value_proj.bias.view(heads, 1, -1) * total
+    output = torch.baddbmm(bias, sums, value_proj.weight.view(heads, -1, dim).mT)  # [M, B*Q, D]
+    return output.transpose(0, 1).reshape(batch, queries, dim)
+
+
 def corners(
     levels: Tensor, positions: int, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
