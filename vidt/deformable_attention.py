@@ -64,13 +64,17 @@ def best_form(device: torch.device) -> Form:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def kernel_runs(device: torch.device) -> bool:
-    """Whether the Triton kernels work there, found out by running them once.
+    """Whether the Triton kernels work there; a warning says why not, once.
 
-    Triton is not made for every platform, its compiler not for every GPU, and it needs a C compiler
-    at hand: whatever is missing, there is another form.
+    Triton is not made for every platform, nor its compiler for every GPU, and it needs a C compiler
+    at hand. Whatever is missing, there is another form.
     """
+    return _kernel_ran(device)
+
+
+@functools.cache
+def _kernel_ran(device: torch.device) -> bool:
     try:
         from vidt import deformable_triton
 
@@ -84,10 +88,9 @@ def kernel_runs(device: torch.device) -> bool:
 def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
     """Height, width and first position of each level: [L, 3] int64.
 
-    Kept, for a GPU would have to finish all its work before each new copy. While compiling it is
-    made anew, as a constant of the graph.
+    Kept, for a GPU would have to finish all its work before each new copy. A graph gets its own.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _make_level_table(tuple(level_shapes), device)
     return _kept_level_table(tuple(level_shapes), device)
 
@@ -125,8 +128,8 @@ def _attend_by_grid(
         for level, grid, (height, width) in zip(levels, grids, level_shapes, strict=True)
     ]
     stacked = torch.cat(samples, dim=-1)  # [B*M, D, Q, L*P]
-    weights = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, -1)
-    assert stacked.shape[-1] == weights.shape[-1] == len(level_shapes) * points
+    samples_of_query = len(level_shapes) * points
+    weights = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, samples_of_query)
     output = (stacked * weights).sum(-1)  # [B*M, D, Q]
     return output.view(batch, heads * dim, queries).transpose(1, 2)
 

@@ -25,7 +25,8 @@ def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) ->
     batch, positions, heads, dim = value.shape
     index, shares = corners(levels, positions, locations, weights)
     rows = value.reshape(batch * positions * heads, dim)
-    return weighted_rows(rows, index, shares).view(batch, -1, heads * dim)
+    output = weighted_rows(rows, index, shares)
+    return output.view(batch, locations.shape[1], heads * dim)
 
 
 def corners(
@@ -43,7 +44,8 @@ def corners(
 
     height, width, start = map(along_samples, levels.int().unbind(1))  # [E] each
     size = torch.stack([width, height])[:, None]  # [2, 1, E]
-    at = locations.view(batch * queries, -1, 2).permute(2, 0, 1) * size.to(locations.dtype) - 0.5
+    places = locations.reshape(batch * queries, len(start), 2).permute(2, 0, 1)
+    at = places * size.to(places.dtype) - 0.5  # [2, B*Q, E], one row for x and one for y
     low = at.floor()
     beyond = at - low
     cell = torch.stack([low, low + 1]).int()  # [low or high, x or y, B*Q, E]
@@ -58,7 +60,7 @@ def corners(
     x, y = inside.unbind(1)  # [2, B*Q, E] each
     index = (y * (width * heads) + base)[:, None] + x * heads  # [2, 2, B*Q, E]
     x, y = share.unbind(1)
-    shares = (y * weights.reshape(batch * queries, -1))[:, None] * x
+    shares = (y * weights.reshape(batch * queries, len(start)))[:, None] * x
 
     def of_sum(corner: Tensor) -> Tensor:
         split = corner.view(4, batch * queries * heads, num_levels * points)
@@ -97,7 +99,7 @@ def weighted_rows_backward(
     for some, of_some, out in zip(
         index.split(block), grad.split(block), grad_weights.split(block), strict=True
     ):
-        picked = rows.index_select(0, some.flatten()).view(*some.shape, -1)
+        picked = rows.index_select(0, some.flatten()).view(*some.shape, rows.shape[1])
         torch.sum(picked.mul_(of_some[:, None]), dim=-1, out=out)
     return grad_rows, grad_weights
 
