@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 _ORDER = {
     "vidt": """
         images preprocessing deformable_gather deformable_triton deformable_attention windows ram
-        swin coat config epff
-        token_label decoder mask_vectors matcher without_neck model criterion distillation
-        coco_classes released weights_file published checkpoint pretrained convert predictor export
+        swin coat config epff token_label decoder mask_vectors matcher without_neck model criterion
+        distillation coco_classes released weights_file published checkpoint pretrained convert
+        predictor export
         """,
     "trainer": """
         settings config launch_check findings masks samples classes read_coco read_voc read_yolo
         readers dataset_check shapes datasets clock agreement report console pictures data optim
-        evaluation loss_log resume start step stopping train
+        evaluation loss_log resume start step stopping execution train
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset

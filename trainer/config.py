@@ -120,6 +120,17 @@ class TrainConfig:
     ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
+    compile: bool = field(
+        default=False,
+        metadata=_help(
+            "train through torch.compile; batches are padded to few sizes", group="Execution"
+        ),
+    )
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata=_help("less memory for a third more time: activations are computed twice"),
+    )
+
     eval_size: int = field(
         default=640,
         metadata=_help(

@@ -33,6 +33,7 @@ RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation s
 RELEASED_LADDER = (480, 800)  # short sides drawn from, in steps of 16
 RELEASED_CROP_RESIZE = (400, 500, 600)  # short sides before a crop
 RELEASED_CROP = (384, 600)  # sides of the crop
+NOISED_GRANULE = 16  # few numbers of denoising queries, so few shapes to compile
 NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
 
 
@@ -247,12 +248,13 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
 
 
 def noised_batch(targets: list[dict[str, Any]]) -> Tensor | None:
-    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the
-    middle. None without.
+    """The targets' `noised_boxes` as [B, N, 4], N a multiple of NOISED_GRANULE; places past an
+    image's own hold a box in the middle. None without.
     """
     if "noised_boxes" not in targets[0]:
         return None
-    return pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
+    boxes = pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
+    return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % NOISED_GRANULE), value=0.5)
 
 
 class EvaluationDataset(Dataset):

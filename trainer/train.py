@@ -31,6 +31,7 @@ from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.dataset_check import BadDataset
 from trainer.datasets import read_datasets, read_validation
 from trainer.evaluation import Evaluation, Interrupted, evaluate
+from trainer.execution import checkpoint_activations, compiled, compiled_side, keep_freed_memory
 from trainer.findings import format_findings, write_findings
 from trainer.launch_check import require_processes
 from trainer.loss_log import LossLog, NonFiniteLoss
@@ -88,8 +89,11 @@ def train(
         load_start(detector, config, class_names, agreement)
     teacher = load_teacher(config, model_config, accelerator, agreement)
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
+    if config.activation_checkpointing:
+        checkpoint_activations(detector)
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
+    in_steps = compiled(model) if config.compile else model  # evaluation has too many shapes
     parameters = list(model.parameters())
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config))
     criterion = criterion_for(model_config)
@@ -195,6 +199,9 @@ def train(
                 batches = micro_batches(dataset, config, state.n_iter_to_acc, steps, accelerator)
             window = [next(batches) for _ in range(state.n_iter_to_acc)]
             num_boxes, canvas, signum = agree_on(window, stop.signum, agreement)
+            if config.compile:
+                height, width = (compiled_side(side, config.eval_size) for side in canvas)
+                canvas = (height, width)
             if signum:
                 losses.check()
                 save_state()
@@ -204,7 +211,7 @@ def train(
             set_learning_rate(optimizer, rate)
             # All that is random in a step follows from its number: there is nothing to save.
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-            terms = gradients(model, criterion, accelerator, window, canvas, num_boxes, teacher)
+            terms = gradients(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher)
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
                 optimizer.zero_grad()
@@ -237,6 +244,8 @@ def make_accelerator() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     # Processes without an accelerator must be told so, or each believes that it is alone.
     cpu = not torch.accelerator.is_available()
+    if cpu:
+        keep_freed_memory()
     return Accelerator(cpu=cpu, kwargs_handlers=[patient], rng_types=[])
 
 

@@ -88,10 +88,9 @@ def _kernel_ran(device: torch.device) -> bool:
 def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
     """Height, width and first position of each level: [L, 3] int64.
 
-    Kept, for a GPU would have to finish all its work before each new copy. While compiling it is
-    made anew, as a constant of the graph.
+    Kept, for a GPU would have to finish all its work before each new copy. A graph gets its own.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _make_level_table(tuple(level_shapes), device)
     return _kept_level_table(tuple(level_shapes), device)
 

@@ -24,7 +24,7 @@ SIZES = ["num_rows", "queries", "positions"]  # they change from batch to batch
 
 
 @triton.jit
-def _cell(at, size, FLOAT: tl.constexpr):
+def _cell(at: Any, size: Any, FLOAT: tl.constexpr) -> Any:
     """The cell up or left of a place in 0..1, and how far beyond its centre that is."""
     x = at.to(FLOAT) * size.to(FLOAT) - 0.5
     # Far outside every cell is as good as another, but an int32 has to hold it. NaN remains in the
@@ -34,7 +34,7 @@ def _cell(at, size, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _share(beyond, far: tl.constexpr):
+def _share(beyond: Any, far: tl.constexpr) -> Any:
     """Of the cell itself or, if far, of the one after it."""
     if far:
         return beyond
@@ -44,14 +44,14 @@ def _share(beyond, far: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    value,
-    levels,
-    locations,
-    weights,
-    output,
-    num_rows,
-    queries,
-    positions,
+    value: Any,
+    levels: Any,
+    locations: Any,
+    weights: Any,
+    output: Any,
+    num_rows: Any,
+    queries: Any,
+    positions: Any,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -59,7 +59,7 @@ def _forward(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FLOAT: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < num_rows
     channel = tl.arange(0, CHANNELS)[None, :]
@@ -87,17 +87,17 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    grad,
-    value,
-    levels,
-    locations,
-    weights,
-    grad_value,
-    grad_locations,
-    grad_weights,
-    num_rows,
-    queries,
-    positions,
+    grad: Any,
+    value: Any,
+    levels: Any,
+    locations: Any,
+    weights: Any,
+    grad_value: Any,
+    grad_locations: Any,
+    grad_weights: Any,
+    num_rows: Any,
+    queries: Any,
+    positions: Any,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -105,7 +105,7 @@ def _backward(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FLOAT: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < num_rows
     channel = tl.arange(0, CHANNELS)[None, :]
