@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trainer.agreement import Agreement
 from trainer.data import (
+    NOISED_GRANULE,
     Augmentation,
     DetectionDataset,
     noise_boxes,
@@ -213,7 +214,7 @@ def test_noised_boxes_are_whole_copies_near_the_truth() -> None:
     none = noise_boxes(boxes[:0], 5, np.random.default_rng(0))
     assert none.shape == (0, 4)
     batch = noised_batch([{"noised_boxes": noised}, {"noised_boxes": none}])
-    assert isinstance(batch, Tensor) and batch.shape == (2, 2, 4)
+    assert isinstance(batch, Tensor) and batch.shape == (2, NOISED_GRANULE, 4)
     assert noised_batch([{"labels": boxes}]) is None
 
 

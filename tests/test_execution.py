@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import blurred, cpu, differences, end_of, environment, run, settings
+from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest, run, settings
 from torch import Tensor, nn
 
 from trainer.data import Augmentation
@@ -60,9 +60,8 @@ def test_a_model_is_one_graph(member: str) -> None:
     model = compiled(detector(member), backend="eager")  # fails at the first break
     ours = gradients_through(model, *batch())
     plain = gradients_through(detector(member), *batch())
-    assert ours.keys() == plain.keys()
-    for name, gradient in plain.items():
-        assert torch.allclose(ours[name], gradient, atol=1e-6), name
+    difference, worst = furthest(ours, plain)
+    assert difference < 1e-4, worst
 
 
 def test_a_graph_for_each_shape_and_no_more() -> None:
@@ -129,11 +128,12 @@ def test_freed_memory_is_used_again() -> None:
         "for _ in range(5): torch.ones(2**24)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
+    bare = {n: value for n, value in environment().items() if not n.startswith("MALLOC_")}
     faults = [
         int(
             subprocess.run(
                 [sys.executable, "-c", program.format(line)],
-                env=environment(THP_MEM_ALLOC_ENABLE="0"),
+                env=bare,
                 capture_output=True,
                 text=True,
                 check=True,
@@ -146,6 +146,14 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_mixed_precision_compiles_too() -> None:
     """Accelerate wraps the forward pass; that must not break the graph either."""
-    model = cpu(mixed_precision="bf16").prepare_model(detector("vidt"), evaluation_mode=True)
-    outputs = compiled(model.train(), backend="eager")(*batch())
-    assert outputs["pred_logits"].dtype == torch.float32
+    program = (
+        "import test_execution as here, torch\n"
+        "from accelerate import Accelerator\n"
+        "accelerator = Accelerator(cpu=True, mixed_precision='bf16')\n"
+        "model = accelerator.prepare_model(here.detector('vidt'), evaluation_mode=True)\n"
+        "outputs = here.compiled(model.train(), backend='eager')(*here.batch())\n"
+        "assert outputs['pred_logits'].dtype == torch.float32"
+    )
+    tests = str(Path(__file__).parent)
+    call = [sys.executable, "-c", program]
+    subprocess.run(call, env=environment(PYTHONPATH=tests), cwd=ROOT, check=True)

@@ -1,5 +1,5 @@
-"""How a model is run, without a change to what it computes: compiled, with activations computed anew,
-with memory that the process keeps.
+"""How a model is run, without a change to what it computes: compiled, with activations computed
+anew, with memory that the process keeps.
 """
 
 import ctypes
@@ -7,11 +7,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.utils.checkpoint import checkpoint
 
 from vidt import coat, decoder, swin
 
@@ -24,7 +20,7 @@ def keep_freed_memory() -> None:
     """Has the C library keep the memory that tensors leave, for the next ones.
 
     It would return large blocks to the system, and every step would pay for each page of them
-    anew: a seventh of a step on a CPU. Does nothing where there is no GNU C library.
+    anew. Does nothing where there is no GNU C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -36,15 +32,16 @@ def keep_freed_memory() -> None:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Blocks of the body and layers of the decoder keep their inputs only, and are computed again
-    in the backward pass: less memory for a third more time. Names of the weights do not change.
+    in the backward pass: less memory for a third more time.
+
+    Their forward is replaced, rather than they wrapped, so that weights keep their names. A copy
+    of the model made later would run the original's blocks.
     """
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=partial(
-            checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT
-        ),
-        check_fn=lambda module: isinstance(module, BLOCKS),
-    )
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.forward = partial(  # type: ignore[method-assign]
+                checkpoint, module.forward, use_reentrant=False
+            )
 
 
 def compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:

@@ -1,11 +1,11 @@
-"""Windows of a token map (Swin, arXiv 2103.14030, section 3.2): which token lies where, and attention
-inside them.
+"""Windows of a token map (Swin, arXiv 2103.14030, section 3.2): which token lies where, and
+attention inside them.
 
 Padding, the cyclic shift and the cut into windows are one table of places, made once for each grid,
 so that tokens move once on the way in and once on the way out.
 
-Letters: B batch, H x W grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T = window *
-window, W windows of an image.
+Letters: B batch, H x W grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T = window
+* window, W windows of an image.
 """
 
 from dataclasses import dataclass
@@ -174,7 +174,8 @@ def _attend(qkv: Tensor, bias: Tensor, windows: Windows, num_heads: int) -> Tens
     query, keys, values = parts.flatten(2, 3).unbind(0)  # [B, W*M, T, D]
     mask = (bias + windows.mask[:, None]).flatten(0, 1).to(query.dtype)  # [W*M, T, T]
     output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    return output.unflatten(1, (windows.count, num_heads)).transpose(2, 3).reshape(*qkv.shape[:2], -1)
+    output = output.unflatten(1, (windows.count, num_heads)).transpose(2, 3)  # [B, W, T, M, D]
+    return output.reshape(*qkv.shape[:2], -1)
 
 
 class _AttentionOnCPU(torch.autograd.Function):
