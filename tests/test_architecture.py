@@ -19,9 +19,9 @@ _ORDER = {
         coco_classes released weights_file published checkpoint pretrained convert predictor export
         """,
     "trainer": """
-        settings config launch_check findings masks samples classes read_coco read_voc read_yolo
-        readers dataset_check shapes datasets clock agreement report console pictures data optim
-        evaluation loss_log resume start step stopping train
+        whole_file settings config launch_check findings masks samples classes read_coco read_voc
+        read_yolo readers dataset_check shapes datasets clock agreement report console pictures data
+        optim evaluation loss_log resume start step stopping train
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset

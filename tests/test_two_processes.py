@@ -4,6 +4,7 @@ They are started once, by hand instead of by a launcher, so that each has an exi
 what they saw in two_processes.py is then looked at test by test.
 """
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from served import served
 from tiny_runs import (
     ROOT,
     Learnt,
@@ -200,10 +202,16 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
 
 
 def test_torchrun_evaluates_as_one_process_does(learnt: Learnt, tmp_path: Path) -> None:
-    """The command line, of weights that do find something."""
+    """The command line, of weights that do find something, from an address: one process fetches
+    them, the other waits.
+    """
+    content = learnt.weights.read_bytes()
     words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "tests/tiny_runs.py")]
-    flags = f"--eval --load_from {learnt.weights} --batch_size 3"
-    done = call([*words, *argv(learnt.data, tmp_path, flags)])
+    with served(content) as server:
+        address = f"{server.address}#sha256={hashlib.sha256(content).hexdigest()}"
+        flags = f"--eval --load_from {address} --batch_size 3"
+        done = call([*words, *argv(learnt.data, tmp_path, flags)], TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert server.requests == ["/weights.pth"]
     metrics = json.loads((tmp_path / "evaluation.json").read_text())
     assert metrics == pytest.approx(load_model(learnt.weights)[1].metrics, abs=1e-6)
