@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if nearest:
         terminalreporter.section("largest differences, of those allowed")
     for (test, what), (_, difference, allowed, case) in nearest.items():
-        terminalreporter.line(f"{test:<40} {what:<27} {difference:.1e} of {allowed:.1e}  {case}")
+        terminalreporter.line(f"{test:<40} {what:<36} {difference:.1e} of {allowed:.1e}  {case}")
 
 
 @pytest.fixture(scope="session")
