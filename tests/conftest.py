@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_plus import with_masks
 from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
@@ -90,6 +91,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training and five validation pictures of several sizes."""
     root = tmp_path_factory.mktemp("tiny")
     return write_coco(root, random_pictures(12, seed=0), random_pictures(5, seed=1))
+
+
+@pytest.fixture(scope="session")
+def masked_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures; every second object has a mask."""
+    return with_masks(tiny_data, tmp_path_factory.mktemp("masked") / "data")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from served import served
+from tiny_plus import PLUS, save_teacher, with_masks
 from tiny_runs import (
     ROOT,
     Learnt,
@@ -59,7 +60,10 @@ def write_scenes(folder: Path, learnt: Learnt) -> None:
     write_coco(folder / "data", random_pictures(12, 0), random_pictures(3, 1))
     # One picture of four has boxes: whichever process gets it, the other has none.
     bare = [Picture(64, 64, ()), *random_pictures(1, 0), Picture(48, 80, ()), Picture(64, 64, ())]
-    write_coco(folder / "bare", bare, bare[:1])
+    write_coco(folder / "no-masks", bare, bare[:1])
+    with_masks(folder / "no-masks", folder / "bare")
+    _, plus = settings(folder / "bare", folder, PLUS)
+    save_teacher(folder / "plus", plus)
     for count in VALIDATION:
         pictures = random_pictures(count, 0)
         write_coco(folder / f"val{count}", pictures, pictures)
@@ -126,6 +130,18 @@ def test_gradients_where_one_process_has_no_boxes(ended: Ended, tmp_path: Path) 
     alone = step_gradients(ended.folder / "bare", tmp_path, "--batch_size 4")
     for seen in ended.seen:
         for ours, theirs in zip(seen["gradients without boxes"], alone, strict=True):
+            assert furthest(ours, theirs)[0] < ROUNDING
+
+
+def test_gradients_of_all_parts_where_one_process_has_no_boxes(
+    ended: Ended, tmp_path: Path
+) -> None:
+    """ViDT+ with a teacher, in portions; every parameter has a gradient on both processes."""
+    flags = f"--batch_size 4 {PLUS} --distil_model_path {ended.folder}/plus"
+    alone = step_gradients(ended.folder / "bare", tmp_path, flags)
+    for seen in ended.seen:
+        found = seen["gradients of all parts without boxes"]
+        for ours, theirs in zip(found, alone, strict=True):
             assert furthest(ours, theirs)[0] < ROUNDING
 
 
