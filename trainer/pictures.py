@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from trainer.masks import RunLengths, decode, encode
-from trainer.report import write_whole
 from trainer.samples import SampleTable
+from trainer.whole_file import write_whole
 from vidt.images import read_image
 from vidt.predictor import Detections
 

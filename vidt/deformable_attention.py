@@ -202,8 +202,9 @@ class DeformableAttention(nn.Module):
         return self.output_proj(output)
 
     def _samples_first(self, source: Tensor, query: Tensor) -> bool:
+        _, positions, dim = source.shape
         return best_form(source.device) == "gather" and deformable_gather.sampling_first_pays(
-            *source.shape[1:], query.shape[1] * self.num_heads, self.num_levels * self.num_points
+            positions, dim, query.shape[1] * self.num_heads, self.num_levels * self.num_points
         )
 
     def _locations(
