@@ -51,7 +51,7 @@ def test_a_normaliser_of_each_portion_would_be_seen(
     whole = of_step(tiny_data, room, 1, "", 0)
     forward = SetCriterion.forward
 
-    def normalised_alone(self, outputs, targets, num_boxes, num_images):
+    def normalised_alone(self, outputs, targets, num_boxes):
         return forward(self, outputs, targets, max(sum(len(t["labels"]) for t in targets), 1) * 2)
 
     monkeypatch.setattr(SetCriterion, "forward", normalised_alone)
