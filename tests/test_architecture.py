@@ -20,8 +20,10 @@ _ORDER = {
         """,
     "trainer": """
         settings config launch_check findings masks samples classes read_coco read_voc read_yolo
-        readers dataset_check shapes datasets clock agreement report console pictures data optim
-        evaluation loss_log resume start step stopping train
+        readers dataset_check shapes datasets clock agreement scores mistakes plots report console
+        pictures worst_pictures data optim evaluation loss_log dataset_statistics environment
+        run_history page_parts page_curves page_results page_run report_page resume start step
+        stopping train
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset
