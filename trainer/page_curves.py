@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,14 +17,15 @@ from trainer.page_parts import (
     section,
     series_variable,
 )
-from trainer.plots import Axes, Series, lines, thinned
+from trainer.plots import NUM_SERIES, Axes, Series, lines, thinned
 from trainer.run_history import History
 
 NOTHING_YET = "No evaluation yet: this appears after the first one."
 
 
 def curves_section(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
-    cards = [_loss_card(history, rows), _precision_card(rows), _terms_card(history, rows)]
+    cards = [_loss_card(history, rows), _precision_card(rows)]
+    cards += [_terms_card(history, rows), _each_class_card(rows)]
     lead = "How the run went. Loss is computed on the training images, AP on the validation images."
     return section("curves", "Training curves", lead, grid(*cards))
 
@@ -34,11 +36,11 @@ def _loss_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
         series.append(
             Series("log lines", *thinned(history.steps, history.of("loss")), None, faint=True)
         )
-    evaluated = _column(rows, "loss")
-    if evaluated[0]:
-        series.append(Series("mean between evaluations", *evaluated, None, dots=True))
-    text = "Thin: the log lines of this start. Dots: the mean since the evaluation before. "
-    losses = evaluated[1]
+    steps, losses = _column(rows, "loss")
+    if steps:
+        middles = [(a + b) / 2 for a, b in pairwise([0.0, *steps])]
+        series.append(Series("mean between evaluations", middles, losses, None, dots=True))
+    text = "Thin: the log lines of this start. Dots: the mean between two evaluations. "
     if len(losses) >= 2:
         falling = losses[-1] < 0.98 * losses[-2]
         text += (
@@ -77,6 +79,29 @@ def _precision_card(rows: Sequence[Mapping[str, float]]) -> Html:
     return plot_card("Average precision", draw, text, legend_of(legend), nothing=NOTHING_YET)
 
 
+def _each_class_card(rows: Sequence[Mapping[str, float]]) -> Html:
+    last = rows[-1] if rows else {}
+    names = [name for name in last if name.startswith("ap50/") and _column(rows, name)[0]]
+    weakest = sorted(names, key=lambda name: _column(rows, name)[1][-1])[:NUM_SERIES]
+    shown = [name for name in names if name in weakest]  # in the order of the classes
+    series = [
+        Series(name, *_column(rows, name), place, dots=True) for place, name in enumerate(shown)
+    ]
+    legend = [
+        (name.removeprefix("ap50/"), series_variable(place), number(series[place].y[-1]))
+        for place, name in enumerate(shown)
+    ]
+    which = f"The {len(shown)} weakest classes. " if len(names) > len(shown) else ""
+    text = (
+        f"{which}Numbers are of the last evaluation. A class that stays at the bottom wants more "
+        "or better labels, one that still rises only time."
+    )
+    top = max((max(each.y) for each in series), default=0.0)
+    axes = Axes("optimiser steps", "", y_range=(0, min(1.02, max(0.1, 1.15 * top))), whole_x=True)
+    draw = lines(series, axes) if series else None
+    return plot_card("AP50 of each class", draw, text, legend_of(legend), nothing=NOTHING_YET)
+
+
 def _best_so_far(rows: Sequence[Mapping[str, float]]) -> str:
     _, scores = _column(rows, "map50")
     if not scores:
@@ -102,7 +127,7 @@ def _terms_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
         for name, column in columns.items()
         if name.startswith("loss_") and not re.search(r"_\d+$", name) and column[0]
     }
-    largest = sorted(terms, key=lambda name: -np.nanmean(terms[name][1]))[:6]
+    largest = sorted(terms, key=lambda name: -np.nanmean(terms[name][1]))[:NUM_SERIES]
     series = [
         Series(name, *terms[name], place, dots=len(rows) > 1) for place, name in enumerate(largest)
     ]

@@ -5,6 +5,7 @@ taken as it is. A page is one file: no script, nothing fetched.
 """
 
 import base64
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,6 +38,11 @@ def plain(value: object) -> Html:
     text = str(value).encode("utf-8", "backslashreplace").decode()
     shown = "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
     return Html(escape(shown))
+
+
+def with_flags(text: object) -> Html:
+    """Flags of the command line set apart, so that none is broken into two lines."""
+    return Html(re.sub(r"--[a-z_]+", r'<code class="flag">\g<0></code>', plain(text)))
 
 
 def joined(*parts: object) -> Html:
@@ -78,10 +84,12 @@ def plot_card(
     """A figure with its legend and a caption that says what one sees. Without anything to draw it
     says `nothing`.
     """
-    inside = element("div", nothing, class_="empty")
-    if draw is not None:
-        inside = element("div", Html(as_svg(draw, str(plain(title)))), class_="plot")
-    parts = (element("h3", title), legend, inside, element("figcaption", caption))
+    parts = [element("h3", title)]
+    if draw is None:
+        parts.append(element("div", nothing, class_="empty"))
+    else:
+        plot = element("div", Html(as_svg(draw, title)), class_="plot")
+        parts += [plot, plain(legend), element("figcaption", with_flags(caption))]
     return element("figure", *parts, class_="card wide section-card" if wide else "card")
 
 

@@ -25,12 +25,14 @@ from trainer.page_parts import (
     series_variable,
     table,
 )
-from trainer.plots import Axes, Series, bars, confusion_table, lines, shortened
+from trainer.plots import SMALL_TABLE, Axes, Series, bars, confusion_table, lines, shortened
 from trainer.report import Pair, class_names_in, is_score
 from trainer.samples import SampleTable
 from trainer.scores import ScoreCurve
 from trainer.worst_pictures import RIGHT, WRONG, caption
 
+MOST_PAIRS = 8  # of classes that are confused
+SHOWN_IMAGES = 6  # before the rest is folded away
 MOST_ROWS = 40  # of a table before the rest is folded away
 BOXES = "true boxes"
 SIZES = (("map_small", "small"), ("map_medium", "medium"), ("map_large", "large"))
@@ -90,7 +92,7 @@ def _recall_card(scored: Scored) -> Html:
         "A curve that ends early has boxes that are not found at any score: more training, a "
         "larger --eval_size, or more --det_token_num."
     )
-    draw = lines(series, axes, 300) if series else None
+    draw = lines(series, axes, 270) if series else None
     return plot_card(
         "Precision and recall", draw, text, legend_of(legend), nothing="No box was found."
     )
@@ -122,7 +124,7 @@ def _f1_card(scored: Scored) -> Html:
             f"{best.precision:.2f} and recall {best.recall:.2f}. ", text,
         )  # fmt: skip
     axes = Axes("threshold on the score", "F1", (0, 1.01), (0, 1.04))
-    draw = lines(series, axes, 300) if series else None
+    draw = lines(series, axes, 270) if series else None
     return plot_card(
         "F1 by threshold", draw, text, legend_of(legend), nothing="No box was found."
     )
@@ -134,7 +136,8 @@ def _has_points(curve: ScoreCurve) -> bool:
 
 def _falling_to_nothing(curve: ScoreCurve) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds and F1, from all that was found to nothing."""
-    return np.append(curve.thresholds[::-1], 1.0), np.append(curve.f1[::-1], 0.0)
+    thresholds, f1 = curve.thresholds[::-1], curve.f1[::-1]
+    return np.concatenate([[0], thresholds, [1]]), np.concatenate([f1[:1], f1, [0]])
 
 
 def _at(curve: ScoreCurve) -> str:
@@ -153,7 +156,7 @@ def _class_table(scored: Scored) -> Html:
     everything = _class_row(scored, diagnosis.together, "all classes, one threshold")
     text = "Of each class at its own best threshold. A threshold found on few boxes is a guess."
     first = table(head, rows[:MOST_ROWS], everything if len(rows) > 1 else None)
-    parts = [first, element("p", text, class_="muted")]
+    parts = [first, element("p", text, class_="note-below")]
     if len(rows) > MOST_ROWS:
         rest = f"the other {len(rows) - MOST_ROWS} classes"
         parts.append(folded(rest, table(head, rows[MOST_ROWS:])))
@@ -179,25 +182,46 @@ def _class_row(scored: Scored, curve: ScoreCurve, name: str) -> list[Cell]:
 def confusion_section(scored: Scored) -> Html:
     counts, rows, columns = condensed(scored.diagnosis)
     draw = confusion_table(counts, rows, columns) if counts.any() else None
-    lead = "What true boxes were taken for, each class from its best threshold on."
-    text = joined(
-        "A row is what is there, a column what it was found as; on the diagonal it is right. The "
+    lead = "What true boxes were taken for, with each class's best threshold."
+    text = (
+        "A row is what is there, a column what it was found as: on the diagonal it is right. The "
         "last column was not found, the last row was found where nothing is. The stronger a field, "
-        "the larger its share of its row. ",
-        _largest_confusion(counts, rows, columns),
+        "the larger its share of its row."
     )
-    inside = plot_card("", draw, text, wide=True, nothing="No box, neither true nor found.")
+    wide = len(rows) > SMALL_TABLE
+    nothing = "No box, neither true nor found."
+    cards = (plot_card("Counts", draw, text, wide=wide, nothing=nothing), _mixed_up(scored))
+    inside = joined(*cards) if wide else grid(*cards)
     return section("confusion", "Confusion matrix", lead, inside)
 
 
-def _largest_confusion(counts: np.ndarray, rows: list[str], columns: list[str]) -> Html:
-    between = counts[:-1, :-1].copy()
+def _mixed_up(scored: Scored) -> Html:
+    """The pairs of classes that are taken for each other most often."""
+    table_of_all, names = scored.diagnosis.confusion[:-1], scored.diagnosis.class_names
+    between = table_of_all[:, :-1].copy()
     np.fill_diagonal(between, 0)
-    if not between.any():
-        return Html("")
-    row, column = np.unravel_index(int(between.argmax()), between.shape)
-    text = f"{rows[row]} taken for {columns[column]} ({between[row, column]:,})"
-    return joined("Most often confused: ", element("b", text), ". Look at labels of these two.")
+    totals = table_of_all.sum(1)
+    order = np.argsort(-between, axis=None, kind="stable")[:MOST_PAIRS]
+    pairs = [divmod(int(place), len(names)) for place in order if between.flat[place]]
+    rows = [
+        [
+            Cell(names[true]),
+            Cell(names[found]),
+            Cell(f"{between[true, found]:,}", True),
+            Cell(f"{between[true, found] / totals[true]:.0%}", True),
+        ]
+        for true, found in pairs
+    ]
+    if not rows:
+        text = "No true box was taken for another class."
+        return card("Most often confused", element("div", text, class_="empty"))
+    head = [Cell("truth"), Cell("found as"), Cell("boxes", True), Cell("share", True)]
+    text = (
+        "Share is of the true boxes of that class. Look at labels of these pairs first: people "
+        "often confuse what a detector confuses."
+    )
+    note = element("p", text, class_="note-below")
+    return element("div", card("Most often confused", table(head, rows), note), class_="beside")
 
 
 def sizes_section(scored: Scored, by_size: tuple[int, int, int]) -> Html:
@@ -261,13 +285,13 @@ def worst_section(scored: Scored, samples: SampleTable) -> Html:
             for what, image in zip(("truth", "prediction"), pair, strict=True)
         ]
         text = element("figcaption", element("b", caption(judged)), " ", name)
-        figures.append(
-            element("figure", text, element("div", *halves, class_="pair"), class_="card")
-        )
-    inside = element("div", *figures, class_="worst")
+        inside = joined(text, element("div", *halves, class_="pair"))
+        figures.append(element("figure", inside, class_="card section-card"))
+    first, rest = figures[:SHOWN_IMAGES], figures[SHOWN_IMAGES:]
     if not figures:
-        inside = element("div", "No image with a mistake that can be shown.", class_="empty")
-    return section("worst", "Worst images", lead, inside)
+        first = [element("div", "No image with a mistake that can be shown.", class_="empty")]
+    more = folded(f"{len(rest)} more", *rest) if rest else ""
+    return section("worst", "Worst images", lead, *first, more)
 
 
 def remarks(scored: Scored) -> list[Html]:
@@ -278,7 +302,7 @@ def remarks(scored: Scored) -> list[Html]:
 def _extreme_classes(scored: Scored) -> list[Html]:
     scores = {name: scored.score(f"ap50/{name}") for name in class_names_in(scored.metrics)}
     known = {name: value for name, value in scores.items() if is_score(value)}
-    if len(known) < 2:
+    if len(known) < 2 or not any(known.values()):
         return []
     weakest, strongest = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     low, high = element("b", weakest), element("b", strongest)
@@ -304,7 +328,7 @@ def _missed_and_false(scored: Scored) -> list[Html]:
 
 def _worst_size(scored: Scored) -> list[Html]:
     known = {text: scored.score(key) for key, text in SIZES if is_score(scored.score(key))}
-    if len(known) < 2:
+    if len(known) < 2 or not any(known.values()):
         return []
     low = min(known, key=known.__getitem__)
     return [plain(f"Of the sizes, {low} objects are found worst (AP {known[low]:.2f}).")]

@@ -219,7 +219,7 @@ def time_section(history: History) -> Html:
     if speed:
         points = thinned(history.steps, history.of("images_per_second"))
         axes = Axes("optimiser steps", "", y_range=(0, 1.15 * max(speed)), whole_x=True)
-        draw = lines([Series("images/s", *points)], axes, 220)
+        draw = lines([Series("images/s", *points)], axes, 190)
     text = (
         "Images a second over all processes, loading included. Dips that come back are evaluations "
         "and saves; a curve that stays low while the device idles wants more --num_workers."

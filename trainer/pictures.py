@@ -207,8 +207,11 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark], scale: float) -> Image
     labels: list[Label] = []
     for mark in sorted(marks, key=lambda each: not each.quiet):
         box = _inside(mark.box * scale, size)
-        draw.rectangle(_grown(box, 1), outline="#000000", width=line + (0 if mark.quiet else 2))
-        draw.rectangle(box, outline=mark.colour, width=line - (1 if mark.quiet else 0))
+        if mark.quiet:
+            draw.rectangle(box, outline=mark.colour, width=line - 1)
+        else:
+            draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
+            draw.rectangle(box, outline=mark.colour, width=line)
         if mark.text:
             labels.append((box, mark.text, mark.colour))
     _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))

@@ -8,7 +8,9 @@ is drawn, not before. Sizes are in pixels of the page.
 import io
 import logging
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, TypeAlias
@@ -16,9 +18,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-WIDTH = 440  # of a figure, in pixels of the page
+WIDTH = 380  # of a figure, in pixels of the page
 NUM_SERIES = 6  # colours that are told apart, also by most colour-blind eyes; then one of the rest
 LONGEST_LABEL = 18  # characters
+SMALL_TABLE = 6  # rows of a table that leaves room beside it
 
 Figure: TypeAlias = Any  # matplotlib's, which must not be imported here
 
@@ -93,7 +96,7 @@ def as_picture(draw: Callable[[Theme], Figure]) -> Image.Image:
     return Image.open(encoded).convert("RGB")
 
 
-def lines(series: Sequence[Series], axes: Axes, height: int = 260) -> Callable[[Theme], Figure]:
+def lines(series: Sequence[Series], axes: Axes, height: int = 232) -> Callable[[Theme], Figure]:
     """Lines over a common axis."""
 
     def draw(theme: Theme) -> Figure:
@@ -117,7 +120,7 @@ def shares(
     filled: Sequence[float],
     outlined: Sequence[float] | None,
     axes: Axes,
-    height: int = 240,
+    height: int = 216,
 ) -> Callable[[Theme], Figure]:
     """Two histograms over the same bins [n + 1]: one filled, one as a line; heights [n]."""
 
@@ -173,10 +176,11 @@ def confusion_table(
     """Counts [rows, columns] as a table: the stronger a field, the larger its share of its row."""
 
     def draw(theme: Theme) -> Figure:
-        cell = 44 if len(rows) <= 8 else 36
-        left, top = _margin(rows) + 22, _margin(columns) * 0.72 + 26
-        height, width = cell * len(rows) + top + 10, cell * len(columns) + left + 10
-        figure, plot = _figure(theme, width, height, left=left, top=top, bottom=10, right=10)
+        cell = 48 if len(rows) <= SMALL_TABLE else 38
+        left, top = _margin(rows) + 18, _margin(columns) * 0.72 + 22
+        right = _margin(columns) * 0.72
+        height, width = cell * len(rows) + top + 6, cell * len(columns) + left + right
+        figure, plot = _figure(theme, width, height, left=left, top=top, bottom=6, right=right)
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
         for row, column in np.ndindex(*table.shape):
             _field(plot, (column, row), share[row, column], int(table[row, column]), theme)
@@ -204,36 +208,42 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[li
     return means[0], means[1]
 
 
-def _settings(theme: Theme) -> Any:
-    # A class in a script that its font lacks is drawn by the page's; no warning a glyph.
+@contextmanager
+def _settings(theme: Theme) -> Iterator[None]:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
 
-    return matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "a page looks the same whenever it is made",
-            "text.parse_math": False,  # "$" is a letter
-            "font.family": "DejaVu Sans",
-            "font.size": 10.5,
-            "text.color": theme.ink,
-            "axes.edgecolor": theme.line,
-            "axes.labelcolor": theme.muted,
-            "xtick.color": theme.line,
-            "ytick.color": theme.line,
-            "xtick.labelcolor": theme.muted,
-            "ytick.labelcolor": theme.muted,
-            "axes.facecolor": "none",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.axisbelow": True,
-            "grid.color": theme.line,
-            "grid.linewidth": 0.8,
-            "lines.solid_capstyle": "round",
-            "lines.solid_joinstyle": "round",
-        }
-    )
+    with warnings.catch_warnings(), matplotlib.rc_context(_style(theme)):
+        # Text in a script that this font lacks is drawn by the page's.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
+def _style(theme: Theme) -> Any:
+    """Of matplotlib's own settings those that are other than its defaults."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "a page looks the same whenever it is made",
+        "text.parse_math": False,  # "$" is a letter
+        "font.family": "DejaVu Sans",
+        "font.size": 10.5,
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.line,
+        "axes.labelcolor": theme.muted,
+        "xtick.color": theme.line,
+        "ytick.color": theme.line,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.axisbelow": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.8,
+        "lines.solid_capstyle": "round",
+        "lines.solid_joinstyle": "round",
+    }
 
 
 def _figure(
@@ -260,7 +270,7 @@ def _figure(
 
 
 def _set_axes(plot: Any, axes: Axes, theme: Theme) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     plot.grid(axis="y")
     plot.set(xlabel=axes.x)
@@ -270,23 +280,25 @@ def _set_axes(plot: Any, axes: Axes, theme: Theme) -> None:
     if axes.log_x:
         plot.set_xscale("log", base=2)
         plot.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        plot.xaxis.set_minor_locator(MaxNLocator(1))
+        plot.xaxis.set_minor_locator(NullLocator())
     if axes.log_y:
         plot.set_yscale("log")
         plot.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         plot.yaxis.set_minor_formatter(lambda value, _: "")
     if axes.whole_x:
-        plot.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        plot.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if axes.x_range:
         plot.set_xlim(axes.x_range)
+    if axes.whole_x and not axes.x_range:
+        plot.set_xlim(left=0)
     if axes.y_range:
         plot.set_ylim(axes.y_range)
     for x, text in axes.guides:
         plot.axvline(x, color=theme.muted, lw=1, ls=(0, (3, 3)))
-        where = {"xy": (x, 1), "xycoords": ("data", "axes fraction")}
-        plot.annotate(
-            text, **where, xytext=(4, -9), textcoords="offset points", color=theme.muted, size=9.5
-        )
+        left_of_it = axes.x_range is not None and x > sum(axes.x_range) / 2
+        place = {"xytext": (-4 if left_of_it else 4, -9), "textcoords": "offset points"}
+        style = {"color": theme.muted, "size": 9.5, "ha": "right" if left_of_it else "left"}
+        plot.annotate(text, (x, 1), xycoords=("data", "axes fraction"), **place, **style)
 
 
 def _field(plot: Any, corner: tuple[int, int], share: float, count: int, theme: Theme) -> None:
@@ -324,7 +336,7 @@ def shortened(name: str, longest: int = LONGEST_LABEL) -> str:
 def _margin(names: Sequence[str]) -> float:
     """Room for labels, in pixels; wide scripts take two letters' place."""
     widths = [sum(2 if ord(letter) > 0x2E7F else 1 for letter in name) for name in _short(names)]
-    return 18 + 6.6 * max([*widths, 4])
+    return 16 + 6.3 * max([*widths, 4])
 
 
 def _for_a_page(svg: str, size: tuple[int, int], description: str) -> str:
@@ -335,7 +347,7 @@ def _for_a_page(svg: str, size: tuple[int, int], description: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*|font-family: [^;\"]*; ?", _font_size, svg)
     svg = re.sub("|".join(VARIABLES), lambda found: VARIABLES[found[0]], svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     head = (
