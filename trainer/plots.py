@@ -298,7 +298,7 @@ def _set_axes(plot: Any, axes: Axes, theme: Theme) -> None:
         left_of_it = axes.x_range is not None and x > sum(axes.x_range) / 2
         place = {"xytext": (-4 if left_of_it else 4, -9), "textcoords": "offset points"}
         style = {"color": theme.muted, "size": 9.5, "ha": "right" if left_of_it else "left"}
-        plot.annotate(text, (x, 1), xycoords=("data", "axes fraction"), **place, **style)
+        plot.annotate(shortened(text), (x, 1), xycoords=("data", "axes fraction"), **place, **style)
 
 
 def _field(plot: Any, corner: tuple[int, int], share: float, count: int, theme: Theme) -> None:
@@ -350,8 +350,9 @@ def _for_a_page(svg: str, size: tuple[int, int], description: str) -> str:
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
+    label = escape(shortened(description, 80))
     head = (
-        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(description)}" '
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}" '
         f'style="--natural: {size[0]}px" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return head + svg[svg.index(">") + 1 :].strip()
