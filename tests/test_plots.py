@@ -16,6 +16,7 @@ from trainer.plots import (
     NUM_SERIES,
     Axes,
     Series,
+    Theme,
     as_picture,
     as_svg,
     bars,
@@ -72,6 +73,14 @@ def test_a_script_that_the_font_lacks_is_left_to_the_page() -> None:
         warnings.simplefilter("error")
         svg = as_svg(bars(["\u7269\u4f53"], [[1.0]], "{:.0f}".format), "a plot")
     assert "\u7269\u4f53" in svg
+
+
+def test_lines_end_within_their_axes() -> None:
+    """The last point lies in the last tenth of the axis, not far beyond it."""
+    draw = lines([Series("a", [400.0, 900.0], [0.2, 0.4])], Axes(whole_x=True))
+    figure = draw(Theme())
+    left, right = figure.axes[0].get_xlim()
+    assert left == 0 and 900 <= right <= 1000
 
 
 def test_the_same_plot_is_the_same_text() -> None:

@@ -212,6 +212,15 @@ def test_a_resumed_run_shows_the_evaluations_of_both_starts(
     assert "after step 30, epoch 3 (not the best of the run)" in words
 
 
+def test_a_resumed_run_leaves_the_page_until_it_has_evaluated(
+    val: SampleTable, tmp_path: Path
+) -> None:
+    facts = facts_of(tmp_path, (val, val))
+    before = page_of_run(tmp_path, facts, events_of_a_run(val, (0.3,)))
+    later = [each for each in events_of_a_run(val, (0.5,), first_step=10) if not each.diagnosis]
+    assert page_of_run(tmp_path, facts, later).text == before.text
+
+
 def test_what_is_shown_is_of_the_best_evaluation(val: SampleTable, tmp_path: Path) -> None:
     words = page_of_run(
         tmp_path, facts_of(tmp_path, (val, val)), events_of_a_run(val, (0.9, 0.2))

@@ -137,7 +137,8 @@ def _has_points(curve: ScoreCurve) -> bool:
 def _falling_to_nothing(curve: ScoreCurve) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds and F1, from all that was found to nothing."""
     thresholds, f1 = curve.thresholds[::-1], curve.f1[::-1]
-    return np.concatenate([[0], thresholds, [1]]), np.concatenate([f1[:1], f1, [0]])
+    ends = thresholds[-1:]
+    return np.concatenate([[0], thresholds, ends, [1]]), np.concatenate([f1[:1], f1, [0, 0]])
 
 
 def _at(curve: ScoreCurve) -> str:

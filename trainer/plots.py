@@ -110,6 +110,8 @@ def lines(series: Sequence[Series], axes: Axes, height: int = 232) -> Callable[[
             plot.plot(each.x, each.y, **style)
             if each.mark is not None:
                 plot.plot(*each.mark, "o", ms=8, mfc=colour, mec=theme.card, mew=2, zorder=5)
+        if axes.whole_x and not axes.x_range:
+            plot.set_xlim(left=0)  # only now: it ends the search for limits that show all
         return figure
 
     return draw
@@ -289,8 +291,6 @@ def _set_axes(plot: Any, axes: Axes, theme: Theme) -> None:
         plot.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if axes.x_range:
         plot.set_xlim(axes.x_range)
-    if axes.whole_x and not axes.x_range:
-        plot.set_xlim(left=0)
     if axes.y_range:
         plot.set_ylim(axes.y_range)
     for x, text in axes.guides:

@@ -70,7 +70,7 @@ class ReportPage:
     breaks off sends no "end".
 
     The classes, confusions and images shown are those of the best evaluation of this start, whose
-    weights are kept.
+    weights are kept. Until a resumed run has evaluated, the page of the start before is left.
     """
 
     def __init__(self, facts: RunFacts, clock: Callable[[], float] = time.monotonic) -> None:
@@ -110,6 +110,8 @@ class ReportPage:
         began = self._clock()
         self._behind = False
         facts, history, scored = self._facts, self._history, self._scored
+        if scored is None and history.first_step and (facts.folder / PAGE_NAME).exists():
+            return
         _write_guarded(facts, lambda: render_training(facts, history, scored, state))
         self._written = self._clock()
         self._cost = self._written - began
