@@ -292,8 +292,10 @@ def test_the_command_line_leaves_a_page(learnt: Learnt, room: Path) -> None:
     page = Page(room / "report.html")
     page.check(RESULTS | ALWAYS | {"curves"})
     assert "finished at step 2 of 2" in page.words_shown and "swin_test" in page.words_shown
-    other = room / "eval"
-    assert main_here(argv(learnt.data, other, f"--eval --load_from {learnt.weights}")) == 0
-    page = Page(other / "report.html")
-    page.check(RESULTS | ALWAYS)
-    assert "--with_box_refine" in page.words_shown
+    before = page.text
+    for folder, name in ((room / "other", "report.html"), (room, "evaluation.html")):
+        assert main_here(argv(learnt.data, folder, f"--eval --load_from {learnt.weights}")) == 0
+        page = Page(folder / name)
+        page.check(RESULTS | ALWAYS)
+        assert "--with_box_refine" in page.words_shown
+    assert (room / "report.html").read_text(encoding="utf-8") == before

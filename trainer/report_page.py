@@ -46,6 +46,8 @@ from trainer.worst_pictures import worst_pictures
 from vidt.config import ViDTConfig
 
 PAGE_NAME = "report.html"
+BESIDE_A_TRAINING = "evaluation.html"  # of an evaluation in the folder of a training
+METRICS_NAME = "metrics.csv"
 SHARE = 0.02  # of a run's time that pages may take before its end
 FIRST_AFTER = 30.0  # seconds; a run shorter than that has one page, at its end
 
@@ -110,9 +112,10 @@ class ReportPage:
         began = self._clock()
         self._behind = False
         facts, history, scored = self._facts, self._history, self._scored
-        if scored is None and history.first_step and (facts.folder / PAGE_NAME).exists():
+        path = facts.folder / PAGE_NAME
+        if scored is None and history.first_step and path.exists():
             return
-        _write_guarded(facts, lambda: render_training(facts, history, scored, state))
+        _write_guarded(path, lambda: render_training(facts, history, scored, state))
         self._written = self._clock()
         self._cost = self._written - began
 
@@ -145,7 +148,7 @@ def write_evaluation_page(
     accelerator: Accelerator,
     seconds: float,
 ) -> None:
-    """The page of `--eval`, which took so many seconds."""
+    """The page of `--eval`, which took so many seconds; that of a training is left alone."""
     settings = resolved(config, asdict(model_config))
     environment = environment_of(accelerator)
     facts = RunFacts(Path(config.output_dir), settings, (val_set,), findings, environment)
@@ -157,20 +160,27 @@ def write_evaluation_page(
         scored = Scored(evaluation.metrics, diagnosis, worst, what)
         return render_evaluation(facts, scored, seconds)
 
-    _write_guarded(facts, render)
+    trained = (facts.folder / METRICS_NAME).exists()
+    path = facts.folder / (BESIDE_A_TRAINING if trained else PAGE_NAME)
+    if _write_guarded(path, render):
+        logger.info(f"all on one page: {path}")
 
 
-def _write_guarded(facts: RunFacts, render: Callable[[], str]) -> None:
-    """What goes wrong is a line of the log: a run matters more than its page."""
+def _write_guarded(path: Path, render: Callable[[], str]) -> bool:
+    """Whether it was written. What goes wrong is a line of the log: a run matters more than its
+    page.
+    """
     try:
-        write_whole(facts.folder / PAGE_NAME, render().encode())
+        write_whole(path, render().encode())
     except Exception as error:
-        logger.warning(f"{PAGE_NAME} could not be written: {type(error).__name__}: {error}")
+        logger.warning(f"{path} could not be written: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def render_training(facts: RunFacts, history: History, scored: Scored | None, state: str) -> str:
     """The page as text; state: running, finished or stopped."""
-    rows = evaluations_in(facts.folder / "metrics.csv")
+    rows = evaluations_in(facts.folder / METRICS_NAME)
     last = history.last
     where = ""
     if last is not None:
