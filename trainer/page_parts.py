@@ -93,19 +93,13 @@ def plot_card(
     return element("figure", *parts, class_="card wide section-card" if wide else "card")
 
 
-def legend_of(entries: Sequence[tuple[str, str, str]], *, thin: bool = False) -> Html:
-    """Name, CSS variable and a remark of each colour."""
-    items = [
-        element(
-            "li",
-            element("i", class_="thin" if thin else "", style=f"--colour: var(--{variable})"),
-            element("b" if not remark else "div", name, " ", element("span", remark))
-            if remark
-            else name,
-        )
-        for name, variable, remark in entries
-    ]
-    return element("ul", *items, class_="legend")
+def legend_of(entries: Sequence[tuple[str, str, str]]) -> Html:
+    """Name, CSS variable and a remark of each colour; nothing without any."""
+    items = []
+    for name, variable, remark in entries:
+        swatch = element("i", style=f"--colour: var(--{variable})")
+        items.append(element("li", swatch, element("div", name, " ", element("span", remark))))
+    return element("ul", *items, class_="legend") if items else Html("")
 
 
 def series_variable(number: int | None) -> str:
