@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"{'queries':>7} {'images':>6} {'objects':>7} {'costs ms':>9} {'matching':>9} {'whole':>9}")
+    print(f"{'queries':>7} {'images':>6} {'objects':>7} ", end="")
+    print(f"{'costs ms':>9} {'matching':>9} {'whole':>9}")
     results = []
     for case in (Case(*sizes) for sizes in product(given.queries, given.images, given.objects)):
         result = measure(case, torch.device(given.device), given.repeat)

@@ -28,6 +28,7 @@ from tiny_runs import (
     differences,
     environment,
     furthest,
+    numbers_of,
     program,
     random_pictures,
     settings,
@@ -150,15 +151,17 @@ def test_every_image_is_scored_once(ended: Ended, learnt: Learnt) -> None:
     model, info = load_model(learnt.weights)
     for count in VALIDATION:
         config, fields = settings(ended.folder / f"val{count}", ended.folder)
-        alone = evaluate(
-            model,
-            tables(config, fields)[1],
-            info.preprocessing,
-            cpu(),
-            Agreement(cpu()),
-            batch_size=2,
-            num_workers=0,
-        ).metrics
+        alone = numbers_of(
+            evaluate(
+                model,
+                tables(config, fields)[1],
+                info.preprocessing,
+                cpu(),
+                Agreement(cpu()),
+                batch_size=2,
+                num_workers=0,
+            )
+        )
         assert 0 < alone["map"] < 1
         for seen in ended.seen:
             for metrics in seen["evaluations"][count]:

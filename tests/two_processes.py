@@ -18,6 +18,7 @@ from tiny_runs import (
     differences,
     end_of,
     gradients_of_step,
+    numbers_of,
     run,
     settings,
     swapped,
@@ -68,22 +69,26 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def evaluations(folder: Path) -> dict[int, list[dict[str, float]]]:
-    """Metrics of the learnt weights by number of validation images, for batches of 1, 2 and 5."""
+    """What `numbers_of` says of the learnt weights by number of validation images, for batches of
+    1, 2 and 5.
+    """
     model, info = load_model(folder / "learnt.safetensors")
     metrics: dict[int, list[dict[str, float]]] = {}
     for count in VALIDATION:
         data = folder / f"val{count}"
         _, val_set = tables(*settings(data, folder))
         metrics[count] = [
-            evaluate(
-                model,
-                val_set,
-                info.preprocessing,
-                cpu(),
-                Agreement(cpu()),
-                batch_size=batch_size,
-                num_workers=0,
-            ).metrics
+            numbers_of(
+                evaluate(
+                    model,
+                    val_set,
+                    info.preprocessing,
+                    cpu(),
+                    Agreement(cpu()),
+                    batch_size=batch_size,
+                    num_workers=0,
+                )
+            )
             for batch_size in (1, 2, 5)
         ]
     return metrics

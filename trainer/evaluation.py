@@ -10,7 +10,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from torchvision.ops import clip_boxes_to_image
 from trainer.agreement import Agreement
 from trainer.data import EvaluationDataset, leave_signals_to_the_parent
 from trainer.masks import RunLengths, areas_of, as_coco, encode, rectangle
+from trainer.mistakes import Diagnosis, diagnose
 from trainer.report import COCO_NUMBERS
 from trainer.samples import Sample, SampleTable
+from trainer.scores import Share
 from vidt.predictor import Detections, decode_for
 from vidt.preprocessing import Preprocessing, canvas_batches, pad_batch
 
@@ -36,8 +38,6 @@ STATS = (
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
-# Some images by index, and what pycocotools says of each.
-Share: TypeAlias = tuple[list[int], list[dict | None]]
 
 
 class Interrupted(Exception):
@@ -57,6 +57,7 @@ class Evaluation:
     metrics: dict[str, float]
     detections: dict[int, Detections]
     unreadable: int
+    diagnosis: Diagnosis
     masks: dict[int, list[RunLengths]] = field(default_factory=dict)
 
 
@@ -108,11 +109,12 @@ def evaluate(
     indices = sorted(index for batch in mine for index in batch)
     shares = agreement.gather_objects(score_images(samples, indices, detections))
     metrics = summarise(samples, shares)
+    diagnosis = diagnose(samples, indices, detections, masks, shares, agreement)
     if scores_masks:
         shares = agreement.gather_objects(score_images(samples, indices, detections, masks))
         metrics |= summarise_masks(samples, shares)
     unreadable = int(agreement.gather(len(indices) - len(detections))[:, 0].sum())
-    return Evaluation(metrics, detections, unreadable, masks)
+    return Evaluation(metrics, detections, unreadable, diagnosis, masks)
 
 
 @torch.no_grad()

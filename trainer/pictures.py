@@ -179,32 +179,57 @@ def _enlargement(image: Image.Image) -> float:
     return max(1.0, MIN_SIDE / max(image.size))
 
 
-def _drawn(
-    image: Image.Image, boxes: _Boxes, class_names: Sequence[str], scale: float
-) -> Image.Image:
-    """Scaled first and drawn on afterwards, so that lines and text keep their size."""
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A box to draw, xyxy in pixels of its image, with a text unless that is empty; `quiet` ones
+    stay behind the others.
+    """
+
+    box: np.ndarray  # [4]
+    text: str
+    colour: str
+    mask: RunLengths | None = None
+    quiet: bool = False
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark], scale: float) -> Image.Image:
+    """A scaled copy with marks on it, the last on top. Scaled first and drawn on afterwards, so
+    that lines and text keep their size.
+    """
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
-    if boxes.masks is not None:
-        for i in order:
-            colour = class_colour(boxes.labels[i])
-            _tint(canvas, boxes.masks[i], (image.height, image.width), colour)
+    for mark in marks:
+        if mark.mask is not None:
+            _tint(canvas, mark.mask, (image.height, image.width), mark.colour)
     draw = ImageDraw.Draw(canvas)
     longest = max(size)
     line = max(3, round(longest / 250))
     labels: list[Label] = []
+    for mark in sorted(marks, key=lambda each: not each.quiet):
+        box = _inside(mark.box * scale, size)
+        if mark.quiet:
+            draw.rectangle(box, outline=mark.colour, width=line - 1)
+        else:
+            draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
+            draw.rectangle(box, outline=mark.colour, width=line)
+        if mark.text:
+            labels.append((box, mark.text, mark.colour))
+    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
+    return canvas
+
+
+def _drawn(
+    image: Image.Image, boxes: _Boxes, class_names: Sequence[str], scale: float
+) -> Image.Image:
+    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
+    marks = []
     for i in order:  # the surest last, on top
-        box = _inside(boxes.boxes[i] * scale, size)
-        colour = class_colour(boxes.labels[i])
-        draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
-        draw.rectangle(box, outline=colour, width=line)
         text = class_text(boxes.labels[i], class_names)
         if boxes.scores is not None:
             text += f" {boxes.scores[i]:.2f}"
-        labels.append((box, text, colour))
-    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
-    return canvas
+        mask = None if boxes.masks is None else boxes.masks[i]
+        marks.append(Mark(boxes.boxes[i], text, class_colour(boxes.labels[i]), mask))
+    return draw_marks(image, marks, scale)
 
 
 def _tint(canvas: Image.Image, mask: RunLengths, size: tuple[int, int], colour: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +38,13 @@ from trainer.loss_log import LossLog, NonFiniteLoss
 from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
 from trainer.pictures import compare, comparisons, save_picture, truth_beside_prediction
 from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
+from trainer.report_page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.resume import RunState
 from trainer.samples import SampleTable
 from trainer.start import find_checkpoint, load_detector, load_start, load_teacher, restore
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
+from trainer.worst_pictures import worst_pictures
 from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.config import ViDTConfig
 from vidt.criterion import criterion_for
@@ -168,6 +171,8 @@ def train(
                 weights=output / "last.safetensors",
                 best=best,
                 pictures=[compare(pair, class_names) for pair in pairs],
+                diagnosis=evaluation.diagnosis,
+                worst=worst_pictures(val_set, evaluation.diagnosis.worst),
                 message=unreadable_message(evaluation),
             )
 
@@ -292,15 +297,18 @@ def train_from_settings(
         "predictions.jpg",
         "metrics.csv",
         "config.yaml",
+        PAGE_NAME,
     )
     with contextlib.ExitStack() as open_files:
         reports: list[Report] = []
         if accelerator.is_main_process:
             console = Console(files={Path(name).stem: output / name for name in names})
             events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
-            for each in (console, events):
+            page = page_of_training(config, model_fields, train_set, val_set, accelerator)
+            for each in (console, events, page):
                 open_files.callback(each.close)
-            reports = [console, CsvLog(output / "metrics.csv"), events]
+            # The page is made from metrics.csv, and the console names it in the end.
+            reports = [CsvLog(output / "metrics.csv"), events, page, console]
         report = fan_out(*reports)
         train(config, model_fields, train_set, val_set, report, accelerator=accelerator)
 
@@ -344,6 +352,7 @@ def evaluate_only(
     )
     if findings:
         logger.info(format_findings(findings))
+    began = time.monotonic()
     evaluation = evaluate(
         accelerator.prepare_model(model, evaluation_mode=True),
         val_set,
@@ -358,6 +367,11 @@ def evaluate_only(
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         (output / "evaluation.json").write_text(json.dumps(evaluation.metrics, indent=1))
+        config = replace(config, eval_size=preprocessing.eval_size)
+        seconds = time.monotonic() - began
+        write_evaluation_page(
+            config, info.config, val_set, findings, evaluation, accelerator, seconds
+        )
 
 
 def fail(message: str, code: int) -> None:
