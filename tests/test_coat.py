@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidt import SetCriterion, ViDT, ViDTConfig
-from vidt.coat import COAT_VARIANTS, Block, CoatBody
+from vidt.coat import Block, CoatBody
 from vidt.convert import released_name, released_vidt
 from vidt.criterion import log_values
 from vidt.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
+from vidt.variants import COAT_VARIANTS
 
 VARIANT = "vidt_coat_lite_tiny"
 

@@ -25,7 +25,7 @@ from trainer.settings import (
     read_yaml,
     settings_of,
 )
-from vidt.model import ViDTConfig
+from vidt.config import ViDTConfig
 from vidt.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
