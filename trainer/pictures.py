@@ -16,7 +16,8 @@ from torch import Tensor
 from trainer.masks import RunLengths, decode, encode
 from trainer.report import write_whole
 from trainer.samples import SampleTable
-from vidt.drawing import Label, class_colour, class_text, draw_boxes_on, tint
+from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
+from vidt.drawing import write_labels as _write_labels
 from vidt.images import read_image
 from vidt.predictor import Detections
 
@@ -156,24 +157,43 @@ def _drawn(
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
-    for i in order if boxes.masks is not None else ():
-        mask = decode([boxes.masks[i]], (image.height, image.width))[0]  # type: ignore[index]
-        tint(canvas, mask.numpy(), class_colour(boxes.labels[i]))
+    if boxes.masks is not None:
+        for i in order:
+            colour = class_colour(boxes.labels[i])
+            _tint(canvas, boxes.masks[i], (image.height, image.width), colour)
+    draw = ImageDraw.Draw(canvas)
     longest = max(size)
-    draw_boxes_on(
-        canvas,
-        [_label(boxes, i, class_names, scale) for i in order],  # the surest last, on top
-        line=max(3, round(longest / 250)),
-        font_size=max(12, round(longest / 45)),
-    )
+    line = max(3, round(longest / 250))
+    labels: list[Label] = []
+    for i in order:  # the surest last, on top
+        box = _inside(boxes.boxes[i] * scale, size)
+        colour = class_colour(boxes.labels[i])
+        draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
+        draw.rectangle(box, outline=colour, width=line)
+        text = class_text(boxes.labels[i], class_names)
+        if boxes.scores is not None:
+            text += f" {boxes.scores[i]:.2f}"
+        labels.append((box, text, colour))
+    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
     return canvas
 
 
-def _label(boxes: _Boxes, i: int, class_names: Sequence[str], scale: float) -> Label:
-    text = class_text(boxes.labels[i], class_names)
-    if boxes.scores is not None:
-        text += f" {boxes.scores[i]:.2f}"
-    return tuple(boxes.boxes[i] * scale), text, class_colour(boxes.labels[i])
+def _tint(canvas: Image.Image, mask: RunLengths, size: tuple[int, int], colour: str) -> None:
+    """Colours a mask of an image of `size` (height, width) on the canvas that shows it."""
+    inside = np.uint8(255 * MASK_SHARE) * decode([mask], size)[0].numpy()
+    veil = Image.fromarray(inside).resize(canvas.size, Image.Resampling.BILINEAR)
+    canvas.paste(Image.new("RGB", canvas.size, colour), mask=veil)
+
+
+def _inside(box: np.ndarray, size: tuple[int, int]) -> Rectangle:
+    """Clipped to the picture and put in order, so that a wild early prediction can be drawn."""
+    xs = np.clip(np.nan_to_num(box[0::2]), 0, size[0] - 1)
+    ys = np.clip(np.nan_to_num(box[1::2]), 0, size[1] - 1)
+    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+
+
+def _grown(box: Rectangle, by: float) -> Rectangle:
+    return box[0] - by, box[1] - by, box[2] + by, box[3] + by
 
 
 def _count(number: int) -> str:

@@ -68,7 +68,7 @@ def draw_detections(
     draw_boxes_on(
         canvas,
         [(tuple(boxes[row]), texts[row], colours[row]) for row in order],
-        line=max(2, round(longest / 400)),
+        line=max(2, round(longest / 300)),
         font_size=max(SMALLEST_FONT, round(longest / 52)),
     )
     return canvas
@@ -84,7 +84,8 @@ def draw_boxes_on(
     labels: list[Label] = []
     for box, text, colour in shown:
         inside = clipped(box, canvas.size)
-        draw.rectangle(_grown(inside, 1), outline="#000000", width=line + 2)
+        # A rim of a darker shade, or light boxes would drown in a light picture.
+        draw.rectangle(_grown(inside, 1), outline=_darker(colour), width=1)
         draw.rectangle(inside, outline=colour, width=line)
         labels.append((inside, text, colour))
     write_labels(draw, labels[::-1], canvas.size, font_size)
@@ -118,12 +119,12 @@ def write_labels(
     font = ImageFont.load_default(font_size)
     placed: list[Rectangle] = []
     for box, text, colour in labels:
-        width, height = draw.textlength(text, font=font) + 4, font_size + 2
+        width, height = draw.textlength(text, font=font) + 6, font_size + 3
         place = min(_places(box, width, height, size), key=lambda spot: _covered(spot, placed))
         placed.append(place)
         draw.rectangle(place, fill=colour)
         ink = "#000000" if _is_light(colour) else "#ffffff"
-        middle = (place[0] + 2, (place[1] + place[3]) / 2)
+        middle = (place[0] + 3, (place[1] + place[3]) / 2)
         draw.text(middle, text, fill=ink, font=font, anchor="lm")
 
 
@@ -149,6 +150,16 @@ def _covered(place: Rectangle, placed: Sequence[Rectangle]) -> float:
     )
 
 
-def _is_light(colour: str) -> bool:
+def _channels(colour: str) -> tuple[int, int, int]:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return red, green, blue
+
+
+def _darker(colour: str) -> tuple[int, int, int]:
+    red, green, blue = _channels(colour)
+    return red // 2, green // 2, blue // 2
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = _channels(colour)
     return 0.299 * red + 0.587 * green + 0.114 * blue > 140

@@ -61,7 +61,7 @@ def read_image(path: str | PathLike[str], size: tuple[int, int] | None = None) -
     """
     with _failures_named(path), Image.open(path) as image:
         orientation = _orientation(image)
-        rgb = deep_to_rgb(image)
+        rgb = _to_rgb(image)
     turn = find_turn(path, (rgb.height, rgb.width), orientation, size)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -143,8 +143,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def deep_to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB of 8 bits a channel; grey of more bits is scaled to that."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("P", "PA"):
@@ -178,3 +177,8 @@ def _ends_whole(file: BinaryIO, kind: str | None, tail: bytes, num_bytes: int) -
         file.seek(4)
         return int.from_bytes(file.read(4), "little") + 8 <= num_bytes
     return True
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB of 8 bits a channel; grey of more bits is scaled to that."""
+    return _to_rgb(image)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from vidt.images import deep_to_rgb, read_image
+from vidt.images import as_rgb, read_image
 
 # A path, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]. See `as_picture`.
 ImageLike: TypeAlias = Any
@@ -31,7 +31,7 @@ def as_picture(image: ImageLike) -> Image.Image:
     if isinstance(image, str | PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return deep_to_rgb(image)
+        return as_rgb(image)
     if isinstance(image, np.ndarray):
         return _from_array(image, "array", "height x width, or height x width x 3 (RGB)")
     if _is_tensor(image):
@@ -89,4 +89,4 @@ def _from_array(array: np.ndarray, what: str, expected: str) -> Image.Image:
         array = array * np.uint8(255)
     elif array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
         raise ValueError(f"{what} of {array.dtype}; it must be uint8, or floats from 0 to 1")
-    return deep_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return as_rgb(Image.fromarray(np.ascontiguousarray(array)))

@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 
 from vidt.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.checkpoint import WeightsInfo, load_model
+from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
 from vidt.inputs import ImageLike, as_picture, is_one, remembered
@@ -209,6 +210,15 @@ class Predictor:
         if compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._compiled = torch.compile(self.model, dynamic=False, mode=mode)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """What the training data called the classes, [K]; the label + 1 where that is not known."""
+        if self.class_names == COCO_ROWS:
+            return tuple(range(len(COCO_ROWS)))
+        ids = self.info.training.get("category_ids", ())
+        counted = tuple(range(1, len(self.class_names) + 1))
+        return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted
 
     @classmethod
     def from_checkpoint(
