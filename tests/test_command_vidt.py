@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import sys
 from argparse import Namespace
@@ -216,7 +217,7 @@ def test_evaluate_judges_boxes_as_the_check_before_training_does(
     path = data / "annotations/instances_val2017.json"
     document = json.loads(path.read_text())
     image = document["images"][1]
-    boxes = ([5, 5, 0, 9], [-9, -9, 20, 20], [90, 90, 5, 5], [4, 4, 500, 20], [1, 1, float("nan"), 3])
+    boxes = ([5, 5, 0, 9], [-9, -9, 20, 20], [90, 90, 5, 5], [4, 4, 500, 20], [1, 1, math.nan, 3])
     for number, box in enumerate(boxes, 1000):
         entry = {"id": number, "image_id": image["id"], "category_id": 1, "bbox": box}
         document["annotations"].append(entry)

@@ -60,16 +60,17 @@ def run(argv: Sequence[str]) -> int:
         given.weights, device=given.device, precision=given.precision, compile=given.compile
     )
     truth = read_truth(given.json, given.images, detector.class_names)
+    found, unread = predict(detector, truth, given.images, given.batch_size)
+    num_images = len(truth.images) + len(unread)
+    if len(unread) > MAX_BAD * num_images:
+        raise ValueError(
+            f"--images {given.images}: {len(unread)} of {num_images} images cannot be read; the "
+            f"first: {unread[0]}"
+        )
     for problem, number in truth.left_out.items():
         note(f"{truth.source}: {number} objects {problem} are left out")
-    found, unread = predict(detector, truth, given.images, given.batch_size)
     if unread:
         note(f"{len(unread)} images cannot be read and are left out; the first: {unread[0]}")
-    if len(unread) > MAX_BAD * len(truth.images):
-        raise ValueError(
-            f"--images {given.images}: {len(unread)} of {len(truth.images)} images cannot be read; "
-            f"the first: {unread[0]}"
-        )
     metrics = coco_scores(truth, found, detector.class_names)
     if truth.has_masks and any("segmentation" in row for row in found):
         metrics |= coco_scores(truth, found, detector.class_names, masks=True)

@@ -90,8 +90,8 @@ def in_words(error: BaseException) -> str | None:
         return "out of memory; lower --batch_size, or choose --device cpu"
     if isinstance(error, RuntimeError):
         return None
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'standard output'}: {error.strerror}"
     return " ".join(str(error).split()) or name
 
 
