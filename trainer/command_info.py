@@ -101,7 +101,8 @@ def in_words(facts: Mapping[str, Any]) -> str:
         lines += [f"classes ({len(names)}): {', '.join(map(str, names))}"]
     metrics = facts.get("metrics") or {}
     if metrics:
-        shown = (f"{name} {metrics[name]:.3f}" for name in MAIN_METRICS if name in metrics)
+        scored = {name: metrics.get(name, -1.0) for name in MAIN_METRICS}
+        shown = (f"{name} {value:.3f}" for name, value in scored.items() if value >= 0)
         lines += [f"scores when it was saved: {', '.join(shown)}"]
     training = dict(facts.get("training") or {})
     if training:

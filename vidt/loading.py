@@ -37,8 +37,14 @@ def load(
         raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
-    from vidt.devices import usable_device
-    from vidt.predictor import Predictor
+    try:
+        from vidt.devices import usable_device
+        from vidt.predictor import Predictor
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs {error.name}, which is not here; install it, or export the weights to "
+            ".onnx where it is"
+        ) from error
 
     where = usable_device(device)
     return Predictor.from_checkpoint(
