@@ -14,16 +14,16 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        variants images inputs batching drawing devices preprocessing deformable_triton
+        variants arguments images inputs batching drawing devices preprocessing deformable_triton
         deformable_attention ram swin coat config epff token_label decoder mask_vectors matcher
         without_neck model criterion distillation coco_classes released weights_file published
         checkpoint pretrained convert predictor onnx_detector loading export
         """,
     "trainer": """
-        settings config launch_check findings masks samples classes read_coco read_voc read_yolo
-        readers dataset_check shapes datasets clock agreement report console pictures data optim
-        evaluation loss_log resume start step stopping train
-        flags whole_files image_files prediction_formats predictions coco_file coco_scores
+        whole_file settings config launch_check findings masks samples classes read_coco read_voc
+        read_yolo readers dataset_check shapes datasets clock agreement report console pictures data
+        optim evaluation loss_log resume start step stopping train
+        flags result_files image_files prediction_formats predictions coco_file coco_scores
         command_train command_check command_evaluate command_predict command_info command_export
         command_benchmark command_line
         """,

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 
 import vidt
 from trainer.command_line import COMMANDS, main
-from trainer.image_files import ImageFiles, distinct
+from trainer.image_files import ImageFile, ImageFiles, distinct
+from trainer.predictions import predict_files
 from trainer.report import COCO_NUMBERS
-from trainer.whole_files import whole_text, write_whole
+from trainer.result_files import whole_text, write_result
+from vidt.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.checkpoint import WeightsInfo, load_weights, save_weights
 from vidt.config import ViDTConfig
 from vidt.model import build_detector
@@ -169,6 +171,24 @@ def test_what_cannot_be_read_is_skipped_and_named(
     images = json.loads(shown.out)["images"]
     assert ["error" in entry for entry in images] == [True, False, True]
     assert "skipped 2 that cannot be read" in shown.err and "note.txt" in shown.err
+
+
+def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, photos: Path) -> None:
+    """Of a list without end no more is taken than a window or two ahead of what comes out."""
+    path = str(photos / "101.png")
+    taken = 0
+
+    def endless() -> Iterator[ImageFile]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ImageFile(path, "101.png")
+
+    detector = vidt.load(learnt.weights)
+    for number, _ in enumerate(predict_files(detector, endless(), threshold=0.3, batch_size=2), 1):
+        assert taken - number <= PENDING_BATCHES * 2 + AHEAD * reading_threads() + 1
+        if number == 150:
+            break
 
 
 def test_names_of_images_from_many_places(tmp_path: Path) -> None:
@@ -343,7 +363,7 @@ def test_train_is_the_trainer(tiny_data: Path, room: Path) -> None:
     assert (room / "best.safetensors").is_file()
 
 
-@pytest.mark.parametrize("write", [write_whole, None])
+@pytest.mark.parametrize("write", [write_result, None])
 def test_a_file_is_there_whole_or_not_at_all(
     tmp_path: Path, write: Callable[[Path, bytes], None] | None
 ) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.console import Console, duration, score_table
-from trainer.report import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out, write_whole
+from trainer.report import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out
+from trainer.whole_file import write_whole
 
 TOTAL = 40
 
@@ -285,7 +286,7 @@ def test_foreign_csv_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
 def test_unfinished_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     write_whole(path, b"old")
-    (tmp_path / "metrics.csv.tmp").mkdir()  # the new one cannot be written
+    (tmp_path / ".metrics.csv.tmp").mkdir()  # the new one cannot be written
     with pytest.raises(OSError, match=r"metrics\.csv\.tmp"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_plus import PLUS
 from tiny_runs import (
     argv,
     cpu,
@@ -55,6 +56,8 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     taught = f"--batch_size 4 --n_iter_to_acc 2 --distil_model_path {folder}/learnt.safetensors"
     seen["gradients with a teacher"] = step_gradients(data, room, taught)
     seen["gradients without boxes"] = step_gradients(folder / "bare", room, "--batch_size 2")
+    everything = f"--batch_size 2 --n_iter_to_acc 2 {PLUS} --distil_model_path {folder}/plus"
+    seen["gradients of all parts without boxes"] = step_gradients(folder / "bare", room, everything)
     seen["evaluations"] = evaluations(folder)
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
     seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")

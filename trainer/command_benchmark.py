@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.flags import Flags, UsageError, add_detector_flags, count, say, side
-from trainer.whole_files import write_whole
+from trainer.result_files import write_result
 from vidt.loading import load
 
 SUMMARY = """
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     }
     say(in_words(facts))
     if given.json is not None:
-        write_whole(given.json, json.dumps(facts, indent=1).encode())
+        write_result(given.json, json.dumps(facts, indent=1).encode())
     return 0
 
 

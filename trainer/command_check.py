@@ -9,7 +9,7 @@ from typing import Any
 from trainer.config import COCO_FILES, DATASETS, TrainConfig
 from trainer.findings import Finding, format_findings
 from trainer.flags import Flags, UsageError, count, say, share
-from trainer.whole_files import write_whole
+from trainer.result_files import write_result
 
 SUMMARY = """
 Looks at every annotation and at the header of every image, and says what is wrong with them and
@@ -93,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
     text = json.dumps(facts, indent=1)
     say(text if given.json else in_words(facts, findings))
     if given.out is not None:
-        write_whole(given.out, text.encode())
+        write_result(given.out, text.encode())
     if failure is not None:
         raise failure
     return 0

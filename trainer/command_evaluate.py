@@ -14,7 +14,7 @@ from trainer.coco_file import Truth, read_truth
 from trainer.coco_scores import STATS, coco_scores
 from trainer.flags import Flags, UsageError, add_detector_flags, note, say
 from trainer.prediction_formats import found_in
-from trainer.whole_files import write_whole
+from trainer.result_files import write_result
 from vidt.batching import PENDING_BATCHES, read_ahead, reading_threads
 from vidt.images import UnreadableImage, read_image
 from vidt.loading import load
@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
         metrics |= coco_scores(truth, found, detector.class_names, masks=True)
     say(table(metrics, detector.class_names))
     if given.out is not None:
-        write_whole(given.out, json.dumps(metrics, indent=1).encode())
+        write_result(given.out, json.dumps(metrics, indent=1).encode())
     return 0
 
 

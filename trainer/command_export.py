@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.flags import Flags, UsageError, plain, say, side
 from trainer.image_files import ImageFiles
-from trainer.whole_files import write_whole
+from trainer.result_files import write_result
 
 SUMMARY = """
 Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and proves it: the model
@@ -96,5 +96,5 @@ def run(argv: Sequence[str]) -> int:
     )
     say(report.text())
     if given.report is not None:
-        write_whole(given.report, json.dumps(report.as_dict(), indent=1).encode())
+        write_result(given.report, json.dumps(report.as_dict(), indent=1).encode())
     return 0 if report.ok else 1

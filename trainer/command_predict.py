@@ -22,7 +22,7 @@ from trainer.prediction_formats import (
     yolo_text,
 )
 from trainer.predictions import Predicted, predict_files
-from trainer.whole_files import whole_text, write_whole
+from trainer.result_files import whole_text, write_result
 from vidt.batching import read_ahead, reading_threads
 from vidt.drawing import draw_detections
 from vidt.loading import load
@@ -57,7 +57,12 @@ what is written (without --out, to standard output):
 
 exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names.
 """
-FORMATS = ("json", "coco", "yolo", "csv")
+FORMATS = {
+    "json": "all that was found, as JSON (what --out writes unless told otherwise)",
+    "coco": "COCO's results, for COCO's own scoring",
+    "yolo": "a text file for each image, as YOLO has them",
+    "csv": "a table, a row for each object",
+}
 FILES = {
     "json": "predictions.json",
     "coco": "predictions.coco.json",
@@ -85,10 +90,8 @@ def flags() -> Flags:
         help="lowest score that counts, 0 to 1 (default %(default)s)",
     )
     kinds = parser.add_mutually_exclusive_group()
-    for name in FORMATS:
-        kinds.add_argument(
-            f"--{name}", dest="format", action="store_const", const=name, help="see below"
-        )
+    for name, text in FORMATS.items():
+        kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
     parser.add_argument("--no_pictures", action="store_true", help="with --out: draw nothing")
     add_detector_flags(parser, batch_size=8)
     return parser
@@ -211,7 +214,7 @@ class Results:
         )
         encoded = io.BytesIO()
         picture.save(encoded, PICTURE_KINDS[path.suffix.lower()], quality=90)
-        write_whole(path, encoded.getvalue())
+        write_result(path, encoded.getvalue())
         return predicted
 
     def add(self, predicted: Predicted) -> None:
@@ -253,10 +256,10 @@ class Results:
         name = Path(predicted.file.name)
         stem = name.name if predicted.file.has_twin else name.stem
         name = name.with_name(f"{stem}.txt")
-        write_whole(self.out / "labels" / name, yolo_text(predicted.found).encode())
+        write_result(self.out / "labels" / name, yolo_text(predicted.found).encode())
         if self.images == 1:
             names = "".join(f"{name}\n" for name in self.names)
-            write_whole(self.out / "classes.txt", names.encode("utf-8", "backslashreplace"))
+            write_result(self.out / "classes.txt", names.encode("utf-8", "backslashreplace"))
 
 
 def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:

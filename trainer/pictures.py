@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from trainer.masks import RunLengths, decode, encode
-from trainer.report import write_whole
 from trainer.samples import SampleTable
+from trainer.whole_file import write_whole
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.drawing import write_labels as _write_labels
 from vidt.images import read_image

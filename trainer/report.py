@@ -7,7 +7,6 @@ a `Progress`; the console is in `trainer.console`, the drawing of pictures in `t
 import csv
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Literal
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+
+from trainer.whole_file import write_whole
 
 COCO_NUMBERS = (
     *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
@@ -74,17 +75,6 @@ def is_score(value: float) -> bool:
 def class_names_in(metrics: Mapping[str, float]) -> list[str]:
     """The classes that an evaluation scored, in its order."""
     return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a kill at any instant, finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 class CsvLog:

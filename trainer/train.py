@@ -30,10 +30,9 @@ from trainer.clock import Clock
 from trainer.config import PLACES, WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from trainer.console import Console, score_table
 from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
-from trainer.dataset_check import BadDataset
-from trainer.datasets import read_datasets, read_validation
+from trainer.datasets import read_datasets, read_validation, told
 from trainer.evaluation import Evaluation, Interrupted, evaluate
-from trainer.findings import format_findings, write_findings
+from trainer.findings import format_findings
 from trainer.launch_check import require_processes
 from trainer.loss_log import LossLog, NonFiniteLoss
 from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
@@ -330,27 +329,16 @@ def checked_datasets(
     config: TrainConfig, model_fields: Mapping[str, Any]
 ) -> tuple[SampleTable, SampleTable]:
     """Both splits; every finding goes to the log and, in full, to `findings.csv`."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        train_set, val_set, findings = read_datasets(
+    return told(
+        Path(config.output_dir),
+        lambda: read_datasets(
             config,
             num_queries=model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],
             masks=model_fields["with_vector"],
             token_label=model_fields["token_label"],
-        )
-    except BadDataset as error:
-        write_findings(output / "findings.csv", error.findings)
-        logger.info(format_findings(error.findings))
-        raise
-    write_findings(output / "findings.csv", findings)
-    for table in (train_set, val_set):
-        logger.info(f"{table.source}: {len(table)} images, {len(table.labels)} boxes")
-    logger.info(f"classes: {', '.join(train_set.class_names)}")
-    if findings:
-        logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")
-    return train_set, val_set
+        ),
+    )
 
 
 def evaluate_only(

@@ -34,11 +34,22 @@ def resized_shape(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are made ready for evaluation and prediction; saved with the weights."""
+    """How pictures are made ready for evaluation and prediction; saved with the weights. Raises
+    ValueError for what no picture can be made ready with.
+    """
 
     eval_size: int = 800
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.eval_size < 1:
+            raise ValueError(f"eval_size is {self.eval_size}; it must be 1 or more")
+        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; they must be three numbers each, of std "
+                "above 0"
+            )
 
     @property
     def max_size(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_result(path: Path, data: bytes) -> None:
     """Replace a file so that a reader, or a kill at any instant, finds the old or the new one.
 
     Raises OSError naming the file if it cannot be written.
