@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidt import ViDTConfig
-from vidt.coat import COAT_VARIANTS, Block, CoatBody
+from vidt.coat import Block, CoatBody
 from vidt.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
+from vidt.variants import COAT_VARIANTS
 
 
 def body_of(name: str) -> CoatBody:

@@ -31,13 +31,14 @@ from trainer.evaluation import (
     summarise_masks,
 )
 from trainer.masks import as_coco, decode, encode, read_segmentation
-from trainer.pictures import Comparison, class_colour, compare, draw_boxes
+from trainer.pictures import Comparison, compare, draw_boxes
 from trainer.read_coco import read_coco
 from trainer.readers import coco_folder
 from trainer.report import COCO_NUMBERS
 from trainer.samples import SampleTable
 from trainer.shapes import write_shapes
 from vidt import Predictor
+from vidt.drawing import class_colour
 from vidt.mask_vectors import encode_masks
 from vidt.model import ViDTConfig, build_detector
 from vidt.predictor import Detections, MaskVectors

@@ -16,7 +16,8 @@ from vidt.convert import imagenet_swin
 from vidt.model import build_detector
 from vidt.pretrained import TIMM_NAMES, added_by_vidt
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
-from vidt.swin import SWIN_VARIANTS, Block, SwinBody
+from vidt.swin import Block, SwinBody
+from vidt.variants import SWIN_VARIANTS
 from vidt.without_neck import ViDTWithoutNeck
 
 Targets = list[dict[str, Tensor]]

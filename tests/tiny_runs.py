@@ -35,7 +35,7 @@ from trainer.train import train
 from vidt.criterion import criterion_for
 from vidt.model import ViDTConfig, build_detector
 from vidt.preprocessing import Preprocessing
-from vidt.swin import SWIN_VARIANTS, SwinVariant
+from vidt.variants import SWIN_VARIANTS, SwinVariant
 
 ROOT = Path(__file__).parent.parent
 Model = TypeVar("Model", bound=nn.Module)

@@ -25,13 +25,18 @@ from trainer.settings import (
     read_yaml,
     settings_of,
 )
-from vidt.model import ViDTConfig
+from vidt.config import ViDTConfig
 from vidt.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
 SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
+# Settings that say where something lies on this machine.
+PLACES = (
+    *COCO_FILES,
+    *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+)
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:

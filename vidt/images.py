@@ -177,3 +177,8 @@ def _ends_whole(file: BinaryIO, kind: str | None, tail: bytes, num_bytes: int) -
         file.seek(4)
         return int.from_bytes(file.read(4), "little") + 8 <= num_bytes
     return True
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB of 8 bits a channel; grey of more bits is scaled to that."""
+    return _to_rgb(image)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidt.checkpoint import Unreachable, UnusableWeights, local_weights, read_pickled
-from vidt.coat import COAT_VARIANTS
 from vidt.released import imagenet_coat, imagenet_swin
+from vidt.variants import COAT_VARIANTS
 
 TIMM_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",

@@ -14,9 +14,9 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
-from vidt.coat import COAT_VARIANTS
 from vidt.config import NECK_PARTS, NUM_LEVELS, ViDTConfig
-from vidt.swin import COARSE_DIM, SWIN_VARIANTS, WINDOW
+from vidt.swin import COARSE_DIM, WINDOW
+from vidt.variants import COAT_VARIANTS, SWIN_VARIANTS
 
 # Beginnings of names, released and ours, for both directions; first match wins. {} is a digit, and
 # {+} one that is larger by 1 in the released name: there CoaT's stages count from 1.

@@ -7,36 +7,17 @@ merging; a fourth merging makes the stride-64 map.
 Letters: B batch, H x W stage grid, Q [DET] tokens, C channels of the stage.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
+from vidt.variants import SWIN_VARIANTS as SWIN_VARIANTS
+from vidt.variants import SwinVariant
 
 COARSE_DIM = 256  # channels of the stride-64 map, whatever the body; fixed by the released weights
 WINDOW = 7
-
-
-@dataclass(frozen=True)
-class SwinVariant:
-    """Sizes of one published body."""
-
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    drop_path: float
-
-
-SWIN_VARIANTS = {
-    "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
-    "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
-    "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
-    "swin_base_win7_22k": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
-    "swin_large_win7_22k": SwinVariant(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3),
-}
 
 
 class PatchEmbedding(nn.Module):

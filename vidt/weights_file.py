@@ -43,6 +43,8 @@ class WeightsInfo:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     metrics: dict[str, float] = field(default_factory=dict)
+    # How it was trained, in words and numbers for people; what is in it decides nothing.
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def save_weights(
         "class_names": json.dumps(info.class_names),
         "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
         "metrics": json.dumps(info.metrics),
+        "training": json.dumps(info.training),
     }
     named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -147,6 +150,7 @@ def read_info(path: str | Path) -> WeightsInfo:
                 tuple(preprocessing["std"]),
             ),
             metrics=json.loads(header["metrics"]),
+            training=dict(json.loads(header.get("training", "{}"))),  # older files have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
