@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        images preprocessing deformable_triton deformable_attention ram swin coat config epff
+        images canvas preprocessing deformable_triton deformable_attention ram swin coat config epff
         token_label decoder mask_vectors matcher without_neck model criterion distillation
-        coco_classes released weights_file published checkpoint pretrained convert predictor export
+        coco_classes released weights_file published checkpoint pretrained convert predictor
+        mask_drawing onnx_detector onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
         settings config launch_check findings masks samples classes read_coco read_voc read_yolo

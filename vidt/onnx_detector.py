@@ -142,7 +142,7 @@ class OnnxDetector:
         no image.
         """
         if isinstance(images, str | PathLike | Image.Image | np.ndarray):
-            return self.predict([images], threshold=threshold)[0]  # type: ignore[return-value]
+            return self._detect([_as_picture(images)])[0].above(threshold)
         found = self.stream(images, batch_size=batch_size)
         return [detections.above(threshold) for _, detections in found]
 

@@ -21,16 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidt.model import ViDT
 from vidt.onnx_detector import FORMAT, OnnxInfo
+from vidt.onnx_half import halved
 from vidt.predictor import best_pairs
 from vidt.preprocessing import Preprocessing
 from vidt.weights_file import WeightsInfo
 from vidt.without_neck import ViDTWithoutNeck, decode_best_class
 
 OPSET = 20
-# Parts that stay in single precision when the rest is halved: a tenth of a logit or a hundredth of
-# a place is worth more than the time. Their modules' names in the graph, or parts of these.
-EXACT_PARTS = ("sampling_offsets", "attention_weights", "reference_points", "class_embed")
-EXACT_PARTS += ("bbox_embed", "vector_embed")
 
 
 class ExportedDetector(nn.Module):
@@ -123,8 +120,7 @@ def make_graph(
         model.metadata_props.add(key=name, value=value)
     onnx.checker.check_model(model, full_check=True)
     batches = {each.name: _batch_of(each) for each in (*model.graph.input, *model.graph.output)}
-    wanted = {name: dynamic_batch for name in batches}
-    assert {name: isinstance(size, str) for name, size in batches.items()} == wanted, batches
+    assert all(isinstance(size, str) == dynamic_batch for size in batches.values()), batches
     return model
 
 
@@ -152,19 +148,6 @@ def metadata_of(
 def _batch_of(value: onnx.ValueInfoProto) -> str | int:
     first = value.type.tensor_type.shape.dim[0]
     return first.dim_param or first.dim_value
-
-
-def halved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in half precision but for EXACT_PARTS; inputs and outputs keep their types."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    exact = [node.name for node in model.graph.node if _is_exact(node)]
-    return convert_float_to_float16(model, keep_io_types=True, node_block_list=exact)
-
-
-def _is_exact(node: onnx.NodeProto) -> bool:
-    where = {entry.key: entry.value for entry in node.metadata_props}
-    return any(part in where.get("namespace", "") for part in EXACT_PARTS)
 
 
 @contextmanager
