@@ -31,6 +31,7 @@ class CocoImages:
             self._images = list(content["images"])
             self._truth = list(content["annotations"])
             self.files = [Path(folder) / image["file_name"] for image in self._images]
+            self.sizes = [(image["height"], image["width"]) for image in self._images]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{annotations} cannot be read as a COCO file: {error!r}") from error
         self._category_ids = [ids.get(name) for name in class_names]
@@ -42,8 +43,8 @@ class CocoImages:
 
     def pictures(self) -> Iterator[Image.Image]:
         """Raises `vidt.images.UnreadableImage` for a damaged file."""
-        for file, image in zip(self.files, self._images, strict=True):
-            yield read_image(file, (image["height"], image["width"]))
+        for file, size in zip(self.files, self.sizes, strict=True):
+            yield read_image(file, size)
 
     def map50(self, found: Iterable[Any]) -> float:
         """Mean AP at IoU 0.5 over the classes, 0..1. found: for each image in order `scores` [N],

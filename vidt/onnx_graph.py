@@ -67,7 +67,7 @@ class ExportedDetector(nn.Module):
         exported.
         """
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
-        return images.to(torch.float32).div(255).sub(self.mean).div(self.std)
+        return images.to(torch.float32).mul(1 / 255).sub(self.mean).div(self.std)
 
 
 def _columns(index: Tensor, columns: int) -> Tensor:

@@ -62,12 +62,15 @@ def compare(
     detector: OnnxDetector,
     pictures: Iterable[Image.Image],
     limits: Limits,
+    batch_size: int = PROOF_BATCH,
 ) -> Differences:
-    """Both detectors on pictures that can be gone through twice."""
+    """Both detectors on pictures that can be gone through twice; batch_size is the exported one's,
+    where it takes any.
+    """
     scores, boxes, shown = [0.0], [np.zeros(1)], np.zeros(2, int)
     num_reshaped = 0
     mine = found_in_frame(predictor, detector, pictures)
-    theirs = detector.stream(pictures, batch_size=PROOF_BATCH)
+    theirs = detector.stream(pictures, batch_size=batch_size)
     for wanted, (_, found) in zip(mine, theirs, strict=True):
         scores.append(_score_difference(wanted, found))
         boxes.append(_box_differences(wanted, found, limits))
