@@ -180,7 +180,7 @@ class Stage(nn.Module):
             grid_padding = resize_padding(padding, grid)
             positions = sine_position(grid_padding, dim).to(patches.dtype)
             stage_padding = grid_padding.flatten(1)
-        cls = self.cls_token.expand(len(patches), -1, -1)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls, patches.flatten(1, 2), self.det_exp(det)], dim=1)
         for block in self.serial_blocks:
             tokens = block(tokens, det_pos, grid, self.cpe, self.crpe, positions, stage_padding)
@@ -232,7 +232,7 @@ class CoatBody(nn.Module):
         # Two nearest steps, this one and the stage's, as released; unlike Swin's from the image.
         height, width = (max(side // self.padding_divisor, 1) for side in images.shape[2:])
         padding = resize_padding(padding, (height, width))
-        det = self.det_token.expand(len(images), -1, -1)
+        det = self.det_token.expand(images.shape[0], -1, -1)
         patch_map, maps = images, []
         for stage in self.stages:
             patch_map, det = stage(patch_map, det, self.det_pos_embed, padding)

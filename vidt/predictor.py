@@ -117,6 +117,17 @@ def decode_top_k(
     outputs of `ViDT`; sizes [B, 2] as (height, width) of the original images, in pixels; mask_len
     is the configuration's gt_mask_len.
     """
+    scores, labels, boxes, query = best_pairs(outputs, sizes, top_k)
+    masks = _mask_vectors(outputs, query, sizes, mask_len)
+    return [Detections(*image) for image in zip(scores, labels, boxes, masks, strict=True)]
+
+
+def best_pairs(
+    outputs: dict, sizes: Tensor, top_k: int = TOP_K
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best (query, class) pairs of each image as `decode_top_k` gives them: scores, labels,
+    boxes and queries, [B, N] or [B, N, 4] each.
+    """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     num_classes = logits.shape[-1]
     scores = logits.sigmoid().flatten(1)  # [B, Q * K]
@@ -125,9 +136,7 @@ def decode_top_k(
     scale = sizes.to(boxes).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
     boxes = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
-    labels = index % num_classes
-    masks = _mask_vectors(outputs, query, sizes, mask_len)
-    return [Detections(*image) for image in zip(scores, labels, boxes, masks, strict=True)]
+    return scores, index % num_classes, boxes, query
 
 
 def _mask_vectors(

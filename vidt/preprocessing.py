@@ -5,31 +5,24 @@ Training-time evaluation, prediction and export all come through here, and the s
 the weights.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-GRANULE = 16  # sides are rounded down to multiples of this, as released
+from vidt.canvas import (
+    GRANULE,
+    canvas_batches,
+    canvas_of,
+    longest_side,
+    resize,
+    resized_shape,
+)
 
-
-def resized_shape(
-    height: int, width: int, size: int, max_size: int | None = None
-) -> tuple[int, int]:
-    """(height, width) after the released resize: short side to `size`, long side at most
-    `max_size`, both rounded down to multiples of 16 (never to nothing).
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
-    other = int(size * long / short)
-    new_height, new_width = (size, other) if height <= width else (other, size)
-    return max(new_height // GRANULE, 1) * GRANULE, max(new_width // GRANULE, 1) * GRANULE
+__all__ = ["GRANULE", "Preprocessing", "canvas_batches", "pad_batch", "resize", "resized_shape"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +47,13 @@ class Preprocessing:
     @property
     def max_size(self) -> int:
         """Longest side, in the released proportion to the short one."""
-        return self.eval_size * 1333 // 800
+        return longest_side(self.eval_size)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that an image of this size is brought to; depends on that image
         alone.
         """
-        return resized_shape(height, width, self.eval_size, self.max_size)
+        return canvas_of(height, width, self.eval_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture -> [3, h, w] float32, resized to its canvas and normalised."""
@@ -70,11 +63,6 @@ class Preprocessing:
         """RGB picture, or uint8 [..., 3, H, W] -> [..., 3, H, W] float32."""
         pixels = F.to_dtype(F.to_image(image), torch.float32, scale=True)
         return F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(Tensor)
-
-
-def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """Pillow's antialiased bilinear resize to (height, width), as released."""
-    return F.resize(image, list(shape), InterpolationMode.BILINEAR, antialias=True)
 
 
 def pad_batch(
@@ -91,20 +79,3 @@ def pad_batch(
         batch[index, :, : image.shape[1], : image.shape[2]] = image
         padding[index, : image.shape[1], : image.shape[2]] = False
     return batch, padding
-
-
-def canvas_batches(canvases: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch
-    mates.
-
-    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window
-    padding).
-    """
-    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, canvas in enumerate(canvases):
-        groups[canvas].append(index)
-    return [
-        indices[start : start + batch_size]
-        for _, indices in sorted(groups.items())
-        for start in range(0, len(indices), batch_size)
-    ]
