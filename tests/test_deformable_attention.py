@@ -144,10 +144,13 @@ class Sampling:
         return deformable_attention(value, list(self.shapes), locations, weights, form)
 
 
-def check_gradient(form: Form, device: str) -> None:
+def check_gradient(form: Form, device: str, fast_mode: bool = False) -> None:
+    """fast_mode compares one random projection of the gradients."""
     sampling = Sampling(shapes=((2, 3), (2, 2)), batch=1, queries=2, heads=2, dim=3, points=2)
     given = sampling.tensors(torch.float64, device)
-    assert torch.autograd.gradcheck(lambda *tensors: sampling.call(*tensors, form), given)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: sampling.call(*tensors, form), given, fast_mode=fast_mode, nondet_tol=1e-12
+    )
 
 
 @plain

@@ -54,7 +54,9 @@ def test_in_the_interpreter() -> None:
 @somewhere
 @golden.present
 @core_case
-def test_core(case: str, compare: Compare) -> None:
+def test_core(case: str, compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:  # one program after the other: let there be few
+        monkeypatch.setattr("vidt.deformable_triton.LANES", 4096)
     check_core(case, torch.float32, "kernel", torch.device(DEVICE), compare)
 
 
@@ -67,7 +69,7 @@ def test_kernel_gives_what_grid_gives(sampling: Sampling, dtype: torch.dtype) ->
 
 @somewhere
 def test_gradient_is_that_of_finite_differences() -> None:
-    check_gradient("kernel", DEVICE)
+    check_gradient("kernel", DEVICE, fast_mode=INTERPRETED)
 
 
 @somewhere

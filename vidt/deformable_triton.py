@@ -24,7 +24,7 @@ SIZES = ["num_rows", "queries", "positions"]  # they change from batch to batch
 
 
 @triton.jit
-def _cell(at: Any, size: Any, FLOAT: tl.constexpr) -> Any:
+def _cell(at: tl.tensor, size: tl.tensor, FLOAT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The cell up or left of a place in 0..1, and how far beyond its centre that is."""
     x = at.to(FLOAT) * size.to(FLOAT) - 0.5
     # Far outside every cell is as good as another, but an int32 has to hold it. NaN remains in the
@@ -34,7 +34,7 @@ def _cell(at: Any, size: Any, FLOAT: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _share(beyond: Any, far: tl.constexpr) -> Any:
+def _share(beyond: tl.tensor, far: tl.constexpr) -> tl.tensor:
     """Of the cell itself or, if far, of the one after it."""
     if far:
         return beyond
@@ -44,14 +44,14 @@ def _share(beyond: Any, far: tl.constexpr) -> Any:
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    value: Any,
-    levels: Any,
-    locations: Any,
-    weights: Any,
-    output: Any,
-    num_rows: Any,
-    queries: Any,
-    positions: Any,
+    value: tl.tensor,
+    levels: tl.tensor,
+    locations: tl.tensor,
+    weights: tl.tensor,
+    output: tl.tensor,
+    num_rows: tl.tensor,
+    queries: tl.tensor,
+    positions: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -87,17 +87,17 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    grad: Any,
-    value: Any,
-    levels: Any,
-    locations: Any,
-    weights: Any,
-    grad_value: Any,
-    grad_locations: Any,
-    grad_weights: Any,
-    num_rows: Any,
-    queries: Any,
-    positions: Any,
+    grad: tl.tensor,
+    value: tl.tensor,
+    levels: tl.tensor,
+    locations: tl.tensor,
+    weights: tl.tensor,
+    grad_value: tl.tensor,
+    grad_locations: tl.tensor,
+    grad_weights: tl.tensor,
+    num_rows: tl.tensor,
+    queries: tl.tensor,
+    positions: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     LEVELS: tl.constexpr,
