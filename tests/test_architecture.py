@@ -22,7 +22,7 @@ _ORDER = {
     "trainer": """
         whole_file settings config launch_check findings masks samples classes read_coco read_voc
         read_yolo readers dataset_check shapes datasets clock agreement report console pictures data
-        optim evaluation loss_log resume start step stopping train
+        optim evaluation loss_log resume start step stopping history train
         flags result_files image_files prediction_formats predictions coco_file coco_scores
         command_train command_check command_evaluate command_predict command_info command_export
         command_benchmark command_line
