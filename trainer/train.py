@@ -11,9 +11,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from pathlib import Path, PurePath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,17 +23,17 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-import vidt
 from trainer import resume as checkpoints
 from trainer.agreement import PATIENCE, Agreement, sum_gradients
 from trainer.clock import Clock
-from trainer.config import PLACES, WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
+from trainer.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from trainer.console import Console, score_table
 from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.datasets import read_datasets, read_validation, told
 from trainer.evaluation import Evaluation, Interrupted, evaluate
 from trainer.execution import checkpoint_activations, compiled, compiled_side, keep_freed_memory
 from trainer.findings import format_findings
+from trainer.history import history
 from trainer.launch_check import require_processes
 from trainer.loss_log import LossLog, NonFiniteLoss
 from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
@@ -159,11 +158,7 @@ def train(
         state.stopped_early = 0 < config.patience <= state.stale_evaluations
         if accelerator.is_main_process:
             weights = (model if ema is None else ema.module).state_dict()
-            training = history(config, train_set, val_set) | {
-                "epochs_done": round(state.step / per_epoch, 2),
-                "steps_done": state.step,
-                "images_per_step": step_images,
-            }
+            training = history(config, train_set, val_set, clock, state.step)
             info = WeightsInfo(
                 model_config, class_names, preprocessing, evaluation.metrics, training
             )
@@ -250,26 +245,6 @@ def train(
     metrics = {**state.best_metrics, "best_epoch": float(clock.epoch(state.best_step))}
     say("end", metrics, fraction=1.0, weights=output / "best.safetensors", message=closing(state))
     return state.best_metrics
-
-
-def history(config: TrainConfig, train_set: SampleTable, val_set: SampleTable) -> dict[str, Any]:
-    """What a weights file says of its training: settings and data, but no path, since files are
-    handed on.
-    """
-    settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
-    for name in ("pre_trained", "load_from", "distil_model_path"):
-        if settings[name] is not None:
-            settings[name] = PurePath(settings[name]).name
-    return {
-        "version": vidt.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "data": {
-            name: {"source": table.source, "images": len(table), "boxes": len(table.labels)}
-            for name, table in (("training", train_set), ("validation", val_set))
-        },
-        "category_ids": list(train_set.category_ids),
-        "settings": settings,
-    }
 
 
 def make_accelerator() -> Accelerator:
