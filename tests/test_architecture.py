@@ -20,7 +20,8 @@ _ORDER = {
         """,
     "trainer": """
         settings config launch_check findings masks samples classes read_coco read_voc read_yolo
-        readers dataset_check shapes datasets clock agreement report console pictures data optim
+        readers dataset_check shapes datasets clock agreement report console pictures
+        augmentation data optim
         evaluation loss_log resume start step stopping train
         """,
     "ymir_adapter": """

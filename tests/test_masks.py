@@ -21,7 +21,8 @@ from tiny_runs import cpu, run, settings, tables
 from torch import Tensor
 
 from trainer.agreement import Agreement
-from trainer.data import Augmentation, DetectionDataset, collate
+from trainer.augmentation import Augmentation
+from trainer.data import DetectionDataset, collate
 from trainer.evaluation import (
     STATS,
     evaluate,
