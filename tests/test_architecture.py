@@ -22,7 +22,7 @@ _ORDER = {
         settings config launch_check findings masks samples classes read_coco read_voc read_yolo
         readers dataset_check shapes datasets clock agreement report console pictures
         augmentation data optim
-        evaluation loss_log resume start step stopping train
+        scoring evaluation loss_log resume start step stopping train
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset

@@ -70,6 +70,16 @@ def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
     assert f"ratio {result['ratio']:.2f}" in printed
 
 
+def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
+    written = tmp_path / "scoring.json"
+    flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)
+    printed = run("scoring.py", *flags)
+    result = json.loads(written.read_text())
+    assert result["equal"] and result["detections"] == 360
+    assert min(result["pycocotools"], result["ours"]) > 0
+    assert f"ratio {result['ratio']:.1f}" in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
