@@ -16,7 +16,8 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from trainer.agreement import Agreement
 from trainer.masks import RunLengths
 from trainer.samples import Sample, SampleTable
-from trainer.scores import ScoreCurve, Share, curve, hits_of, pooled
+from trainer.scores import ScoreCurve, curve, hits_of, pooled
+from trainer.scoring import Matches
 from vidt.predictor import Detections
 
 MIN_IOU = 0.5
@@ -68,10 +69,10 @@ def diagnose(
     indices: Sequence[int],
     detections: Mapping[int, Detections],
     masks: Mapping[int, Sequence[RunLengths]],
-    shares: Sequence[Share],
+    shares: Sequence[Matches],
     agreement: Agreement,
 ) -> Diagnosis:
-    """Of this process's images, by index, and pycocotools' results by boxes of all processes."""
+    """Of this process's images, by index, and the matches by boxes of all processes."""
     names = samples.class_names
     hits = hits_of(shares, len(names))
     curves = tuple(curve(name, each) for name, each in zip(names, hits, strict=True))

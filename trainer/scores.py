@@ -1,19 +1,18 @@
 """What a detector's scores are worth, class by class: precision, recall and F1 at every threshold,
 and the threshold at which F1 is highest.
 
-A box is right if it overlaps a true box of its class by at least half (IoU 0.5), as pycocotools
-matches them; nothing is interpolated. P points of a curve, K classes.
+A box is right if it overlaps a true box of its class by at least half (IoU 0.5), as COCO matches
+them; nothing is interpolated. P points of a curve, K classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 
+from trainer.scoring import Matches
+
 MOST_POINTS = 400  # of a curve that is kept; more cannot be seen
-# Some images by index, and what pycocotools says of each: by class, area range, image.
-Share: TypeAlias = tuple[list[int], list[dict | None]]
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,19 @@ def curve(name: str, hits: Hits) -> ScoreCurve:
     )
 
 
-def hits_of(shares: Sequence[Share], num_classes: int) -> list[Hits]:
-    """The hits of each class over all images, whatever their size; regions to ignore are left
-    out.
+def hits_of(shares: Sequence[Matches], num_classes: int) -> list[Hits]:
+    """The hits of each class over all images, at IoU 0.5 and whatever their size; regions to ignore
+    are left out.
     """
-    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(num_classes)]
-    truths = [0] * num_classes
-    for indices, results in shares:
-        groups = len(results) // max(num_classes, 1)  # area ranges x images
-        for label in range(num_classes if indices else 0):
-            for entry in results[label * groups : label * groups + len(indices)]:
-                if entry is not None:
-                    counts = ~np.asarray(entry["dtIgnore"][0], bool)
-                    right = np.asarray(entry["dtMatches"][0]) > 0
-                    scores = np.asarray(entry["dtScores"], np.float64)
-                    found[label].append((scores[counts], right[counts]))
-                    truths[label] += int((np.asarray(entry["gtIgnore"]) == 0).sum())
-    return [_joined(parts, number) for parts, number in zip(found, truths, strict=True)]
+    label = np.concatenate([share.label for share in shares])
+    score = np.concatenate([share.score for share in shares])
+    right = np.concatenate([share.right[0, 0] for share in shares], dtype=bool)
+    counts = right | np.concatenate([share.wrong[0, 0] for share in shares], dtype=bool)
+    truths = sum(share.totals[0] for share in shares)
+    return [
+        Hits(score[counts & (label == each)], right[counts & (label == each)], int(truths[each]))
+        for each in range(num_classes)
+    ]
 
 
 def pooled(hits: Sequence[Hits]) -> Hits:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
@@ -254,7 +254,8 @@ def make_accelerator() -> Accelerator:
     cpu = not torch.accelerator.is_available()
     if cpu:
         keep_freed_memory()
-    return Accelerator(cpu=cpu, kwargs_handlers=[patient], rng_types=[])
+    loading = DataLoaderConfiguration(non_blocking=True)
+    return Accelerator(cpu=cpu, dataloader_config=loading, kwargs_handlers=[patient], rng_types=[])
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
