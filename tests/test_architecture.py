@@ -26,8 +26,9 @@ _ORDER = {
         agreement scoring scores mistakes plots report console pictures worst_pictures augmentation
         data optim evaluation loss_log dataset_statistics environment run_history page_parts
         page_curves page_results page_run report_page resume start step stopping execution history
-        train flags result_files image_files prediction_formats predictions coco_file coco_scores command_train command_check
-        command_evaluate command_predict command_info command_export command_benchmark command_line
+        train flags result_files image_files prediction_formats predictions coco_file coco_scores
+        command_train command_check command_evaluate command_predict command_info command_export
+        command_benchmark command_line
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset
