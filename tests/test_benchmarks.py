@@ -177,10 +177,31 @@ def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64)
     flags = ("--dataset_file", "coco", "--coco_path", folder, "--eval_size", 64)
-    run("data.py", *flags, "--workers", 0, 1, "--images", 8, "--json", written)
-    results = json.loads(written.read_text())["results"]
-    assert [result["workers"] for result in results] == [0, 1]
-    assert all(result["images_per_second"] > 0 for result in results)
+    run("data.py", *flags, "--workers", 0, 1, "--count", 8, "--json", written)
+    (result,) = json.loads(written.read_text())["results"]
+    assert [rate["workers"] for rate in result["workers"]] == [0, 1]
+    assert all(rate["images_per_second"] > 0 for rate in result["workers"])
+
+
+def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
+    written = tmp_path / "data.json"
+    folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64) / "train2017"
+    flags = ("--images", folder, "--eval_size", 64, "--workers", "--count", 8, "--json", written)
+    printed = run("data.py", *flags)
+    (result,) = json.loads(written.read_text())["results"]
+    assert result["data"] == str(folder) and result["workers"] == []
+    assert min(result["bare"], result["loader"], result["ratio"]) > 0
+    assert f"ratio {result['ratio']:.2f}" in printed
+
+
+def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
+    written = tmp_path / "scoring.json"
+    flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)
+    printed = run("scoring.py", *flags)
+    result = json.loads(written.read_text())
+    assert result["equal"] and result["detections"] == 360
+    assert min(result["pycocotools"], result["ours"]) > 0
+    assert f"ratio {result['ratio']:.1f}" in printed
 
 
 @pytest.mark.parametrize(
