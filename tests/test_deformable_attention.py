@@ -1,13 +1,16 @@
 """The sampling against golden float64 results, forward and backward; the module around it."""
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import golden
 import pytest
 import torch
 from conftest import Compare
+from test_benchmarks import run
 from torch import Tensor
 
 from vidt import deformable_gather
@@ -253,6 +256,15 @@ def test_level_table_is_made_once_for_inference_and_training() -> None:
     offsets = torch.ones(2, requires_grad=True)
     (offsets / table[:, 0]).sum().backward()
     assert torch.allclose(offsets.grad, torch.tensor([1 / 6, 1 / 3]))
+
+
+def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
+    flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
+    printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")
+    rows = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert [row["form"] for row in rows] == ["grid", "grid", "gather", "gather"]
+    assert all(row["median"] >= row["fastest"] > 0 for row in rows)
+    assert printed.count("1x3x64x96") == len(rows)
 
 
 def arguments(coordinates: int) -> tuple[Any, ...]:

@@ -54,7 +54,12 @@ def deformable_attention(
 
 
 def best_form(device: torch.device) -> Form:
-    """The fastest form that runs there. An operator of ours would not outlive an export."""
+    """The form to use there.
+
+    On a CPU "gather" was the faster at every size, by `benchmarks/deformable.py`. That a GPU is
+    better off with its kernel was not measured yet; the same program tells. An export gets "grid",
+    for nobody else knows operators of ours.
+    """
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     if exporting or torch.jit.is_tracing():
         return "grid"
