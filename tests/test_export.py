@@ -213,7 +213,9 @@ def test_the_default_size_is_that_of_most_pictures(trained: Exported) -> None:
 def test_report(plus: Exported, without_neck: Exported) -> None:
     differences = plus.report.differences
     assert 0 < differences.scores < 1e-4 and 0 < differences.boxes < 1e-4
-    assert differences.num_compared > 20 and differences.num_reshaped == 3
+    assert differences.num_compared == 5 * 21 and differences.num_reshaped == 3
+    assert differences.masks is not None and differences.masks < 1e-3
+    assert without_neck.report.differences.masks is None
     content = json.loads(json.dumps(plus.report.as_dict()))
     assert content["ok"] is True and content["frame"] == list(FRAME)
     text = plus.report.text()
@@ -252,6 +254,18 @@ def test_a_wrong_graph_is_rejected(
     assert "REJECTED" in report.text() and not report.as_dict()["ok"]
     assert output.read_bytes() == b"of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.rejected"]
+
+
+def test_masks_that_differ_are_rejected(plus: Exported, tmp_path: Path) -> None:
+    """Everything else is as it was."""
+    broken = onnx.load(plus.file)
+    name = "vector_embed.0.layers.2.bias"
+    (bias,) = (each for each in broken.graph.initializer if name in each.name)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(3), bias.name))
+    onnx.save(broken, tmp_path / "masks.onnx")
+    detector = OnnxDetector(tmp_path / "masks.onnx")
+    (failure,) = compare(plus.predictor, detector, [picture((64, 80))], FULL).failures(FULL)
+    assert "masks differ" in failure
 
 
 def test_what_is_not_a_number_is_rejected(plus: Exported, tmp_path: Path) -> None:
