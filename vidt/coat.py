@@ -8,8 +8,6 @@ Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels of the
 C / M.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
@@ -17,25 +15,11 @@ from torch import Tensor, nn
 
 from vidt.ram import attend_det, resize_padding, sine_position, split_heads
 from vidt.swin import COARSE_DIM, PatchEmbedding
+from vidt.variants import COAT_VARIANTS as COAT_VARIANTS
+from vidt.variants import CoatVariant
 
 NUM_HEADS = 8
 HEADS_BY_KERNEL = {3: 2, 5: 3, 7: 3}  # kernel of the relative position -> heads that have it
-
-
-@dataclass(frozen=True)
-class CoatVariant:
-    """Sizes of one published body."""
-
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
-
-
-COAT_VARIANTS = {
-    "coat_lite_tiny": CoatVariant((64, 128, 256, 320), (2, 2, 2, 2)),
-    "coat_lite_mini": CoatVariant((64, 128, 320, 512), (2, 2, 2, 2)),
-    "coat_lite_small": CoatVariant((64, 128, 320, 512), (3, 4, 6, 3)),
-}
 
 
 class ConvPosition(nn.Module):
@@ -101,8 +85,8 @@ class FactorizedAttention(nn.Module):
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
         # The class token has no place on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
-        patch_qkv = None if seen is None else self.qkv(seen)
-        det_out = attend_det(self.qkv(det), patch_qkv, padding, NUM_HEADS)
+        patch_kv = None if seen is None else self.qkv(seen)[..., seen.shape[-1] :]
+        det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 

@@ -11,16 +11,17 @@ Letters: L prediction levels, B batch, Q queries, K classes, N matched pairs of 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from vidt.config import ViDTConfig
-from vidt.mask_vectors import encode_masks
+from vidt.mask_vectors import encode_squares, square_masks
 from vidt.matcher import HungarianMatcher, Matches, flat_index, matched_targets
 from vidt.token_label import has_masks, token_label_losses
 from vidt.without_neck import SoftmaxCriterion
 
 Targets = list[dict[str, Tensor]]
 Levels = list[dict[str, Tensor]]
+Stacked = dict[str, Tensor]  # predictions by name, [L, B, Q, ...]
 
 
 def criterion_for(config: ViDTConfig) -> nn.Module:
@@ -76,34 +77,32 @@ class SetCriterion(nn.Module):
         self.token_label_shift, self.gt_mask_len = token_label_shift, gt_mask_len
 
     def forward(
-        self,
-        outputs: dict,
-        targets: Targets,
-        num_boxes: float | Tensor,
-        num_images: float | None = None,
+        self, outputs: dict, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """outputs of `ViDT`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in 0..1, and for
         vectors and token labels `masks` [n, H, W] bool on the image, `mask_boxes` [n, 4] xyxy in
         its pixels and `has_mask` [n], where objects have them; num_boxes normalises, and is counted
-        by the caller over everything that makes one optimiser step (num_images, likewise, is read
-        by `SoftmaxCriterion` alone). Returns scalars by name.
+        by the caller over everything that makes one optimiser step. Returns scalars by name.
         """
-        levels = prediction_levels(outputs)
-        matches = self.match(outputs, targets)
-        sums = self._sums(levels, matches, targets)
-        if "pred_ious" in outputs:
-            sums["iouaware"] = self._iou_sums(levels, matches, targets)
-        terms = {
-            f"loss_{name}{suffix}": self.weights[name] * of_levels[level] / num_boxes
-            for level, suffix in _suffixes(len(levels))
-            for name, of_levels in sums.items()
+        found = stacked(prediction_levels(outputs))
+        matches = self.matcher(found["pred_logits"], found["pred_boxes"], targets)
+        sums = self._sums(found, matches, targets)
+        if "pred_ious" in found:
+            sums["iouaware"] = self._iou_sums(found, matches, targets)
+        of_levels = {
+            name: (each * (self.weights[name] / num_boxes)).unbind() for name, each in sums.items()
         }
-        if "pred_vectors" in outputs:
-            terms |= self._vectors(levels, matches, targets, num_boxes)
+        terms = {
+            f"loss_{name}{suffix}": each[level]
+            for level, suffix in _suffixes(len(found["pred_logits"]))
+            for name, each in of_levels.items()
+        }
+        if "pred_vectors" in found:
+            terms |= self._vectors(found["pred_vectors"], matches, targets, num_boxes)
         if "enc_tokens" in outputs:
             terms |= self._tokens(outputs["enc_tokens"], targets, num_boxes)
         if "denoising_outputs" in outputs:
-            terms |= self._denoising(outputs["denoising_outputs"], targets, num_boxes)
+            terms |= self._denoising(stacked(outputs["denoising_outputs"]), targets, num_boxes)
         return terms
 
     def match(self, outputs: dict, targets: Targets) -> Matches:
@@ -111,31 +110,30 @@ class SetCriterion(nn.Module):
         levels = prediction_levels(outputs)
         return self.matcher(stack(levels, "pred_logits"), stack(levels, "pred_boxes"), targets)
 
-    def _iou_sums(self, levels: Levels, matches: Matches, targets: Targets) -> Tensor:
+    def _iou_sums(self, found: Stacked, matches: Matches, targets: Targets) -> Tensor:
         """[L]: cross entropy of the predicted IoU. As released the IoU it should be keeps its
         gradient, which moves the boxes as well.
         """
         _, wanted = matched_targets(matches, targets)
-        place = (matches.level, matches.image, matches.query)
-        ious = paired_iou(stack(levels, "pred_boxes")[place], wanted)
-        logits = stack(levels, "pred_ious")[(*place, 0)]
+        ious = paired_iou(found["pred_boxes"][matches.place], wanted)
+        logits = found["pred_ious"][(*matches.place, 0)]
         losses = F.binary_cross_entropy_with_logits(logits, ious, reduction="none")
-        return losses.new_zeros(len(levels)).index_add(0, matches.level, losses)
+        return per_level(losses, matches, len(found["pred_ious"]))
 
     def _vectors(
-        self, levels: Levels, matches: Matches, targets: Targets, num_boxes: float | Tensor
+        self, vectors: Tensor, matches: Matches, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Terms `loss_vector*`: L1 of the vectors of matched objects that have a mask."""
-        vectors = stack(levels, "pred_vectors")
-        found = vectors[matches.level, matches.image, matches.query]  # [N, n_keep]
+        """Terms `loss_vector*`: L1 of the vectors [L, B, Q, n_keep] of matched objects that have a
+        mask.
+        """
         wanted, known = wanted_vectors(targets, self.gt_mask_len, vectors.shape[-1])
         index = flat_index(matches, targets)
-        losses = (found - wanted[index]).abs().sum(-1) * known[index]
-        sums = losses.new_zeros(len(levels)).index_add(0, matches.level, losses)
+        losses = (vectors[matches.place] - wanted[index]).abs().sum(-1) * known[index]
         scale = self.weights["vector"] / (vectors.shape[-1] if self.vector_loss_norm else 1)
+        terms = (per_level(losses, matches, len(vectors)) * (scale / num_boxes)).unbind()
         return {
-            f"loss_vector{suffix}": scale * sums[level] / num_boxes
-            for level, suffix in _suffixes(len(levels))
+            f"loss_vector{suffix}": terms[level]
+            for level, suffix in _suffixes(len(vectors))
             if level >= self.vector_start_stage or suffix == ""
         }
 
@@ -156,13 +154,13 @@ class SetCriterion(nn.Module):
         }
 
     def _denoising(
-        self, levels: Levels, targets: Targets, num_boxes: float | Tensor
+        self, found: Stacked, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """Terms `loss_dn_*`, summed over decoder layers; an image's copies of its objects count as
         one.
         """
-        matches, weights = noised_matches(stack(levels, "pred_logits"), targets)
-        sums = self._sums(levels, matches, targets, weights)
+        matches, weights = noised_matches(found["pred_logits"], targets)
+        sums = self._sums(found, matches, targets, weights)
         return {
             f"loss_dn_{name}": self.weights[name] * of_levels.sum() / num_boxes
             for name, of_levels in sums.items()
@@ -170,7 +168,7 @@ class SetCriterion(nn.Module):
 
     def _sums(
         self,
-        levels: Levels,
+        found: Stacked,
         matches: Matches,
         targets: Targets,
         query_weights: Tensor | None = None,
@@ -178,29 +176,44 @@ class SetCriterion(nn.Module):
         """Losses of each level [L] in class and box, summed over images and queries, each counted
         by query_weights [B, Q] if given.
         """
-        logits, boxes = stack(levels, "pred_logits"), stack(levels, "pred_boxes")
         labels, wanted = matched_targets(matches, targets)
-        found = boxes[matches.level, matches.image, matches.query]  # [N, 4]
-        found_xyxy, wanted_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (found, wanted))
+        boxes = found["pred_boxes"][matches.place]  # [N, 4]
+        boxes_xyxy, wanted_xyxy = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, wanted))
+        logits = found["pred_logits"]
+        empty, taken = focal_parts(logits, logits[(*matches.place, labels)], self.focal_alpha)
         pair_losses = {
-            "bbox": (found - wanted).abs().sum(-1),
-            "giou": generalized_box_iou_loss(found_xyxy, wanted_xyxy),
+            "bbox": (boxes - wanted).abs().sum(-1),
+            "giou": generalized_box_iou_loss(boxes_xyxy, wanted_xyxy),
+            "ce": taken,
         }
         if query_weights is not None:
             each = query_weights[matches.image, matches.query]
             pair_losses = {name: loss * each for name, loss in pair_losses.items()}
-        sums = {
-            name: logits.new_zeros(len(logits)).index_add(0, matches.level, loss)
-            for name, loss in pair_losses.items()
-        }
-        place = (matches.level, matches.image, matches.query, labels)
-        truth = torch.zeros_like(logits)
-        truth[place] = 1.0
-        losses = sigmoid_focal_loss(logits, truth, self.focal_alpha, 2.0)
-        if query_weights is not None:
-            losses = losses * query_weights[..., None]
-        sums["ce"] = losses.flatten(1).sum(1)
+            empty = empty * query_weights
+        sums = {name: per_level(loss, matches, len(logits)) for name, loss in pair_losses.items()}
+        sums["ce"] = sums["ce"] + empty.sum((1, 2))
         return sums
+
+
+def focal_parts(logits: Tensor, matched: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Focal loss (arXiv 1708.02002, gamma 2) in two parts: that of logits [L, B, Q, K] as if no
+    class were there, summed over classes [L, B, Q], and by how much it differs for the matched [N].
+
+    Those are few; the formula for both cases, worked out for every logit, takes three times as
+    long.
+    """
+    probability, wrong = matched.sigmoid(), (1 - alpha) * _miss(matched)
+    right = alpha * (1 - probability) ** 2 * F.softplus(-matched)
+    return (1 - alpha) * _miss(logits).sum(-1), right - wrong
+
+
+def _miss(logits: Tensor) -> Tensor:
+    return logits.sigmoid().square() * F.softplus(logits)
+
+
+def per_level(losses: Tensor, matches: Matches, levels: int) -> Tensor:
+    """[N] summed up to [L]."""
+    return losses.new_zeros(levels).index_add(0, matches.level, losses)
 
 
 def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
@@ -210,20 +223,15 @@ def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     belongs to object q mod n and counts 1 / copies; places past the image's own (`noised_boxes` of
     the target) count 0.
     """
-    weights, pairs = torch.zeros(logits.shape[1:3]), []
-    for image, target in enumerate(targets):
-        used, objects = len(target["noised_boxes"]), len(target["labels"])
-        weights[image, :used] = objects / max(used, 1)
-        pairs.append(
-            torch.cartesian_prod(
-                torch.arange(len(logits)), torch.tensor([image]), torch.arange(used)
-            )
-        )
-    levels, images, queries = torch.cat(pairs).to(logits.device, non_blocking=True).unbind(1)
-    counts = torch.tensor([max(len(target["labels"]), 1) for target in targets])
-    counts = counts.to(logits.device, non_blocking=True)
-    matches = Matches(levels, images, queries, queries % counts[images])
-    return matches, weights.to(logits.device)
+    # Put together on the host: all that is known there already, and goes over in one piece each.
+    used = torch.tensor([len(target["noised_boxes"]) for target in targets])
+    objects = torch.tensor([len(target["labels"]) for target in targets])
+    own = torch.arange(logits.shape[2]) < used[:, None]  # [B, Q]
+    weights = own * (objects / used.clamp(min=1))[:, None]
+    level, image, query = own.expand(len(logits), -1, -1).nonzero().unbind(1)
+    pairs = torch.stack([level, image, query, query % objects[image].clamp(min=1)])
+    matches = Matches(*pairs.to(logits.device, non_blocking=True).unbind())
+    return matches, weights.to(logits.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -240,8 +248,9 @@ def log_values(outputs: dict, targets: Targets, matches: Matches) -> dict[str, T
     best = logits.argmax(-1)  # [L, B, Q]
     labels, _ = matched_targets(matches, targets)
     final = matches.level == len(best) - 1
-    right = final & (best[matches.level, matches.image, matches.query] == labels)
-    counts = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device)
+    right = final & (best[matches.place] == labels)
+    counts = torch.tensor([len(target["labels"]) for target in targets])
+    counts = counts.to(logits.device, non_blocking=True)
     predicted = (best != logits.shape[-1] - 1).sum(-1)  # [L, B]
     cardinality = (predicted - counts).abs().float().mean(-1)
     values = {"class_error": 100 - 100 * right.sum() / final.sum().clamp(min=1)}
@@ -260,6 +269,11 @@ def stack(levels: Levels, name: str) -> Tensor:
     return torch.stack([level[name] for level in levels]).float()
 
 
+def stacked(levels: Levels) -> Stacked:
+    """All kinds of prediction that every level has."""
+    return {name: stack(levels, name) for name in levels[0] if name.startswith("pred_")}
+
+
 def paired_iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of each pair, [N]; boxes [N, 4] cxcywh."""
     first, second = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (first, second))
@@ -274,15 +288,14 @@ def wanted_vectors(targets: Targets, mask_len: int, n_keep: int) -> tuple[Tensor
     """Vectors [objects of all images, n_keep] of the objects' masks, and which have a mask [objects
     of all images].
     """
-    vectors, known = [], []
-    for target in targets:
-        has_mask = has_masks(target)
-        own = torch.zeros(len(has_mask), n_keep, device=has_mask.device)
-        if "masks" in target and len(has_mask):
-            own = encode_masks(target["masks"], target["mask_boxes"], n_keep=n_keep, side=mask_len)
-        vectors.append(own)
-        known.append(has_mask)
-    return torch.cat(vectors), torch.cat(known)
+    squares = [
+        square_masks(target["masks"], target["mask_boxes"], mask_len)
+        if "masks" in target
+        else target["boxes"].new_zeros(len(target["boxes"]), mask_len, mask_len, dtype=torch.bool)
+        for target in targets
+    ]
+    known = torch.cat([has_masks(target) for target in targets])
+    return encode_squares(torch.cat(squares), n_keep), known
 
 
 def _suffixes(levels: int) -> list[tuple[int, str]]:

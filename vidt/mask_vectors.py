@@ -30,21 +30,18 @@ def zigzag(side: int) -> Tensor:
     return (diagonal * side + along).flatten().argsort()
 
 
-@cache
-def _low_frequencies(n_keep: int, side: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the square's first n_keep numbers, [K] each; all below F."""
+@cache  # per device: to carry the tables over each time would wait for it
+def _low_frequencies(n_keep: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of the square's first n_keep numbers, int64 [K] each, all below F; and the
+    first F rows of the orthonormal DCT-II: float64 [F, S].
+    """
     cells = zigzag(side)[:n_keep]
-    return cells // side, cells % side
-
-
-@cache
-def _cosines(frequencies: int, side: int) -> Tensor:
-    """The first rows of the orthonormal DCT-II: float64 [F, S]."""
-    frequency = torch.arange(frequencies, dtype=torch.float64)[:, None]
+    rows, columns = cells // side, cells % side
+    frequency = torch.arange(int(max(rows.max(), columns.max())) + 1, dtype=torch.float64)[:, None]
     place = torch.arange(side, dtype=torch.float64) + 0.5
     waves = torch.cos(torch.pi / side * frequency * place) * (2 / side) ** 0.5
     waves[0] /= 2**0.5
-    return waves
+    return rows.to(device), columns.to(device), waves.to(device)
 
 
 def square_masks(masks: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -66,20 +63,22 @@ def _aligned(masks: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 def encode_masks(masks: Tensor, boxes: Tensor, *, n_keep: int, side: int) -> Tensor:
     """The vectors of masks [n, H, W] in boxes [n, 4] (xyxy, pixels): float32 [n, K]."""
-    rows, columns = (place.to(masks.device) for place in _low_frequencies(n_keep, side))
-    waves = _cosines(int(max(rows.max(), columns.max())) + 1, side).to(masks.device)
-    squares = square_masks(masks, boxes, side).to(waves.dtype)
-    return (waves @ squares @ waves.T)[:, rows, columns].float()
+    return encode_squares(square_masks(masks, boxes, side), n_keep)
+
+
+def encode_squares(squares: Tensor, n_keep: int) -> Tensor:
+    """The vectors of squares [n, S, S]: float32 [n, K]."""
+    rows, columns, waves = _low_frequencies(n_keep, squares.shape[-1], squares.device)
+    return (waves @ squares.to(waves.dtype) @ waves.T)[:, rows, columns].float()
 
 
 def decode_vectors(vectors: Tensor, side: int) -> Tensor:
     """Vectors [n, K] to squares, bool [n, S, S]: where the cosines' sum is in the upper half of its
     range.
     """
-    rows, columns = _low_frequencies(vectors.shape[1], side)
-    waves = _cosines(int(max(rows.max(), columns.max())) + 1, side).to(vectors.device)
+    rows, columns, waves = _low_frequencies(vectors.shape[1], side, vectors.device)
     spectrum = waves.new_zeros(len(vectors), len(waves), len(waves))
-    spectrum[:, rows.to(vectors.device), columns.to(vectors.device)] = vectors.to(waves.dtype)
+    spectrum[:, rows, columns] = vectors.to(waves.dtype)
     heights = waves.T @ spectrum @ waves  # [n, S, S]
     return heights > (heights.amax((1, 2), keepdim=True) + heights.amin((1, 2), keepdim=True)) / 2
 

@@ -8,11 +8,11 @@ batch.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou
 
 EPS = 1e-8
 
@@ -28,15 +28,33 @@ class Matches:
     query: Tensor
     target: Tensor  # index within the image's own targets
 
+    @property
+    def place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the matched queries are in predictions [L, B, Q, ...]."""
+        return self.level, self.image, self.query
 
-def focal_cost(logits: Tensor) -> Tensor:
-    """What each class would cost by the focal loss. Alpha .25 and gamma 2 are the released
+
+def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """What objects' classes would cost by the focal loss. Alpha .25 and gamma 2 are the released
     constants, whatever the loss has.
     """
+    if logits.shape[-1] <= labels.shape[1]:  # the formula is worked out on the fewer
+        return of_labels(_focal(logits), labels)
+    return _focal(of_labels(logits, labels))
+
+
+def _focal(logits: Tensor) -> Tensor:
     probability = logits.sigmoid()
-    hit = 0.25 * (1 - probability) ** 2 * -(probability + EPS).log()
-    miss = 0.75 * probability**2 * -(1 - probability + EPS).log()
-    return hit - miss
+    rest = 1 - probability
+    miss = (rest + EPS).log_().mul_(probability).mul_(probability).mul_(-0.75)
+    hit = probability.add_(EPS).log_().mul_(rest).mul_(rest).mul_(-0.25)
+    return hit.sub_(miss)
+
+
+def of_labels(scores: Tensor, labels: Tensor) -> Tensor:
+    """What scores [L, B, Q, K] say of classes [B, T]: a new tensor [L, B, T, Q]."""
+    image = torch.arange(len(labels), device=labels.device)[:, None]
+    return scores.mT[:, image, labels]
 
 
 class HungarianMatcher(nn.Module):
@@ -48,9 +66,9 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         *,
-        class_cost: Callable[[Tensor], Tensor] = focal_cost,
+        class_cost: Callable[[Tensor, Tensor], Tensor] = focal_cost,
     ) -> None:
-        """class_cost: logits [..., K] to the cost of every class, of the same shape."""
+        """class_cost: logits [L, B, Q, K] and labels [B, T] to a new tensor [L, B, T, Q]."""
         super().__init__()
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.class_cost = class_cost
@@ -63,32 +81,59 @@ class HungarianMatcher(nn.Module):
         Where an image has more objects than queries, as many objects as there are queries are
         matched.
         """
-        costs = self.costs(logits, boxes, targets).cpu().numpy()  # the one wait for the device
-        counts = [len(target["labels"]) for target in targets]
-        pairs: list[Tensor] = []
-        for level in range(len(costs)):
-            for image, count in enumerate(counts):
-                rows, columns = linear_sum_assignment(costs[level, image, :, :count])
-                pair = torch.empty(4, len(rows), dtype=torch.int64)
-                pair[0], pair[1] = level, image
-                pair[2], pair[3] = torch.from_numpy(rows), torch.from_numpy(columns)
-                pairs.append(pair)
-        return Matches(*torch.cat(pairs, dim=1).to(logits.device, non_blocking=True).unbind(0))
+        costs = self.costs(logits, boxes, targets).cpu()  # the one wait for the device
+        pairs = self.assign(costs, [len(target["labels"]) for target in targets])
+        return Matches(*pairs.to(logits.device, non_blocking=True).unbind(0))
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """[L, B, Q, T]; the columns past an image's own count are meaningless."""
+        """[L, B, T, Q]; the rows past an image's own count are meaningless.
+
+        Only boxes of one image meet, and queries come last: they are the many.
+        """
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, T]
-        wanted = pad_sequence(
-            [target["boxes"] for target in targets], batch_first=True
-        )  # [B, T, 4]
-        index = labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        cost_class = self.class_cost(logits.float()).gather(-1, index)
-        cost_bbox = torch.cdist(boxes.float(), wanted[None].expand(len(boxes), -1, -1, -1), p=1)
-        costs = self.cost_bbox * cost_bbox + self.cost_class * cost_class
-        costs = costs - self.cost_giou * _pairwise_giou(boxes.float(), wanted)
+        padded = pad_sequence([target["boxes"] for target in targets], batch_first=True)
+        wanted = padded.float().movedim(-1, 0).contiguous()[..., None]  # [4, B, T, 1]
+        found = boxes.float().movedim(-1, 0).contiguous()[..., None, :]  # [4, L, B, 1, Q]
+        costs = self.class_cost(logits.float(), labels).mul_(self.cost_class)
+        for ours, theirs in zip(found, wanted, strict=True):
+            costs.add_((ours - theirs).abs_(), alpha=self.cost_bbox)
+        costs.sub_(_giou(found, wanted), alpha=self.cost_giou)
         # A diverging run must reach the loss, which names the step and the terms, rather than fail
         # in scipy.
-        return costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
+        return costs.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6)
+
+    def assign(self, costs: Tensor, counts: list[int]) -> Tensor:
+        """The assignments of costs [L, B, T, Q], on the CPU, of which only the first `counts` [B]
+        rows of an image are there: int64 [4, pairs] of level, image, query and target.
+        """
+        found = [
+            linear_sum_assignment(image[:count])
+            for level in costs.numpy()
+            for image, count in zip(level, counts, strict=True)
+        ]
+        levels, images = np.divmod(np.arange(len(found)), len(counts))
+        lengths = [len(targets) for targets, _ in found]
+        queries = np.concatenate([queries for _, queries in found])
+        targets = np.concatenate([targets for targets, _ in found])
+        place = (np.repeat(levels, lengths), np.repeat(images, lengths))
+        return torch.from_numpy(np.stack([*place, queries, targets]))
+
+
+def _giou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes cx, cy, w, h: coordinates are the first
+    dimension, the others are broadcast. In place where it can be: the matrices are large.
+    """
+    overlap, frame = first.new_ones(()), first.new_ones(())
+    for axis in (0, 1):
+        centre, side, wanted, wanted_side = (
+            box[part] for box in (first, second) for part in (axis, axis + 2)
+        )
+        shared = torch.minimum(centre + side / 2, wanted + wanted_side / 2)
+        shared -= torch.maximum(centre - side / 2, wanted - wanted_side / 2)
+        frame = (side + wanted_side).sub_(shared).mul_(frame)  # before it is clamped
+        overlap = shared.clamp_(min=0).mul_(overlap)
+    union = (first[2] * first[3] + second[2] * second[3]).sub_(overlap)
+    return overlap.div_(union).add_(union.div_(frame)).sub_(1)
 
 
 def matched_targets(matches: Matches, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -104,17 +149,3 @@ def flat_index(matches: Matches, targets: list[dict[str, Tensor]]) -> Tensor:
     counts = torch.tensor([0, *(len(target["labels"]) for target in targets)])
     first = counts.cumsum(0)[:-1].to(matches.image.device, non_blocking=True)
     return first[matches.image] + matches.target
-
-
-def _pairwise_giou(boxes: Tensor, wanted: Tensor) -> Tensor:
-    """boxes [L, B, Q, 4] and wanted [B, T, 4], both cxcywh -> [L, B, Q, T]."""
-    levels, _, queries, _ = boxes.shape
-    first = box_convert(boxes, "cxcywh", "xyxy")
-    second = box_convert(wanted, "cxcywh", "xyxy")
-    images = [
-        generalized_box_iou(first[:, image].flatten(0, 1), second[image]).unflatten(
-            0, (levels, queries)
-        )
-        for image in range(len(wanted))
-    ]
-    return torch.stack(images, dim=1)

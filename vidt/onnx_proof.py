@@ -14,7 +14,7 @@ from PIL import Image
 from vidt.mask_drawing import decode_vectors
 from vidt.onnx_detector import TOP_K, OnnxDetections, OnnxDetector
 from vidt.predictor import Detections, Predictor
-from vidt.preprocessing import pad_batch, resize
+from vidt.preprocessing import pad_batch, resize, to_pixels
 
 SHOWN = 0.05  # detections that score less are not asked to be found again
 SAME_BOX = 0.95  # IoU from which two boxes are the same
@@ -104,7 +104,8 @@ def found_in_frame(
     for picture in pictures:
         size = (picture.height, picture.width)
         resized = resize(picture, detector.shape_of(size))
-        batch, padding = pad_batch([predictor.preprocessing.normalise(resized)], detector.frame)
+        pixels, padding = pad_batch([to_pixels(resized)], detector.frame)
+        batch = predictor.preprocessing.normalise(pixels, padding)
         yield predictor.decode(predictor.model(batch, padding), torch.tensor([size]))[0]
 
 

@@ -137,15 +137,17 @@ def shown_columns(
     """
     if len(masks) == 0:
         return [masks.new_zeros((num_columns, *grid), dtype=torch.float32) for grid in grids]
-    # Only the classes of this image are drawn at full size: all of them would take gigabytes.
-    present = columns.unique()
-    owner = masks.to(torch.uint8).argmax(0)
-    drawn = (columns[owner] == present[:, None, None]) & masks.any(0)
-    drawn = drawn & (present != 0)[:, None, None]  # class 0 has no column as released
-    drawn = torch.cat([drawn.any(0, keepdim=True), drawn]).float()
-    places = torch.cat([present.new_zeros(1), present])
+    # Which classes these are only the device knows, and to draw every class at full size would take
+    # gigabytes: what is seen of each object is drawn, or of each class where classes are fewer.
+    every = torch.arange(min(len(masks), num_columns), device=masks.device)
+    shown, owner = masks.view(torch.uint8).max(0)  # the first of those that are there
+    drawn_as, places = (owner, columns) if len(masks) <= num_columns else (columns[owner], every)
+    drawn = ((drawn_as == every[:, None, None]) & shown.bool()).float()
     truths = []
     for grid in grids:
-        truth = drawn.new_zeros((num_columns, *grid))
-        truths.append(truth.index_add(0, places, F.adaptive_avg_pool2d(drawn, grid)))
+        # Class 0 has no column as released.
+        shares = F.adaptive_avg_pool2d(drawn, grid) * (places != 0)[:, None, None]
+        truth = drawn.new_zeros((num_columns, *grid)).index_add(0, places, shares)
+        truth[0] = shares.sum(0)
+        truths.append(truth)
     return truths

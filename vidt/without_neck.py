@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss
 from vidt.config import ViDTConfig, build_body, require
 from vidt.decoder import MLPHead
 from vidt.epff import projection
-from vidt.matcher import HungarianMatcher, Matches, matched_targets
+from vidt.matcher import HungarianMatcher, Matches, matched_targets, of_labels
 
 METHOD = "vidt_wo_neck"
 
@@ -52,9 +52,11 @@ class ViDTWithoutNeck(nn.Module):
         }
 
 
-def softmax_cost(logits: Tensor) -> Tensor:
-    """The less probable a class, the more it costs: logits [..., K + 1] to a cost of each."""
-    return -logits.softmax(-1)
+def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
+    """The less probable an object's class, the more it costs: logits [1, B, Q, K + 1] and labels
+    [B, T] to [1, B, T, Q].
+    """
+    return -of_labels(logits.softmax(-1), labels)
 
 
 class SoftmaxCriterion(nn.Module):
