@@ -27,7 +27,7 @@ from vidt.onnx_graph import ExportedDetector
 from vidt.onnx_half import halved
 from vidt.onnx_proof import FULL, HALF, compare
 from vidt.predictor import Detections
-from vidt.preprocessing import Preprocessing, pad_batch, resize
+from vidt.preprocessing import Preprocessing, pad_batch, resize, to_pixels
 from vidt.swin import SwinVariant
 
 # With shifted windows, which need two blocks.
@@ -123,9 +123,9 @@ def trained(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 
 def in_frame(predictor: Predictor, image: Image.Image, shape: tuple[int, int]) -> Detections:
     """What PyTorch finds in a picture of this shape, padded to the frame."""
-    pixels = predictor.preprocessing.normalise(resize(image, shape))
+    pixels, padding = pad_batch([to_pixels(resize(image, shape))], FRAME)
     with torch.inference_mode():
-        outputs = predictor.model(*pad_batch([pixels], FRAME))
+        outputs = predictor.model(predictor.preprocessing.normalise(pixels, padding), padding)
     return predictor.decode(outputs, torch.tensor([(image.height, image.width)]))[0]
 
 
@@ -233,10 +233,9 @@ def test_what_rides_along(plus: Exported) -> None:
 
 def test_normalisation_in_the_graph_is_the_preprocessing(plus: Exported) -> None:
     """Bit for bit, for every value that a pixel can have."""
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
     module = ExportedDetector(plus.predictor.model, Preprocessing(), decode=False)
-    pixels = torch.from_numpy(values).permute(2, 0, 1)
-    assert torch.equal(module.normalise(pixels), Preprocessing().normalise(Image.fromarray(values)))
+    assert torch.equal(module.normalise(pixels), Preprocessing().normalise(pixels))
 
 
 def test_a_wrong_graph_is_rejected(
