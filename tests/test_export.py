@@ -27,7 +27,7 @@ from vidt.onnx_graph import ExportedDetector
 from vidt.onnx_half import halved
 from vidt.onnx_proof import FULL, HALF, compare
 from vidt.predictor import Detections
-from vidt.preprocessing import Preprocessing, pad_batch, resize
+from vidt.preprocessing import Preprocessing, pad_batch, resize, to_pixels
 from vidt.swin import SwinVariant
 
 # With shifted windows, which need two blocks.
@@ -123,9 +123,9 @@ def trained(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 
 def in_frame(predictor: Predictor, image: Image.Image, shape: tuple[int, int]) -> Detections:
     """What PyTorch finds in a picture of this shape, padded to the frame."""
-    pixels = predictor.preprocessing.normalise(resize(image, shape))
+    pixels, padding = pad_batch([to_pixels(resize(image, shape))], FRAME)
     with torch.inference_mode():
-        outputs = predictor.model(*pad_batch([pixels], FRAME))
+        outputs = predictor.model(predictor.preprocessing.normalise(pixels, padding), padding)
     return predictor.decode(outputs, torch.tensor([(image.height, image.width)]))[0]
 
 
@@ -213,7 +213,9 @@ def test_the_default_size_is_that_of_most_pictures(trained: Exported) -> None:
 def test_report(plus: Exported, without_neck: Exported) -> None:
     differences = plus.report.differences
     assert 0 < differences.scores < 1e-4 and 0 < differences.boxes < 1e-4
-    assert differences.num_compared > 20 and differences.num_reshaped == 3
+    assert differences.num_compared == 5 * 21 and differences.num_reshaped == 3
+    assert differences.masks is not None and differences.masks < 1e-3
+    assert without_neck.report.differences.masks is None
     content = json.loads(json.dumps(plus.report.as_dict()))
     assert content["ok"] is True and content["frame"] == list(FRAME)
     text = plus.report.text()
@@ -231,10 +233,9 @@ def test_what_rides_along(plus: Exported) -> None:
 
 def test_normalisation_in_the_graph_is_the_preprocessing(plus: Exported) -> None:
     """Bit for bit, for every value that a pixel can have."""
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
     module = ExportedDetector(plus.predictor.model, Preprocessing(), decode=False)
-    pixels = torch.from_numpy(values).permute(2, 0, 1)
-    assert torch.equal(module.normalise(pixels), Preprocessing().normalise(Image.fromarray(values)))
+    assert torch.equal(module.normalise(pixels), Preprocessing().normalise(pixels))
 
 
 def test_a_wrong_graph_is_rejected(
@@ -252,6 +253,18 @@ def test_a_wrong_graph_is_rejected(
     assert "REJECTED" in report.text() and not report.as_dict()["ok"]
     assert output.read_bytes() == b"of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.rejected"]
+
+
+def test_masks_that_differ_are_rejected(plus: Exported, tmp_path: Path) -> None:
+    """Everything else is as it was."""
+    broken = onnx.load(plus.file)
+    name = "vector_embed.0.layers.2.bias"
+    (bias,) = (each for each in broken.graph.initializer if name in each.name)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(3), bias.name))
+    onnx.save(broken, tmp_path / "masks.onnx")
+    detector = OnnxDetector(tmp_path / "masks.onnx")
+    (failure,) = compare(plus.predictor, detector, [picture((64, 80))], FULL).failures(FULL)
+    assert "masks differ" in failure
 
 
 def test_what_is_not_a_number_is_rejected(plus: Exported, tmp_path: Path) -> None:

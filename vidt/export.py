@@ -93,6 +93,11 @@ class ExportReport:
             f"held to the detector in PyTorch on {self.num_pictures} {pictures}:",
             f"  scores differ by at most {seen.scores:.1e}; allowed {limits.scores:g}",
             f"  boxes differ by at most {seen.boxes:.1e} of the picture; allowed {limits.boxes:g}",
+            *(
+                [f"  masks differ in at most {seen.masks:.2%}; allowed {limits.masks:.0%}"]
+                if seen.masks is not None
+                else []
+            ),
             f"  {seen.matched:.2%} of {seen.num_shown} detections that score {SHOWN} or more are "
             f"found again at IoU {SAME_BOX}; required {limits.matched:.0%}",
         ]

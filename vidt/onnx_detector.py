@@ -8,25 +8,23 @@ detector told so), a larger one is shrunk into the frame first.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from PIL import Image
 
 from vidt.canvas import canvas_of, fitted_shape, framed
-from vidt.images import read_image
+from vidt.drawing import draw_detections
+from vidt.inputs import ImageLike, as_picture, is_one, remembered
 from vidt.mask_drawing import decode_vectors, paste_squares
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
 TOP_K = 100  # detections per image, the released constant
 DECODINGS = ("top_k", "best_class")
-
-ImageLike: TypeAlias = str | PathLike[str] | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class OnnxDetections:
     size: tuple[int, int]  # (height, width) of the original image
     mask_vectors: np.ndarray | None = None  # [N, n_keep]; None: the detector gives no masks
     mask_side: int = 0
+    source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +82,19 @@ class OnnxDetections:
             return None
         squares = decode_vectors(self.mask_vectors, self.mask_side)
         return paste_squares(squares, self.boxes, self.size)
+
+    def plot(self, image: ImageLike = None) -> Image.Image:
+        """A copy of the image that they were found in, or of the given one, RGB and of its size,
+        with boxes, names, scores and masks drawn on it.
+        """
+        return draw_detections(
+            as_picture(self.source if image is None else image),
+            self.boxes,
+            self.labels.tolist(),
+            self.scores.tolist(),
+            self.class_names,
+            self.masks,
+        )
 
     def above(self, threshold: float) -> "OnnxDetections":
         """Those that score at least `threshold`."""
@@ -134,15 +146,15 @@ class OnnxDetector:
     ) -> OnnxDetections | list[OnnxDetections]:
         """What is in one image, or a list of it for several, in their order.
 
-        images: a path, a Pillow image, an array uint8 [H, W, 3] (RGB), or several of these.
+        images: what `vidt.inputs.as_picture` takes (a path, a Pillow image, an array), or several.
         threshold: the lowest score that is kept. batch_size: images computed together, at most; a
         model exported for one batch size computes in that one, whatever is asked for.
 
         Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
         no image.
         """
-        if isinstance(images, str | PathLike | Image.Image | np.ndarray):
-            return self._detect([_as_picture(images)])[0].above(threshold)
+        if is_one(images):
+            return self._detect([images])[0].above(threshold)
         found = self.stream(images, batch_size=batch_size)
         return [detections.above(threshold) for _, detections in found]
 
@@ -154,7 +166,7 @@ class OnnxDetector:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch or batch_size)):
-            found = self._detect([_as_picture(image) for _, image in batch])
+            found = self._detect([image for _, image in batch])
             for (index, _), detections in zip(batch, found, strict=True):
                 yield index, detections
 
@@ -162,7 +174,8 @@ class OnnxDetector:
         """(height, width) that a picture of this size has in the frame; the rest is padding."""
         return fitted_shape(canvas_of(*size, self.info.eval_size), self.frame)
 
-    def _detect(self, pictures: list[Image.Image]) -> list[OnnxDetections]:
+    def _detect(self, sources: list[ImageLike]) -> list[OnnxDetections]:
+        pictures = [as_picture(source) for source in sources]
         sizes = [(picture.height, picture.width) for picture in pictures]
         rows = len(pictures) if self.batch is None else self.batch
         images = np.zeros((rows, 3, *self.frame), np.uint8)
@@ -191,6 +204,7 @@ class OnnxDetector:
                 size,
                 None if vectors is None else vectors[row],
                 self.info.mask_side,
+                remembered(sources[row]),
             )
             for row, size in enumerate(sizes)
         ]
@@ -219,18 +233,6 @@ def _session(path: Path, device: str) -> Any:
     except Exception as error:  # onnxruntime has a class of its own for each failure, no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as an ONNX model: {reason}") from error
-
-
-def _as_picture(image: ImageLike) -> Image.Image:
-    if isinstance(image, str | PathLike):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"an image is a path, a Pillow image or an array, not {type(image)}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"array of {image.dtype} {image.shape}; it must be uint8 [H, W, 3]")
-    return Image.fromarray(image)
 
 
 def _decoded(

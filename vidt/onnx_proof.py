@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vidt.mask_drawing import decode_vectors
 from vidt.onnx_detector import TOP_K, OnnxDetections, OnnxDetector
 from vidt.predictor import Detections, Predictor
 from vidt.preprocessing import pad_batch, resize, to_pixels
 
 SHOWN = 0.05  # detections that score less are not asked to be found again
 SAME_BOX = 0.95  # IoU from which two boxes are the same
+MOST_MASKS = 20  # of a picture, the best: their squares take time
 PROOF_BATCH = 3  # pictures computed together, where the batch is dynamic: not the traced number
 
 
@@ -26,12 +28,13 @@ class Limits:
 
     scores: float  # largest difference of scores, 0..1
     boxes: float  # largest difference of sides, in shares of the picture
+    masks: float  # largest share of a mask's square that differs
     matched: float  # least share of detections that are found again
     map50: float  # largest difference of map50, 0..1
 
 
-FULL = Limits(scores=1e-3, boxes=1e-3, matched=0.99, map50=1e-3)
-HALF = Limits(scores=0.03, boxes=0.02, matched=0.95, map50=0.01)
+FULL = Limits(scores=1e-3, boxes=1e-3, masks=0.01, matched=0.99, map50=1e-3)
+HALF = Limits(scores=0.03, boxes=0.02, masks=0.1, matched=0.95, map50=0.01)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Differences:
 
     scores: float  # the largest difference
     boxes: float  # the largest difference of a side, in shares of the picture
+    masks: float | None  # the largest share of a square that differs; None: there are no masks
     num_compared: int  # boxes
     num_shown: int  # detections that score SHOWN or more
     matched: float  # share of these that is found again; 1 if there are none
@@ -51,6 +55,8 @@ class Differences:
             yield f"scores differ by {self.scores:.2g}"
         if not self.boxes <= limits.boxes:
             yield f"boxes differ by {self.boxes:.2g} of the picture"
+        if self.masks is not None and not self.masks <= limits.masks:
+            yield f"masks differ in {self.masks:.1%} of their square"
         if not self.matched >= limits.matched:
             yield f"only {self.matched:.1%} are found again"
         if not self.num_compared:
@@ -67,20 +73,23 @@ def compare(
     """Both detectors on pictures that can be gone through twice; batch_size is the exported one's,
     where it takes any.
     """
-    scores, boxes, shown = [0.0], [np.zeros(1)], np.zeros(2, int)
-    num_reshaped = 0
+    scores, boxes, masks = [0.0], [np.zeros(0)], [np.zeros(0)]
+    shown, num_reshaped = np.zeros(2, int), 0
     mine = found_in_frame(predictor, detector, pictures)
     theirs = detector.stream(pictures, batch_size=batch_size)
     for wanted, (_, found) in zip(mine, theirs, strict=True):
         scores.append(_score_difference(wanted, found))
-        boxes.append(_box_differences(wanted, found, limits))
+        pairs = _pairs(wanted, found, limits)
+        boxes.append(_side_differences(*pairs))
+        masks.append(_mask_differences(*pairs))
         shown += _found_again(wanted, found)
         num_reshaped += predictor.preprocessing.canvas(*found.size) != detector.frame
     # NumPy's maximum of anything and NaN is NaN, Python's is not.
     return Differences(
         scores=float(np.max(scores)),
-        boxes=float(np.max(np.concatenate(boxes))),
-        num_compared=sum(map(len, boxes[1:])),
+        boxes=float(np.max(np.concatenate(boxes), initial=0.0)),
+        masks=float(np.max(np.concatenate(masks))) if any(map(len, masks)) else None,
+        num_compared=sum(map(len, boxes)),
         num_shown=int(shown[0]),
         matched=shown[1] / shown[0] if shown[0] else 1.0,
         num_reshaped=num_reshaped,
@@ -105,25 +114,48 @@ def _score_difference(wanted: Detections, found: OnnxDetections) -> float:
     return float(np.abs(wanted.scores.numpy() - found.scores).max(initial=0.0))
 
 
-def _box_differences(wanted: Detections, found: OnnxDetections, limits: Limits) -> np.ndarray:
-    """Of each detection, the largest difference of a side to the nearest of its class, nearness
-    being in scores as well: [N or fewer].
+def _pairs(
+    wanted: Detections, found: OnnxDetections, limits: Limits
+) -> tuple[Detections, OnnxDetections]:
+    """Detections, and for each of them the nearest of its class; nearness is in scores as well.
 
-    Where only the best are told, those that score about as little as the last may be missing for a
-    tie.
+    Where only the best are told, those that score about as little as the last are left out: they
+    may be missing for a tie. One whose class is not found at all has a partner of no place.
     """
-    height, width = found.size
-    sides = np.array([width, height, width, height], np.float32)
     if len(wanted.scores) >= TOP_K:
         wanted = wanted.above(wanted.scores[-1].item() + 2 * limits.scores)
-    if not len(wanted.scores):
-        return np.zeros(0)
+    if not len(wanted.scores) or not len(found):
+        return wanted[:0], found[:0]
     same = wanted.labels.numpy()[:, None] == found.labels[None]
     scores = np.abs(wanted.scores.numpy()[:, None] - found.scores[None])
-    boxes = np.abs(wanted.boxes.numpy()[:, None] - found.boxes[None]) / sides
-    boxes = np.where(same, boxes.max(-1), np.inf)  # [those wanted, those found]
-    nearest = (boxes + scores).argmin(1)
-    return boxes[np.arange(len(boxes)), nearest]
+    sides = np.abs(_shares(wanted.boxes.numpy(), found)[:, None] - _shares(found.boxes, found))
+    distances = np.where(same, scores + sides.max(-1), np.inf)  # [those wanted, those found]
+    partners = found[distances.argmin(1)]
+    lost = ~same.any(1)
+    partners.boxes[lost] = np.nan
+    return wanted, partners
+
+
+def _shares(boxes: np.ndarray, found: OnnxDetections) -> np.ndarray:
+    """Boxes [N, 4] in shares of the picture's sides."""
+    height, width = found.size
+    return boxes / np.array([width, height, width, height], np.float32)
+
+
+def _side_differences(wanted: Detections, partners: OnnxDetections) -> np.ndarray:
+    """[N]: of each pair, the largest difference of a side, in shares of the picture."""
+    return np.abs(_shares(wanted.boxes.numpy() - partners.boxes, partners)).max(-1)
+
+
+def _mask_differences(wanted: Detections, partners: OnnxDetections) -> np.ndarray:
+    """[N or fewer]: of each pair, the share of the mask's square that differs; none without masks.
+    """
+    mine, theirs = wanted.mask_vectors, partners.mask_vectors
+    if mine is None or theirs is None:
+        return np.zeros(0)
+    vectors = [each[:MOST_MASKS] for each in (mine.vectors.numpy(), theirs)]
+    squares = [decode_vectors(each, mine.side) for each in vectors]
+    return (squares[0] != squares[1]).mean((1, 2))
 
 
 def _found_again(wanted: Detections, found: OnnxDetections) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def _windows_of(
         tokens = tokens.roll((-shift, -shift), dims=(0, 1))
     order = _order(rows, columns, device) if shift else slice(None)
     source = _cut(tokens, window)[order].flatten()
-    by_token = source.argsort(stable=True)
+    by_token = source.argsort()  # not stable: ONNX knows no other, and padded places are alike
     return Windows(
         count=rows * columns,
         source=source,
