@@ -34,7 +34,7 @@ from trainer.evaluation import Evaluation, Interrupted, evaluate
 from trainer.execution import checkpoint_activations, compiled, compiled_side, keep_freed_memory
 from trainer.findings import format_findings
 from trainer.history import history
-from trainer.launch_check import require_processes
+from trainer.launch_check import refuse_split_models, require_processes
 from trainer.loss_log import LossLog, NonFiniteLoss
 from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
 from trainer.pictures import compare, comparisons, save_picture, truth_beside_prediction
@@ -393,8 +393,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
-    accelerator = make_accelerator()
     try:
+        refuse_split_models()
+        accelerator = make_accelerator()
         require_processes(accelerator.num_processes)
         run = evaluate_only if config.eval else train_from_settings
         run(config, model_fields, accelerator)

@@ -77,12 +77,17 @@ class SetCriterion(nn.Module):
         self.token_label_shift, self.gt_mask_len = token_label_shift, gt_mask_len
 
     def forward(
-        self, outputs: dict, targets: Targets, num_boxes: float | Tensor
+        self,
+        outputs: dict,
+        targets: Targets,
+        num_boxes: float | Tensor,
+        num_images: float | None = None,
     ) -> dict[str, Tensor]:
         """outputs of `ViDT`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in 0..1, and for
         vectors and token labels `masks` [n, H, W] bool on the image, `mask_boxes` [n, 4] xyxy in
         its pixels and `has_mask` [n], where objects have them; num_boxes normalises, and is counted
-        by the caller over everything that makes one optimiser step. Returns scalars by name.
+        by the caller over everything that makes one optimiser step (num_images, likewise, is read
+        by `SoftmaxCriterion` alone). Returns scalars by name.
         """
         found = stacked(prediction_levels(outputs))
         matches = self.matcher(found["pred_logits"], found["pred_boxes"], targets)
