@@ -13,12 +13,12 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from doc_pages import Block, blocks_of, loose_coco, write_voc, write_yolo
 from PIL import Image
 from test_architecture import ORDER, imports_of, tree_of
 from tiny_plus import with_masks
@@ -29,9 +29,7 @@ from tiny_runs import (
     environment,
     main_here,
     program,
-    random_pictures,
     swapped,
-    write_split,
 )
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -43,10 +41,9 @@ from vidt import convert
 from ymir_adapter import sandbox
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = re.compile(r"<!-- not run here: (.+) -->")
 SHOWN = ("text", "json", "xml", "yaml")  # fences of what is looked at, not run
 
-# What a run of this test is given beside the words of a page; of a flag given twice the last counts.
+# What a run is given beside the words of a page; of a flag given twice the last counts.
 SMALL_MODEL = (
     "--det_token_num 8 --dec_layers 1 --dim_feedforward 64 --reduced_dim 64 --pos_dim 32 "
     "--pre_trained none"
@@ -54,11 +51,12 @@ SMALL_MODEL = (
 SMALL_RUN = (
     "--eval_size 64 --train_sizes 48,64 --num_workers 0 --batch_size 4 --epochs 50 --denoising 0"
 )
+TINY_RUN = f"--backbone_name swin_test {SMALL_MODEL} {SMALL_RUN}"
 SMALL = {  # by what is in the command, the first that fits
     "--help": "",
     "--eval": "--num_workers 0",
-    "--resume": f"--backbone_name swin_test {SMALL_MODEL} {SMALL_RUN} --epochs 41",
-    "": f"--backbone_name swin_test {SMALL_MODEL} {SMALL_RUN} --max_steps 1",
+    "--resume": f"{TINY_RUN} --max_steps 41 --eval_interval 50",
+    "": f"{TINY_RUN} --max_steps 1",
 }
 # Run by the real program, in processes of their own, which know published bodies only.
 REAL_RUN = f"--backbone_name swin_nano {SMALL_MODEL} {SMALL_RUN} --batch_size 2 --max_steps 1"
@@ -73,41 +71,6 @@ FORM = (
     "--set eval_size=64 --set batch_size_per_gpu=4 --set num_workers_per_gpu=0 "
     f"--set args_options='{SMALL_MODEL} --train_sizes 64 --save_interval 9'"
 )
-
-
-@dataclass(frozen=True)
-class Block:
-    page: str
-    line: int
-    kind: str  # the word after the fence
-    title: str  # the words after that: a file of which the block is the content
-    text: str
-    why_not: str | None  # the page's reason why it is not run
-
-    @property
-    def commands(self) -> list[str]:
-        lines = self.text.replace("\\\n", " ").splitlines()
-        return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def blocks_of(page: Path) -> list[Block]:
-    found: list[Block] = []
-    mark, open_at, body = None, 0, [""]
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith("```") and not open_at:
-            open_at, head, body = number, line[3:], []
-        elif line.startswith("```"):
-            kind, _, title = head.partition(" ")
-            text = "\n".join(body) + "\n"
-            found.append(Block(page.name, open_at, kind, title, text, mark))
-            mark, open_at = None, 0
-        elif open_at:
-            body.append(line)
-        elif line.strip():
-            match = MARK.fullmatch(line)
-            mark = match.group(1) if match else None
-    assert not open_at, f"{page.name}: the block of line {open_at} does not end"
-    return found
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -145,74 +108,6 @@ def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         (root / name).symlink_to(ROOT / name)
     yield root
     shutil.rmtree(root)
-
-
-def loose_coco(root: Path, folder: str) -> None:
-    """train.json, val.json and one folder with the images of both."""
-    for split, seed in (("train", 5), ("val", 6)):
-        write_split(root, split, random_pictures(6, seed))
-        file = root / f"annotations/instances_{split}2017.json"
-        document = json.loads(file.read_text())
-        (root / folder).mkdir(exist_ok=True)
-        for image in document["images"]:
-            source = root / f"{split}2017" / image["file_name"]
-            image["file_name"] = f"{split}-{image['file_name']}"
-            source.rename(root / folder / image["file_name"])
-        (root / f"{split}.json").write_text(json.dumps(document))
-        shutil.rmtree(root / f"{split}2017")
-    shutil.rmtree(root / "annotations")
-
-
-def objects_of(coco: Path, split: str) -> Iterator[tuple[Path, int, int, list[tuple]]]:
-    """Image, its width and height, and (class index, name, x, y, width, height) of each object."""
-    document = json.loads((coco / f"annotations/instances_{split}2017.json").read_text())
-    ids = sorted(category["id"] for category in document["categories"])
-    names = {category["id"]: category["name"] for category in document["categories"]}
-    for image in document["images"]:
-        rows = [row for row in document["annotations"] if row["image_id"] == image["id"]]
-        objects = [
-            (ids.index(row["category_id"]), names[row["category_id"]], *row["bbox"]) for row in rows
-        ]
-        path = coco / f"{split}2017" / image["file_name"]
-        yield path, image["width"], image["height"], objects
-
-
-def write_voc(coco: Path, root: Path) -> None:
-    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (root / name).mkdir(parents=True)
-    for split in ("train", "val"):
-        stems = []
-        for path, width, height, objects in objects_of(coco, split):
-            stems.append(f"{split}{path.stem}")
-            Image.open(path).save(root / f"JPEGImages/{stems[-1]}.jpg")
-            size = f"<size><width>{width}</width><height>{height}</height></size>"
-            things = "".join(
-                f"<object><name>{name}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
-                f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
-                for _, name, x, y, w, h in objects
-            )
-            (root / f"Annotations/{stems[-1]}.xml").write_text(
-                f"<annotation>{size}{things}</annotation>"
-            )
-        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(stems))
-
-
-def write_yolo(coco: Path, root: Path) -> None:
-    names: dict[int, str] = {}
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for path, width, height, objects in objects_of(coco, split):
-            shutil.copy(path, root / "images" / split)
-            names |= {index: name for index, name, *_ in objects}
-            lines = [
-                f"{index} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
-                for index, _, x, y, w, h in objects
-            ]
-            (root / "labels" / split / f"{path.stem}.txt").write_text("".join(lines))
-    in_order = [names[index] for index in sorted(names)]
-    data = {"train": "images/train", "val": "images/val", "names": in_order}
-    (root / "data.yaml").write_text(json.dumps(data))  # JSON is YAML
 
 
 def small(words: Sequence[str]) -> list[str]:
@@ -327,9 +222,7 @@ def is_elsewhere(block: Block, command: str) -> bool:
 
 @pytest.mark.parametrize(("page", "part"), REAL, ids=["accelerate", "torchrun"])
 def test_several_processes(page: str, part: str, project: Path, room: Path) -> None:
-    (command,) = [
-        line for block, line in COMMANDS if block.page == page and part in line
-    ]
+    (command,) = [line for block, line in COMMANDS if block.page == page and part in line]
     first, *words = shlex.split(command)
     here = ("--output_dir", str(room))
     done = in_project([program(first), *words, *REAL_RUN.split(), *here], project)
@@ -383,12 +276,14 @@ def test_two_machines_played_by_two_launchers(project: Path, room: Path) -> None
 def test_the_sandbox_as_the_page_has_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line for _, line in COMMANDS if "ymir_adapter.sandbox" in line]
     assert len(commands) == 2
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the task, which is a process of its own
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for line in commands:
         words = shlex.split(line)
         training = "training" in words
         more = shlex.split(FORM) if training else ["--set", "num_workers_per_gpu=0"]
-        done = in_project([sys.executable, *words[1:], *more], project)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert sandbox.main([*words[3:], *more]) == 0, line
     assert (project / "try/candidates/out/infer-result.json").is_file()
 
 
@@ -425,7 +320,8 @@ def test_links_and_files_exist(page: str) -> None:
 @EVERY_PAGE
 def test_flags_between_the_commands_exist(page: str) -> None:
     text = next(each for each in PAGES if each.name == page).read_text(encoding="utf-8")
-    code = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    between = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    code = re.findall(r"`([^`]+)`", between)
     named = {plain(word.partition("=")[0]) for each in code for word in each.split()}
     unknown = {word for word in named if re.match(r"--[a-z]", word)} - known_flags()
     assert not unknown, f"{page} names flags that no program has: {unknown}"
