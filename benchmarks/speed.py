@@ -1,191 +1,165 @@
-"""Time and memory of the detector: forward, and a training step (forward, loss, backward, clipping,
-optimiser).
+"""Time and memory of the detector, beside what they could be at best.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --backbone_name swin_tiny --size 2x640x640 --precision bf16 --compile
+    python benchmarks/speed.py --backbone_name swin_nano --size 1x512x512 --plus
+    python benchmarks/speed.py --size 16x640x640 --precision bf16 --compile --json speed.json
 
-Every case runs in a process of its own. Its time is the median of the repetitions after a warm-up.
-Its memory is the most that the process ever held: on a CPU all of it, Python and PyTorch included;
-on a GPU what PyTorch allocated there. Weights, images and boxes are random: neither time nor memory
-depends on them.
+Three kinds of work: forward, as in prediction; learning, which is forward, criterion and backward;
+the whole training step, which also clips, optimises and averages. For the floor timm's plain body
+of the same sizes, without [DET] tokens, forward and learning (backward from the features' sum).
+
+All of a size take turns in one process, so that a ratio holds on a machine that is not idle:
+figures are medians, "to timm" is the median of each round's ratio to the eager floor. The first
+turn counts FLOPs instead, and warms up. "limit" is the time that these would take at the machine's
+own speed, measured first on a large matrix product, relative to the time that they took; for parts
+that only touch the parameters it is the time that as many bytes need to come and go. Weights,
+images and boxes are random: neither time nor memory depends on them. Memory is measured in
+processes of their own.
 """
 
 import argparse
 import json
+import os
 import platform
-import resource
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from trainer.config import TrainConfig
-from trainer.optim import make_optimizer
-from vidt import SetCriterion, ViDT, ViDTConfig
+from ceiling import Ceiling, measure_ceiling
+from contestants import FORWARD, PRECISIONS, TRAINING, Case, Detector, Floor
+from laps import Contestant, Gains, race
+from loader import loader_seconds
+from memory import EMPTY, Peaks, peak_memory
+from parts import count_flops, watched
+from results import HEADING, WORKS, Part, Row, make_parts, make_rows, parts_table
+from vidt.config import body_names
 
 BODIES = ("swin_nano", "swin_tiny")
 SIZES = ("1x512x512", "2x640x640")
-WORK = ("forward", "training step")
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WARM_UP = 2  # runs that are not counted; compilation is among them
-OBJECTS = 8  # boxes of each image
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one process measures; `size` is (images, height, width)."""
-
-    backbone_name: str
-    size: tuple[int, int, int]
-    work: str
-    threads: int
-    precision: str
-    compile: bool
-    device: str
-    repeat: int
+LEAST = 3  # rounds
+WARM_UP = {"cpu": 0, "cuda": 3}  # rounds that are not counted, after the one that counts FLOPs
+# Of the environment, what moves figures: threads that wait, and memory that is given back.
+VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_", "LD_PRELOAD", "PYTORCH_")
+ALWAYS_SHOWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one run and GiB of the process; `failure` says why there are none."""
+    """All that is told of a case. `failures` say why a contestant is missing."""
 
-    median: float = 0.0
-    fastest: float = 0.0
-    slowest: float = 0.0
-    memory_gib: float = 0.0
-    failure: str = ""
+    case: Case
+    parameters: int
+    rows: list[Row]
+    forward_parts: list[Part]
+    step_parts: list[Part]
+    peaks: Peaks
+    loader_seconds: float
+    failures: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"rows": [row.as_dict() for row in self.rows]}
+
+    def lines(self) -> list[str]:
+        images, height, width = self.case.size
+        step = sum(part.seconds for part in self.step_parts)
+        name = f"{self.case.backbone_name}, {'ViDT+' if self.case.plus else 'ViDT'}"
+        share = f"{100 * self.loader_seconds / step:.1f} % of a training step"
+        return [
+            f"{name}, {images}x3x{height}x{width}, {self.parameters / 1e6:.1f} M parameters",
+            HEADING,
+            *map(str, self.rows),
+            *self.failures,
+            f"of the memory, a process without a model: {self.peaks.get(EMPTY, 0):.2f} GiB",
+            *parts_table(self.forward_parts, self.step_parts),
+            f"one loader process needs {self.loader_seconds:.4f} s for the batch, {share}",
+        ]
 
 
-def measure(case: Case) -> Result:
-    """Builds the model and runs the case, in this process."""
-    torch.set_num_threads(case.threads)
+def measure(case: Case, ceiling: Ceiling, given: argparse.Namespace) -> Result:
     torch.manual_seed(0)
+    torch.compiler.reset()  # else what it learnt of other sizes would count
     device = torch.device(case.device)
-    model: nn.Module = ViDT(ViDTConfig(backbone_name=case.backbone_name)).to(device)
-    if case.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
-    num_images, height, width = case.size
-    images = torch.randn(num_images, 3, height, width, device=device)
-    padding = torch.zeros(num_images, height, width, dtype=torch.bool, device=device)
-    dtype = PRECISIONS[case.precision]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    prepare = forward if case.work == "forward" else training_step
-    try:
-        seconds = timed(prepare(model, images, padding, autocast), case.repeat, device)
-    except torch.OutOfMemoryError:
-        return Result(failure="out of memory")
-    memory = peak_memory_gib(device)
-    return Result(statistics.median(seconds), min(seconds), max(seconds), memory)
+    detector, floor = Detector(case), Floor(case)
+    known = [watched(each, detector) for each in detector.eager()]
+    flops = {each.work: count_flops(each) for each in (*floor.eager(), *known)}
+    # Hooks cost nothing on a CPU. A GPU waits for whoever feeds it: there they run apart.
+    apart = device.type != "cpu"
+    contestants = [*floor.eager(), *(detector.eager() if apart else known)]
+    failures: list[str] = []
+    if given.compile:
+        graphed = [detector.graphed()] if device.type == "cuda" else []
+        contestants += able((*floor.compiled(), *detector.compiled(), *graphed), device, failures)
+    contestants.sort(key=lambda each: WORKS.index(each.work))
+    rounds = run_race(contestants, device, given)
+    by_part = run_race(known, device, given) if apart else rounds
+    peaks = peak_memory(case)
+    parameters = sum(parameter.numel() for parameter in detector.model.parameters())
+    forward_parts, step_parts = (
+        make_parts(by_part[work, "eager"], flops[work], ceiling, parameters)
+        for work in (FORWARD, TRAINING)
+    )
+    return Result(
+        case,
+        parameters,
+        make_rows(rounds, flops, peaks, ceiling, case.size[0]),
+        forward_parts,
+        step_parts,
+        peaks,
+        loader_seconds(case.size, count=case.size[0] if given.quick else 32),
+        failures,
+    )
 
 
-def forward(
-    model: nn.Module,
-    images: Tensor,
-    padding: Tensor,
-    autocast: Callable[[], AbstractContextManager],
-) -> Callable[[], None]:
-    """A run of the detector as it predicts."""
-    model.eval()
-
-    @torch.inference_mode()
-    def run() -> None:
-        with autocast():
-            model(images, padding)
-
-    return run
-
-
-def training_step(
-    model: nn.Module,
-    images: Tensor,
-    padding: Tensor,
-    autocast: Callable[[], AbstractContextManager],
-) -> Callable[[], None]:
-    """An optimiser step of the released recipe on one batch."""
-    model.train()
-    criterion, config = SetCriterion(), TrainConfig()
-    optimizer = make_optimizer(model, config)
-    targets = [random_objects(images.device) for _ in images]
-
-    def run() -> None:
-        with autocast():
-            outputs = model(images, padding)
-        terms = criterion(outputs, targets, len(images) * OBJECTS)
-        torch.stack(list(terms.values())).sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def random_objects(device: torch.device) -> dict[str, Tensor]:
-    """Labels [N] and boxes [N, 4], cxcywh in 0..1."""
-    centres, sides = torch.rand(2, OBJECTS, 2) * 0.4 + 0.1
-    boxes = torch.cat([centres + 0.2, sides], dim=1)
-    return {"labels": torch.arange(OBJECTS, device=device), "boxes": boxes.to(device)}
-
-
-def timed(run: Callable[[], None], repeat: int, device: torch.device) -> list[float]:
-    """Seconds of each counted run, with nothing left to do on the device."""
-    seconds = []
-    for _ in range(WARM_UP + repeat):
-        start = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP:]
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process held so far: resident memory, or memory of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def measure_alone(case: Case) -> Result:
-    """`measure` in a new process, so that no case inherits another's memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def able(
+    contestants: Iterable[Contestant], device: torch.device, failures: list[str]
+) -> list[Contestant]:
+    """Those that run at all, compiled and warm; of the others one line each goes to `failures`."""
+    working = []
+    for each in contestants:
         try:
-            return pool.submit(measure, case).result()
-        except BrokenProcessPool:
-            return Result(failure="the process was killed, perhaps for its memory")
+            each.seconds(device)
+        except RuntimeError as error:  # the compiler's own errors are among them
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            failures.append(f"{each.work}, {each.how}: failed, {reason}")
+        else:
+            working.append(each)
+    return working
 
 
-def environment(case: Case) -> dict[str, Any]:
-    on_cpu = torch.device(case.device).type == "cpu"
+def run_race(
+    contestants: Sequence[Contestant], device: torch.device, given: argparse.Namespace
+) -> dict[tuple[str, str], list[Gains]]:
+    warm_up = WARM_UP[device.type]
+    race(contestants, device, least=warm_up, most=warm_up, seconds=0)
+    least = min(LEAST, given.repeat)
+    return race(contestants, device, least=least, most=given.repeat, seconds=given.seconds)
+
+
+def environment(given: argparse.Namespace) -> dict[str, str]:
+    on_cpu = given.device.type == "cpu"
+    shown = {name: os.environ.get(name, "not set") for name in ALWAYS_SHOWN}
+    found = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
     return {
-        "device": platform.machine() if on_cpu else torch.cuda.get_device_name(case.device),
-        "threads": case.threads,
-        "precision": case.precision,
-        "compile": case.compile,
-        "repeat": case.repeat,
+        "device": processor() if on_cpu else torch.cuda.get_device_name(given.device),
+        "threads": str(given.threads),
+        "precision": given.precision,
+        "float32 products": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-    }
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: what else the machine does
+    } | dict(sorted((shown | found).items()))
 
 
-def row_of(case: Case, result: Result) -> str:
-    images, height, width = case.size
-    start = f"{case.backbone_name:<22} {f'{images}x3x{height}x{width}':<15} {case.work:<14}"
-    if result.failure:
-        return f"{start} {result.failure}"
-    times = f"{result.median:>9.3f} {result.fastest:>9.3f} {result.slowest:>9.3f}"
-    return f"{start} {times} {result.memory_gib:>9.2f}"
+def processor() -> str:
+    """Its name, where Linux tells it, and the instructions that PyTorch uses."""
+    name, told = platform.machine(), Path("/proc/cpuinfo")
+    for line in told.read_text().splitlines() if told.exists() else []:
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def read_size(text: str) -> tuple[int, int, int]:
@@ -199,45 +173,63 @@ def read_size(text: str) -> tuple[int, int, int]:
     return images, height, width
 
 
-def cases(argv: list[str] | None = None) -> tuple[list[Case], Path | None]:
-    """The command line as cases, and the file to write to."""
+def read_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in WARM_UP:
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be cpu or cuda")
+    return device
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Time and memory of the detector.")
-    parser.add_argument("--backbone_name", nargs="+", default=BODIES)
+    parser.add_argument("--backbone_name", nargs="+", choices=body_names(), default=BODIES)
     parser.add_argument("--size", nargs="+", type=read_size, default=[*map(read_size, SIZES)])
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU, for each case")
+    parser.add_argument("--plus", action="store_true", help="ViDT+ of 300 tokens, without masks")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="no")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
-    parser.add_argument("--device", default=here)
-    parser.add_argument("--repeat", type=int, default=5, help="runs that are counted")
+    parser.add_argument("--compile", action="store_true", help="compiled ones take part, too")
+    parser.add_argument("--device", type=read_device, default=here)
+    parser.add_argument("--repeat", type=int, default=7, help="rounds at most")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help=f"no round begins later, after {LEAST}"
+    )
+    parser.add_argument("--quick", action="store_true", help="one tiny case: does all work?")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     given = parser.parse_args(argv)
-    if given.precision == "fp16" and torch.device(given.device).type == "cpu":
+    if given.quick:
+        given.backbone_name, given.size, given.repeat = ["swin_nano"], [(1, 64, 96)], 1
+    if given.precision == "fp16" and given.device.type == "cpu":
         parser.error("--precision fp16 is for a GPU: the trainer computes fp32 on a CPU; try bf16")
+    if given.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
     if min(given.threads, given.repeat) < 1:
         parser.error("--threads and --repeat must be 1 or more")
-    how = {name: getattr(given, name) for name in ("threads", "precision", "compile", "repeat")}
-    return [
-        Case(body, size, work, device=given.device, **how)
-        for body in given.backbone_name
-        for size in given.size
-        for work in WORK
-    ], given.json
+    return given
 
 
 def main() -> None:
-    wanted, json_file = cases()
-    where = environment(wanted[0])
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    where = environment(given)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print(f"{'body':<22} {'images':<15} {'work':<14} {'median s':>9} {'fastest':>9} ", end="")
-    print(f"{'slowest':>9} {'peak GiB':>9}")
+    ceiling = measure_ceiling(
+        given.device, PRECISIONS[given.precision], scale=16 if given.quick else 1
+    )
+    print(f"at most {ceiling.flops / 1e9:.0f} GFLOP/s, {ceiling.bytes / 1e9:.1f} GB/s", flush=True)
     results = []
-    for case in wanted:
-        result = measure_alone(case)
-        print(row_of(case, result), flush=True)
-        results.append(asdict(case) | asdict(result))
-    if json_file is not None:
-        json_file.write_text(json.dumps({"environment": where, "results": results}, indent=1))
+    for body in given.backbone_name:
+        for size in given.size:
+            case = Case(body, size, given.plus, str(given.device), given.precision, given.threads)
+            result = measure(case, ceiling, given)
+            print("", *result.lines(), sep="\n", flush=True)
+            results.append(result.as_dict())
+    if given.json is not None:
+        content = {"environment": where, "ceiling": asdict(ceiling), "results": results}
+        given.json.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_plus import with_masks
 from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if nearest:
         terminalreporter.section("largest differences, of those allowed")
     for (test, what), (_, difference, allowed, case) in nearest.items():
-        terminalreporter.line(f"{test:<40} {what:<27} {difference:.1e} of {allowed:.1e}  {case}")
+        terminalreporter.line(f"{test:<40} {what:<36} {difference:.1e} of {allowed:.1e}  {case}")
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +91,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training and five validation pictures of several sizes."""
     root = tmp_path_factory.mktemp("tiny")
     return write_coco(root, random_pictures(12, seed=0), random_pictures(5, seed=1))
+
+
+@pytest.fixture(scope="session")
+def masked_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures; every second object has a mask."""
+    return with_masks(tiny_data, tmp_path_factory.mktemp("masked") / "data")
 
 
 @pytest.fixture(scope="session")

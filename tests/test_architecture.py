@@ -14,14 +14,21 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        images preprocessing deformable_triton deformable_attention ram swin coat config epff
-        token_label decoder mask_vectors overlap matcher without_neck model criterion distillation
-        coco_classes released weights_file published checkpoint pretrained convert predictor export
+        variants arguments images canvas inputs batching drawing devices preprocessing
+        deformable_gather deformable_triton deformable_attention windows ram swin coat config epff
+        token_label decoder mask_drawing mask_vectors overlap matcher without_neck model criterion
+        distillation coco_classes released weights_file published checkpoint pretrained convert
+        predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
-        settings config launch_check findings masks samples classes read_coco read_voc read_yolo
-        readers dataset_check shapes datasets clock agreement report console pictures data optim
-        evaluation loss_log resume start step stopping train
+        whole_file settings config launch_check findings masks samples classes json_stream
+        coco_columns read_coco read_voc read_yolo readers dataset_check shapes datasets clock
+        agreement scoring scores mistakes plots report console pictures worst_pictures augmentation
+        data optim evaluation loss_log dataset_statistics environment run_history page_parts
+        page_curves page_results page_run report_page resume start step stopping execution history
+        train flags result_files image_files prediction_formats predictions coco_file coco_scores
+        command_train command_check command_evaluate command_predict command_info command_export
+        command_benchmark command_line
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset

@@ -3,6 +3,7 @@ their pixels, and pictures that can no longer be read.
 """
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from tiny_runs import (
     write_coco,
 )
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxes
 
 from trainer.agreement import Agreement
+from trainer.augmentation import Augmentation, Geometry
 from trainer.data import (
-    Augmentation,
+    NOISED_GRANULE,
     DetectionDataset,
     noise_boxes,
     noised_batch,
@@ -32,6 +36,7 @@ from trainer.data import (
 )
 from trainer.report import Progress
 from trainer.step import check_readable
+from vidt.images import read_image
 from vidt.preprocessing import Preprocessing
 
 RELEASED = Augmentation(sizes=(480, 800), max_size=1333)
@@ -136,6 +141,63 @@ def test_boxes_follow_the_pixels(augmentation: Augmentation, size: tuple[int, in
     assert len(kinds) >= 8
 
 
+def drawings(size: tuple[int, int]) -> list[Geometry]:
+    """Mirrored or not, cropped or not."""
+    drawn = [SMALL.draw(size, np.random.default_rng(number)) for number in range(30)]
+    kinds = {(each.flip, each.crop is None) for each in drawn}
+    assert kinds == set(product((True, False), repeat=2))
+    return drawn
+
+
+@pytest.mark.parametrize("size", [(120, 200), (333, 97)])
+def test_boxes_are_those_of_torchvision(size: tuple[int, int]) -> None:
+    corners = torch.rand(40, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
+    boxes = corners.flatten(1) * torch.tensor([*size[::-1]] * 2)
+    for geometry in drawings(size):
+        framed = BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+        framed = F.horizontal_flip(framed) if geometry.flip else framed
+        kept = torch.ones(len(boxes), dtype=torch.bool)
+        if geometry.crop is not None:
+            framed = F.crop(F.resize(framed, list(geometry.crop.before)), *geometry.crop.area)
+            kept = (framed[:, 2:] > framed[:, :2]).all(dim=1).as_subclass(Tensor)
+        expected = F.resize(framed, list(geometry.shape)).as_subclass(Tensor)[kept]
+        found, found_kept = geometry.on_boxes(boxes)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected) and torch.equal(found_kept, kept)
+
+
+def test_pixels_are_those_of_one_step_after_the_other() -> None:
+    """Mirror, resize, crop and resize: the order of the recipe, whatever is quicker."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    image, bilinear = Image.fromarray(noise), Image.Resampling.BILINEAR
+    for geometry in drawings((90, 150)):
+        expected = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else image
+        if geometry.crop is not None:
+            top, left, height, width = geometry.crop.area
+            expected = expected.resize(geometry.crop.before[::-1], bilinear)
+            expected = expected.crop((left, top, left + width, top + height))
+        expected = expected.resize(geometry.shape[::-1], bilinear)
+        far = np.abs(np.asarray(geometry.on_image(image), int) - np.asarray(expected, int))
+        assert far.max() <= 2 and (far > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(700, 1001), (1024, 768)])
+def test_a_large_photograph_is_decoded_smaller_and_looks_the_same(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    fine = np.random.default_rng(1).integers(-20, 21, (*size, 3))
+    smooth = np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
+    Image.fromarray((smooth + fine).clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg")
+    whole = read_image(tmp_path / "a.jpg")
+    for geometry in drawings(size):
+        image = read_image(tmp_path / "a.jpg", size, at_least=geometry.needed)
+        assert whole.width > 1.9 * image.width
+        assert image.height >= geometry.needed[0] and image.width >= geometry.needed[1]
+        found, expected = (geometry.on_image(each) for each in (image, whole))
+        assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 1
+
+
 def test_mirrored_half_of_the_time_and_never_if_told_so() -> None:
     pixels = np.zeros((128, 128, 3), np.uint8)
     pixels[:, :40] = 255
@@ -213,7 +275,7 @@ def test_noised_boxes_are_whole_copies_near_the_truth() -> None:
     none = noise_boxes(boxes[:0], 5, np.random.default_rng(0))
     assert none.shape == (0, 4)
     batch = noised_batch([{"noised_boxes": noised}, {"noised_boxes": none}])
-    assert isinstance(batch, Tensor) and batch.shape == (2, 2, 4)
+    assert isinstance(batch, Tensor) and batch.shape == (2, NOISED_GRANULE, 4)
     assert noised_batch([{"labels": boxes}]) is None
 
 
@@ -289,10 +351,10 @@ def test_a_disk_that_vanishes_ends_in_one_line(
     """All pictures are gone after the check, and it is a worker that finds out."""
     read = DetectionDataset._read_from
 
-    def gone(self: DetectionDataset, wanted: int) -> Any:
+    def gone(self: DetectionDataset, *key: int) -> Any:
         for path in (own_data / "train2017").iterdir():
             path.unlink()
-        return read(self, wanted)
+        return read(self, *key)
 
     monkeypatch.setattr(DetectionDataset, "_read_from", gone)
     assert main_here(argv(own_data, room, "--num_workers 1")) == 2

@@ -1,14 +1,17 @@
 """The benchmarks start, measure something, and write it down. Their figures are no matter here."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.shapes import write_shapes
 
@@ -25,38 +28,180 @@ def run(program: str, *flags: object) -> str:
 
 
 @pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/speed.py as a module."""
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "speed", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def files(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The files of benchmarks/speed.py as modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("ceiling", "contestants", "laps", "parts", "results", "speed")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def test_speed_measures_each_case(tmp_path: Path) -> None:
-    size = ("--size", "1x64x96", "--backbone_name", "swin_nano", "--device", "cpu")
-    flags = (*size, "--threads", 1, "--repeat", 1, "--json", tmp_path / "speed.json")
-    printed = run("speed.py", *flags)
-    forward, step = json.loads((tmp_path / "speed.json").read_text())["results"]
-    assert (forward["work"], step["work"]) == ("forward", "training step")
-    assert forward["size"] == [1, 64, 96]
-    for result in (forward, step):
-        assert not result["failure"]
-        assert 0 < result["fastest"] <= result["median"] <= result["slowest"]
-        assert result["memory_gib"] > 0.06  # the weights alone, in single precision
-        assert f"{result['median']:.3f}" in printed
+def test_speed_tells_everything_about_a_case(tmp_path: Path) -> None:
+    printed = run("speed.py", "--quick", "--device", "cpu", "--json", tmp_path / "speed.json")
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert min(written["ceiling"].values()) > 0
+    assert written["environment"]["OMP_NUM_THREADS"] == "1"
+    (result,) = written["results"]
+    rows = {row["work"]: row for row in result["rows"]}
+    works = ["timm forward", "forward", "timm learning", "learning", "training step"]
+    assert list(rows) == works and not result["failures"]
+    for row in rows.values():
+        assert 0 < row["fastest"] <= row["median"] <= row["slowest"]
+        assert f"{row['median']:.4f}" in printed and f"{row['ratio']['median']:.3f}" in printed
+    assert rows["timm learning"]["ratio"]["most"] == 1
+    assert rows["learning"]["median"] < rows["training step"]["median"]
+    for parts, work in (("forward_parts", "forward"), ("step_parts", "training step")):
+        seconds, flops = (sum(part[key] for part in result[parts]) for key in ("seconds", "flops"))
+        assert seconds == pytest.approx(rows[work]["median"])
+        assert flops == rows[work]["flops"] > 0
+        assert sum(part["share"] for part in result[parts]) == pytest.approx(1)
+    peaks = result["peaks"]
+    assert peaks["forward"] > peaks["empty process"] + 0.06  # the weights alone, in GiB
+    # Gradients, then two averages of each: as much again, and twice as much.
+    assert peaks["learning"] > peaks["forward"]
+    assert peaks["training step"] > peaks["learning"] + 0.1
+    assert peaks["timm learning"] < peaks["learning"]
+    assert result["loader_seconds"] > 0
+
+
+def test_a_part_has_what_no_part_inside_it_has(files: SimpleNamespace) -> None:
+    class Counter:
+        value = 0
+
+        def read(self) -> int:
+            return self.value
+
+        def gained(self, first: int, second: int) -> float:
+            return second - first
+
+    meter = Counter()
+    laps = files.laps.Laps(meter)
+    with laps.part("outer"):
+        meter.value += 1
+        with laps.part("inner"):
+            meter.value += 10
+        meter.value += 100
+        laps.turn_into("end of outer")
+        meter.value += 1000
+    meter.value += 10_000
+    with laps.part("inner"):
+        meter.value += 100_000
+    assert laps.gains() == {
+        "outer": 101,
+        "inner": 100_010,
+        "end of outer": 1000,
+        files.laps.REST: 10_000,
+    }
+    assert laps.reading_after("end of outer") == 1111
+    assert laps.reading_after("inner") == 111_111
+
+
+def case_of(files: SimpleNamespace, body: str, **more: object) -> object:
+    settings = {"size": (1, 64, 96), "plus": False, "device": "cpu", "precision": "no"}
+    return files.contestants.Case(**{"backbone_name": body, "threads": 1, **settings, **more})
+
+
+@pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])
+def test_parts_are_the_whole(body: str, files: SimpleNamespace) -> None:
+    detector = files.contestants.Detector(case_of(files, body))
+    model, parts = detector.model, files.parts
+    forward, training = (
+        parts.count_flops(parts.watched(each, detector)) for each in detector.eager()
+    )
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    with FlopCounterMode(display=False) as counter:
+        model.train()(detector.images, detector.padding)
+    assert sum(forward.values()) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model.backbone(detector.images, detector.padding)
+    assert forward["body"] == training["body"] == counter.get_total_flops()
+    assert {"projections", "decoder", "heads"} <= {part for part in forward if forward[part]}
+    assert {"criterion", "matcher", "backward", "clip", "optimiser", "EMA"} <= set(training)
+    # Of each product, one for the gradient of either factor. PyTorch counts those of convolutions
+    # over single channels, which CoaT has, as more.
+    assert 1.9 < training[parts.BODY_BACKWARD] / training["body"] < 2.4
+
+
+@pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])
+def test_the_floor_has_the_sizes_of_the_body(body: str, files: SimpleNamespace) -> None:
+    case = case_of(files, body)
+    ours = files.contestants.Detector(case).model.backbone
+    floor = files.contestants.floor_body(case)
+    sizes = [
+        sorted(each.weight.shape for name, each in part.named_modules() if name.endswith("fc1"))
+        for part in (ours, floor)
+    ]
+    assert sizes[0] == sizes[1] and len(sizes[0]) >= 8
+    assert floor.forward_features(case.images()).isfinite().all()
+
+
+def test_a_ratio_is_that_of_each_round(files: SimpleNamespace) -> None:
+    rounds = {
+        ("timm forward", "eager"): [{"forward": 2.0}, {"forward": 4.0}, {"forward": 1.0}],
+        ("timm learning", "eager"): [{"forward": 1.0, "backward": 1.0}] * 3,
+        ("forward", "eager"): [{"forward": 3.0}, {"body": 3.0, "rest": 1.0}, {"forward": 2.0}],
+        ("training step", "eager"): [{"forward": 2.0, "backward": 1.0, "clip": 1.0}] * 3,
+    }
+    flops = {"forward": {"body": 60.0, "decoder": 30.0}}
+    limit = files.ceiling.Ceiling(flops=300.0, bytes=1.0)
+    rows = files.results.make_rows(rounds, flops, {"learning": 0.5}, limit, num_images=6)
+    by_work = {row.work: row for row in rows}
+    assert by_work["forward"].ratios == [1.5, 1.0, 2.0]
+    assert by_work["forward"].as_dict()["ratio"] == {"median": 1.5, "least": 1.0, "most": 2.0}
+    assert by_work["forward"].images_per_second == 2
+    assert by_work["forward"].of_limit == pytest.approx(0.1)
+    assert by_work["learning"].seconds == [3.0] * 3 and by_work["learning"].memory_gib == 0.5
+    assert by_work["training step"].ratios == [2.0] * 3
+
+
+def test_parts_that_touch_parameters_are_held_against_the_memory(files: SimpleNamespace) -> None:
+    limit = files.ceiling.Ceiling(flops=10.0, bytes=1000.0)
+    rounds = [{"body": 3.0, "optimiser": 1.0}, {"body": 5.0, "optimiser": 1.0}]
+    body, optimiser = files.results.make_parts(rounds, {"body": 8.0}, limit, num_parameters=10)
+    assert (body.seconds, body.share, body.of_limit) == (4.0, 0.8, pytest.approx(0.2))
+    assert optimiser.of_limit == pytest.approx(0.28)  # 3 averages and weights written, 4 read
+
+
+def test_who_fails_is_left_out(files: SimpleNamespace) -> None:
+    def fail(laps: object) -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    good = files.laps.Contestant("forward", "eager", nn.Identity(), False, lambda laps: None)
+    bad = files.laps.Contestant("forward", "compiled", nn.Identity(), False, fail)
+    failures: list[str] = []
+    assert files.speed.able([bad, good], torch.device("cpu"), failures) == [good]
+    assert failures == ["forward, compiled: failed, no compiler"]
 
 
 def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64)
     flags = ("--dataset_file", "coco", "--coco_path", folder, "--eval_size", 64)
-    run("data.py", *flags, "--workers", 0, 1, "--images", 8, "--json", written)
-    results = json.loads(written.read_text())["results"]
-    assert [result["workers"] for result in results] == [0, 1]
-    assert all(result["images_per_second"] > 0 for result in results)
+    run("data.py", *flags, "--workers", 0, 1, "--count", 8, "--json", written)
+    (result,) = json.loads(written.read_text())["results"]
+    assert [rate["workers"] for rate in result["workers"]] == [0, 1]
+    assert all(rate["images_per_second"] > 0 for rate in result["workers"])
+
+
+def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
+    written = tmp_path / "data.json"
+    folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64) / "train2017"
+    flags = ("--images", folder, "--eval_size", 64, "--workers", "--count", 8, "--json", written)
+    printed = run("data.py", *flags)
+    (result,) = json.loads(written.read_text())["results"]
+    assert result["data"] == str(folder) and result["workers"] == []
+    assert min(result["bare"], result["loader"], result["ratio"]) > 0
+    assert f"ratio {result['ratio']:.2f}" in printed
+
+
+def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
+    written = tmp_path / "scoring.json"
+    flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)
+    printed = run("scoring.py", *flags)
+    result = json.loads(written.read_text())
+    assert result["equal"] and result["detections"] == 360
+    assert min(result["pycocotools"], result["ours"]) > 0
+    assert f"ratio {result['ratio']:.1f}" in printed
 
 
 @pytest.mark.parametrize(
@@ -64,11 +209,13 @@ def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     [
         (["--size", "640x640"], "'640x640'; it must be like 2x640x480"),
         (["--device", "cpu", "--precision", "fp16"], "is for a GPU"),
+        (["--device", "tpu"], "'tpu'; it must be cpu or cuda"),
+        (["--repeat", "0"], "must be 1 or more"),
     ],
 )
 def test_wrong_flags_are_named(
-    flags: list[str], message: str, speed: ModuleType, capsys: pytest.CaptureFixture
+    flags: list[str], message: str, files: SimpleNamespace, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):
-        speed.cases(flags)
+        files.speed.arguments(flags)
     assert message in capsys.readouterr().err

@@ -5,15 +5,15 @@ import dataclasses
 import hashlib
 import os
 import resource
-import threading
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from served import served
 from tiny_runs import blurred
 from torch import Tensor
 
@@ -334,47 +334,59 @@ def test_an_address_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert address in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, bytes]]:
-    """An address and what it serves; a query of `?cut` promises more than it sends."""
+def test_a_download_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(256)) * 40
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content) + 100 * self.path.endswith("cut")))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}/weights.pth", content
-        running.shutdown()
-        thread.join()
-
-
-def test_a_download_is_whole_or_not_there(
-    server: tuple[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address, content = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     good, bad = hashlib.sha256(content).hexdigest(), "0" * 64
-    for source, reason in (
-        (f"{address}?cut", "after 10240 of 10340"),
-        (f"{address}#sha256={bad}", good),
-    ):
-        with pytest.raises(Unreachable, match=f"{reason}.*pass --load_from FILE"):
-            local_weights(source)
-        assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
-    path = local_weights(f"{address}#sha256={good}")
-    assert path.read_bytes() == content and local_weights(address) == path
-    path.write_bytes(b"something else")
-    with pytest.raises(Unreachable, match="SHA-256"):
-        local_weights(f"{address}#sha256={good}")
+    with served(content) as server:
+        address = server.address
+        for source, reason in (
+            (f"{address}?cut", "after 10240 of 10340"),
+            (f"{address}#sha256={bad}", good),
+        ):
+            with pytest.raises(Unreachable, match=f"{reason}.*pass --load_from FILE"):
+                local_weights(source)
+            assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+        path = local_weights(f"{address}#sha256={good}")
+        assert path.read_bytes() == content and local_weights(address) == path
+        assert len(server.requests) == 3  # the last is not fetched again
+        path.write_bytes(b"something else")
+        with pytest.raises(Unreachable, match="SHA-256"):
+            local_weights(f"{address}#sha256={good}")
+
+
+@contextmanager
+def no_superuser() -> Iterator[None]:
+    """Permissions do not hold one back."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def assert_unreachable(reason: str) -> None:
+    """In one line, and before anything is asked of the server."""
+    with served(b"weights") as server:
+        with pytest.raises(Unreachable, match=rf"{reason}.*pass --load_from FILE") as caught:
+            local_weights(server.address)
+        assert "\n" not in str(caught.value) and server.requests == []
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which is its owner's alone
+        os.chmod(folder, 0o755)
+        cache = Path(folder) / "hub" / "checkpoints"
+        cache.mkdir(parents=True)
+        cache.chmod(0o555)
+        monkeypatch.setenv("TORCH_HOME", folder)
+        with no_superuser():
+            assert_unreachable("Permission denied")
+        cache.rmdir()
+        cache.touch()  # a file in its place
+        assert_unreachable("File exists")
 
 
 def test_the_table_of_published_models() -> None:

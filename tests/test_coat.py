@@ -1,11 +1,9 @@
-"""The CoaT-lite bodies: number for number on the golden data, and filled from ImageNet files."""
+"""The CoaT-lite bodies: filled from ImageNet files, and against timm's attention. Number for number
+they are in test_golden.py.
+"""
 
-import copy
-import math
-from functools import cache
 from pathlib import Path
 
-import golden
 import pytest
 import timm
 import torch
@@ -13,112 +11,10 @@ from conftest import Compare
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidt import SetCriterion, ViDT, ViDTConfig
-from vidt.coat import COAT_VARIANTS, Block, CoatBody
-from vidt.convert import released_name, released_vidt
-from vidt.criterion import log_values
+from vidt import ViDTConfig
+from vidt.coat import Block, CoatBody
 from vidt.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
-
-VARIANT = "vidt_coat_lite_tiny"
-
-
-@cache
-def model() -> ViDT:
-    config = golden.config_of(f"{VARIANT}/meta.json")
-    built = ViDT(config)
-    built.load_state_dict(released_vidt(golden.weights(VARIANT), config), strict=True)
-    return built.eval()
-
-
-@cache
-def run(name: str) -> dict:
-    """Outputs, and under `body` what the body gives."""
-    seen: dict[str, Tensor] = {}
-
-    def body(_: object, __: object, out: tuple) -> None:
-        maps, det, det_pos = out
-        seen.update({f"backbone.feat{level}": feature for level, feature in enumerate(maps)})
-        seen["backbone.det_tgt"], seen["backbone.det_pos"] = det.mT, det_pos.mT
-
-    hook = model().backbone.register_forward_hook(body)
-    with torch.no_grad():
-        outputs = model()(*golden.inputs(name))
-    hook.remove()
-    return {**outputs, "body": seen}
-
-
-@golden.present
-@pytest.mark.parametrize("name", ["pair", "single", "odd"])
-def test_outputs(name: str, compare: Compare) -> None:
-    meta = golden.read_json(f"{VARIANT}/meta.json")
-    stated = {what: 5 * limit for what, limit in meta["fp32_max_abs_diff"][name].items()}
-    facts, stored = meta["tensors"][name], golden.read_arrays(f"{VARIANT}/{name}.npz")
-    outputs = run(name)
-    for what, limit in stated.items():
-        compare(what, outputs[what], stored[what], limit)
-        for level, aux in enumerate(outputs["aux_outputs"]):
-            if f"aux{level}.{what}" in stored:
-                part = golden.stored_part(aux[what], facts[f"aux{level}.{what}"]["slice"])
-                compare(f"aux {what}", part, stored[f"aux{level}.{what}"], limit)
-    # Inner tensors have no stated limit: that of the logits, in proportion to their spread.
-    relative = stated["pred_logits"] / facts["pred_logits"]["std"]
-    for what, expected in stored.items():
-        if what.startswith("backbone."):
-            part = golden.stored_part(outputs["body"][what], facts[what]["slice"])
-            compare(what, part, expected, relative * facts[what]["std"])
-
-
-@golden.present
-@pytest.mark.parametrize("case", ["pair", "single", "odd", "pair_last_image_empty"])
-def test_losses_and_matchings(case: str, compare: Compare) -> None:
-    name = case.partition("_")[0]
-    targets = golden.targets(name, 91, empty=() if name == case else (1,))
-    expected = golden.read_json(f"{VARIANT}/losses.json")[case]
-    weights = golden.read_json(f"{VARIANT}/meta.json")["weight_dict"]
-    outputs, criterion = run(name), SetCriterion()
-    matches = criterion.match(outputs, targets)
-    terms = criterion(outputs, targets, sum(len(target["labels"]) for target in targets))
-    found = {what: term / weights[what] for what, term in terms.items()}
-    found |= log_values(outputs, targets, matches)
-    assert found.keys() == expected["losses"].keys()
-    for what, value in expected["losses"].items():
-        kind, scale = what.rstrip("_0123456789") + ", relative", max(value, 1)
-        compare(kind, found[what] / scale, torch.tensor(value / scale), 2e-5)
-    total = torch.stack(list(terms.values())).sum() / expected["weighted_total"]
-    compare("total, relative", total, torch.tensor(1.0), 2e-5)
-    if "matching_final" in expected:
-        wanted = [*expected["matching_aux"], expected["matching_final"]]
-        assert [golden.pairs(matches, i, len(targets)) for i in range(len(wanted))] == wanted
-
-
-@golden.present
-def test_gradients(compare: Compare) -> None:
-    """In float64: float32 is off by up to 5e-3 here, where a sampled place falls into the
-    neighbouring cell.
-    """
-    facts = golden.read_json(f"{VARIANT}/grads.json")["float64"]
-    exact = copy.deepcopy(model()).double().train()
-    images, padding = golden.inputs("pair")
-    terms = SetCriterion()(exact(images.double(), padding), golden.targets("pair", 91), 10)
-    torch.stack(list(terms.values())).sum().backward()
-    expected = {released_name(name): values for name, values in facts["grads"].items()}
-    assert expected.pop(None) is None  # where we have no tensor, the reference has no gradient
-    assert expected.keys() == {name for name, _ in exact.named_parameters()}
-    for name, parameter in exact.named_parameters():
-        gradient, (norm, total) = parameter.grad, expected[name]
-        compare("norm, relative", gradient.norm() / norm, torch.tensor(1.0), 2e-6)
-        # An error of length e * norm changes a sum of n numbers by at most sqrt(n) * e * norm.
-        share = (gradient.sum() - total) / (norm * gradient.numel() ** 0.5)
-        compare("sum, relative", share, torch.tensor(0.0), 2e-6)
-
-
-@golden.present
-def test_parameter_count() -> None:
-    """All released parameters but the table of levels, which the released code never reads."""
-    facts = golden.read_json(f"{VARIANT}/keys.json")
-    unread = math.prod(facts["keys"]["transformer.level_embed"][1])
-    ours = sum(parameter.numel() for parameter in model().parameters())
-    assert ours == facts["parameter_count"] - unread
+from vidt.variants import COAT_VARIANTS
 
 
 def body_of(name: str) -> CoatBody:

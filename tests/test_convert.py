@@ -3,7 +3,10 @@ files of another kind.
 """
 
 import argparse
+import dataclasses
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vidt import ViDTConfig
@@ -18,6 +22,7 @@ from vidt.checkpoint import load_model, read_start
 from vidt.coco_classes import COCO_ROWS
 from vidt.convert import main
 from vidt.model import build_detector
+from vidt.preprocessing import Preprocessing
 from vidt.released import (
     imagenet_swin,
     name_in_released,
@@ -27,7 +32,7 @@ from vidt.released import (
     to_released,
     unread_tensors,
 )
-from vidt.weights_file import load_kept, load_weights
+from vidt.weights_file import WeightsInfo, load_kept, load_weights, save_weights
 
 VARIANTS = (
     "vidt_swin_nano",
@@ -185,13 +190,128 @@ def test_the_program_asks_for_class_names(small: Path, capsys: pytest.CaptureFix
     assert main([str(small), str(ours)]) == 2
     assert "has 3 classes and no class names; pass --class_names" in capsys.readouterr().err
     assert main([str(small), str(ours), "--class_names", "a,b"]) == 2
-    assert main([str(small), str(ours), "--class_names", "a,b,c"]) == 0
+    assert main([str(small), str(ours), "--class_names", "a, b,c"]) == 0
     assert load_weights(ours)[1].class_names == ("a", "b", "c")
-    assert main([str(ours), str(small)]) == 0
-    assert read_start(small)[2] == ("a", "b", "c")  # our writer leaves them in the file
-    for source, wrong in ((ours, "x.safetensors"), (small, "x.pth")):
-        assert main([str(source), str(small.parent / wrong)]) == 2
-        assert "name it so" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nheads": 4, "dec_n_points": 2, "cross_indices": (2, 3), "aux_loss": False},
+        {"with_vector": True, "gt_mask_len": 32, "n_keep": 16, "token_label": True},
+        {"token_label": True, "token_label_shift": False, "with_box_refine": False},
+        {"method": "vidt_wo_neck", "dropout": 0.3},
+    ],
+)
+def test_ours_comes_back_as_it_was(tiny_config: ViDTConfig, tmp_path: Path, changes: dict) -> None:
+    """Configuration, size, names and scores, whether tensors tell of them or not."""
+    config = dataclasses.replace(tiny_config, **changes)
+    preprocessing = Preprocessing(112, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    info = WeightsInfo(config, ("disc", "square", "star"), preprocessing, {"map50": 0.25})
+    tensors = build_detector(config).state_dict()
+    first, between, last = (tmp_path / name for name in ("a.safetensors", "b.pth", "c.safetensors"))
+    save_weights(first, tensors, info)
+    for source, target in ((first, between), (between, last)):
+        assert main([str(source), str(target)]) == 0
+    back, found = load_weights(last)
+    assert found == info
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert load_model(between)[1] == info
+
+
+def test_what_tensors_tell_wins_over_what_is_said(tiny_config: ViDTConfig) -> None:
+    """And what is said is believed only where it can be one of our settings."""
+    tensors = to_released(build_detector(tiny_config).state_dict(), tiny_config)
+    found = released_config(tensors, vars(argparse.Namespace(epff=True, dec_layers=6, method=None)))
+    assert found == released_config(tensors)
+    assert released_config(tensors, {"cross_indices": [2, 3]}).cross_indices == (2, 3)
+    for wrong in ({"cross_indices": "3"}, {"dropout": None}, {"nheads": True}):
+        assert released_config(tensors, wrong) == found
+    with pytest.raises(ValueError, match="its 128 attention weights are not of 3 heads"):
+        released_config(tensors, {"nheads": 3})
+
+
+def ours(folder: Path) -> Path:
+    config = ViDTConfig(num_classes=3, det_token_num=5, dec_layers=0, reduced_dim=32, pos_dim=8)
+    info = WeightsInfo(config, ("a", "b", "c"), Preprocessing())
+    save_weights(folder / "ours.safetensors", build_detector(config).state_dict(), info)
+    return folder / "ours.safetensors"
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path
+
+
+MISUSE = {
+    "nothing": ("", "the following arguments are required: source, target"),
+    "an unknown flag": ("small.pth x.safetensors --class a,b,c", "unrecognized arguments: --class"),
+    "no file": ("nowhere.pth x.safetensors", "nowhere.pth does not exist; give the path"),
+    "a folder": ("folder x.safetensors", "folder is a folder; give the path of a weights file"),
+    "another ending": ("small.pth x.pth", "x.pth: of small.pth comes a .safetensors file; name it"),
+    "another ending back": ("ours.safetensors x.bin", "comes a .pth file; name it so"),
+    "itself": ("ours.pth ours.pth", "ours.pth is the file that is to be converted"),
+    "names too few": ("small.pth x.safetensors --class_names a", "has 3 classes and 1 class names"),
+    "names twice": ("small.pth x.safetensors --class_names a,b,a", "none of them twice"),
+    "a name that is none": ("small.pth x.safetensors --class_names a,,b", "a name to each class"),
+    "names of ours": ("ours.safetensors x.pth --class_names a,b,c", "has its own; leave the flag"),
+    "a torn file": ("torn.pth x.safetensors", "torn.pth cannot be read safely as PyTorch weights"),
+    "a torn file of ours": ("torn.safetensors x.pth", "torn.safetensors cannot be read as ViDT"),
+    "a foreign file": ("foreign.safetensors x.pth", "not a ViDT weights file"),
+    "names and heads apart": ("apart.pth x.safetensors", "it names 2 classes and has 3"),
+    "no room": ("full small.pth x.safetensors --class_names a,b,c", "x.safetensors cannot be writ"),
+    "no room back": ("full ours.safetensors x.pth", "x.pth cannot be written: "),
+    "a file for a folder": ("ours.safetensors small.pth/x.pth", "x.pth cannot be written: "),
+    "a folder for a file": ("ours.safetensors folder/x.pth", "x.pth cannot be written: "),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the misuse is of."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "folder" / "x.pth").mkdir(parents=True)
+    config = ViDTConfig(num_classes=3, det_token_num=5, dec_layers=0)
+    model = to_released(build_detector(config).state_dict(), config)
+    torch.save({"model": model}, folder / "small.pth")
+    torch.save({"model": model, "class_names": ["a", "b"]}, folder / "apart.pth")
+    shutil.copy(ours(folder), folder / "ours.pth")
+    cut(Path(shutil.copy(folder / "small.pth", folder / "torn.pth")))
+    cut(Path(shutil.copy(folder / "ours.pth", folder / "torn.safetensors")))
+    save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("words", "reason"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_one_line_and_leaves_nothing(
+    files: Path,
+    words: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files)
+    before = files_of(files)
+    limits, room = resource.getrlimit(resource.RLIMIT_FSIZE), words.removeprefix("full ")
+    if room != words:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(room.split())
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr()
+    assert code == 2 and said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and reason in said.err
+    assert "--load_from" not in said.err
+    assert files_of(files) == before
+
+
+def files_of(folder: Path) -> dict[Path, int]:
+    """When each was last written to; of folders only that they are there."""
+    return {p: p.stat().st_mtime_ns if p.is_file() else 0 for p in folder.rglob("*")}
 
 
 def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:

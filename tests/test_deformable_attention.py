@@ -1,12 +1,25 @@
 """The sampling against golden float64 results, forward and backward; the module around it."""
 
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import golden
 import pytest
 import torch
 from conftest import Compare
+from test_benchmarks import run
 from torch import Tensor
 
-from vidt.deformable_attention import DeformableAttention, deformable_attention
+from vidt import deformable_gather
+from vidt.deformable_attention import (
+    DeformableAttention,
+    Form,
+    deformable_attention,
+    level_table,
+)
 
 CORE_CASES = (
     "tiny_two_levels",
@@ -21,18 +34,31 @@ LEVELS = [(9, 7), (5, 4), (3, 2), (2, 1)]
 EXACT = 1e-6  # results are of order one and were stored as float32
 
 
+PLAIN: tuple[Form, ...] = ("grid", "gather")  # what runs on every machine
+plain = pytest.mark.parametrize("form", PLAIN)
+core_case = pytest.mark.parametrize("case", CORE_CASES)
+
+
 @golden.present
+@plain
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", CORE_CASES)
-def test_core(case: str, dtype: torch.dtype, compare: Compare) -> None:
+@core_case
+def test_core(case: str, dtype: torch.dtype, form: Form, compare: Compare) -> None:
+    check_core(case, dtype, form, torch.device("cpu"), compare)
+
+
+def check_core(
+    case: str, dtype: torch.dtype, form: Form, device: torch.device, compare: Compare
+) -> None:
     facts = golden.read_json("deform_core.json")[case]
-    stored = golden.read_arrays("deform_core.npz")
     fields = {
-        name.partition(".")[2]: array for name, array in stored.items() if name.startswith(case)
+        name.partition(".")[2]: array.to(device)
+        for name, array in golden.read_arrays("deform_core.npz").items()
+        if name.startswith(case)
     }
     given = [fields[name].to(dtype).requires_grad_() for name in ("value", "locations", "weights")]
     shapes = [tuple(shape) for shape in facts["level_shapes_hw"]]
-    output = deformable_attention(given[0], shapes, given[1], given[2])
+    output = deformable_attention(given[0], shapes, given[1], given[2], form=form)
     output.backward(fields["grad_output"].to(dtype))
 
     # float32 places a sample to some 1e-7 of a level, which the slope of the map multiplies.
@@ -47,8 +73,9 @@ def test_core(case: str, dtype: torch.dtype, compare: Compare) -> None:
 
 
 @golden.present
+@plain
 @pytest.mark.parametrize("case", ["single_level_one_point", "grid_two_levels"])
-def test_core_gradient_at_pixel_centres(case: str, compare: Compare) -> None:
+def test_core_gradient_at_pixel_centres(case: str, form: Form, compare: Compare) -> None:
     """There the gradient jumps; the reference takes the cell right and below, look from there."""
     facts = golden.read_json("deform_core.json")[case]
     stored = golden.read_arrays("deform_core.npz")
@@ -58,7 +85,7 @@ def test_core_gradient_at_pixel_centres(case: str, compare: Compare) -> None:
     )
     locations = (locations + 1e-9).requires_grad_()
     shapes = [tuple(shape) for shape in facts["level_shapes_hw"]]
-    deformable_attention(value, shapes, locations, weights).backward(grad_output)
+    deformable_attention(value, shapes, locations, weights, form).backward(grad_output)
     compare("gradient of locations", locations.grad, expected, 1e-5)
 
 
@@ -79,26 +106,174 @@ def test_module(coordinates: int, module: DeformableAttention, compare: Compare)
     compare("output", output, stored[f"output_ref{coordinates}"], 5e-6)
 
 
-def test_sampling_by_hand() -> None:
+@plain
+def test_sampling_by_hand(form: Form) -> None:
     """One level of 2 x 2 pixels: centres lie at 1/4 and 3/4, and outside is zero."""
     value = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
     places = [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.0, 0.25], [2.0, 2.0]]
     locations = torch.tensor(places).reshape(1, 6, 1, 1, 1, 2)
-    output = deformable_attention(value, [(2, 2)], locations, torch.ones(1, 6, 1, 1, 1))
+    output = deformable_attention(value, [(2, 2)], locations, torch.ones(1, 6, 1, 1, 1), form)
     assert torch.allclose(output.flatten(), torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5, 0.0]))
 
 
-def test_gradient_is_that_of_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(3)
-    value, locations, weights = (
-        torch.rand(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((1, 10, 2, 3), (1, 2, 2, 2, 2, 2), (1, 2, 2, 2, 2))
-    )
-    shapes = [(2, 3), (2, 2)]
+@dataclass(frozen=True)
+class Sampling:
+    """Random tensors for `deformable_attention`, some samples outside, a few of them far."""
+
+    shapes: tuple[tuple[int, int], ...] = ((5, 7), (3, 2), (1, 1))
+    batch: int = 2
+    queries: int = 5
+    heads: int = 3
+    dim: int = 5
+    points: int = 3
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """value in the given dtype, locations and weights in float32 at least."""
+        generator = torch.Generator().manual_seed(3)
+
+        def drawn(*size: int) -> Tensor:
+            return torch.rand(size, generator=generator, dtype=torch.float64)
+
+        positions = sum(height * width for height, width in self.shapes)
+        samples = (self.batch, self.queries, self.heads, len(self.shapes), self.points)
+        locations = drawn(*samples, 2) * 1.6 - 0.3
+        locations[:, :1] *= 1e6
+        exact = torch.float64 if dtype is torch.float64 else torch.float32
+        value = drawn(self.batch, positions, self.heads, self.dim) - 0.5
+        made = [value.to(dtype), locations.to(exact), drawn(*samples).to(exact)]
+        return [tensor.to(device).requires_grad_() for tensor in made]
+
+    def call(self, value: Tensor, locations: Tensor, weights: Tensor, form: Form) -> Tensor:
+        return deformable_attention(value, list(self.shapes), locations, weights, form)
+
+
+def check_gradient(form: Form, device: str, fast_mode: bool = False) -> None:
+    """fast_mode compares one random projection of the gradients."""
+    sampling = Sampling(shapes=((2, 3), (2, 2)), batch=1, queries=2, heads=2, dim=3, points=2)
+    given = sampling.tensors(torch.float64, device)
     assert torch.autograd.gradcheck(
-        lambda *given: deformable_attention(given[0], shapes, *given[1:]),
-        (value, locations, weights),
+        lambda *tensors: sampling.call(*tensors, form), given, fast_mode=fast_mode, nondet_tol=1e-12
     )
+
+
+@plain
+def test_gradient_is_that_of_finite_differences(form: Form) -> None:
+    check_gradient(form, "cpu")
+
+
+def check_like_grid(sampling: Sampling, dtype: torch.dtype, form: Form, device: str) -> None:
+    """Outputs and gradients equal those of "grid" in float64, as far as the dtype goes."""
+    given = sampling.tensors(dtype, device)
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in given]
+    output = sampling.call(*given, form)
+    expected = sampling.call(*exact, "grid")
+    assert output.dtype is dtype
+    arriving = torch.rand(expected.shape, dtype=torch.float64).to(dtype)
+    output.backward(arriving.to(device))
+    expected.backward(arriving.double())
+    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(given, exact, strict=True))]
+    for found, wanted in pairs:
+        # What is returned in half precision is rounded to it; places and sums are exact.
+        step = torch.finfo(found.dtype).eps
+        size = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+        allowed = size * max(step, 1e-5 if dtype is not torch.float64 else 1e-12)
+        assert torch.allclose(found.double().cpu(), wanted, rtol=0, atol=allowed)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SAMPLINGS = {
+    "odd sizes": Sampling(),
+    "one cell": Sampling(shapes=((1, 1),), batch=1, heads=1, dim=1, points=1),
+    "no query": Sampling(queries=0),
+    "wide head": Sampling(shapes=((4, 4),), batch=1, queries=2, heads=2, dim=70, points=1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_gather_gives_what_grid_gives(sampling: Sampling, dtype: torch.dtype) -> None:
+    check_like_grid(sampling, dtype, "gather", "cpu")
+
+
+def test_gradients_in_many_blocks() -> None:
+    """The products of the backward pass are made block by block; here there are several."""
+    sampling = Sampling(shapes=((9, 8), (4, 4)), batch=1, queries=100, heads=4, dim=40, points=5)
+    products = (100 * 4) * (4 * 2 * 5) * 40
+    assert products > 2 * deformable_gather.BLOCK
+    check_like_grid(sampling, torch.float32, "gather", "cpu")
+
+
+@plain
+def test_what_is_not_a_number_is_not_hidden(form: Form) -> None:
+    """A diverged run has to be noticed, not to read out of bounds."""
+    sampling = Sampling()
+    value, locations, weights = (tensor.detach() for tensor in sampling.tensors(torch.float32))
+    locations[0, 1, 0, 0, 0, 0] = math.nan
+    locations[0, 2, 0, 0, 0, 0] = math.inf
+    output = sampling.call(value, locations, weights, form)
+    assert output[0, 3:].isfinite().all() and output[1].isfinite().all()
+    if form == "gather":
+        assert output[0, 1, : sampling.dim].isnan().all()
+
+
+def test_operator_keeps_the_rules_of_torch() -> None:
+    """So that autograd and torch.compile may rely on what it says of itself."""
+    rows, weights = torch.rand(7, 3, requires_grad=True), torch.rand(4, 2, requires_grad=True)
+    index = torch.tensor([[0, 6], [3, 3], [1, 2], [5, 0]], dtype=torch.int32)
+    torch.library.opcheck(deformable_gather.weighted_rows, (rows, index, weights))
+
+
+def test_compiles_whole(module: DeformableAttention) -> None:
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
+    for coordinates in (2, 4):
+        given = arguments(coordinates)
+        expected, found = module(*given), compiled(*given)
+        assert torch.allclose(found, expected, atol=1e-6)
+        gradients = [
+            torch.autograd.grad(output.sum(), module.value_proj.weight)[0]
+            for output in (expected, found)
+        ]
+        assert torch.allclose(*gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_exports_nothing_of_ours(coordinates: int, module: DeformableAttention) -> None:
+    given = arguments(coordinates)
+    program = torch.export.export(module.eval(), given)
+    graphs = [part.graph for part in program.graph_module.modules()]
+    called = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert "aten.grid_sampler.default" in called
+    assert not [name for name in called if name.startswith("vidt")]
+    assert torch.allclose(program.module()(*given), module(*given), atol=1e-6)
+
+
+def test_level_table_is_made_once_for_inference_and_training() -> None:
+    shapes = [(6, 5), (3, 4)]
+    with torch.inference_mode():
+        table = level_table(shapes, torch.device("cpu"))
+    assert table.tolist() == [[6, 5, 0], [3, 4, 30]]
+    assert level_table(shapes, torch.device("cpu")) is table
+    offsets = torch.ones(2, requires_grad=True)
+    (offsets / table[:, 0]).sum().backward()
+    assert torch.allclose(offsets.grad, torch.tensor([1 / 6, 1 / 3]))
+
+
+def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
+    flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
+    printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")
+    rows = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert [row["form"] for row in rows] == ["grid", "grid", "gather", "gather"]
+    assert all(row["median"] >= row["fastest"] > 0 for row in rows)
+    assert printed.count("1x3x64x96") == len(rows)
+
+
+def arguments(coordinates: int) -> tuple[Any, ...]:
+    """For the module: query, reference, source, level shapes, padding."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 5, 256, generator=generator)
+    reference = torch.rand(2, 5, 4, coordinates, generator=generator)
+    source = torch.randn(2, 91, 256, generator=generator)
+    return query, reference, source, LEVELS, torch.rand(2, 91, generator=generator) < 0.3
 
 
 def attend(module: DeformableAttention, source: Tensor, padding: Tensor | None = None) -> Tensor:

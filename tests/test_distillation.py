@@ -1,6 +1,5 @@
 """Distillation by token matching: the loss, the pair, and a run with a teacher."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import golden
 import pytest
 import torch
 from conftest import Compare
+from tiny_plus import PLUS, save_teacher
 from tiny_runs import (
     NAMES,
     Crash,
@@ -29,12 +29,9 @@ from trainer.agreement import Agreement
 from trainer.report import Progress
 from trainer.start import load_teacher
 from vidt import ViDT, ViDTConfig
-from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.distillation import TokenMatching, token_distances
-from vidt.preprocessing import Preprocessing
 
 ROUNDING = 2e-5
-PLUS = "--epff --iou_aware --token_label --with_vector --n_keep 16 --gt_mask_len 32"
 
 
 @golden.present
@@ -105,26 +102,15 @@ def test_a_student_that_is_its_teacher_has_finite_gradients(tiny_config: ViDTCon
     assert gradients and not any(gradient.any() for gradient in gradients)  # nan is not zero
 
 
-def save_teacher(path: Path, fields: dict, **changes: object) -> Path:
-    config = dataclasses.replace(
-        ViDTConfig(**{**fields, "num_classes": len(NAMES)}),
-        **changes,  # type: ignore[arg-type]
-    )
-    torch.manual_seed(1)
-    info = WeightsInfo(config, tuple(f"c{i}" for i in range(config.num_classes)), Preprocessing(64))
-    save_weights(path, blurred(ViDT(config)).state_dict(), info)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["", PLUS], ids=["vidt", "vidt+"])
-def test_portions_do_not_matter(tiny_data: Path, room: Path, kind: str) -> None:
+def test_portions_do_not_matter(masked_data: Path, room: Path, kind: str) -> None:
     """Neither in a ViDT pair, nor in one of ViDT+; the teacher has other classes."""
-    _, fields = settings(tiny_data, room, kind)
+    config, fields = settings(masked_data, room, kind)
     teacher = save_teacher(room / "teacher.safetensors", fields, num_classes=5)
-    train_set, _ = tables(*settings(tiny_data, room))  # boxes alone
+    train_set, _ = tables(config, fields)
 
     def of_step(flags: str) -> dict[str, Tensor]:
-        config, fields = settings(tiny_data, room, "--batch_size 4 --dropout 0", kind, flags)
+        config, fields = settings(masked_data, room, "--batch_size 4 --dropout 0", kind, flags)
         return gradients_of_step(config, fields, train_set, 0, cpu())
 
     taught = f"--distil_model_path {teacher}"
@@ -182,9 +168,30 @@ def test_the_loss_falls_and_a_resumed_run_is_the_same(learnt: Learnt, room: Path
     assert differences(end_of(room / "whole"), end_of(room / "broken")) == []
 
 
+def test_vidt_plus_with_a_teacher_resumes_exactly(masked_data: Path, room: Path) -> None:
+    _, fields = settings(masked_data, room, PLUS)
+    teacher = save_teacher(room / "teacher.safetensors", fields, aux_loss=False)
+    flags = f"{PLUS} --denoising 6 --save_steps 2 --distil_model_path {teacher}"
+    seen: list[float] = []
+    run(masked_data, room / "whole", flags, report=losses(seen))
+    assert len(seen) == 6 and min(seen) > 0
+
+    def breaks(progress: Progress) -> None:
+        if (progress.event, progress.step) == ("step", 5):
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(masked_data, room / "broken", flags, report=breaks)
+    resumed: list[float] = []
+    run(masked_data, room / "broken", flags, "--resume", report=losses(resumed))
+    assert resumed == seen[4:]
+    assert differences(end_of(room / "whole"), end_of(room / "broken")) == []
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
+        ({"reduced_dim": 32}, "has reduced_dim 32, this run 64; pass --reduced_dim 32"),
         ({"det_token_num": 9}, "has det_token_num 9, this run 8; pass --det_token_num 9"),
         ({"dec_layers": 2}, "has dec_layers 2, this run 1; pass --dec_layers 2"),
         ({"epff": True}, "has epff True, this run False; pass --epff True"),

@@ -2,8 +2,6 @@
 for processes is in test_two_processes.py.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,21 +20,6 @@ LOSSES = {
     "without neck": "--method vidt_wo_neck",
     "plus": "--epff --iou_aware --token_label --with_vector --gt_mask_len 16 --denoising 9",
 }
-
-
-@pytest.fixture(scope="module")
-def masked_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every second object is a diamond in its box; of the others no mask is known."""
-    folder = tmp_path_factory.mktemp("masked") / "data"
-    shutil.copytree(tiny_data, folder)
-    for path in (folder / "annotations").glob("*.json"):
-        content = json.loads(path.read_text())
-        for annotation in content["annotations"][::2]:
-            x, y, w, h = annotation["bbox"]
-            corners = [(x + w / 2, y), (x + w, y + h / 2), (x + w / 2, y + h), (x, y + h / 2)]
-            annotation["segmentation"] = [[float(side) for corner in corners for side in corner]]
-        path.write_text(json.dumps(content))
-    return folder
 
 
 def of_step(data: Path, room: Path, portions: int, flags: str, step: int) -> dict[str, Tensor]:

@@ -106,6 +106,41 @@ def test_exif_turns_only_towards_the_annotated_size(tmp_path: Path, orientation:
     assert np.array_equal(np.asarray(read_image(path, (40, 24))), turned)
 
 
+@pytest.mark.parametrize(
+    ("name", "at_least", "expected"),
+    [
+        ("a.jpg", (100, 200), (150, 201)),  # a half would be 75 rows
+        ("a.jpg", (75, 100), (75, 101)),
+        ("a.jpg", (38, 51), (75, 101)),
+        ("a.jpg", (19, 20), (38, 51)),
+        ("a.jpg", (1, 1), (19, 26)),
+        ("a.jpg", None, (150, 201)),
+        ("a.png", (1, 1), (150, 201)),
+    ],
+)
+def test_decoded_no_smaller_than_asked_for(
+    tmp_path: Path, name: str, at_least: tuple[int, int] | None, expected: tuple[int, int]
+) -> None:
+    path = save(tmp_path / name, noise(150, 201))
+    for size in (None, (150, 201)):
+        image = read_image(path, size, at_least=at_least)
+        assert (image.height, image.width) == expected and image.mode == "RGB"
+    with pytest.raises(ValueError, match="201 x 150"):
+        read_image(path, (75, 101), at_least=at_least)
+
+
+def test_an_image_to_be_turned_is_decoded_whole(tmp_path: Path) -> None:
+    path = save_oriented(tmp_path / "a.jpg", 6, 160, 240)
+    assert read_image(path, (240, 160), at_least=(8, 8)).size == (160, 240)
+    assert read_image(path, (160, 240), at_least=(8, 8)).size == (30, 20)
+
+
+def test_grey_and_cmyk_photographs_are_decoded_smaller_too(tmp_path: Path) -> None:
+    for mode in ("L", "CMYK"):
+        image = read_image(save(tmp_path / "a.jpg", noise(64, 64), mode), at_least=(16, 16))
+        assert image.mode == "RGB" and image.size == (16, 16)
+
+
 def test_broken_exif_does_not_spoil_the_picture(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", noise(8, 8), exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     assert probe_image(path).orientation == 1

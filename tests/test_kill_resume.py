@@ -3,20 +3,18 @@
 Three kills among the tests; `python tests/test_kill_resume.py --kills 20` for more, a line each.
 """
 
-import argparse
 import fnmatch
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from kill_program import run_kills
 from tiny_runs import (
     ROOT,
     command,
@@ -42,10 +40,10 @@ class Outcome:
     place: str
     seconds: float  # from the start of the program to its death
     left: list[str]
-    different: list[str]
+    faults: list[str]
 
     def __str__(self) -> str:
-        end = f"DIFFERENT: {', '.join(self.different)}" if self.different else "bit-identical"
+        end = f"DIFFERENT: {', '.join(self.faults)}" if self.faults else "bit-identical"
         left = ", ".join(self.left) or "nothing"
         return f"killed in {self.place} after {self.seconds:.2f} s, left {left}; resumed: {end}"
 
@@ -109,24 +107,10 @@ def kills(folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
 def test_three_kills(tmp_path: Path) -> None:
     try:
         for outcome in kills(tmp_path, 3):
-            assert outcome.different == [], str(outcome)
+            assert outcome.faults == [], str(outcome)
     finally:
         shutil.rmtree(tmp_path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for number, outcome in enumerate(kills(Path(folder), options.kills, options.seed), 1):
-            print(f"{number:3d}  {outcome}", flush=True)
-            failed += bool(outcome.different)
-    print(f"{options.kills - failed} of {options.kills} runs ended bit-identical")
-    sys.exit(failed > 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_kills(str(__doc__), kills, "runs ended bit-identical")

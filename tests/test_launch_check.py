@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import call, main_here, program
 
 from trainer.launch_check import asked_of_accelerate, require_processes
 from trainer.settings import ConfigError
@@ -67,3 +68,30 @@ def test_fewer_processes_than_asked_for_are_an_error(monkeypatch: pytest.MonkeyP
     require_processes(2)
     with pytest.raises(ConfigError, match="asked for 2 processes, 1 started"):
         require_processes(1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_a_launcher_that_splits_the_model_is_refused(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Whether the package that would do it is here or not."""
+    monkeypatch.setenv(variable, "true")
+    assert main_here([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {name}") and "distributed_type MULTI_GPU" in line
+
+
+def test_fsdp_of_the_real_launcher_is_refused():
+    options = ("--config_file", CONFIG_FILE, "--num_processes", "1", "--use_fsdp")
+    done = call([program("accelerate"), "launch", *options, str(ROOT / "trainer/train.py")])
+    assert done.returncode == 1  # the launcher's, for any code of ours
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "FSDP is asked for" in errors[0]

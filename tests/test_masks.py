@@ -21,7 +21,8 @@ from tiny_runs import cpu, run, settings, tables
 from torch import Tensor
 
 from trainer.agreement import Agreement
-from trainer.data import Augmentation, DetectionDataset, collate
+from trainer.augmentation import Augmentation
+from trainer.data import DetectionDataset, collate
 from trainer.evaluation import (
     STATS,
     evaluate,
@@ -31,13 +32,14 @@ from trainer.evaluation import (
     summarise_masks,
 )
 from trainer.masks import as_coco, decode, encode, read_segmentation
-from trainer.pictures import Comparison, class_colour, compare, draw_boxes
+from trainer.pictures import Comparison, compare, draw_boxes
 from trainer.read_coco import read_coco
 from trainer.readers import coco_folder
 from trainer.report import COCO_NUMBERS
 from trainer.samples import SampleTable
 from trainer.shapes import write_shapes
 from vidt import Predictor
+from vidt.drawing import class_colour
 from vidt.mask_vectors import encode_masks
 from vidt.model import ViDTConfig, build_detector
 from vidt.predictor import Detections, MaskVectors
@@ -307,7 +309,7 @@ def test_the_numbers_are_those_of_pycocotools(shapes: Path) -> None:
     indices = list(found)
     halves = [indices[::2], indices[1::2]]  # as two processes share them
     shares = [score_images(val_set, half, found, masks) for half in halves]
-    scores = summarise_masks(val_set, shares)
+    scores = summarise_masks(shares)
     assert list(scores) == [f"segm_{name}" for name in COCO_NUMBERS]
     wanted = by_pycocotools(coco_folder(shapes, "val")[0], found)
     for name, value in wanted.items():
@@ -324,9 +326,9 @@ def test_objects_without_masks_neither_help_nor_harm(tmp_path: Path) -> None:
     masks = {0: [table[0].masks[0]] * 2}  # type: ignore[index]
     found = Detections(torch.tensor([0.9, 0.8]), torch.tensor([0, 0]), boxes)
     share = score_images(table, [0], {0: found}, masks)
-    assert summarise_masks(table, [share])["segm_map"] == pytest.approx(1)
+    assert summarise_masks([share])["segm_map"] == pytest.approx(1)
     share = score_images(table, [0], {0: found[:1]}, {0: masks[0][:1]})
-    assert summarise_masks(table, [share])["segm_map"] == pytest.approx(1)
+    assert summarise_masks([share])["segm_map"] == pytest.approx(1)
 
 
 def test_drawn_in_parts_or_at_once(monkeypatch: pytest.MonkeyPatch, train_set: SampleTable) -> None:

@@ -16,7 +16,8 @@ from vidt.convert import imagenet_swin
 from vidt.model import build_detector
 from vidt.pretrained import TIMM_NAMES, added_by_vidt
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
-from vidt.swin import SWIN_VARIANTS, Block, SwinBody
+from vidt.swin import Block, SwinBody
+from vidt.variants import SWIN_VARIANTS
 from vidt.without_neck import ViDTWithoutNeck
 
 Targets = list[dict[str, Tensor]]
@@ -136,15 +137,21 @@ def test_det_tokens_do_not_see_padded_patches() -> None:
     padding = torch.zeros(2, 5, 6, dtype=torch.bool)
     padding[1, :, 4:] = True
     other = torch.where(padding[..., None], torch.randn_like(patches), patches)
-    expected = attention(patches, det, positions, padding.flatten(1))[1]
-    assert torch.equal(attention(other, det, positions, padding.flatten(1))[1], expected)
-    assert not torch.allclose(attention(other, det, positions)[1][1], expected[1])
+
+    def det_of(patches: Tensor, padding: Tensor | None) -> Tensor:
+        return attention(patches.flatten(1, 2), det, (5, 6), positions, padding)[:, 30:]
+
+    expected = det_of(patches, padding.flatten(1))
+    assert torch.equal(det_of(other, padding.flatten(1)), expected)
+    assert not torch.allclose(det_of(other, None)[1], expected[1])
 
 
 def test_patches_never_see_det_tokens() -> None:
     attention = ReconfiguredAttention(32, 4, window=7, shift=0)
-    patches, positions = torch.randn(1, 5, 6, 32), torch.randn(1, 30, 32)
-    first, second = (attention(patches, torch.randn(1, 3, 32), positions)[0] for _ in range(2))
+    patches, positions = torch.randn(1, 30, 32), torch.randn(1, 30, 32)
+    first, second = (
+        attention(patches, torch.randn(1, 3, 32), (5, 6), positions)[:, :30] for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -152,8 +159,9 @@ def test_a_shift_changes_a_map_of_one_window() -> None:
     """As released; other Swin implementations switch the shift off there."""
     still, shifted = (ReconfiguredAttention(32, 4, window=7, shift=shift) for shift in (0, 3))
     shifted.load_state_dict(still.state_dict())
-    patches, det = torch.randn(1, 7, 7, 32), torch.randn(1, 2, 32)
-    assert not torch.allclose(still(patches, det)[0], shifted(patches, det)[0])
+    patches, det = torch.randn(1, 49, 32), torch.randn(1, 2, 32)
+    out = (attention(patches, det, (7, 7))[:, :49] for attention in (still, shifted))
+    assert not torch.allclose(*out)
 
 
 def test_sine_position_counts_only_what_is_image() -> None:
@@ -237,9 +245,8 @@ def test_forward_reads_no_value_and_stays_on_the_device(tiny_config: ViDTConfig)
 def test_dropped_paths_drop_patches_and_det_tokens_together() -> None:
     """One draw for each image and branch: with everything dropped, a block passes its input on."""
     block = Block(32, 4, shift=0, drop_path=0.999999, pos_dim=8).train()
-    patches, det = torch.randn(2, 5, 6, 32), torch.randn(2, 3, 32)
-    out = block(patches, det, torch.randn(1, 3, 8), None, None)
-    assert torch.equal(out[0], patches) and torch.equal(out[1], det)
+    tokens = torch.randn(2, 5 * 6 + 3, 32)
+    assert torch.equal(block(tokens, torch.randn(1, 3, 8), (5, 6), None, None), tokens)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,14 @@ import torch
 from PIL import Image
 
 from trainer.pictures import (
-    LONGEST_NAME,
     MIN_SIDE,
     Comparison,
-    class_colour,
-    class_text,
     compare,
     draw_boxes,
     save_picture,
     truth_beside_prediction,
 )
+from vidt.drawing import LONGEST_NAME, class_colour, class_text
 
 NAMES = ["rectangle", "ellipse", "triangle"]
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"

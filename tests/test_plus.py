@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import Compare
 from test_model import names, objects, padded_pair, trained_names, unpadded
 from tiny_runs import blurred
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,6 +77,15 @@ def test_boxes_do_not_depend_on_the_other_heads(tiny_plus: ViDT, part: str) -> N
     }
     for name in ("pred_logits", "pred_boxes"):
         assert torch.equal(with_part[name], without[name])
+
+
+def test_alone_and_in_every_batch_the_same(tiny_plus: ViDT, compare: Compare) -> None:
+    images, padding = unpadded(3)
+    with torch.no_grad():
+        together = tiny_plus(images, padding)
+        alone = [tiny_plus(images[i : i + 1], padding[:1]) for i in range(3)]
+    for name in ("pred_boxes", "pred_logits", "pred_ious", "pred_vectors"):
+        compare(name, together[name], torch.cat([one[name] for one in alone]), 1e-5)
 
 
 def test_new_mask_vectors_are_zero(plus_config: ViDTConfig) -> None:

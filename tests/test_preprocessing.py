@@ -5,8 +5,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
-from vidt.preprocessing import Preprocessing, canvas_batches, pad_batch, resize, resized_shape
+from vidt.preprocessing import (
+    Preprocessing,
+    canvas_batches,
+    pad_batch,
+    resize,
+    resized_shape,
+    to_pixels,
+)
 
 
 @golden.present
@@ -39,6 +47,24 @@ def test_normalised_by_hand() -> None:
     assert type(tensor) is torch.Tensor and tensor.shape == (3, 32, 48)
     expected = torch.tensor([(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, -0.406 / 0.225])
     assert torch.allclose(tensor, expected[:, None, None].expand(-1, 32, 48), atol=1e-6)
+
+
+def test_normalised_as_torchvision_does_and_padding_is_nothing() -> None:
+    preprocessing = Preprocessing()
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+    padding = torch.zeros(2, 4, 256, dtype=torch.bool)
+    padding[1, 2:], padding[0, :, 200:] = True, True
+    found = preprocessing.normalise(pixels, padding)
+    scaled = F.to_dtype(pixels, torch.float32, scale=True)
+    expected = F.normalize(scaled, list(preprocessing.mean), list(preprocessing.std))
+    assert torch.equal(preprocessing.normalise(pixels), expected)
+    assert torch.equal(found, expected.where(~padding[:, None], 0.0))
+
+
+def test_pixels_lie_in_planes() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    found = to_pixels(Image.fromarray(noise))
+    assert found.is_contiguous() and np.array_equal(found.numpy(), noise.transpose(2, 0, 1))
 
 
 def test_pixels_are_those_of_pillow() -> None:

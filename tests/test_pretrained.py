@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidt.pretrained import TIMM_NAMES, URLS, added_by_vidt, load_imagenet
-from vidt.swin import SWIN_VARIANTS, SwinBody
+from vidt.swin import SwinBody
+from vidt.variants import SWIN_VARIANTS
 
 
 def body_of(name: str) -> SwinBody:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from simulated import events_of_a_run, pictures_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from trainer.console import Console, duration, score_table
-from trainer.report import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out, write_whole
+from trainer.report import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out
+from trainer.whole_file import write_whole
 
 TOTAL = 40
 
@@ -285,7 +289,7 @@ def test_foreign_csv_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
 def test_unfinished_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     write_whole(path, b"old")
-    (tmp_path / "metrics.csv.tmp").mkdir()  # the new one cannot be written
+    (tmp_path / ".metrics.csv.tmp").mkdir()  # the new one cannot be written
     with pytest.raises(OSError, match=r"metrics\.csv\.tmp"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
@@ -315,6 +319,33 @@ def test_tensorboard_holds_curves_and_pictures(tmp_path: Path) -> None:
     red, green, blue = decoded.getpixel((30, 20))  # type: ignore[misc]
     assert decoded.size == (60, 40) and red > 240 and green < 15 and blue < 15
     board.close()
+
+
+def test_tensorboard_holds_thresholds_confusions_and_worst_images(tmp_path: Path) -> None:
+    samples = pictures_of(tmp_path / "val", ("cat", "<b> $x$", "never"))
+    samples = samples.keep_boxes(samples.labels != 2)
+    board = TensorBoard(tmp_path / "events")
+    events = events_of_a_run(samples, (0.0, 0.8))
+    for event in events:
+        board(event)
+    read = events_of(tmp_path / "events")
+    diagnosis = events[-1].diagnosis
+    assert diagnosis is not None and diagnosis.curves[0].best is not None
+    thresholds = [scalar.value for scalar in read.Scalars("val_threshold/cat")]
+    assert thresholds[-1] == pytest.approx(diagnosis.curves[0].best.threshold)
+    assert read.Scalars("val_f1/all classes")[-1].value > 0.5
+    assert {"confusion", "worst/00", "worst/11"} <= set(read.Tags()["images"])
+    confusion = Image.open(io.BytesIO(read.Images("confusion")[-1].encoded_image_string))
+    assert confusion.getpixel((2, 2)) == (255, 255, 255) and confusion.width > 300
+    curves = {tag.partition("/")[2] for tag in read.Tags()["tensors"] if "recall/" in tag}
+    assert curves == {"cat", "<b> $x$", "all classes"}
+    stored = read.Tensors("precision_recall/all classes")[-1].tensor_proto
+    rows = tensor_util.make_ndarray(stored)
+    right, false, _, missed, precision, recall = rows
+    assert right[0] + missed[0] == len(samples.labels) and right[-1] == false[-1] == 0
+    assert (np.diff(recall) <= 0).all()
+    at_half = diagnosis.together.thresholds >= 64 / 126
+    assert precision[64] == pytest.approx(diagnosis.together.precision[at_half][-1])
 
 
 @pytest.mark.parametrize(("resumed", "kept"), [(20, [5, 10, 15, 20]), (0, [])])

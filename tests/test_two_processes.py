@@ -4,6 +4,7 @@ They are started once, by hand instead of by a launcher, so that each has an exi
 what they saw in two_processes.py is then looked at test by test.
 """
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from served import served
+from tiny_plus import PLUS, save_teacher, with_masks
 from tiny_runs import (
     ROOT,
     Learnt,
@@ -25,6 +28,7 @@ from tiny_runs import (
     differences,
     environment,
     furthest,
+    numbers_of,
     program,
     random_pictures,
     settings,
@@ -57,7 +61,10 @@ def write_scenes(folder: Path, learnt: Learnt) -> None:
     write_coco(folder / "data", random_pictures(12, 0), random_pictures(3, 1))
     # One picture of four has boxes: whichever process gets it, the other has none.
     bare = [Picture(64, 64, ()), *random_pictures(1, 0), Picture(48, 80, ()), Picture(64, 64, ())]
-    write_coco(folder / "bare", bare, bare[:1])
+    write_coco(folder / "no-masks", bare, bare[:1])
+    with_masks(folder / "no-masks", folder / "bare")
+    _, plus = settings(folder / "bare", folder, PLUS)
+    save_teacher(folder / "plus", plus)
     for count in VALIDATION:
         pictures = random_pictures(count, 0)
         write_coco(folder / f"val{count}", pictures, pictures)
@@ -127,20 +134,34 @@ def test_gradients_where_one_process_has_no_boxes(ended: Ended, tmp_path: Path) 
             assert furthest(ours, theirs)[0] < ROUNDING
 
 
+def test_gradients_of_all_parts_where_one_process_has_no_boxes(
+    ended: Ended, tmp_path: Path
+) -> None:
+    """ViDT+ with a teacher, in portions; every parameter has a gradient on both processes."""
+    flags = f"--batch_size 4 {PLUS} --distil_model_path {ended.folder}/plus"
+    alone = step_gradients(ended.folder / "bare", tmp_path, flags)
+    for seen in ended.seen:
+        found = seen["gradients of all parts without boxes"]
+        for ours, theirs in zip(found, alone, strict=True):
+            assert furthest(ours, theirs)[0] < ROUNDING
+
+
 def test_every_image_is_scored_once(ended: Ended, learnt: Learnt) -> None:
     """One image for two processes, an odd number, an even one; batches of 1, 2 and 5."""
     model, info = load_model(learnt.weights)
     for count in VALIDATION:
         config, fields = settings(ended.folder / f"val{count}", ended.folder)
-        alone = evaluate(
-            model,
-            tables(config, fields)[1],
-            info.preprocessing,
-            cpu(),
-            Agreement(cpu()),
-            batch_size=2,
-            num_workers=0,
-        ).metrics
+        alone = numbers_of(
+            evaluate(
+                model,
+                tables(config, fields)[1],
+                info.preprocessing,
+                cpu(),
+                Agreement(cpu()),
+                batch_size=2,
+                num_workers=0,
+            )
+        )
         assert 0 < alone["map"] < 1
         for seen in ended.seen:
             for metrics in seen["evaluations"][count]:
@@ -200,10 +221,16 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
 
 
 def test_torchrun_evaluates_as_one_process_does(learnt: Learnt, tmp_path: Path) -> None:
-    """The command line, of weights that do find something."""
+    """The command line, of weights that do find something, from an address: one process fetches
+    them, the other waits.
+    """
+    content = learnt.weights.read_bytes()
     words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "tests/tiny_runs.py")]
-    flags = f"--eval --load_from {learnt.weights} --batch_size 3"
-    done = call([*words, *argv(learnt.data, tmp_path, flags)])
+    with served(content) as server:
+        address = f"{server.address}#sha256={hashlib.sha256(content).hexdigest()}"
+        flags = f"--eval --load_from {address} --batch_size 3"
+        done = call([*words, *argv(learnt.data, tmp_path, flags)], TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert server.requests == ["/weights.pth"]
     metrics = json.loads((tmp_path / "evaluation.json").read_text())
     assert metrics == pytest.approx(load_model(learnt.weights)[1].metrics, abs=1e-6)

@@ -4,14 +4,11 @@ listed then is there, whole, and tells the truth.
 Two kills among the tests; `python tests/test_ymir_kill.py --kills 20` for more, a line each.
 """
 
-import argparse
 import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from kill_program import run_kills
 from ymir_runs import TIMEOUT, Tree, processes_with, start, training_task, wait_until_gone
 
 from vidt.checkpoint import load_weights
@@ -43,10 +41,10 @@ class Outcome:
     stages: int
     best: float  # mAP
     unfinished: int  # files under temporary names
-    wrong: list[str]
+    faults: list[str]
 
     def __str__(self) -> str:
-        end = f"WRONG: {'; '.join(self.wrong)}" if self.wrong else "all is whole"
+        end = f"WRONG: {'; '.join(self.faults)}" if self.faults else "all is whole"
         return (
             f"killed in {self.place} after {self.seconds:.2f} s at {self.percent}: {self.stages} "
             f"stages listed, the best scored {self.best:.3f}, {self.unfinished} unfinished files; "
@@ -167,23 +165,9 @@ def outcome(tree: Tree, place: str, lived: float) -> Outcome:
 
 def test_two_kills(tmp_path: Path) -> None:
     outcomes = list(kills(tmp_path, 2))
-    assert all(one.wrong == [] for one in outcomes), outcomes
+    assert all(one.faults == [] for one in outcomes), outcomes
     assert any(one.stages for one in outcomes), outcomes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for number, one in enumerate(kills(Path(folder), options.kills, options.seed), 1):
-            print(f"{number:3d}  {one}", flush=True)
-            failed += bool(one.wrong)
-    print(f"{options.kills - failed} of {options.kills} kills left everything whole")
-    sys.exit(failed > 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_kills(str(__doc__), kills, "kills left everything whole")

@@ -26,6 +26,7 @@ from trainer.agreement import Agreement, sum_gradients
 from trainer.config import TrainConfig, parse
 from trainer.data import Augmentation, DetectionDataset
 from trainer.datasets import read_datasets
+from trainer.evaluation import Evaluation
 from trainer.report import Progress
 from trainer.samples import SampleTable
 from trainer.start import load_teacher
@@ -34,7 +35,7 @@ from trainer.train import train
 from vidt.criterion import criterion_for
 from vidt.model import ViDTConfig, build_detector
 from vidt.preprocessing import Preprocessing
-from vidt.swin import SWIN_VARIANTS, SwinVariant
+from vidt.variants import SWIN_VARIANTS, SwinVariant
 
 ROOT = Path(__file__).parent.parent
 Model = TypeVar("Model", bound=nn.Module)
@@ -239,6 +240,19 @@ def end_of(output: Path) -> dict[str, Any]:
     files = ("best.safetensors", "last.safetensors")
     weights = {f"{n}/{key}": t for n in files for key, t in load_file(output / n).items()}
     return facts | tensors | weights
+
+
+def numbers_of(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics, and what the diagnosis says: thresholds, confusions, worst images."""
+    diagnosis = evaluation.diagnosis
+    numbers = dict(evaluation.metrics)
+    for curve in (*diagnosis.curves, diagnosis.together):
+        numbers[f"threshold {curve.name}"] = curve.best.threshold if curve.best else -1.0
+    for place, count in np.ndenumerate(diagnosis.confusion):
+        numbers[f"confusion {place}"] = float(count)
+    for rank, judged in enumerate(diagnosis.worst):
+        numbers[f"worst {rank}"] = judged.index + judged.num_mistakes / 100
+    return numbers
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

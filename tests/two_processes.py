@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_plus import PLUS
 from tiny_runs import (
     argv,
     cpu,
     differences,
     end_of,
     gradients_of_step,
+    numbers_of,
     run,
     settings,
     swapped,
@@ -55,6 +57,8 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     taught = f"--batch_size 4 --n_iter_to_acc 2 --distil_model_path {folder}/learnt.safetensors"
     seen["gradients with a teacher"] = step_gradients(data, room, taught)
     seen["gradients without boxes"] = step_gradients(folder / "bare", room, "--batch_size 2")
+    everything = f"--batch_size 2 --n_iter_to_acc 2 {PLUS} --distil_model_path {folder}/plus"
+    seen["gradients of all parts without boxes"] = step_gradients(folder / "bare", room, everything)
     seen["evaluations"] = evaluations(folder)
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
     seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")
@@ -65,22 +69,26 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def evaluations(folder: Path) -> dict[int, list[dict[str, float]]]:
-    """Metrics of the learnt weights by number of validation images, for batches of 1, 2 and 5."""
+    """What `numbers_of` says of the learnt weights by number of validation images, for batches of
+    1, 2 and 5.
+    """
     model, info = load_model(folder / "learnt.safetensors")
     metrics: dict[int, list[dict[str, float]]] = {}
     for count in VALIDATION:
         data = folder / f"val{count}"
         _, val_set = tables(*settings(data, folder))
         metrics[count] = [
-            evaluate(
-                model,
-                val_set,
-                info.preprocessing,
-                cpu(),
-                Agreement(cpu()),
-                batch_size=batch_size,
-                num_workers=0,
-            ).metrics
+            numbers_of(
+                evaluate(
+                    model,
+                    val_set,
+                    info.preprocessing,
+                    cpu(),
+                    Agreement(cpu()),
+                    batch_size=batch_size,
+                    num_workers=0,
+                )
+            )
             for batch_size in (1, 2, 5)
         ]
     return metrics

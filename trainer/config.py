@@ -25,13 +25,18 @@ from trainer.settings import (
     read_yaml,
     settings_of,
 )
-from vidt.model import ViDTConfig
+from vidt.config import ViDTConfig
 from vidt.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
 SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
+# Settings that say where something lies on this machine.
+PLACES = (
+    *COCO_FILES,
+    *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+)
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
@@ -119,6 +124,17 @@ class TrainConfig:
     )
     ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
+
+    compile: bool = field(
+        default=False,
+        metadata=_help(
+            "train through torch.compile; batches are padded to few sizes", group="Execution"
+        ),
+    )
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata=_help("less memory for a third more time: activations are computed twice"),
+    )
 
     eval_size: int = field(
         default=640,

@@ -5,9 +5,11 @@ out.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate.logging import get_logger
+
 from trainer.config import TrainConfig
-from trainer.dataset_check import check, clean
-from trainer.findings import Finding
+from trainer.dataset_check import BadDataset, check, clean
+from trainer.findings import Finding, format_findings, write_findings
 from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
 from trainer.samples import SampleTable
 from trainer.shapes import write_shapes
@@ -15,6 +17,8 @@ from trainer.shapes import write_shapes
 # Of "train" or "val", class names to keep to, and whether masks are asked for.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
 SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
+
+logger = get_logger(__name__)
 
 
 def reader_of(config: TrainConfig) -> Reader:
@@ -79,3 +83,25 @@ def read_validation(
     val, findings = reader_of(config)("val", class_names, masks)
     val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
     return val, [*findings, *checked]
+
+
+def told(
+    output: Path, read: Callable[[], tuple[SampleTable, SampleTable, list[Finding]]]
+) -> tuple[SampleTable, SampleTable]:
+    """Both splits as they are read, told to the log; findings in words there and, in full, in
+    `findings.csv` of the output folder, also those of a dataset that is refused.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        train_set, val_set, findings = read()
+    except BadDataset as error:
+        write_findings(output / "findings.csv", error.findings)
+        logger.info(format_findings(error.findings))
+        raise
+    write_findings(output / "findings.csv", findings)
+    for table in (train_set, val_set):
+        logger.info(f"{table.source}: {len(table)} images, {len(table.labels)} boxes")
+    logger.info(f"classes: {', '.join(train_set.class_names)}")
+    if findings:
+        logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")
+    return train_set, val_set

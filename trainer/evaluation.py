@@ -6,38 +6,52 @@ canvases of their own, only equal canvases share a batch, and per-image scores a
 order of the table before they are summed up.
 """
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.ops import clip_boxes_to_image
 
 from trainer.agreement import Agreement
-from trainer.data import EvaluationDataset, leave_signals_to_the_parent
+from trainer.data import (
+    PREFETCH,
+    EvaluationDataset,
+    evaluation_batch,
+    leave_signals_to_the_parent,
+)
 from trainer.masks import RunLengths, areas_of, as_coco, encode, rectangle
+from trainer.mistakes import Diagnosis, diagnose
 from trainer.report import COCO_NUMBERS
-from trainer.samples import Sample, SampleTable
+from trainer.samples import SampleTable
+from trainer.scoring import (
+    LIMITS,
+    THRESHOLDS,
+    Found,
+    Matches,
+    Objects,
+    Overlap,
+    Scores,
+    accumulate,
+    match,
+    overlap_of_boxes,
+    starts_of_runs,
+)
 from vidt.predictor import Detections, decode_for
-from vidt.preprocessing import Preprocessing, canvas_batches, pad_batch
+from vidt.preprocessing import Preprocessing, canvas_batches
 
-# COCOeval.stats in its own order.
+# The order in which COCO counts its numbers up.
 STATS = (
     *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
-# Some images by index, and what pycocotools says of each.
-Share: TypeAlias = tuple[list[int], list[dict | None]]
 
 
 class Interrupted(Exception):
@@ -57,6 +71,7 @@ class Evaluation:
     metrics: dict[str, float]
     detections: dict[int, Detections]
     unreadable: int
+    diagnosis: Diagnosis
     masks: dict[int, list[RunLengths]] = field(default_factory=dict)
 
 
@@ -86,7 +101,9 @@ def evaluate(
         dataset,
         batch_sampler=mine,
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=evaluation_batch,
+        prefetch_factor=PREFETCH if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_parent,
     )
     predicts_masks = accelerator.unwrap_model(model).config.with_vector
@@ -94,8 +111,13 @@ def evaluate(
     detections: dict[int, Detections] = {}
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
-    for done, batch in enumerate(loader):
-        found = predict_batch(model, batch, samples.sizes, accelerator)
+    for done, (indices, pixels, padding) in enumerate(loader):
+        found = {}
+        if indices:
+            images, padding = send_to_device((pixels, padding), accelerator.device, True)
+            images = preprocessing.normalise(images, padding)
+            predicted = predict(model, images, padding, samples.sizes[indices], accelerator)
+            found = dict(zip(indices, predicted, strict=True))
         if scores_masks:
             masks |= {index: run_lengths(each) for index, each in found.items()}
         detections |= {index: replace(each, mask_vectors=None) for index, each in found.items()}
@@ -108,37 +130,45 @@ def evaluate(
     indices = sorted(index for batch in mine for index in batch)
     shares = agreement.gather_objects(score_images(samples, indices, detections))
     metrics = summarise(samples, shares)
+    diagnosis = diagnose(samples, indices, detections, masks, shares, agreement)
     if scores_masks:
         shares = agreement.gather_objects(score_images(samples, indices, detections, masks))
-        metrics |= summarise_masks(samples, shares)
+        metrics |= summarise_masks(shares)
     unreadable = int(agreement.gather(len(indices) - len(detections))[:, 0].sum())
-    return Evaluation(metrics, detections, unreadable, masks)
+    return Evaluation(metrics, detections, unreadable, diagnosis, masks)
 
 
 @torch.no_grad()
-def predict_batch(
-    model: nn.Module,
-    batch: list[tuple[int, Tensor | None]],
-    sizes: Tensor,
-    accelerator: Accelerator,
-) -> dict[int, Detections]:
-    """Detections, in pixels of the original images and on the CPU, of the images that could be
-    read.
+def predict(
+    model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
+) -> list[Detections]:
+    """Detections of a batch, on the CPU, in pixels of the original images; sizes [B, 2] are theirs,
+    (height, width).
     """
-    indices = [index for index, image in batch if image is not None]
-    if not indices:
-        return {}
-    images, padding = send_to_device(
-        pad_batch([image for _, image in batch if image is not None]), accelerator.device
-    )
     training = model.training
     model.eval()
     with accelerator.autocast():
         outputs = model(images, padding)
     model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)
-    found = decode(outputs, sizes[indices].to(accelerator.device))
-    return {index: each.cpu() for index, each in zip(indices, found, strict=True)}
+    return on_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
+
+
+def on_cpu(found: list[Detections]) -> list[Detections]:
+    """The same in the memory of the CPU, all in one transfer: each would have to be waited for."""
+    columns = [
+        [each.scores[:, None], each.labels[:, None], each.boxes]
+        + ([each.mask_vectors.vectors] if each.mask_vectors else [])
+        for each in found
+    ]
+    # Labels are whole numbers far below 2 ** 24: float32 keeps them.
+    rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
+    counts = [len(each.scores) for each in found]
+    moved = []
+    for each, own in zip(found, rows.cpu().split(counts), strict=True):
+        masks = each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:])
+        moved.append(Detections(own[:, 0], own[:, 1].long(), own[:, 2:6], masks))
+    return moved
 
 
 def run_lengths(found: Detections) -> list[RunLengths]:
@@ -157,154 +187,120 @@ def score_images(
     indices: list[int],
     detections: dict[int, Detections],
     masks: dict[int, list[RunLengths]] | None = None,
-) -> Share:
-    """pycocotools' per-image results of some samples, by boxes or, where given, by masks: (indices,
-    results in its order class, area range, image).
-    """
-    evaluator = _evaluator(samples, indices, detections, masks)
-    with contextlib.redirect_stdout(io.StringIO()):
-        if indices:
-            evaluator.evaluate()
-    return indices, evaluator.evalImgs if indices else []
+) -> Matches:
+    """What became of the detections of some samples, by boxes or, where given, by masks."""
+    truth = samples.subset(indices)
+    image = np.asarray(indices, np.int64)[truth.box_owners.numpy()]
+    found, boxes = _found(samples, [index for index in indices if index in detections], detections)
+    crowd, areas = truth.crowd.numpy(), truth.areas.numpy().astype(np.float64)
+    overlap = overlap_of_boxes(boxes, xywh(truth.boxes), crowd)
+    if masks is not None:
+        # Where an object has no mask nothing is right or wrong: its box is a crowd region.
+        crowd = crowd | ~truth.masks.present.numpy()  # type: ignore[union-attr]
+        entries = _mask_entries(samples, found.image, masks)
+        found = replace(found, area=np.array(areas_of(entries), np.float64))
+        overlap = _overlap_of_masks(entries, _true_masks(truth), crowd)
+    objects = Objects(image, truth.labels.numpy(), areas, crowd)
+    return match(objects, found, overlap, len(samples.class_names))
 
 
-def summarise(samples: SampleTable, shares: list[Share]) -> dict[str, float]:
+def summarise(samples: SampleTable, shares: list[Matches]) -> dict[str, float]:
     """All twelve COCO numbers, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
-    evaluator = _evaluator(samples, [], {})
-    metrics = _accumulated(evaluator, shares)
-    precision = evaluator.eval["precision"][
-        :, :, :, 0, -1
-    ]  # [IoU, recall, class], all areas, 100 detections
+    scores = accumulate(shares)
+    metrics = _coco_numbers(scores)
+    precision = scores.precision[..., 0]  # [IoU, recall, class], all areas
     for label, name in enumerate(samples.class_names):
         metrics[f"ap/{name}"] = _mean(precision[:, :, label])
         metrics[f"ap50/{name}"] = _mean(precision[0, :, label])
     return metrics
 
 
-def summarise_masks(samples: SampleTable, shares: list[Share]) -> dict[str, float]:
+def summarise_masks(shares: list[Matches]) -> dict[str, float]:
     """The twelve COCO numbers of masks: `segm_map50` and so on."""
-    numbers = _accumulated(_evaluator(samples, [], {}, {}), shares)
-    return {f"segm_{name}": number for name, number in numbers.items()}
+    return {f"segm_{name}": number for name, number in _coco_numbers(accumulate(shares)).items()}
 
 
-def _accumulated(evaluator: COCOeval, shares: list[Share]) -> dict[str, float]:
-    """The twelve COCO numbers of all shares, map50 first."""
-    params = evaluator.params
-    order = np.concatenate([np.asarray(indices, np.int64) for indices, _ in shares])
-    groups = len(params.catIds) * len(params.areaRng)
-    columns = [
-        np.array(results, dtype=object).reshape(groups, len(indices)) for indices, results in shares
-    ]
-    merged = np.concatenate(columns, axis=1)[:, np.argsort(order)]
-    params.imgIds = np.sort(order).tolist()
-    evaluator.evalImgs = merged.reshape(-1).tolist()
-    evaluator._paramsEval = params
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
-        evaluator.summarize()
-    numbers = dict(zip(STATS, evaluator.stats.tolist(), strict=True))
+def _coco_numbers(scores: Scores) -> dict[str, float]:
+    """map50 first."""
+    precision, recall = scores.precision, scores.recall
+    everywhere, sizes = precision[..., 0], (1, 2, 3)
+    at = THRESHOLDS.tolist().index
+    values = (
+        *(everywhere, everywhere[at(0.5)], everywhere[at(0.75)]),
+        *(precision[..., size] for size in sizes),
+        *(recall[:, :, 0, limit] for limit in range(len(LIMITS))),
+        *(recall[:, :, size, -1] for size in sizes),
+    )
+    numbers = dict(zip(STATS, map(_mean, values), strict=True))
     return {name: numbers[name] for name in COCO_NUMBERS}
 
 
-def _mean(precision: np.ndarray) -> float:
-    scored = precision[precision > -1]
+def _mean(values: np.ndarray) -> float:
+    scored = values[values > -1]
     return float(scored.mean()) if scored.size else -1.0
 
 
-def _evaluator(
-    samples: SampleTable,
-    indices: list[int],
-    detections: dict[int, Detections],
-    masks: dict[int, list[RunLengths]] | None = None,
-) -> COCOeval:
-    """COCOeval on some samples, of masks if they are given; image ids are indices of the table,
-    category ids are labels.
+def _found(
+    samples: SampleTable, indices: list[int], detections: dict[int, Detections]
+) -> tuple[Found, np.ndarray]:
+    """The detections of samples, and their boxes [D, 4] xywh, clipped to the images as the platform
+    and every file of results have them.
     """
-    truth, results = COCO(), COCO()
-    categories = [{"id": label, "name": name} for label, name in enumerate(samples.class_names)]
-    sizes = samples.sizes[indices].tolist()
-    images = [
-        {"id": index, "height": height, "width": width}
-        for index, (height, width) in zip(indices, sizes, strict=True)
-    ]
-    for each in (truth, results):
-        each.dataset = {"images": images, "categories": categories, "annotations": []}
-    for index in indices:
-        sample = samples[index]
-        _add(truth, index, _truths(sample) if masks is None else _true_masks(sample))
-        if index in detections:
-            rows = _found(detections[index], sample.size)
-            if masks is not None:
-                rows = _with_masks(rows, masks[index], sample.size)
-            _add(results, index, rows)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        results.createIndex()
-        evaluator = COCOeval(truth, results, "bbox" if masks is None else "segm")
-    evaluator.params.imgIds = indices
-    evaluator.params.catIds = list(range(len(samples.class_names)))
-    return evaluator
+    own = [detections[index] for index in indices]
+    counts = torch.tensor([len(each.scores) for each in own], dtype=torch.int64)
+    image = torch.tensor(indices, dtype=torch.int64).repeat_interleave(counts)
+    corners = torch.cat([torch.zeros(0, 4), *(each.boxes for each in own)])
+    limits = samples.sizes[image].flip(1).repeat(1, 2)
+    boxes = xywh(torch.minimum(corners.clamp(min=0), limits))
+    labels = torch.cat([image[:0], *(each.labels for each in own)])
+    scores = torch.cat([corners[:0, 0], *(each.scores for each in own)])
+    areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
+    return Found(image.numpy(), labels.numpy(), areas, scores.double().numpy()), boxes
 
 
-def _truths(sample: Sample) -> list[dict[str, Any]]:
-    return [
-        _row(label, box, area=area, iscrowd=int(crowd))
-        for box, label, area, crowd in zip(
-            sample.boxes.tolist(),
-            sample.labels.tolist(),
-            sample.areas.tolist(),
-            sample.crowd.tolist(),
-            strict=True,
-        )
-    ]
+def xywh(boxes: Tensor) -> np.ndarray:
+    """Boxes [N, 4] xyxy to x, y, width and height in double precision."""
+    corners = boxes.double().numpy()
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def _true_masks(sample: Sample) -> list[dict[str, Any]]:
-    """Where an object has no mask nothing is right or wrong: its box is a crowd region."""
-    rows = []
-    for row, mask, box in zip(
-        _truths(sample), sample.masks or (), sample.boxes.tolist(), strict=True
-    ):
-        shown = as_coco(mask or rectangle(box, sample.size), sample.size)
-        rows.append(row | {"segmentation": shown, "iscrowd": row["iscrowd"] if mask else 1})
-    return rows
-
-
-def _found(found: Detections, size: tuple[int, int]) -> list[dict[str, Any]]:
-    # As the platform and every file of results have them: nothing beyond the image.
-    inside = clip_boxes_to_image(found.boxes, size)
-    return [
-        _row(
-            label,
-            box,
-            area=max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0),
-            score=score,
-            iscrowd=0,
-        )
-        for box, label, score in zip(
-            inside.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
-        )
-    ]
-
-
-def _with_masks(
-    rows: list[dict[str, Any]], masks: list[RunLengths], size: tuple[int, int]
+def _mask_entries(
+    samples: SampleTable, image: np.ndarray, masks: dict[int, list[RunLengths]]
 ) -> list[dict[str, Any]]:
-    entries = [as_coco(mask, size) for mask in masks]
+    """The masks of detections, as pycocotools takes them; image [D] is theirs."""
+    indices = list(dict.fromkeys(image.tolist()))
+    sizes = samples.sizes[indices].tolist()
     return [
-        row | {"segmentation": entry, "area": area}
-        for row, entry, area in zip(rows, entries, areas_of(entries), strict=True)
+        as_coco(mask, (height, width))
+        for index, (height, width) in zip(indices, sizes, strict=True)
+        for mask in masks[index]
     ]
 
 
-def _row(label: int, box: list[float], **fields: float) -> dict[str, Any]:
-    """An annotation; box is xyxy, COCO wants xywh."""
-    x1, y1, x2, y2 = box
-    return {"category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], **fields}
+def _true_masks(truth: SampleTable) -> list[dict[str, Any]]:
+    return [
+        as_coco(mask or rectangle(box, sample.size), sample.size)
+        for sample in truth
+        for mask, box in zip(sample.masks or (), sample.boxes.tolist(), strict=True)
+    ]
 
 
-def _add(coco: COCO, image: int, rows: list[dict[str, Any]]) -> None:
-    """Appends annotations. Ids start at 1: pycocotools takes 0 for "unmatched"."""
-    annotations = coco.dataset["annotations"]
-    for number, row in enumerate(rows, len(annotations) + 1):
-        annotations.append({"id": number, "image_id": image, **row})
+def _overlap_of_masks(
+    found: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
+) -> Overlap:
+    """Intersection over union of masks, by pycocotools for one image and class at a time."""
+
+    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
+        first = np.append(starts_of_runs(detection), len(thing))  # pair of each detection
+        # Detections of one image and class begin with the same object.
+        bounds = np.append(starts_of_runs(thing[first[:-1]]), len(first) - 1)
+        parts = [np.zeros(0)]
+        for start, stop in pairwise(bounds.tolist()):
+            own = thing[first[start] : first[start + 1]]
+            rows = detection[first[start:stop]]
+            there = [objects[number] for number in own]
+            iou = coco_mask.iou([found[row] for row in rows], there, crowd[own].tolist())
+            parts.append(np.asarray(iou).reshape(-1))
+        return np.concatenate(parts)
+
+    return overlap

@@ -4,10 +4,10 @@ import csv
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
-_GRAVEST_FIRST = ("error", "warning", "info")
+GRAVEST_FIRST = ("error", "warning", "info")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: in
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.action), []).append(finding)
     lines = []
-    for severity, kind, action in sorted(groups, key=lambda key: _GRAVEST_FIRST.index(key[0])):
+    for severity, kind, action in sorted(groups, key=lambda key: GRAVEST_FIRST.index(key[0])):
         group = groups[severity, kind, action]
         shown = info_limit if severity == "info" else limit
         lines.append(f"{severity}: {kind}, {action}: {sum(f.count for f in group)}")
@@ -61,3 +61,15 @@ def write_findings(path: str | os.PathLike[str], findings: Iterable[Finding]) ->
         writer = csv.DictWriter(file, [field.name for field in fields(Finding)])
         writer.writeheader()
         writer.writerows(asdict(finding) for finding in findings)
+
+
+def read_findings(path: str | os.PathLike[str]) -> list[Finding]:
+    """What `write_findings` wrote."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [_finding(row) for row in csv.DictReader(file)]
+
+
+def _finding(row: dict[str, Any]) -> Finding:
+    for name in ("image_id", "annotation_id"):
+        row[name] = int(row[name]) if row[name] else None
+    return Finding(**row | {"count": int(row["count"])})

@@ -1,4 +1,6 @@
-"""How many processes a user asked for, which is not always how many the launcher starts.
+"""What a user asked the launcher for, and whether this run can be it.
+
+How many processes were asked for is not always how many the launcher starts.
 
 `accelerate launch` starts one process, and says nothing, when asked for several with `--cpu`, or
 with a config file whose `distributed_type` is NO or MULTI_CPU. It does not hand the number on, so
@@ -14,6 +16,14 @@ import yaml
 from accelerate.commands.config import default_config_file
 
 from trainer.settings import ConfigError
+
+# Variables by which the launcher says that a model is to be split over processes.
+_SPLIT_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor or context parallel)",
+}
 
 
 def asked_processes() -> int | None:
@@ -35,6 +45,20 @@ def require_processes(num_processes: int) -> None:
             f"asked for {asked} processes, {num_processes} started; use "
             f"`accelerate launch --multi_gpu --num_processes {asked}` without --cpu, or torchrun"
         )
+
+
+def refuse_split_models() -> None:
+    """Raises ConfigError when the launcher is to split the model, as FSDP and DeepSpeed do: the
+    loop sums gradients by itself and saves whole weights, and was tried with whole models alone.
+
+    To be called before there is an Accelerator: that one would first ask for their packages.
+    """
+    for variable, name in _SPLIT_BY.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ConfigError(
+                f"{name} is asked for, and was not tested with this trainer; launch with "
+                "distributed_type MULTI_GPU, where every process holds the whole model"
+            )
 
 
 def asked_of_accelerate(words: Sequence[str]) -> int | None:

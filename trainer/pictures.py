@@ -3,7 +3,6 @@
 Boxes are xyxy in pixels of the image they belong to; masks are run lengths, as of `trainer.masks`.
 """
 
-import colorsys
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,27 +14,20 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from trainer.masks import RunLengths, decode, encode
-from trainer.report import write_whole
 from trainer.samples import SampleTable
+from trainer.whole_file import write_whole
+from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
+from vidt.drawing import write_labels as _write_labels
 from vidt.images import read_image
 from vidt.predictor import Detections
 
 MOST_PAIRS = 16  # validation pictures shown after an evaluation
 
-# The first classes get colours that are told apart at a glance, also by most colour-blind eyes.
-COLOURS = (
-    *("#e6194b", "#0082c8", "#ffe119", "#3cb44b", "#f58231", "#911eb4"),
-    *("#46f0f0", "#f032e6", "#d2f53c", "#008080", "#fabebe", "#aa6e28"),
-)
 MIN_SIDE = 480  # smaller pictures are enlarged to this, or no text would be legible on them
-LONGEST_NAME = 16  # characters
-MASK_SHARE = 0.45  # of a mask's colour, in what shows through it
 BACKGROUND = "#ffffff"
 INK = "#202020"
 
 Array: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]] | Sequence[float]
-Rectangle: TypeAlias = tuple[float, float, float, float]
-Label: TypeAlias = tuple[Rectangle, str, str]  # box, text, colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,27 +43,6 @@ class Comparison:
     name: str = ""
     truth_masks: Sequence[RunLengths] | None = None  # M
     masks: Sequence[RunLengths] | None = None  # N
-
-
-def class_colour(label: int) -> str:
-    """The same for a label in every picture of every run, '#rrggbb'."""
-    if label < len(COLOURS):
-        return COLOURS[label]
-    # Golden-ratio steps round the colour circle never come back to the same hue.
-    hue = label * 0.618034 % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.9 - 0.4 * (label % 2), 0.95 - 0.2 * (label % 3))
-    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
-
-
-def class_text(label: int, class_names: Sequence[str]) -> str:
-    """The name, cut if long; 'class 7' if it has none or one that the built-in font lacks."""
-    name = class_names[label] if label < len(class_names) else ""
-    try:
-        name.encode("latin-1")
-    except UnicodeEncodeError:
-        name = ""
-    name = name or f"class {label}"
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 2] + ".."
 
 
 def draw_boxes(
@@ -179,32 +150,57 @@ def _enlargement(image: Image.Image) -> float:
     return max(1.0, MIN_SIDE / max(image.size))
 
 
-def _drawn(
-    image: Image.Image, boxes: _Boxes, class_names: Sequence[str], scale: float
-) -> Image.Image:
-    """Scaled first and drawn on afterwards, so that lines and text keep their size."""
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A box to draw, xyxy in pixels of its image, with a text unless that is empty; `quiet` ones
+    stay behind the others.
+    """
+
+    box: np.ndarray  # [4]
+    text: str
+    colour: str
+    mask: RunLengths | None = None
+    quiet: bool = False
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark], scale: float) -> Image.Image:
+    """A scaled copy with marks on it, the last on top. Scaled first and drawn on afterwards, so
+    that lines and text keep their size.
+    """
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
-    if boxes.masks is not None:
-        for i in order:
-            colour = class_colour(boxes.labels[i])
-            _tint(canvas, boxes.masks[i], (image.height, image.width), colour)
+    for mark in marks:
+        if mark.mask is not None:
+            _tint(canvas, mark.mask, (image.height, image.width), mark.colour)
     draw = ImageDraw.Draw(canvas)
     longest = max(size)
     line = max(3, round(longest / 250))
     labels: list[Label] = []
+    for mark in sorted(marks, key=lambda each: not each.quiet):
+        box = _inside(mark.box * scale, size)
+        if mark.quiet:
+            draw.rectangle(box, outline=mark.colour, width=line - 1)
+        else:
+            draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
+            draw.rectangle(box, outline=mark.colour, width=line)
+        if mark.text:
+            labels.append((box, mark.text, mark.colour))
+    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
+    return canvas
+
+
+def _drawn(
+    image: Image.Image, boxes: _Boxes, class_names: Sequence[str], scale: float
+) -> Image.Image:
+    order = range(len(boxes)) if boxes.scores is None else np.argsort(boxes.scores)
+    marks = []
     for i in order:  # the surest last, on top
-        box = _inside(boxes.boxes[i] * scale, size)
-        colour = class_colour(boxes.labels[i])
-        draw.rectangle(_grown(box, 1), outline="#000000", width=line + 2)
-        draw.rectangle(box, outline=colour, width=line)
         text = class_text(boxes.labels[i], class_names)
         if boxes.scores is not None:
             text += f" {boxes.scores[i]:.2f}"
-        labels.append((box, text, colour))
-    _write_labels(draw, labels[::-1], size, max(12, round(longest / 45)))
-    return canvas
+        mask = None if boxes.masks is None else boxes.masks[i]
+        marks.append(Mark(boxes.boxes[i], text, class_colour(boxes.labels[i]), mask))
+    return draw_marks(image, marks, scale)
 
 
 def _tint(canvas: Image.Image, mask: RunLengths, size: tuple[int, int], colour: str) -> None:
@@ -223,49 +219,6 @@ def _inside(box: np.ndarray, size: tuple[int, int]) -> Rectangle:
 
 def _grown(box: Rectangle, by: float) -> Rectangle:
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
-
-
-def _write_labels(
-    draw: ImageDraw.ImageDraw, labels: Sequence[Label], size: tuple[int, int], font_size: int
-) -> None:
-    """The surest first: each takes the place at its box that covers least of those before it."""
-    font = ImageFont.load_default(font_size)
-    placed: list[Rectangle] = []
-    for box, text, colour in labels:
-        width, height = draw.textlength(text, font=font) + 4, font_size + 2
-        place = min(_places(box, width, height, size), key=lambda spot: _covered(spot, placed))
-        placed.append(place)
-        draw.rectangle(place, fill=colour)
-        ink = "#000000" if _is_light(colour) else "#ffffff"
-        middle = (place[0] + 2, (place[1] + place[3]) / 2)
-        draw.text(middle, text, fill=ink, font=font, anchor="lm")
-
-
-def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> list[Rectangle]:
-    """Where a label may stand: above, inside at the top, inside at the bottom, below."""
-    x0, y0, x1, y1 = box
-    lefts = (x0, x1 - width)
-    tops = (y0 - height, y0, y1 - height, y1)
-    corners = [
-        (min(max(0.0, x), size[0] - 1 - width), min(max(0.0, y), size[1] - 1 - height))
-        for y in tops
-        for x in lefts
-    ]
-    return [(x, y, x + width, y + height) for x, y in corners]
-
-
-def _covered(place: Rectangle, placed: Sequence[Rectangle]) -> float:
-    """Area of `place` that lies on labels already written."""
-    return sum(
-        max(0.0, min(place[2], other[2]) - max(place[0], other[0]))
-        * max(0.0, min(place[3], other[3]) - max(place[1], other[1]))
-        for other in placed
-    )
-
-
-def _is_light(colour: str) -> bool:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
 
 
 def _count(number: int) -> str:

@@ -7,22 +7,29 @@ a `Progress`; the console is in `trainer.console`, the drawing of pictures in `t
 import csv
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+
+from trainer.mistakes import Diagnosis, condensed
+from trainer.plots import as_picture, confusion_table
+from trainer.scores import ScoreCurve
+from trainer.whole_file import write_whole
 
 COCO_NUMBERS = (
     *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
 
+NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
+Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
 Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
 
 
@@ -51,6 +58,8 @@ class Progress:
     weights: Path | None = None  # the weights file that belongs to "evaluation", "saved" or "end"
     best: bool = False  # this evaluation is the best so far
     pictures: Sequence[Image.Image] = ()  # validation pictures with their boxes drawn
+    diagnosis: Diagnosis | None = None  # of an "evaluation"
+    worst: Sequence[Pair] = ()  # its worst images drawn, in the order of the diagnosis
 
 
 Report = Callable[[Progress], None]
@@ -76,15 +85,10 @@ def class_names_in(metrics: Mapping[str, float]) -> list[str]:
     return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a kill at any instant, finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+def as_jpeg(picture: Image.Image, *, quality: int) -> bytes:
+    encoded = io.BytesIO()
+    picture.convert("RGB").save(encoded, "JPEG", quality=quality, optimize=True)
+    return encoded.getvalue()
 
 
 class CsvLog:
@@ -155,8 +159,9 @@ class CsvLog:
 
 class TensorBoard:
     """TensorBoard events: `train/` (losses; those of inner decoder layers in `train_inner/`),
-    `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`, `val_ap50/` and
-    `pictures/`."""
+    `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`, `val_ap50/`,
+    `val_f1/` and `val_threshold/` (the highest F1 and the score that gives it), `pictures/`,
+    `worst/`, `confusion`, and under PR CURVES `precision_recall/`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -187,8 +192,11 @@ class TensorBoard:
             if is_score(float(value)):
                 writer.add_scalar(_score_tag(name), float(value), progress.step)
         for number, picture in enumerate(progress.pictures):
-            summary = Summary(value=[_picture_value(f"pictures/{number:02d}", picture)])
-            writer.file_writer.add_summary(summary, progress.step)  # type: ignore[attr-defined]
+            _add_picture(writer, f"pictures/{number:02d}", picture, progress.step)
+        for number, pair in enumerate(progress.worst):
+            _add_picture(writer, f"worst/{number:02d}", _side_by_side(pair), progress.step)
+        if progress.diagnosis is not None:
+            _add_diagnosis(writer, progress.diagnosis, progress.step)
         writer.flush()
 
 
@@ -202,14 +210,60 @@ def _score_tag(name: str) -> str:
     return f"val_{name}" if name.startswith(("ap/", "ap50/")) else f"val/{name}"
 
 
+def _add_diagnosis(writer: SummaryWriter, diagnosis: Diagnosis, step: int) -> None:
+    for curve in (*diagnosis.curves, diagnosis.together):
+        if curve.best is not None:
+            writer.add_scalar(f"val_f1/{curve.name}", curve.best.f1, step)
+            writer.add_scalar(f"val_threshold/{curve.name}", curve.best.threshold, step)
+    for curve in (*diagnosis.main_curves, diagnosis.together):
+        if len(curve.thresholds) and curve.num_truths:
+            right, false, missed, precision, recall = _counts_by_threshold(curve)
+            writer.add_pr_curve_raw(
+                f"precision_recall/{curve.name}",
+                right,
+                false,
+                np.zeros_like(right),  # boxes that are rightly not found cannot be counted
+                missed,
+                precision,
+                recall,
+                step,
+                NUM_THRESHOLDS,
+            )
+    picture = as_picture(confusion_table(*condensed(diagnosis)))
+    _add_picture(writer, "confusion", picture, step)
+
+
+def _counts_by_threshold(curve: ScoreCurve) -> tuple[np.ndarray, ...]:
+    """Right and false boxes, missed ones, precision and recall at evenly spaced thresholds from 0
+    to 1, each [NUM_THRESHOLDS].
+    """
+    thresholds = np.linspace(0, 1, NUM_THRESHOLDS)
+    place = np.searchsorted(-curve.thresholds, -thresholds, side="right")  # boxes kept begin here
+    precision = np.concatenate([[1.0], curve.precision])[place]
+    recall = np.concatenate([[0.0], curve.recall])[place]
+    right = (recall * curve.num_truths).round()
+    false = (right / np.maximum(precision, 1e-9) - right).round()
+    return right, false, curve.num_truths - right, precision, recall
+
+
+def _side_by_side(pair: Pair) -> Image.Image:
+    sheet = Image.new("RGB", (pair[0].width + pair[1].width + 4, pair[0].height), "#ffffff")
+    sheet.paste(pair[0], (0, 0))
+    sheet.paste(pair[1], (pair[0].width + 4, 0))
+    return sheet
+
+
+def _add_picture(writer: SummaryWriter, tag: str, picture: Image.Image, step: int) -> None:
+    summary = Summary(value=[_picture_value(tag, picture)])
+    writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
+
+
 def _picture_value(tag: str, picture: Image.Image) -> Summary.Value:
     """As JPEG: SummaryWriter.add_image makes PNG, about twice the size for photographs."""
-    encoded = io.BytesIO()
-    picture.convert("RGB").save(encoded, "JPEG", quality=85)
     image = Summary.Image(
         height=picture.height,
         width=picture.width,
         colorspace=3,
-        encoded_image_string=encoded.getvalue(),
+        encoded_image_string=as_jpeg(picture, quality=85),
     )
     return Summary.Value(tag=tag, image=image)

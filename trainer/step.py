@@ -34,7 +34,9 @@ def micro_batches(
     steps: range,
     accelerator: Accelerator,
 ) -> Iterator[dict[str, Any]]:
-    """This process's micro-batches from the present step to the end of the run, on its device."""
+    """This process's micro-batches from the present step to the end of the run, on its device, with
+    images float32, normalised.
+    """
     loader = training_loader(
         dataset,
         config,
@@ -42,7 +44,9 @@ def micro_batches(
         micro_batch=config.batch_size // n_iter_to_acc,
         steps=steps,
     )
-    return iter(accelerator.prepare_data_loader(loader))
+    for batch in accelerator.prepare_data_loader(loader):
+        images = dataset.preprocessing.normalise(batch["images"], batch["padding"])
+        yield {**batch, "images": images}
 
 
 def agree_on(

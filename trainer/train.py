@@ -9,7 +9,8 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
@@ -28,20 +29,23 @@ from trainer.clock import Clock
 from trainer.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from trainer.console import Console, score_table
 from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
-from trainer.dataset_check import BadDataset
-from trainer.datasets import read_datasets, read_validation
+from trainer.datasets import read_datasets, read_validation, told
 from trainer.evaluation import Evaluation, Interrupted, evaluate
-from trainer.findings import format_findings, write_findings
-from trainer.launch_check import require_processes
+from trainer.execution import checkpoint_activations, compiled, compiled_side, keep_freed_memory
+from trainer.findings import format_findings
+from trainer.history import history
+from trainer.launch_check import refuse_split_models, require_processes
 from trainer.loss_log import LossLog, NonFiniteLoss
 from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
 from trainer.pictures import compare, comparisons, save_picture, truth_beside_prediction
 from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
+from trainer.report_page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.resume import RunState
 from trainer.samples import SampleTable
 from trainer.start import find_checkpoint, load_detector, load_start, load_teacher, restore
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
+from trainer.worst_pictures import worst_pictures
 from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.config import ViDTConfig
 from vidt.criterion import criterion_for
@@ -88,8 +92,11 @@ def train(
         load_start(detector, config, class_names, agreement)
     teacher = load_teacher(config, model_config, accelerator, agreement)
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
+    if config.activation_checkpointing:
+        checkpoint_activations(detector)
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
+    in_steps = compiled(model) if config.compile else model  # evaluation has too many shapes
     parameters = list(model.parameters())
     scaled = accelerator.scaler is not None
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
@@ -152,7 +159,10 @@ def train(
         state.stopped_early = 0 < config.patience <= state.stale_evaluations
         if accelerator.is_main_process:
             weights = (model if ema is None else ema.module).state_dict()
-            info = WeightsInfo(model_config, class_names, preprocessing, evaluation.metrics)
+            training = history(config, train_set, val_set, clock, state.step)
+            info = WeightsInfo(
+                model_config, class_names, preprocessing, evaluation.metrics, training
+            )
             save_weights(output / "last.safetensors", weights, info)
             if best:
                 save_weights(output / "best.safetensors", weights, info)
@@ -166,6 +176,8 @@ def train(
                 weights=output / "last.safetensors",
                 best=best,
                 pictures=[compare(pair, class_names) for pair in pairs],
+                diagnosis=evaluation.diagnosis,
+                worst=worst_pictures(val_set, evaluation.diagnosis.worst),
                 message=unreadable_message(evaluation),
             )
 
@@ -196,6 +208,9 @@ def train(
                 batches = micro_batches(dataset, config, state.n_iter_to_acc, steps, accelerator)
             window = [next(batches) for _ in range(state.n_iter_to_acc)]
             num_boxes, canvas, signum = agree_on(window, stop.signum, agreement)
+            if config.compile:
+                height, width = (compiled_side(side, config.eval_size) for side in canvas)
+                canvas = (height, width)
             if signum:
                 losses.check()
                 save_state()
@@ -205,7 +220,7 @@ def train(
             set_learning_rate(optimizer, rate)
             # All that is random in a step follows from its number: there is nothing to save.
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-            terms = gradients(model, criterion, accelerator, window, canvas, num_boxes, teacher)
+            terms = gradients(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher)
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
                 optimizer.zero_grad()
@@ -238,7 +253,10 @@ def make_accelerator() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     # Processes without an accelerator must be told so, or each believes that it is alone.
     cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, kwargs_handlers=[patient], rng_types=[])
+    if cpu:
+        keep_freed_memory()
+    loading = DataLoaderConfiguration(non_blocking=True)
+    return Accelerator(cpu=cpu, dataloader_config=loading, kwargs_handlers=[patient], rng_types=[])
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -285,15 +303,18 @@ def train_from_settings(
         "predictions.jpg",
         "metrics.csv",
         "config.yaml",
+        PAGE_NAME,
     )
     with contextlib.ExitStack() as open_files:
         reports: list[Report] = []
         if accelerator.is_main_process:
             console = Console(files={Path(name).stem: output / name for name in names})
             events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
-            for each in (console, events):
+            page = page_of_training(config, model_fields, train_set, val_set, accelerator)
+            for each in (console, events, page):
                 open_files.callback(each.close)
-            reports = [console, CsvLog(output / "metrics.csv"), events]
+            # The page is made from metrics.csv, and the console names it in the end.
+            reports = [CsvLog(output / "metrics.csv"), events, page, console]
         report = fan_out(*reports)
         train(config, model_fields, train_set, val_set, report, accelerator=accelerator)
 
@@ -302,27 +323,16 @@ def checked_datasets(
     config: TrainConfig, model_fields: Mapping[str, Any]
 ) -> tuple[SampleTable, SampleTable]:
     """Both splits; every finding goes to the log and, in full, to `findings.csv`."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        train_set, val_set, findings = read_datasets(
+    return told(
+        Path(config.output_dir),
+        lambda: read_datasets(
             config,
             num_queries=model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],
             masks=model_fields["with_vector"],
             token_label=model_fields["token_label"],
-        )
-    except BadDataset as error:
-        write_findings(output / "findings.csv", error.findings)
-        logger.info(format_findings(error.findings))
-        raise
-    write_findings(output / "findings.csv", findings)
-    for table in (train_set, val_set):
-        logger.info(f"{table.source}: {len(table)} images, {len(table.labels)} boxes")
-    logger.info(f"classes: {', '.join(train_set.class_names)}")
-    if findings:
-        logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")
-    return train_set, val_set
+        ),
+    )
 
 
 def evaluate_only(
@@ -348,6 +358,7 @@ def evaluate_only(
     )
     if findings:
         logger.info(format_findings(findings))
+    began = time.monotonic()
     evaluation = evaluate(
         accelerator.prepare_model(model, evaluation_mode=True),
         val_set,
@@ -362,6 +373,11 @@ def evaluate_only(
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         (output / "evaluation.json").write_text(json.dumps(evaluation.metrics, indent=1))
+        config = replace(config, eval_size=preprocessing.eval_size)
+        seconds = time.monotonic() - began
+        write_evaluation_page(
+            config, info.config, val_set, findings, evaluation, accelerator, seconds
+        )
 
 
 def fail(message: str, code: int) -> None:
@@ -370,16 +386,17 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit codes: 0 done, 2 a user's error, 3 the loss is not finite, 130 and 143
     stopped by SIGINT and SIGTERM with everything saved.
     """
-    config, model_fields = parse_or_exit()
+    config, model_fields = parse_or_exit(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
-    accelerator = make_accelerator()
     try:
+        refuse_split_models()
+        accelerator = make_accelerator()
         require_processes(accelerator.num_processes)
         run = evaluate_only if config.eval else train_from_settings
         run(config, model_fields, accelerator)

@@ -1,9 +1,24 @@
-"""ViDT object detector in plain PyTorch (arXiv 2110.03921)."""
+"""ViDT object detector in plain PyTorch (arXiv 2110.03921).
 
-from vidt.criterion import SetCriterion
-from vidt.matcher import HungarianMatcher
-from vidt.model import ViDT, ViDTConfig
-from vidt.predictor import Detections, Predictor, decode_top_k
+    import vidt
+
+    detector = vidt.load("best.safetensors")
+    detections = detector.predict("street.jpg", threshold=0.3)
+    detections.plot().save("seen.jpg")
+
+What is named here is imported when it is first asked for: PyTorch takes seconds, and a model in
+ONNX's format is run without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidt.criterion import SetCriterion
+    from vidt.loading import load
+    from vidt.matcher import HungarianMatcher
+    from vidt.model import ViDT, ViDTConfig
+    from vidt.predictor import Detections, Predictor, decode_top_k
 
 __all__ = [
     "Detections",
@@ -13,4 +28,29 @@ __all__ = [
     "ViDT",
     "ViDTConfig",
     "decode_top_k",
+    "load",
 ]
+_HOMES = {
+    "Detections": "predictor",
+    "HungarianMatcher": "matcher",
+    "Predictor": "predictor",
+    "SetCriterion": "criterion",
+    "ViDT": "model",
+    "ViDTConfig": "config",
+    "decode_top_k": "predictor",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vidt")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vidt' has no attribute {name!r}")
+    return getattr(import_module(f"vidt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

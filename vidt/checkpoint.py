@@ -15,7 +15,7 @@ from vidt.config import ViDTConfig
 from vidt.model import ViDT, build_detector
 from vidt.preprocessing import Preprocessing
 from vidt.published import Unreachable, local_weights
-from vidt.released import TOKEN_CLASSES, released_config, released_vidt
+from vidt.released import TOKEN_CLASSES, fitting, released_config, released_vidt
 from vidt.weights_file import (
     UnusableWeights,
     WeightsInfo,
@@ -24,7 +24,7 @@ from vidt.weights_file import (
     load_weights,
     read_info,
     read_pickled,
-    read_pickled_named,
+    read_pickled_file,
     save_weights,
 )
 from vidt.without_neck import ViDTWithoutNeck
@@ -94,13 +94,13 @@ def load_model(
 
 
 def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    tensors, config, names = read_released(path)
-    if names is None:
+    tensors, info = read_released(path)
+    if not info.class_names:
         raise UnusableWeights(
-            f"{path} does not name its {config.num_classes} classes; give them to "
+            f"{path} does not name its {info.config.num_classes} classes; give them to "
             f"python -m vidt.convert {path} OUT.safetensors --class_names a,b,..."
         )
-    return tensors, WeightsInfo(config, names, Preprocessing())
+    return tensors, info
 
 
 def with_fewer_layers(
@@ -133,31 +133,32 @@ def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[s
 
     Takes our own files and the released `.pth` files; told apart by content.
     """
-    if is_ours(path):
-        tensors, info = load_weights(path)
-        return tensors, info.config, info.class_names
-    return read_released(path)
+    tensors, info = load_weights(path) if is_ours(path) else read_released(path)
+    return tensors, info.config, info.class_names or None
 
 
-def read_released(
-    path: str | Path,
-) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
-    """A released `.pth` file: tensors under our names, their configuration, and class names, which
-    are COCO's for 91 classes unless the file has its own.
+def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """A released `.pth` file: tensors under our names, and what it says of itself. What leaves no
+    trace in tensors, the size of evaluation among it, is as in its `args`. Class names are COCO's
+    for 91 classes unless the file has its own; none where it has not.
 
     Raises UnusableWeights naming the file and what it holds that a released detector does not.
     """
-    state_dict, names = read_pickled_named(path)
+    file = read_pickled_file(path)
+    names = file.class_names
     try:
-        config = released_config(state_dict)
-        tensors = released_vidt(state_dict, config)
+        config = released_config(file.tensors, file.settings)
+        tensors = released_vidt(file.tensors, config)
+        preprocessing = Preprocessing(**fitting(Preprocessing, file.settings))
+        if names and len(names) != config.num_classes:
+            raise ValueError(f"it names {len(names)} classes and has {config.num_classes}")
     except (KeyError, ValueError) as error:
         raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that can be started from: {error}"
         ) from error
-    if names is None and config.num_classes == len(COCO_ROWS):
+    if not names and config.num_classes == len(COCO_ROWS):
         names = COCO_ROWS
-    return tensors, config, names
+    return tensors, WeightsInfo(config, names, preprocessing, file.metrics)
 
 
 def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:

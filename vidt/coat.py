@@ -8,8 +8,6 @@ Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels of the
 C / M.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
@@ -17,25 +15,11 @@ from torch import Tensor, nn
 
 from vidt.ram import attend_det, resize_padding, sine_position, split_heads
 from vidt.swin import COARSE_DIM, PatchEmbedding
+from vidt.variants import COAT_VARIANTS as COAT_VARIANTS
+from vidt.variants import CoatVariant
 
 NUM_HEADS = 8
 HEADS_BY_KERNEL = {3: 2, 5: 3, 7: 3}  # kernel of the relative position -> heads that have it
-
-
-@dataclass(frozen=True)
-class CoatVariant:
-    """Sizes of one published body."""
-
-    dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
-
-
-COAT_VARIANTS = {
-    "coat_lite_tiny": CoatVariant((64, 128, 256, 320), (2, 2, 2, 2)),
-    "coat_lite_mini": CoatVariant((64, 128, 320, 512), (2, 2, 2, 2)),
-    "coat_lite_small": CoatVariant((64, 128, 320, 512), (3, 4, 6, 3)),
-}
 
 
 class ConvPosition(nn.Module):
@@ -101,8 +85,8 @@ class FactorizedAttention(nn.Module):
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
         # The class token has no place on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
-        patch_qkv = None if seen is None else self.qkv(seen)
-        det_out = attend_det(self.qkv(det), patch_qkv, padding, NUM_HEADS)
+        patch_kv = None if seen is None else self.qkv(seen)[..., seen.shape[-1] :]
+        det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 
@@ -196,7 +180,7 @@ class Stage(nn.Module):
             grid_padding = resize_padding(padding, grid)
             positions = sine_position(grid_padding, dim).to(patches.dtype)
             stage_padding = grid_padding.flatten(1)
-        cls = self.cls_token.expand(len(patches), -1, -1)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls, patches.flatten(1, 2), self.det_exp(det)], dim=1)
         for block in self.serial_blocks:
             tokens = block(tokens, det_pos, grid, self.cpe, self.crpe, positions, stage_padding)
@@ -248,7 +232,7 @@ class CoatBody(nn.Module):
         # Two nearest steps, this one and the stage's, as released; unlike Swin's from the image.
         height, width = (max(side // self.padding_divisor, 1) for side in images.shape[2:])
         padding = resize_padding(padding, (height, width))
-        det = self.det_token.expand(len(images), -1, -1)
+        det = self.det_token.expand(images.shape[0], -1, -1)
         patch_map, maps = images, []
         for stage in self.stages:
             patch_map, det = stage(patch_map, det, self.det_pos_embed, padding)

@@ -4,24 +4,22 @@ of bodies.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vidt.coat import COAT_VARIANTS, CoatBody
-from vidt.swin import SWIN_VARIANTS, SwinBody
+from vidt.variants import COAT_VARIANTS, SWIN_VARIANTS
+
+if TYPE_CHECKING:
+    from vidt.coat import CoatBody
+    from vidt.swin import SwinBody
 
 METHODS = ("vidt", "vidt_wo_neck")
-# Tables of variants by name, and the class built from one.
-BODIES: tuple[tuple[dict[str, Any], type[SwinBody] | type[CoatBody]], ...] = (
-    (SWIN_VARIANTS, SwinBody),
-    (COAT_VARIANTS, CoatBody),
-)
 NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # only a neck can carry them
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
 
 
 def body_names() -> list[str]:
     """All values of `backbone_name`."""
-    return [name for variants, _ in BODIES for name in variants]
+    return [*SWIN_VARIANTS, *COAT_VARIANTS]
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -122,16 +120,21 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {expected}")
 
 
-def build_body(config: ViDTConfig) -> SwinBody | CoatBody:
+def build_body(config: ViDTConfig) -> "SwinBody | CoatBody":
     """The body named in the configuration. Its forward takes images and padding and returns the
     maps of strides 8, 16, 32 and, for method vidt, 64, the [DET] tokens [B, Q, channels of stride
     32] and their position table [1, Q, pos_dim]; `num_channels` are the maps' channels.
     """
-    variants, body = next(entry for entry in BODIES if config.backbone_name in entry[0])
-    return body(
-        variants[config.backbone_name],
-        det_token_num=config.det_token_num,
-        pos_dim=config.pos_dim,
-        cross_indices=config.cross_indices,
-        pyramid=config.method == "vidt",
-    )
+    # Here, not above: a command line's help is made of this file and must not wait for PyTorch.
+    from vidt.coat import CoatBody
+    from vidt.swin import SwinBody
+
+    settings: dict[str, Any] = {
+        "det_token_num": config.det_token_num,
+        "pos_dim": config.pos_dim,
+        "cross_indices": config.cross_indices,
+        "pyramid": config.method == "vidt",
+    }
+    if config.backbone_name in SWIN_VARIANTS:
+        return SwinBody(SWIN_VARIANTS[config.backbone_name], **settings)
+    return CoatBody(COAT_VARIANTS[config.backbone_name], **settings)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from vidt.arguments import OneLineParser
 from vidt.checkpoint import read_released
 from vidt.model import build_detector
-from vidt.preprocessing import Preprocessing
 from vidt.released import (
     imagenet_swin,
     released_config,
@@ -31,6 +31,7 @@ from vidt.weights_file import (
     load_weights,
     read_pickled,
     save_weights,
+    whole_file,
 )
 
 __all__ = [
@@ -45,70 +46,88 @@ __all__ = [
 ]
 
 
-def to_ours(source: Path, target: Path, class_names: tuple[str, ...] | None = None) -> WeightsInfo:
+def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> WeightsInfo:
     """Writes a released `.pth` file as one of ours, with what our detector does not read beside its
-    tensors, for the way back. Raises UnusableWeights naming the file.
+    tensors, for the way back. class_names win over the file's. Raises UnusableWeights naming the
+    file, and OSError naming the target.
     """
-    tensors, config, names = read_released(source)
-    names = class_names or names
-    if names is None or len(names) != config.num_classes:
-        given = "no class names" if names is None else f"{len(names)} class names"
+    tensors, info = read_released(source)
+    info = dataclasses.replace(info, class_names=class_names or info.class_names)
+    if len(info.class_names) != info.config.num_classes:
+        given = len(info.class_names) or "no"
         raise UnusableWeights(
-            f"{source} has {config.num_classes} classes and {given}; pass --class_names a,b,..."
+            f"{source} has {info.config.num_classes} classes and {given} class names; pass "
+            "--class_names a,b,..."
         )
-    fill_strictly(build_detector(config), tensors, source)
-    info = WeightsInfo(config, names, Preprocessing())
+    fill_strictly(build_detector(info.config), tensors, source)
     save_weights(target, tensors, info, unread_tensors(read_pickled(source)))
     return info
 
 
 def to_theirs(source: Path, target: Path) -> WeightsInfo:
     """Writes a weights file of ours as the released code reads it: tensors under `model`, settings
-    under `args`. Raises UnusableWeights naming the file.
+    under `args`; and beside them, for the way back, what that code has no place for. Raises
+    UnusableWeights naming the file, and OSError naming the target.
     """
     tensors, info = load_weights(source)
-    settings = dataclasses.asdict(info.config)
+    settings = dataclasses.asdict(info.config) | dataclasses.asdict(info.preprocessing)
     settings |= {"cross_scale_fusion": info.config.epff, "masks": info.config.with_vector}
-    settings |= {"eval_size": info.preprocessing.eval_size}
     content = {
         "model": to_released(tensors, info.config, load_kept(source)),
         "args": argparse.Namespace(**settings),
         "class_names": list(info.class_names),
+        "metrics": info.metrics,
     }
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        torch.save(content, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's word for a write that failed
+            raise OSError(str(error).splitlines()[0]) from error
     return info
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 done, 2 a user's error, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vidt.convert", description="Weights of the released ViDT to ours, or back."
-    )
-    parser.add_argument("source", type=Path, help="a released .pth file, or one of ours")
-    parser.add_argument("target", type=Path, help="OUT.safetensors, or OUT.pth for the way back")
-    parser.add_argument("--class_names", help="a,b,...; for a file that is not of COCO's 91 ids")
-    given = parser.parse_args(argv)
-    names = tuple(given.class_names.split(",")) if given.class_names else None
+    given = _parser().parse_args(argv)
     try:
-        back = is_ours(given.source)
-        wanted = ".pth" if back else ".safetensors"
-        if given.target.suffix != wanted:
-            raise ValueError(f"{given.target}: of {given.source} comes a {wanted} file; name it so")
-        info = (
-            to_theirs(given.source, given.target)
-            if back
-            else to_ours(given.source, given.target, names)
-        )
+        info = _convert(given.source, given.target, given.class_names)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{given.target}: {info.config}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m vidt.convert",
+        description="Weights of the released ViDT to ours, or back.",
+        epilog="example: python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, help="a released .pth file, or one of ours")
+    parser.add_argument("target", type=Path, help="OUT.safetensors, or OUT.pth for the way back")
+    parser.add_argument("--class_names", help="a,b,...; for a file that is not of COCO's 91 ids")
+    return parser
+
+
+def _convert(source: Path, target: Path, class_names: str | None) -> WeightsInfo:
+    back = is_ours(source)
+    wanted = ".pth" if back else ".safetensors"
+    if target.suffix != wanted:
+        raise ValueError(f"{target}: of {source} comes a {wanted} file; name it so")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the file that is to be converted; give another name")
+    if back and class_names is not None:
+        raise ValueError(f"--class_names {class_names}: {source} has its own; leave the flag out")
+    return to_theirs(source, target) if back else to_ours(source, target, _names(class_names))
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    names = () if given is None else tuple(name.strip() for name in given.split(","))
+    if "" in names or len(set(names)) != len(names):
+        raise ValueError(f"--class_names {given}: give a name to each class, none of them twice")
+    return names
 
 
 if __name__ == "__main__":

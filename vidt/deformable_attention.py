@@ -1,29 +1,122 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equations 2 and 3).
 
-Plain PyTorch: bilinear sampling by `grid_sample`, so it builds nowhere, runs everywhere and can be
-exported. Each query looks at a few learned points on every level of the pyramid instead of at all
-positions.
+Each query looks at a few learned points on every level of the pyramid instead of at all positions.
+The sampling has three forms that give the same up to rounding:
+- "grid": plain `grid_sample`, a call for each level. It runs everywhere and is what is exported;
+- "gather": for the CPU, see `vidt.deformable_gather`;
+- "kernel": for the GPU, in Triton, see `vidt.deformable_triton`.
 
 Letters: B batch, Q queries, S positions of all levels together, C channels, M heads, D = C / M, L
 levels, P points.
 """
 
+import functools
+import logging
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidt import deformable_gather
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["grid", "gather", "kernel"]
+
 
 def deformable_attention(
-    value: Tensor, level_shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+    value: Tensor,
+    level_shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    form: Form | None = None,
 ) -> Tensor:
     """Samples every level at the given points and sums the samples by weight.
 
     value [B, S, M, D]; level_shapes (height, width) of each level, in the order in which S is laid
     out; locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, outside reads zero; weights
-    [B, Q, M, L, P]. Returns [B, Q, M * D].
+    [B, Q, M, L, P]; form is chosen by `best_form` if None. Value may be of lower precision than the
+    rest, which is what is computed in. Returns [B, Q, M * D] in the dtype of value.
     """
+    form = form or best_form(value.device)
+    if form == "kernel":
+        from vidt import deformable_triton
+
+        levels = level_table(level_shapes, value.device)
+        return deformable_triton.attend(value, levels, locations, weights)
+    exact = value.to(locations.dtype)
+    if form == "gather":
+        levels = level_table(level_shapes, value.device)
+        return deformable_gather.attend(exact, levels, locations, weights).to(value.dtype)
+    return _attend_by_grid(exact, level_shapes, locations, weights).to(value.dtype)
+
+
+def best_form(device: torch.device) -> Form:
+    """The form to use there.
+
+    On a CPU "gather" was the faster at every size, by `benchmarks/deformable.py`. That a GPU is
+    better off with its kernel was not measured yet; the same program tells. An export gets "grid",
+    for nobody else knows operators of ours.
+    """
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    if exporting or torch.jit.is_tracing():
+        return "grid"
+    if device.type == "cpu":
+        return "gather"
+    return "kernel" if device.type == "cuda" and kernel_runs(device) else "grid"
+
+
+@torch.compiler.assume_constant_result
+def kernel_runs(device: torch.device) -> bool:
+    """Whether the Triton kernels work there; a warning says why not, once.
+
+    Triton is not made for every platform, nor its compiler for every GPU, and it needs a C compiler
+    at hand. Whatever is missing, there is another form.
+    """
+    return _kernel_ran(device)
+
+
+@functools.cache
+def _kernel_ran(device: torch.device) -> bool:
+    try:
+        from vidt import deformable_triton
+
+        deformable_triton.try_out(device)
+    except Exception as error:
+        logger.warning("deformable attention runs without its Triton kernel: %s", error)
+        return False
+    return True
+
+
+def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Height, width and first position of each level: [L, 3] int64.
+
+    Kept, for a GPU would have to finish all its work before each new copy. A graph gets its own.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _make_level_table(tuple(level_shapes), device)
+    return _kept_level_table(tuple(level_shapes), device)
+
+
+def _make_level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    rows, start = [], 0
+    for height, width in level_shapes:
+        rows.append([height, width, start])
+        start += height * width
+    return torch.tensor(rows, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may serve a training next
+        return _make_level_table(level_shapes, device)
+
+
+def _attend_by_grid(
+    value: Tensor, level_shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     batch, _, heads, dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, B*M, Q, P, 2]
@@ -40,8 +133,8 @@ def deformable_attention(
         for level, grid, (height, width) in zip(levels, grids, level_shapes, strict=True)
     ]
     stacked = torch.cat(samples, dim=-1)  # [B*M, D, Q, L*P]
-    weights = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, -1)
-    assert stacked.shape[-1] == weights.shape[-1] == len(level_shapes) * points
+    samples_of_query = len(level_shapes) * points
+    weights = weights.permute(0, 2, 1, 3, 4).reshape(batch * heads, 1, queries, samples_of_query)
     output = (stacked * weights).sum(-1)  # [B*M, D, Q]
     return output.view(batch, heads * dim, queries).transpose(1, 2)
 
@@ -90,10 +183,6 @@ class DeformableAttention(nn.Module):
         padded level; source [B, S, C]; padding [B, S] bool, True where padded. Returns [B, Q,
         C].
         """
-        value = self.value_proj(source)
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
-        value = value.unflatten(-1, (self.num_heads, -1))
         # Half precision would move a sample by whole hundredths of a cell: places and weights stay
         # in float32.
         with torch.autocast(query.device.type, enabled=False):
@@ -103,8 +192,25 @@ class DeformableAttention(nn.Module):
             weights = self.attention_weights(exact).unflatten(-1, (shape[0], -1)).softmax(-1)
             weights = weights.unflatten(-1, shape[1:])
             locations = self._locations(reference.to(exact.dtype), offsets, level_shapes)
-            output = deformable_attention(value.to(exact.dtype), level_shapes, locations, weights)
+            if self._samples_first(source, query):
+                levels = level_table(level_shapes, source.device)
+                output = deformable_gather.attend_unprojected(
+                    source.to(exact.dtype), padding, levels, locations, weights, self.value_proj
+                )
+                return self.output_proj(output)
+        value = self.value_proj(source)
+        if padding is not None:
+            value = value.masked_fill_(padding[..., None], 0.0)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        with torch.autocast(query.device.type, enabled=False):
+            output = deformable_attention(value, level_shapes, locations, weights)
         return self.output_proj(output)
+
+    def _samples_first(self, source: Tensor, query: Tensor) -> bool:
+        _, positions, dim = source.shape
+        return best_form(source.device) == "gather" and deformable_gather.sampling_first_pays(
+            positions, dim, query.shape[1] * self.num_heads, self.num_levels * self.num_points
+        )
 
     def _locations(
         self, reference: Tensor, offsets: Tensor, level_shapes: list[tuple[int, int]]
@@ -114,6 +220,6 @@ class DeformableAttention(nn.Module):
         """
         centre = reference[:, :, None, :, None, :2]  # [B, Q, 1, L, 1, 2]
         if reference.shape[-1] == 2:
-            cells = offsets.new_tensor([(width, height) for height, width in level_shapes])
+            cells = level_table(level_shapes, offsets.device)[:, :2].flip(1)  # [L, 2], (x, y)
             return centre + offsets / cells[:, None, :]
         return centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5

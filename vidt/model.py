@@ -104,7 +104,8 @@ class ViDT(nn.Module):
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels
         paddings = [resize_padding(padding, (level.shape[2], level.shape[3])) for level in maps]
         det = self._project_tokens(self.tgt_proj, det)
-        query_pos = self._project_tokens(self.query_pos_proj, det_pos).expand(len(images), -1, -1)
+        query_pos = self._project_tokens(self.query_pos_proj, det_pos)
+        query_pos = query_pos.expand(images.shape[0], -1, -1)
         states, boxes = self.decoder(
             det,
             query_pos,

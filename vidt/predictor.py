@@ -2,25 +2,31 @@
 everything around the model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from vidt.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.checkpoint import WeightsInfo, load_model
+from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
-from vidt.images import probe_image, read_image
+from vidt.drawing import draw_detections
+from vidt.inputs import ImageLike, as_picture, is_one, remembered
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
-from vidt.preprocessing import canvas_batches, pad_batch
+from vidt.preprocessing import resize
 from vidt.without_neck import ViDTWithoutNeck, decode_best_class
 
 TOP_K = 100  # detections per image, the released constant
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,13 @@ class Detections:
     labels: Tensor  # [N] int64
     boxes: Tensor  # [N, 4] xyxy, pixels of the original image, not clipped to it
     mask_vectors: MaskVectors | None = None  # None: the detector gives no masks
+    class_names: tuple[str, ...] = ()  # of the detector: those of all labels that it knows
+    source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection; [N]."""
+        return [self.class_names[label] for label in self.labels.tolist()]
 
     @property
     def masks(self) -> Tensor | None:
@@ -50,6 +63,29 @@ class Detections:
             return None
         squares = decode_vectors(self.mask_vectors.vectors, self.mask_vectors.side)
         return paste_squares(squares, self.boxes, self.mask_vectors.size)
+
+    def plot(self, image: ImageLike = None) -> Image.Image:
+        """A copy of the image that they were found in, or of the given one, RGB and of its size,
+        with boxes, names, scores and masks drawn on it.
+
+        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        can no longer be read.
+        """
+        image = self.source if image is None else image
+        if image is None:
+            raise ValueError("these detections do not know their image; pass it to plot(image)")
+        found = self.cpu()
+        return draw_detections(
+            as_picture(image),
+            found.boxes.float().numpy(),
+            found.labels.tolist(),
+            found.scores.tolist(),
+            self.class_names,
+            None if found.masks is None else found.masks.numpy(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
     def above(self, threshold: float) -> "Detections":
         """Those that score at least `threshold`."""
@@ -64,11 +100,12 @@ class Detections:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
         masks = self.mask_vectors
-        return Detections(
-            change(self.scores),
-            change(self.labels),
-            change(self.boxes),
-            masks and replace(masks, vectors=change(masks.vectors)),
+        return replace(
+            self,
+            scores=change(self.scores),
+            labels=change(self.labels),
+            boxes=change(self.boxes),
+            mask_vectors=masks and replace(masks, vectors=change(masks.vectors)),
         )
 
 
@@ -80,6 +117,17 @@ def decode_top_k(
     outputs of `ViDT`; sizes [B, 2] as (height, width) of the original images, in pixels; mask_len
     is the configuration's gt_mask_len.
     """
+    scores, labels, boxes, query = best_pairs(outputs, sizes, top_k)
+    masks = _mask_vectors(outputs, query, sizes, mask_len)
+    return [Detections(*image) for image in zip(scores, labels, boxes, masks, strict=True)]
+
+
+def best_pairs(
+    outputs: dict, sizes: Tensor, top_k: int = TOP_K
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best (query, class) pairs of each image as `decode_top_k` gives them: scores, labels,
+    boxes and queries, [B, N] or [B, N, 4] each.
+    """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     num_classes = logits.shape[-1]
     scores = logits.sigmoid().flatten(1)  # [B, Q * K]
@@ -88,9 +136,7 @@ def decode_top_k(
     scale = sizes.to(boxes).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
     boxes = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
-    labels = index % num_classes
-    masks = _mask_vectors(outputs, query, sizes, mask_len)
-    return [Detections(*image) for image in zip(scores, labels, boxes, masks, strict=True)]
+    return scores, index % num_classes, boxes, query
 
 
 def _mask_vectors(
@@ -135,7 +181,7 @@ def decode_for(config: ViDTConfig) -> Callable[[dict, Tensor], list[Detections]]
 
 class Predictor:
     """A trained detector as it was evaluated: same resize, same normalisation, same decoding, its
-    class names.
+    class names. May be used by several threads at once.
     """
 
     def __init__(
@@ -144,57 +190,166 @@ class Predictor:
         info: WeightsInfo,
         *,
         device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        compile: bool = False,
     ) -> None:
-        self.model = model.to(device).eval()
+        """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
+        canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host.
+
+        Raises ValueError for a precision that does not exist, or not on this device.
+        """
+        self.device = torch.device(device)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+        if precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
+        self.model = model.to(self.device).eval()
+        self.info = info
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
-        self.device = torch.device(device)
+        self.precision = precision
+        self._autocast = partial(
+            torch.autocast,
+            self.device.type,
+            PRECISIONS[precision],
+            enabled=PRECISIONS[precision] is not None,
+        )
+        self._compiled: Callable[..., dict] | None = None
+        self._one_at_a_time = Lock()  # for the compiled model: CUDA graphs have one memory
+        if compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._compiled = torch.compile(self.model, dynamic=False, mode=mode)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """What the training data called the classes, [K]; the label + 1 where that is not known."""
+        if self.class_names == COCO_ROWS:
+            return tuple(range(len(COCO_ROWS)))
+        ids = self.info.training.get("category_ids", ())
+        counted = tuple(range(1, len(self.class_names) + 1))
+        return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        compile: bool = False,
     ) -> "Predictor":
-        """Reads a weights file of ours. Raises ValueError, naming the file, for any other."""
-        return cls(*load_model(path), device=device)
+        """Reads a weights file of ours or a released one. Raises ValueError, naming the file, for
+        any other.
+        """
+        return cls(*load_model(path), device=device, precision=precision, compile=compile)
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        threshold: float = 0.3,
+        batch_size: int = 8,
+    ) -> Detections | list[Detections]:
+        """What is in one image, or a list of it for several, in their order.
+
+        images: a path, a Pillow image, an array uint8 [H, W, 3] (RGB) or [H, W] (grey), a tensor
+        [3, H, W] (uint8, or float from 0 to 1), or several of these, mixed at will; an array [B, H,
+        W, 3] or tensor [B, 3, H, W] is several. Of any sizes: each is resized as in evaluation.
+        threshold: the lowest score that is kept, 0 to 1. batch_size: images computed together, at
+        most; it does not change what is found.
+
+        Returns `Detections`, on the CPU: boxes float32 [N, 4] as xyxy in pixels of the original
+        image, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and falling, and masks
+        bool [N, H, W] or None; `plot()` draws them.
+
+        Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
+        no image, ValueError for a threshold that no score has.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+        if is_one(images):
+            return self([images], threshold=threshold)[0]
+        return self(images, threshold=threshold, batch_size=batch_size)
 
     def __call__(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Iterable[ImageLike],
         *,
         threshold: float = 0.0,
         batch_size: int = 8,
     ) -> list[Detections]:
-        """Detections of each picture or file, in order. Raises `vidt.images.UnreadableImage` for a
-        damaged file.
+        """Detections of each image, in order; as `predict`, but always of several and, unless told
+        otherwise, whatever their score.
         """
-        found = self.stream(images, batch_size=batch_size)
-        results = {index: detections.above(threshold) for index, detections in found}
-        return [results[index] for index in range(len(images))]
+        found = in_order(self.stream(images, batch_size=batch_size))
+        return [detections.above(threshold) for detections in found]
+
+    def stream(
+        self, images: Iterable[ImageLike], *, batch_size: int = 8
+    ) -> Iterator[tuple[int, Detections]]:
+        """(index, detections) as they are ready, which is not quite in order: pictures of equal
+        canvas are batched together. Images are taken, decoded and resized by threads a few batches
+        ahead of the detector, so that any number of them needs no more memory than some.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        sources: dict[int, ImageLike] = {}
+
+        def numbered() -> Iterator[tuple[int, ImageLike]]:
+            for index, image in enumerate(images):
+                sources[index] = remembered(image)
+                yield index, image
+
+        pictures = read_ahead(numbered(), self._prepared, reading_threads())
+        for batch in equal_canvases(pictures, batch_size):
+            found = self._detect(batch, batch_size)
+            for picture, detections in zip(batch, found, strict=True):
+                yield picture.index, replace(detections, source=sources.pop(picture.index))
+
+    def _prepared(self, numbered: tuple[int, ImageLike]) -> Picture:
+        index, image = numbered
+        picture = as_picture(image)
+        size = (picture.height, picture.width)
+        return Picture(index, size, np.asarray(resize(picture, self.preprocessing.canvas(*size))))
+
+    def _detect(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
+        """Of pictures of equal canvas, in halves where memory does not suffice for all."""
+        try:
+            found = self._forward(batch, batch_size)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        else:
+            # Copies, made outside of inference mode: who gets them may change them.
+            return [each._map(Tensor.clone) for each in found]
+        # Not inside `except`, where the traceback still holds the memory.
+        half = len(batch) // 2
+        return [
+            *self._detect(batch[:half], half),
+            *self._detect(batch[half:], len(batch) - half),
+        ]
 
     @torch.inference_mode()
-    def stream(
-        self, images: Sequence[str | Path | Image.Image], *, batch_size: int = 8
-    ) -> Iterator[tuple[int, Detections]]:
-        """(index, detections) as they are ready, which is not in order: pictures of equal canvas
-        are batched together. Files are decoded batch by batch.
-        """
-        sizes_of_all = [_size(image) for image in images]
-        canvases = [self.preprocessing.canvas(*size) for size in sizes_of_all]
-        for indices in canvas_batches(canvases, batch_size):
-            tensors = [self.preprocessing(_opened(images[index])) for index in indices]
-            batch, padding = pad_batch([tensor.to(self.device) for tensor in tensors])
-            sizes = torch.tensor([sizes_of_all[index] for index in indices])
-            found = self.decode(self.model(batch, padding), sizes.to(self.device))
-            for index, detections in zip(indices, found, strict=True):
-                yield index, detections.cpu()
+    def _forward(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
+        rows = [picture.pixels for picture in batch]
+        if self._compiled is not None:  # which is done once for each shape
+            rows += [rows[-1]] * (batch_size - len(rows))
+        pixels = torch.from_numpy(np.stack(rows)).to(self.device).permute(0, 3, 1, 2)
+        images = self.preprocessing.normalise(pixels).contiguous()
+        padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=self.device)
+        sizes = torch.tensor([picture.size for picture in batch], device=self.device)
+        if self._compiled is None:
+            with self._autocast():
+                found = self.decode(self.model(images, padding), sizes)
+        else:
+            with self._one_at_a_time, self._autocast():
+                torch.compiler.cudagraph_mark_step_begin()
+                outputs = _first(self._compiled(images, padding), len(batch))
+                found = self.decode(outputs, sizes)
+        return [replace(each.cpu(), class_names=self.class_names) for each in found]
 
 
-def _size(image: str | Path | Image.Image) -> tuple[int, int]:
-    """(height, width) of the stored pixels."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    return probe_image(image).size
-
-
-def _opened(image: str | Path | Image.Image) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
+def _first(outputs: dict, count: int) -> dict:
+    """Those of the first images of a batch, of what is decoded."""
+    names = [name for name in ("pred_logits", "pred_boxes", "pred_vectors") if name in outputs]
+    return {name: outputs[name][:count] for name in names}

@@ -1,69 +1,90 @@
 """From a picture to the tensor that the detector sees: the one definition of resize, normalisation
 and padding.
 
-Training-time evaluation, prediction and export all come through here, and the settings travel with
-the weights.
+Training, its evaluation, prediction and export all come through here, and the settings travel with
+the weights. A picture is 8-bit pixels until it lies where the detector computes: a quarter of the
+memory and of the way.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
-GRANULE = 16  # sides are rounded down to multiples of this, as released
+from vidt.canvas import (
+    GRANULE,
+    canvas_batches,
+    canvas_of,
+    longest_side,
+    resize,
+    resized_shape,
+)
 
-
-def resized_shape(
-    height: int, width: int, size: int, max_size: int | None = None
-) -> tuple[int, int]:
-    """(height, width) after the released resize: short side to `size`, long side at most
-    `max_size`, both rounded down to multiples of 16 (never to nothing).
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
-    other = int(size * long / short)
-    new_height, new_width = (size, other) if height <= width else (other, size)
-    return max(new_height // GRANULE, 1) * GRANULE, max(new_width // GRANULE, 1) * GRANULE
+__all__ = ["GRANULE", "Preprocessing", "canvas_batches", "pad_batch", "resize", "resized_shape"]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are made ready for evaluation and prediction; saved with the weights."""
+    """How pictures are made ready for evaluation and prediction; saved with the weights. Raises
+    ValueError for what no picture can be made ready with.
+    """
 
     eval_size: int = 800
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        if self.eval_size < 1:
+            raise ValueError(f"eval_size is {self.eval_size}; it must be 1 or more")
+        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; they must be three numbers each, of std "
+                "above 0"
+            )
+
     @property
     def max_size(self) -> int:
         """Longest side, in the released proportion to the short one."""
-        return self.eval_size * 1333 // 800
+        return longest_side(self.eval_size)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that an image of this size is brought to; depends on that image
         alone.
         """
-        return resized_shape(height, width, self.eval_size, self.max_size)
+        return canvas_of(height, width, self.eval_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture -> [3, h, w] float32, resized to its canvas and normalised."""
-        return self.normalise(resize(image, self.canvas(image.height, image.width)))
+        return self.normalise(self.pixels(image))
 
-    def normalise(self, image: Image.Image | Tensor) -> Tensor:
-        """RGB picture, or uint8 [..., 3, H, W] -> [..., 3, H, W] float32."""
-        pixels = F.to_dtype(F.to_image(image), torch.float32, scale=True)
-        return F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(Tensor)
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB picture -> uint8 [3, h, w], resized to its canvas."""
+        return to_pixels(resize(image, self.canvas(image.height, image.width)))
+
+    def normalise(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
+        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] holds."""
+        mean, std = (_per_channel(each, images.device) for each in (self.mean, self.std))
+        values = images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+        return values if padding is None else values.masked_fill_(padding.unsqueeze(-3), 0.0)
 
 
-def resize(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
-    """Pillow's antialiased bilinear resize to (height, width), as released."""
-    return F.resize(image, list(shape), InterpolationMode.BILINEAR, antialias=True)
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1]; copied to a device once, since each copy would have to be waited for."""
+    with torch.inference_mode(False):  # kept, and so met by calls that compute gradients
+        return torch.tensor(values, device=device)[:, None, None]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 [3, H, W]."""
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    for plane, band in zip(planes, image.split(), strict=True):  # quicker than to turn [H, W, 3]
+        plane[...] = np.asarray(band)
+    return torch.from_numpy(planes)
 
 
 def pad_batch(
@@ -80,20 +101,3 @@ def pad_batch(
         batch[index, :, : image.shape[1], : image.shape[2]] = image
         padding[index, : image.shape[1], : image.shape[2]] = False
     return batch, padding
-
-
-def canvas_batches(canvases: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch
-    mates.
-
-    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window
-    padding).
-    """
-    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, canvas in enumerate(canvases):
-        groups[canvas].append(index)
-    return [
-        indices[start : start + batch_size]
-        for _, indices in sorted(groups.items())
-        for start in range(0, len(indices), batch_size)
-    ]

@@ -1,19 +1,18 @@
 """ImageNet weights for the body: timm's files where timm has them, the released URL for nano, or a
 file.
 
-Nothing is fetched twice: timm and torch hub keep what they download in their caches.
+Nothing is fetched twice: what is downloaded stays in timm's cache, or in torch hub's.
 """
 
 from pathlib import Path
 
 import timm
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vidt.checkpoint import Unreachable, UnusableWeights, read_pickled
-from vidt.coat import COAT_VARIANTS
+from vidt.checkpoint import Unreachable, UnusableWeights, local_weights, read_pickled
 from vidt.released import imagenet_coat, imagenet_swin
+from vidt.variants import COAT_VARIANTS
 
 TIMM_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -74,10 +73,7 @@ def added_by_vidt(name: str) -> bool:
 def _fetch(backbone_name: str) -> dict[str, Tensor]:
     try:
         if backbone_name in URLS:
-            content = torch.hub.load_state_dict_from_url(
-                URLS[backbone_name], map_location="cpu", weights_only=True, progress=False
-            )
-            return content.get("model", content)
+            return read_pickled(local_weights(URLS[backbone_name], "--pre_trained"))
         return timm.create_model(TIMM_NAMES[backbone_name], pretrained=True).state_dict()
     except Exception as error:  # every layer below has exceptions of its own for "no network"
         raise Unreachable(

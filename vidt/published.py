@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
-import torch
-
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
 BODIES = {
     "nano": "swin_nano",
@@ -79,6 +77,8 @@ def local_weights(source: str, flag: str = "--load_from") -> Path:
     """
     if "://" not in source:
         return Path(source)
+    import torch  # seconds that a help text, which needs the table above, does not spend
+
     url, fragment = urldefrag(source)
     wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
     # Many addresses end in best.safetensors: the file's name alone would mix them up.

@@ -14,14 +14,10 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models.swin_transformer import (
-    get_relative_position_index,
-    window_partition,
-    window_reverse,
-)
+from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
-MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
+from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,24 +43,9 @@ def sine_position(padding: Tensor, dim: int) -> Tensor:
     return torch.cat([encode(y), encode(x)], dim=-1).flatten(1, 2)
 
 
-def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
-    """Keeps patches that a cyclic shift brought together apart: [number of windows, T, T], 0 or
-    MASKED.
-    """
-    height, width = grid
-
-    def region(length: int) -> Tensor:
-        place = torch.arange(length, device=device)
-        return (place >= length - window).long() + (place >= length - shift).long()
-
-    regions = region(height)[:, None] * 3 + region(width)[None, :]
-    windows = window_partition(regions[None, :, :, None], (window, window)).flatten(1)  # [nW, T]
-    return (windows[:, None, :] != windows[:, :, None]) * MASKED
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """[B, N, 3 * C] -> query, keys and values, each [B, M, N, D]."""
-    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
+    """[B, N, parts * C] -> query, keys and values, or keys and values, each [B, M, N, D]."""
+    return qkv.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,17 +55,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> 
 
 
 def attend_det(
-    det_qkv: Tensor, patch_qkv: Tensor | None, padding: Tensor | None, num_heads: int
+    det_qkv: Tensor, patch_kv: Tensor | None, padding: Tensor | None, num_heads: int
 ) -> Tensor:
     """[DET] tokens look at each other and, where they are given, at the patches, in one softmax.
 
-    det_qkv [B, Q, 3 * C]; patch_qkv [B, N, 3 * C] or None; padding [B, N] bool, True = padding, or
+    det_qkv [B, Q, 3 * C]; patch_kv [B, N, 2 * C] or None; padding [B, N] bool, True = padding, or
     None. Returns [B, Q, C], before the projection.
     """
     query, keys, values = split_heads(det_qkv, num_heads)
     mask = None
-    if patch_qkv is not None:
-        _, patch_keys, patch_values = split_heads(patch_qkv, num_heads)
+    if patch_kv is not None:
+        patch_keys, patch_values = split_heads(patch_kv, num_heads, parts=2)
         keys = torch.cat([patch_keys, keys], dim=2)
         values = torch.cat([patch_values, values], dim=2)
     if padding is not None:
@@ -114,55 +95,34 @@ class ReconfiguredAttention(nn.Module):
         self,
         patches: Tensor,
         det: Tensor,
+        grid: tuple[int, int],
         positions: Tensor | None = None,
         padding: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """patches [B, H, W, C]; det [B, Q, C] with the [DET] position added; positions [B, H * W,
+    ) -> Tensor:
+        """patches [B, H * W, C]; det [B, Q, C] with the [DET] position added; positions [B, H * W,
         C] and padding [B, H * W] (True = padding) are given in stages whose [DET] tokens look at
-        the patches. Returns patches as [B, H * W, C] and det [B, Q, C].
+        the patches. Returns patches, then [DET] tokens: [B, H * W + Q, C].
         """
-        grid, tokens = patches.shape[1:3], patches.flatten(1, 2)
-        # Without its bias: that is added once the windows are padded, since padded places hold the
-        # bias and nothing else.
-        products = F.linear(torch.cat([tokens, det], dim=1), self.qkv.weight)
-        patch_products, det_products = products.split([tokens.shape[1], det.shape[1]], dim=1)
-        patch_out = self._windows(patch_products.unflatten(1, grid))
+        batch, num_det, dim = det.shape
+        # Padded places of a window hold a token of zeros, not masked, as released.
+        tokens = torch.cat([patches, det, det.new_zeros(batch, 1, dim)], dim=1)
+        places = windows_of(grid, self.window, self.shift, tokens.shape[1] - 1, tokens.device)
+        windows, det_qkv = deal(self.qkv(tokens), places, num_det)
+        windows = attend_windows(windows, self._bias().to(windows.dtype), places, self.num_heads)
 
-        # The released model adds the position before qkv: it is in the values as well.
-        seen = None if positions is None else self.qkv(tokens + positions)
-        det_out = attend_det(det_products + self.qkv.bias, seen, padding, self.num_heads)
-        return self.proj(torch.cat([patch_out, det_out], dim=1)).split(
-            [tokens.shape[1], det.shape[1]], dim=1
-        )
+        seen = None if positions is None else self._seen(patches + positions)
+        det_out = attend_det(det_qkv, seen, padding, self.num_heads)
+        return self.proj(collect(windows, det_out, places))
 
-    def _windows(self, products: Tensor) -> Tensor:
-        """products [B, H, W, 3 * C], qkv without bias -> attended patches [B, H * W, C], before the
-        projection.
+    def _seen(self, tokens: Tensor) -> Tensor:
+        """Patches [B, N, C] to the keys and values that [DET] tokens see of them, [B, N, 2 * C].
+        The released model adds the position before qkv: it is in the values as well.
         """
-        batch, height, width, _ = products.shape
-        # Zero padding of the normed patches, not masked, as released.
-        pad_h, pad_w = -height % self.window, -width % self.window
-        products = F.pad(products, (0, 0, 0, pad_w, 0, pad_h)) + self.qkv.bias
-        grid = (height + pad_h, width + pad_w)
-        if self.shift:
-            products = products.roll((-self.shift, -self.shift), dims=(1, 2))
-        windows = window_partition(products, (self.window, self.window)).flatten(
-            1, 2
-        )  # [B*nW, T, 3C]
-        query, keys, values = split_heads(windows, self.num_heads)
-        windows = attend(query, keys, values, self._window_mask(grid, batch, query.dtype))
-        windows = windows.unflatten(1, (self.window, self.window))
-        patches = window_reverse(windows, (self.window, self.window), *grid)
-        if self.shift:
-            patches = patches.roll((self.shift, self.shift), dims=(1, 2))
-        return patches[:, :height, :width].flatten(1, 2)
+        dim = tokens.shape[-1]
+        return F.linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
 
-    def _window_mask(self, grid: tuple[int, int], batch: int, dtype: torch.dtype) -> Tensor:
-        """Relative position bias, plus the shift mask: [1 or B * nW, M, T, T]."""
+    def _bias(self) -> Tensor:
+        """Relative position bias [M, T, T]."""
         area = self.window**2
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(area, area, -1).permute(2, 0, 1).to(dtype)  # [M, T, T]
-        if not self.shift:
-            return bias[None]
-        apart = shift_mask(grid, self.window, self.shift, bias.device).to(dtype)
-        return (bias + apart[:, None]).repeat(batch, 1, 1, 1)
+        return bias.view(area, area, -1).permute(2, 0, 1)

@@ -5,6 +5,7 @@ The only module that knows how the released ViDT (github.com/naver-ai/vidt) and 
 files name their tensors.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
-from vidt.coat import COAT_VARIANTS
-from vidt.config import ViDTConfig
-from vidt.swin import COARSE_DIM, SWIN_VARIANTS, WINDOW
+from vidt.config import NECK_PARTS, NUM_LEVELS, ViDTConfig
+from vidt.swin import COARSE_DIM, WINDOW
+from vidt.variants import COAT_VARIANTS, SWIN_VARIANTS
 
 # Beginnings of names, released and ours, for both directions; first match wins. {} is a digit, and
 # {+} one that is larger by 1 in the released name: there CoaT's stages count from 1.
@@ -229,31 +230,54 @@ def imagenet_coat(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def released_config(state_dict: Mapping[str, Tensor]) -> ViDTConfig:
+def released_config(
+    state_dict: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
+) -> ViDTConfig:
     """The configuration of a released detector of any kind, from names and shapes alone.
 
-    What leaves no trace in them has the released default: cross_indices, gt_mask_len, and how the
-    decoder's heads and points divide their product. Raises ValueError for a file of another kind,
-    naming what is not there.
+    What leaves no trace in them (cross_indices, gt_mask_len, dropout, how the decoder's heads and
+    points divide their product ...) is as in `settings`, the released flags by name, and where
+    those do not tell has the default. Raises ValueError for a file of another kind, naming what is
+    not there.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if "backbone.det_token" not in shapes:
         raise ValueError("it holds no backbone.det_token")
+    told = fitting(ViDTConfig, settings or {})
     common: dict[str, Any] = {
         "backbone_name": _backbone_name(shapes),
         "det_token_num": shapes["backbone.det_token"][1],
         "pos_dim": shapes["backbone.det_pos_embed"][2],
     }
     if "class_embed.layers.2.weight" in shapes:
-        return ViDTConfig(
-            method="vidt_wo_neck",
-            num_classes=shapes["class_embed.layers.2.weight"][0] - 1,  # the last is background
-            reduced_dim=shapes["class_embed.layers.0.weight"][1],
-            **common,
-        )
-    if "class_embed.0.weight" not in shapes:
+        own = {
+            "method": "vidt_wo_neck",
+            "num_classes": shapes["class_embed.layers.2.weight"][0] - 1,  # the last is background
+            "reduced_dim": shapes["class_embed.layers.0.weight"][1],
+            **dict.fromkeys(NECK_PARTS, False),
+        }
+    elif "class_embed.0.weight" in shapes:
+        heads = told.get("nheads", ViDTConfig.nheads)
+        own = {"method": "vidt", **_neck_settings(shapes, heads), **_plus_settings(shapes)}
+    else:
         raise ValueError("it holds no class_embed.0.weight")
-    return ViDTConfig(**common, **_neck_settings(shapes), **_plus_settings(shapes))
+    return ViDTConfig(**{**told, **common, **own})
+
+
+def fitting(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings by name, those that are fields of a dataclass and of their default's type."""
+    defaults = {field.name: field.default for field in dataclasses.fields(owner)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name in defaults and _alike(value, defaults[name])
+    }
+
+
+def _alike(value: object, default: object) -> bool:
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return all(type(each) is type(default[0]) for each in value)
+    return type(value) is type(default)
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -290,7 +314,7 @@ def _count(shapes: Shapes, beginning: str) -> int:
     return len(members)
 
 
-def _neck_settings(shapes: Shapes) -> dict[str, Any]:
+def _neck_settings(shapes: Shapes, nheads: int) -> dict[str, Any]:
     layers = _count(shapes, "transformer.decoder.layers.")
     settings: dict[str, Any] = {
         "num_classes": shapes["class_embed.0.weight"][0],
@@ -303,20 +327,24 @@ def _neck_settings(shapes: Shapes) -> dict[str, Any]:
         raise ValueError(f"it holds {layers} decoder layers and {heads} heads, not {layers + 1}")
     if layers:
         weights = shapes["transformer.decoder.layers.0.cross_attn.attention_weights.weight"]
-        places = ViDTConfig.nheads * ViDTConfig.num_feature_levels
         settings["dim_feedforward"] = shapes["transformer.decoder.layers.0.linear1.weight"][0]
-        settings["dec_n_points"] = weights[0] // places
+        settings["dec_n_points"], rest = divmod(weights[0], max(nheads, 1) * NUM_LEVELS)
+        if rest:
+            raise ValueError(f"its {weights[0]} attention weights are not of {nheads} heads")
     return settings
 
 
 def _plus_settings(shapes: Shapes) -> dict[str, Any]:
+    tokens = shapes.get("transformer.token_embed.weight")
+    last = shapes.get("vector_embed.0.layers.2.weight")
     settings: dict[str, Any] = {
         "epff": "fusion.multi_scaler.layer_0_rn.weight" in shapes,
         "iou_aware": "iou_embed.0.layers.0.weight" in shapes,
+        "token_label": tokens is not None,
+        "with_vector": last is not None,
     }
-    if tokens := shapes.get("transformer.token_embed.weight"):
-        shifted = tokens[0] == shapes["class_embed.0.weight"][0] + 1
-        settings |= {"token_label": True, "token_label_shift": shifted}
-    if last := shapes.get("vector_embed.0.layers.2.weight"):
-        settings |= {"with_vector": True, "n_keep": last[0], "vector_hidden_dim": last[1]}
+    if tokens:
+        settings["token_label_shift"] = tokens[0] == shapes["class_embed.0.weight"][0] + 1
+    if last:
+        settings |= {"n_keep": last[0], "vector_hidden_dim": last[1]}
     return settings

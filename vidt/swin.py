@@ -7,36 +7,17 @@ merging; a fourth merging makes the stride-64 map.
 Letters: B batch, H x W stage grid, Q [DET] tokens, C channels of the stage.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
+from vidt.variants import SWIN_VARIANTS as SWIN_VARIANTS
+from vidt.variants import SwinVariant
 
 COARSE_DIM = 256  # channels of the stride-64 map, whatever the body; fixed by the released weights
 WINDOW = 7
-
-
-@dataclass(frozen=True)
-class SwinVariant:
-    """Sizes of one published body."""
-
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    drop_path: float
-
-
-SWIN_VARIANTS = {
-    "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
-    "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
-    "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
-    "swin_base_win7_22k": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
-    "swin_large_win7_22k": SwinVariant(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3),
-}
 
 
 class PatchEmbedding(nn.Module):
@@ -91,34 +72,19 @@ class Block(nn.Module):
 
     def forward(
         self,
-        patches: Tensor,
-        det: Tensor,
+        tokens: Tensor,
         det_pos: Tensor,
+        grid: tuple[int, int],
         positions: Tensor | None,
         padding: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """patches [B, H, W, C], det [B, Q, C], det_pos [1, Q, pos_dim] -> patches and det of the
-        same shapes.
+    ) -> Tensor:
+        """tokens [B, H * W + Q, C], patches first, so that one draw of drop path serves both kinds;
+        det_pos [1, Q, pos_dim]; grid (H, W). Returns tokens of the same shape.
         """
-        grid = patches.shape[1:3]
-        tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
-        normed_patches, normed_det = self._split(self.norm1(tokens), det)
-        attended = self.attn(
-            normed_patches.unflatten(1, grid),
-            normed_det + self.det_pos_linear(det_pos),
-            positions,
-            padding,
-        )
-        # One draw of drop path per image drops patches and [DET] tokens together, hence the joint
-        # sequence.
-        tokens = tokens + self.drop_path(torch.cat(attended, dim=1))
-        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
-        patches, det = self._split(tokens, det)
-        return patches.unflatten(1, grid), det
-
-    @staticmethod
-    def _split(tokens: Tensor, det: Tensor) -> tuple[Tensor, ...]:
-        return tokens.split([tokens.shape[1] - det.shape[1], det.shape[1]], dim=1)
+        patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
+        attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, positions, padding)
+        tokens = tokens + self.drop_path(attended)
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class Stage(nn.Module):
@@ -155,14 +121,17 @@ class Stage(nn.Module):
         """padding [B, h, w], True = padding, at the size in which the body resizes it first. No
         merging yet.
         """
+        grid = (patches.shape[1], patches.shape[2])
         positions = stage_padding = None
         if self.det_sees_patches:
-            grid_padding = resize_padding(padding, (patches.shape[1], patches.shape[2]))
+            grid_padding = resize_padding(padding, grid)
             positions = sine_position(grid_padding, patches.shape[-1]).to(patches.dtype)
             stage_padding = grid_padding.flatten(1)
+        tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
         for block in self.blocks:
-            patches, det = block(patches, det, det_pos, positions, stage_padding)
-        return patches, det
+            tokens = block(tokens, det_pos, grid, positions, stage_padding)
+        patches, det = tokens.split([grid[0] * grid[1], det.shape[1]], dim=1)
+        return patches.unflatten(1, grid), det
 
 
 class SwinBody(nn.Module):

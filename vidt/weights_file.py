@@ -6,14 +6,15 @@ Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,18 @@ class WeightsInfo:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     metrics: dict[str, float] = field(default_factory=dict)
+    # How it was trained, in words and numbers for people; what is in it decides nothing.
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PickledWeights:
+    """A `.pth` file: its tensors, and what it says of them beside."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]  # flags of the run that wrote it, its `args`; as they were found
+    class_names: tuple[str, ...]  # none unless our own writer left them there
+    metrics: dict[str, float]  # likewise
 
 
 def save_weights(
@@ -54,29 +67,40 @@ def save_weights(
     whole. `kept` are a released file's unread tensors. Raises OSError naming the file if it cannot
     be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(info.config)),
         "class_names": json.dumps(info.class_names),
         "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
         "metrics": json.dumps(info.metrics),
+        "training": json.dumps(info.training),
     }
     named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    with whole_file(path) as file:
+        # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
+        file.write(save(tensors, metadata=header))
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of `path` once it is whole. Raises OSError naming
+    `path` if it cannot be written.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
     try:
-        # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(save(tensors, metadata=header))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may not be there
+            temporary.unlink(missing_ok=True)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -126,6 +150,7 @@ def read_info(path: str | Path) -> WeightsInfo:
                 tuple(preprocessing["std"]),
             ),
             metrics=json.loads(header["metrics"]),
+            training=dict(json.loads(header.get("training", "{}"))),  # older files have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
@@ -133,10 +158,11 @@ def read_info(path: str | Path) -> WeightsInfo:
 
 def is_ours(path: str | Path) -> bool:
     """Whether a file, by its first bytes, is safetensors: eight bytes of length, then JSON. Raises
-    UnusableWeights if it is not there.
+    UnusableWeights if there is no such file.
     """
     if not Path(path).is_file():
-        raise UnusableWeights(f"{path} does not exist; pass --load_from a weights file")
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UnusableWeights(f"{path} {found}; give the path of a weights file")
     with open(path, "rb") as file:
         return file.read(9)[8:9] == b"{"
 
@@ -147,22 +173,26 @@ def read_pickled(path: str | Path) -> dict[str, Tensor]:
 
     Raises UnusableWeights naming the file for anything else in it, damaged files included.
     """
-    return read_pickled_named(path)[0]
+    return read_pickled_file(path).tensors
 
 
-def read_pickled_named(path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """`read_pickled`, and the `class_names` beside the tensors, which our own writer of such files
-    leaves there.
-    """
+def read_pickled_file(path: str | Path) -> PickledWeights:
+    """`read_pickled`, and what is beside the tensors."""
     content = _unpickle(path)
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UnusableWeights(
             f"{path} holds no dictionary of tensors, neither bare nor under model"
         )
-    names = content.get("class_names")
+    args, names, metrics = (content.get(name) for name in ("args", "class_names", "metrics"))
     named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return tensors, tuple(names) if named else None
+    scored = isinstance(metrics, dict) and all(isinstance(x, float) for x in metrics.values())
+    return PickledWeights(
+        tensors,
+        settings=vars(args) if isinstance(args, argparse.Namespace) else {},
+        class_names=tuple(names) if named else (),
+        metrics=metrics if scored else {},
+    )
 
 
 def _unpickle(path: str | Path) -> Any:

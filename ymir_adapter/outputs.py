@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from trainer.whole_file import write_whole
 from ymir_adapter.monitor import Monitor
 from ymir_adapter.task import Task
 
@@ -210,17 +211,6 @@ class DetectionWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._unfinished.replace(self.path)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file so that a reader, or a kill at any instant, finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _boxes(

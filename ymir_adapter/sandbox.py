@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
 
 from trainer.read_coco import read_coco
 from trainer.samples import SampleTable
+from vidt.arguments import OneLineParser
 from vidt.checkpoint import UnusableWeights, read_start
 from ymir_adapter.sandbox_tree import (
     EXPORT_FORMATS,
@@ -47,13 +48,6 @@ The exit code is that of the task: 0 done, 1 failed; 2: nothing was started, a f
 """
 SHOWN = 5  # lines of a ranking
 POLL_SECONDS = 0.02
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows an example\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,12 +8,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from accelerate.logging import get_logger
-
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.console import Console
-from trainer.findings import format_findings, write_findings
+from trainer.datasets import told
 from trainer.launch_check import require_processes
 from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.samples import SampleTable
@@ -22,8 +20,6 @@ from ymir_adapter.dataset import read_tables
 from ymir_adapter.launch import run_rank
 from ymir_adapter.outputs import Monitor, TrainingResult
 from ymir_adapter.task import Task, training_settings
-
-logger = get_logger(__name__)
 
 LOADING = 0.05  # share of the whole that reading the dataset is said to be
 ALMOST = 0.99  # 1.00 means that all results are written
@@ -64,21 +60,16 @@ def checked_tables(
     task: Task, config: TrainConfig, num_queries: int, monitor: Monitor | None
 ) -> tuple[SampleTable, SampleTable]:
     """Both splits; findings go to the log and, in full, to `findings.csv`."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     update = (lambda fraction: None) if monitor is None else monitor.update
-    train_set, val_set, findings = read_tables(
-        task,
-        num_queries=num_queries,
-        max_bad_fraction=config.max_bad_fraction,
-        progress=lambda fraction: update(LOADING * fraction),
+    return told(
+        Path(config.output_dir),
+        lambda: read_tables(
+            task,
+            num_queries=num_queries,
+            max_bad_fraction=config.max_bad_fraction,
+            progress=lambda fraction: update(LOADING * fraction),
+        ),
     )
-    write_findings(output / "findings.csv", findings)
-    for table in (train_set, val_set):
-        logger.info(f"{table.source}: {len(table)} images, {len(table.labels)} boxes")
-    if findings:
-        logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")
-    return train_set, val_set
 
 
 @contextlib.contextmanager

@@ -1,0 +1,380 @@
+"""The console command `vidt`, each subcommand on real files: weights that know their pictures."""
+
+import csv
+import io
+import json
+import math
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from safetensors.torch import load_file
+from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
+
+import vidt
+from trainer.command_line import COMMANDS, main
+from trainer.image_files import ImageFile, ImageFiles, distinct
+from trainer.predictions import predict_files
+from trainer.report import COCO_NUMBERS
+from trainer.result_files import whole_text, write_result
+from vidt.batching import AHEAD, PENDING_BATCHES, reading_threads
+from vidt.checkpoint import WeightsInfo, load_weights, save_weights
+from vidt.config import ViDTConfig
+from vidt.model import build_detector
+from vidt.preprocessing import Preprocessing
+
+BCCD = ROOT.parent / "shared/data/bccd"
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def photos(learnt: Learnt) -> Path:
+    return learnt.data / "val2017"
+
+
+def ok(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
+    """All of them in one process, in which PyTorch cannot be imported."""
+    code = (
+        "import sys, time; sys.modules['torch'] = None\n"
+        "from trainer.command_line import COMMANDS, main\n"
+        "def shown(words):\n"
+        "    try: return main(words)\n"
+        "    except SystemExit as end: return end.code\n"
+        "assert not any(map(shown, [[], ['--help'], *([name, '--help'] for name in COMMANDS)]))\n"
+    )
+    done = call([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: vidt {name}" in done.stdout for name in COMMANDS)
+    assert done.stdout.count("examples:") == len(COMMANDS)
+
+
+def test_the_console_script_is_the_command_line() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'\[project\.scripts\]\nvidt = "trainer\.command_line:main"\n', text)
+
+
+def test_version(capsys: Output) -> None:
+    ok("--version")
+    assert capsys.readouterr().out == f"vidt {vidt.__version__}\n"
+
+
+def test_predict_in_words(learnt: Learnt, photos: Path, capsys: Output) -> None:
+    ok("predict", learnt.weights, photos / "101.png", "--threshold", 0.2)
+    shown = capsys.readouterr()
+    (found,) = [vidt.load(learnt.weights).predict(photos / "101.png", threshold=0.2)]
+    lines = shown.out.splitlines()
+    assert len(lines) == len(found) > 0
+    assert lines[0].startswith(f"{photos / '101.png'}: {found.names[0]} {found.scores[0]:.2f} at ")
+    assert shown.err == f"1 images, {len(found)} objects\n"
+
+
+def test_predict_a_folder_to_a_folder(learnt: Learnt, photos: Path, tmp_path: Path) -> None:
+    """Pictures of the same size with something drawn on them, and JSON that says what."""
+    ok("predict", learnt.weights, photos, "--out", tmp_path / "out", "--threshold", 0.2)
+    document = json.loads((tmp_path / "out/predictions.json").read_text())
+    names = sorted(path.name for path in photos.iterdir())
+    assert [Path(entry["file"]).name for entry in document["images"]] == names
+    assert document["class_names"] == list(vidt.load(learnt.weights).class_names)
+    expected = vidt.load(learnt.weights).predict(sorted(photos.iterdir()), threshold=0.2)
+    for name, entry, found in zip(names, document["images"], expected, strict=True):
+        before, after = Image.open(photos / name), Image.open(tmp_path / "out" / name)
+        assert before.size == after.size == (entry["width"], entry["height"])
+        drawn = np.asarray(before.convert("RGB")) != np.asarray(after)
+        assert drawn.any() == bool(entry["detections"])
+        assert [each["name"] for each in entry["detections"]] == found.names
+        scores = [each["score"] for each in entry["detections"]]
+        assert scores == pytest.approx(found.scores.tolist(), abs=1e-4)
+        for each in entry["detections"]:
+            x1, y1, x2, y2 = each["box"]
+            assert 0 <= x1 < x2 <= entry["width"] and 0 <= y1 < y2 <= entry["height"]
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == sorted([*names, "predictions.json"])
+
+
+def test_coco_results_are_scored_by_pycocotools_as_in_training(
+    learnt: Learnt, photos: Path, tmp_path: Path
+) -> None:
+    """Category ids are the data's own, 7, 900 and 3; image ids come of the files' names."""
+    where = ("--out", tmp_path, "--no-pictures", "--threshold", 0, "--batch-size", 1)
+    ok("predict", learnt.weights, photos, "--coco", *where)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.coco.json"]
+    truth = COCO(str(learnt.data / "annotations/instances_val2017.json"))
+    results = truth.loadRes(str(tmp_path / "predictions.coco.json"))
+    assert {row["category_id"] for row in results.dataset["annotations"]} <= {7, 900, 3}
+    assert sorted(results.imgToAnns) == sorted(truth.imgs)
+
+
+def test_csv_and_json_on_standard_output(learnt: Learnt, photos: Path, capsys: Output) -> None:
+    ok("predict", learnt.weights, photos, "--csv")
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    ok("predict", learnt.weights, photos, "--json")
+    document = json.loads(capsys.readouterr().out)
+    flat = [(entry, each) for entry in document["images"] for each in entry["detections"]]
+    assert len(rows) == len(flat) > 0
+    for row, (entry, each) in zip(rows, flat, strict=True):
+        assert (row["file"], row["name"]) == (entry["file"], each["name"])
+        assert [float(row[name]) for name in ("x1", "y1", "x2", "y2")] == each["box"]
+
+
+def test_yolo_files(learnt: Learnt, photos: Path, tmp_path: Path) -> None:
+    ok("predict", learnt.weights, photos, "--yolo", "--out", tmp_path, "--no_pictures")
+    names = (tmp_path / "classes.txt").read_text().split()
+    assert names == list(vidt.load(learnt.weights).class_names)
+    labels = sorted((tmp_path / "labels").iterdir())
+    assert [path.stem for path in labels] == sorted(path.stem for path in photos.iterdir())
+    rows = [line.split() for path in labels for line in path.read_text().splitlines()]
+    assert rows and all(len(row) == 6 for row in rows)
+    assert all(0 <= float(value) <= 1 for row in rows for value in row[1:])
+
+
+def test_standard_input_patterns_and_twins(
+    learnt: Learnt, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    paths = sorted(photos.iterdir())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in paths[::-1])))
+    ok("predict", learnt.weights, "-", "--json")
+    files = [entry["file"] for entry in json.loads(capsys.readouterr().out)["images"]]
+    assert files == [str(path) for path in paths[::-1]]
+    ok("predict", learnt.weights, f"{photos}/*2.png", f"{photos.parent}/**/103.png", "--json")
+    files = [entry["file"] for entry in json.loads(capsys.readouterr().out)["images"]]
+    assert [Path(file).name for file in files][:1] == ["102.png"] and len(files) == 3
+    for name in ("a.png", "a.jpg", "b.png"):
+        (tmp_path / "in/deep").mkdir(parents=True, exist_ok=True)
+        Image.open(paths[0]).convert("RGB").save(tmp_path / "in/deep" / name)
+    out = tmp_path / "in/out"
+    for _ in range(2):  # the second time the results of the first lie among the images
+        ok("predict", learnt.weights, tmp_path / "in", "--yolo", "--out", out)
+        kept = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
+        labels = ["labels/deep/a.jpg.txt", "labels/deep/a.png.txt", "labels/deep/b.txt"]
+        assert kept == ["classes.txt", "deep/a.jpg", "deep/a.png", "deep/b.png", *labels]
+
+
+def test_what_cannot_be_read_is_skipped_and_named(
+    learnt: Learnt, photos: Path, tmp_path: Path, capsys: Output
+) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (tmp_path / "note.txt").write_text("no image")
+    words = [tmp_path / "torn.jpg", photos / "101.png", tmp_path / "note.txt"]
+    ok("predict", learnt.weights, *words, "--json")
+    shown = capsys.readouterr()
+    images = json.loads(shown.out)["images"]
+    assert ["error" in entry for entry in images] == [True, False, True]
+    assert "skipped 2 that cannot be read" in shown.err and "note.txt" in shown.err
+
+
+def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, photos: Path) -> None:
+    """Of a list without end no more is taken than a window or two ahead of what comes out."""
+    path = str(photos / "101.png")
+    taken = 0
+
+    def endless() -> Iterator[ImageFile]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ImageFile(path, "101.png")
+
+    detector = vidt.load(learnt.weights)
+    for number, _ in enumerate(predict_files(detector, endless(), threshold=0.3, batch_size=2), 1):
+        assert taken - number <= PENDING_BATCHES * 2 + AHEAD * reading_threads() + 1
+        if number == 150:
+            break
+
+
+def test_names_of_images_from_many_places(tmp_path: Path) -> None:
+    """No two are the same, whatever they are given as."""
+    for name in ("a/1.png", "b/1.png", "c/a/1.png", "c/2.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    words = [*(f"{tmp_path}/{name}" for name in ("a/1.png", "b/1.png", "a", "c")), "-"]
+    files = ImageFiles(words, io.StringIO(f"{tmp_path}/a/1.png\n\n../x.png\n"))
+    names = [file.name for file in files]
+    assert names[:3] == ["1.png", "1-2.png", "a/1.png"]
+    assert names[3:5] == ["c/2.jpg", "c/a/1.png"]
+    assert names[5].startswith("stdin/") and names[6] == "stdin/x.png"
+    assert len(set(names)) == len(names)
+    assert ImageFiles(words[:-1], io.StringIO()).count() == 5 and files.count() is None
+    assert [file.name for file in ImageFiles([f"{tmp_path}/c"], io.StringIO())] == [
+        "2.jpg",
+        "a/1.png",
+    ]
+    assert distinct(["a.b", "a.b", "a-2.b"]) == ["a.b", "a-2.b", "a-2-2.b"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_evaluate_gives_the_numbers_in_the_file(
+    learnt: Learnt, tmp_path: Path, capsys: Output, batch_size: int
+) -> None:
+    """Those of the training, from another reader and another scorer, without PyTorch's loaders."""
+    json_path = learnt.data / "annotations/instances_val2017.json"
+    where = ("--json", json_path, "--images", learnt.data / "val2017")
+    out = tmp_path / "scores.json"
+    ok("evaluate", learnt.weights, *where, "--out", out, "--batch_size", batch_size)
+    metrics = json.loads(out.read_text())
+    expected = load_weights(learnt.weights)[1].metrics
+    assert set(metrics) == set(expected) >= set(COCO_NUMBERS)
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    table = capsys.readouterr().out
+    assert f"AP at IoU 0.50                       {metrics['map50']:.3f}" in table
+    assert re.search(rf"red +{metrics['ap50/red']:.3f} +{metrics['ap/red']:.3f}\n", table)
+
+
+def test_evaluate_judges_boxes_as_the_check_before_training_does(
+    learnt: Learnt, tmp_path: Path
+) -> None:
+    """Boxes without area, outside, sticking out, of strangers, and images that are gone."""
+    data = write_coco(tmp_path, random_pictures(2, 3), random_pictures(30, 4))
+    path = data / "annotations/instances_val2017.json"
+    document = json.loads(path.read_text())
+    image = document["images"][1]
+    boxes = ([5, 5, 0, 9], [-9, -9, 20, 20], [90, 90, 5, 5], [4, 4, 500, 20], [1, 1, math.nan, 3])
+    for number, box in enumerate(boxes, 1000):
+        entry = {"id": number, "image_id": image["id"], "category_id": 1, "bbox": box}
+        document["annotations"].append(entry)
+    document["annotations"].append({"id": 2000, "image_id": 1, "category_id": 1, "bbox": [1] * 4})
+    document["annotations"].append({"id": 2001, "image_id": 101, "category_id": 9, "bbox": [1] * 4})
+    document["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(document))
+    (data / "val2017/107.png").unlink()
+    out = tmp_path / "scores.json"
+    where = ("--json", path, "--images", data / "val2017", "--out", out)
+    ok("evaluate", learnt.weights, *where)
+    flags = f"--eval --load_from {learnt.weights} --output_dir {tmp_path / 'eval'}"
+    assert main(["train", *argv(data, tmp_path, flags)]) == 0
+    expected = json.loads((tmp_path / "eval/evaluation.json").read_text())
+    assert json.loads(out.read_text()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluate_and_predict_masks(tmp_path: Path, capsys: Output) -> None:
+    config = ViDTConfig(
+        "vidt", "swin_test", 3, 8, 64, 32, 1, dim_feedforward=64, with_vector=True, n_keep=32
+    )
+    info = WeightsInfo(config, ("red", "green", "blue"), Preprocessing(64))
+    weights = tmp_path / "masks.safetensors"
+    save_weights(weights, build_detector(config).state_dict(), info)
+    data = write_coco(tmp_path / "data", random_pictures(1, 0), random_pictures(3, 0))
+    path = data / "annotations/instances_val2017.json"
+    document = json.loads(path.read_text())
+    for each in document["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    path.write_text(json.dumps(document))
+    where = ("--json", path, "--images", data / "val2017")
+    ok("evaluate", weights, *where, "--out", tmp_path / "scores.json")
+    flags = f"--eval --load_from {weights} --output_dir {tmp_path / 'eval'}"
+    assert main(["train", *argv(data, tmp_path, flags)]) == 0
+    expected = json.loads((tmp_path / "eval/evaluation.json").read_text())
+    assert json.loads((tmp_path / "scores.json").read_text()) == pytest.approx(expected, abs=1e-6)
+    assert "segm_map" in expected
+    capsys.readouterr()
+    ok("predict", weights, data / "val2017", "--json", "--threshold", 0)
+    entry = json.loads(capsys.readouterr().out)["images"][0]
+    assert entry["detections"][0]["mask"]["size"] == [entry["height"], entry["width"]]
+
+
+def test_check_in_words_and_as_json(tiny_data: Path, tmp_path: Path, capsys: Output) -> None:
+    ok("check", "--coco_path", tiny_data)
+    assert "instances_train2017.json: 12 images" in capsys.readouterr().out
+    ok("check", "--coco_path", tiny_data, "--json", "--out", tmp_path / "check.json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == json.loads((tmp_path / "check.json").read_text())
+    assert facts["usable"] and facts["classes"] == ["red", "green", "blue"]
+    assert sum(facts["splits"][0]["boxes_by_class"].values()) == facts["splits"][0]["boxes"]
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason="no blood cells here")
+def test_check_of_blood_cells(capsys: Output) -> None:
+    images = BCCD / "images"
+    files = ("--train_json", BCCD / "train.json", "--val_json", BCCD / "val.json")
+    ok("check", *files, "--train_images", images, "--val_images", images, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    kinds = [each["kind"] for each in facts["findings"]]
+    assert facts["usable"] and kinds.count("degenerate box") == 2
+
+
+def test_info_tells_how_it_was_trained(learnt: Learnt, capsys: Output) -> None:
+    ok("info", learnt.weights, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    tensors = load_file(learnt.weights)
+    assert facts["parameters"] == sum(each.numel() for each in tensors.values())
+    training = facts["training"]
+    assert training["steps_done"] in (20, 40) and training["settings"]["lr"] == 1e-3
+    assert training["data"]["training"]["images"] == 4 and training["version"] == vidt.__version__
+    assert str(learnt.data.parent) not in json.dumps(facts["training"])  # files are handed on
+    ok("info", learnt.weights)
+    page = capsys.readouterr().out
+    assert "classes (3): " in page and "map50 " in page and "backbone_name " in page
+
+
+def test_info_of_weights_that_do_not_know(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
+    tensors, info = load_weights(learnt.weights)
+    save_weights(tmp_path / "old.safetensors", tensors, WeightsInfo(*list(vars(info).values())[:3]))
+    ok("info", tmp_path / "old.safetensors")
+    assert "training settings" not in capsys.readouterr().out
+
+
+def test_benchmark(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
+    how = ("--size", 64, 64, "--repeat", 2, "--batch_size", 2, "--device", "cpu")
+    ok("benchmark", learnt.weights, *how, "--json", tmp_path / "speed.json")
+    facts = json.loads((tmp_path / "speed.json").read_text())
+    row = facts["throughput"]
+    assert row["images"] == 2 and row["fastest"] <= row["median"] <= row["slowest"]
+    assert row["images_per_second"] == pytest.approx(2 / row["median"])
+    ok("benchmark", "swin_test", *how)
+    assert "swin_test, pictures of 64 x 64" in capsys.readouterr().out
+
+
+def test_export_hands_on_what_was_asked_for(
+    learnt: Learnt, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """The flags alone: what the exporter makes of them is tested beside it."""
+    asked: list[Any] = []
+
+    def module(name: str) -> Namespace:
+        assert name == "vidt.export"
+        return Namespace(export=lambda *given, **more: asked.append((given, more)) or report)
+
+    monkeypatch.setattr("trainer.command_export.import_module", module)
+    report = Namespace(ok=False, text=lambda: "differs", as_dict=lambda: {"ok": False})
+    words = ["export", learnt.weights, tmp_path / "m.onnx", "--size", 64, 96, "--with-decode"]
+    words += ["--dynamic", "batch,size", "--images", photos, "--report", tmp_path / "report.json"]
+    assert main([str(word) for word in words]) == 1
+    ((given, more),) = asked
+    assert given == (learnt.weights, tmp_path / "m.onnx")
+    assert more["size"] == (64, 96) and more["dynamic"] == ("batch", "size")
+    assert more["with_decode"] and not more["half"] and more["coco"] is None
+    assert len(more["images"]) == 4
+    assert capsys.readouterr().out == "differs\n"
+    assert json.loads((tmp_path / "report.json").read_text()) == {"ok": False}
+
+
+def test_train_is_the_trainer(tiny_data: Path, room: Path) -> None:
+    assert main(["train", *argv(tiny_data, room, "--max_steps 1 --eval_interval 9")]) == 0
+    assert (room / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("write", [write_result, None])
+def test_a_file_is_there_whole_or_not_at_all(
+    tmp_path: Path, write: Callable[[Path, bytes], None] | None
+) -> None:
+    path = tmp_path / "deep/file.txt"
+    if write is not None:
+        write(path, b"new")
+    else:
+        with whole_text(path) as file:
+            file.write("new")
+            assert not path.exists()
+        with pytest.raises(KeyError), whole_text(path) as file:
+            file.write("newer")
+            raise KeyError
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]

@@ -1,0 +1,232 @@
+"""The detector that needs no torch: from a file, in a process where torch cannot be imported, and
+its own arithmetic against torch's.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from tiny_runs import environment
+from torch import Tensor, nn
+
+from vidt import mask_drawing, mask_vectors
+from vidt.canvas import canvas_of, fitted_shape, framed
+from vidt.model import ViDTConfig
+from vidt.onnx_detector import FORMAT, OnnxDetector
+from vidt.onnx_graph import ExportedDetector, make_graph
+from vidt.predictor import Predictor
+from vidt.preprocessing import Preprocessing
+from vidt.weights_file import WeightsInfo
+
+NO_TORCH = """
+import sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm", "onnx", "accelerate"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Refusing())
+import numpy
+from vidt.onnx_detector import OnnxDetector
+
+detector = OnnxDetector(sys.argv[1])
+found = detector.predict(sys.argv[2:4], threshold=0.0)
+for number, one in enumerate(found):
+    arrays = {"scores": one.scores, "labels": one.labels, "boxes": one.boxes}
+    numpy.savez(f"{sys.argv[4]}/{number}.npz", **arrays)
+print(found[0].names[0])
+assert "torch" not in sys.modules
+"""
+
+
+class Linear(nn.Module):
+    """A detector of one layer: what it says depends on every pixel, and exports in a second."""
+
+    def __init__(self, config: ViDTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = nn.Linear(3, 7 * 3)
+        self.boxes = nn.Linear(3, 7 * 4)
+
+    def forward(self, images: Tensor, padding: Tensor) -> dict[str, Tensor]:
+        share = (~padding).float().mean((1, 2))[:, None]
+        colours = images.mean((2, 3)) / share
+        return {
+            "pred_logits": self.logits(3 * colours).unflatten(1, (7, 3)),
+            "pred_boxes": self.boxes(colours).unflatten(1, (7, 4)).sigmoid(),
+        }
+
+
+@pytest.fixture(scope="module")
+def model() -> Predictor:
+    torch.manual_seed(0)
+    config = ViDTConfig(num_classes=3, det_token_num=7)
+    info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(32))
+    return Predictor(Linear(config), info)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def file(model: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With raw outputs, which the detector decodes itself."""
+    info = WeightsInfo(model.model.config, model.class_names, model.preprocessing)
+    module = ExportedDetector(model.model, model.preprocessing, decode=False).eval()
+    graph = make_graph(module, info, (32, 48), dynamic_batch=True, half=False)
+    path = tmp_path_factory.mktemp("linear") / "model.onnx"
+    onnx.save(graph, path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """One of the frame's own canvas, one that is padded."""
+    generator = np.random.default_rng(0)
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for path, size in zip(paths, ((60, 90), (40, 40)), strict=True):
+        noise = generator.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(noise).resize(size[::-1]).save(path)
+    return paths
+
+
+def test_without_torch(
+    file: Path, model: Predictor, pictures: list[Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(NO_TORCH)
+    words = [sys.executable, str(script), str(file), *map(str, pictures), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr
+    for number, expected in enumerate(model(pictures)):
+        found = np.load(tmp_path / f"{number}.npz")
+        assert found["labels"].tolist() == expected.labels.tolist()
+        assert np.abs(found["scores"] - expected.scores.numpy()).max() < 1e-5
+        assert np.abs(found["boxes"] - expected.boxes.numpy()).max() < 1e-3
+    assert done.stdout.strip() == model.class_names[int(model(pictures)[0].labels[0])]
+
+
+def test_files_pictures_and_arrays_give_the_same(file: Path, pictures: list[Path]) -> None:
+    detector = OnnxDetector(file)
+    opened = [Image.open(path) for path in pictures]
+    expected = detector.predict(pictures, threshold=0.2)
+    assert isinstance(expected, list) and 0 < len(expected[0]) < 21
+    for images in (opened, [np.asarray(each) for each in opened], map(str, pictures)):
+        for found, wanted in zip(detector.predict(images, threshold=0.2), expected, strict=True):
+            assert np.array_equal(found.boxes, wanted.boxes)
+            assert found.names == wanted.names
+    alone = detector.predict(opened[1], threshold=0.2)
+    assert np.allclose(alone.boxes, expected[1].boxes, atol=1e-4) and alone.size == (40, 40)
+    assert expected[0].masks is None
+
+
+def test_threshold(file: Path, pictures: list[Path]) -> None:
+    (found,) = OnnxDetector(file).predict(pictures[:1], threshold=0.0)
+    assert len(found) == 21 and (np.diff(found.scores) <= 0).all()
+    kept = found.above(found.scores[9])
+    assert len(kept) == 10 and np.array_equal(kept.boxes, found.boxes[:10])
+    assert OnnxDetector(file).predict([]) == []
+
+
+def test_plot(file: Path, pictures: list[Path]) -> None:
+    found = OnnxDetector(file).predict(pictures[0], threshold=0.2)
+    picture = Image.open(pictures[0])
+    assert found.plot().size == picture.size
+    assert found.plot(picture).tobytes() == found.plot().tobytes() != picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "error"), [(3, TypeError), (np.zeros((4, 4, 9), np.uint8), ValueError)]
+)
+def test_what_is_no_image(file: Path, image: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"an image is a path|of shape"):
+        OnnxDetector(file).predict([image])
+
+
+def test_pixels_are_those_of_the_preprocessing() -> None:
+    """Bit for bit; their normalisation is the graph's, see `test_export.py`."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
+    image, preprocessing = Image.fromarray(noise), Preprocessing(64)
+    canvas = canvas_of(100, 150, 64)
+    assert canvas == preprocessing.canvas(100, 150) == (64, 96)
+    found = framed(image, canvas, (80, 112))
+    assert np.array_equal(found[:, :64, :96], preprocessing.pixels(image).numpy())
+    assert not found[:, 64:].any() and not found[:, :, 96:].any()
+
+
+@pytest.mark.parametrize(
+    ("canvas", "frame", "shape"),
+    [
+        ((64, 96), (64, 96), (64, 96)),
+        ((64, 96), (128, 128), (64, 96)),
+        ((64, 96), (64, 48), (32, 48)),
+        ((320, 416), (320, 320), (240, 320)),
+        ((16, 1600), (32, 160), (16, 160)),
+    ],
+)
+def test_fitting_into_a_frame(
+    canvas: tuple[int, int], frame: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    assert fitted_shape(canvas, frame) == shape
+
+
+def test_masks_are_drawn_as_by_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(6, 30, generator=generator)
+    squares = mask_vectors.decode_vectors(vectors, 24)
+    found = mask_drawing.decode_vectors(vectors.numpy(), 24)
+    assert np.array_equal(found, squares.numpy())
+    usual, odd = [[3, 4, 30, 20], [-9, -5, 12, 80]], [[10.3, 2.2, 10.4, 9], [50, 50, 60, 70]]
+    boxes = torch.tensor([*usual, *odd, [5, 5, 5, 5], [float("nan"), 0, 4, 4]])
+    expected = mask_vectors.paste_squares(squares, boxes, (40, 50)).numpy()
+    drawn = mask_drawing.paste_squares(found, boxes.numpy(), (40, 50))
+    assert drawn.shape == expected.shape and expected.any((1, 2)).tolist()[:2] == [True, True]
+    assert (drawn != expected).mean() < 1e-4
+
+
+def foreign(path: Path, metadata: dict[str, str]) -> Path:
+    """A whole model, of one node, that detects nothing."""
+    value = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1])
+    other = helper.make_tensor_value_info("same", TensorProto.FLOAT, [1])
+    node = helper.make_node("Identity", ["images"], ["same"])
+    graph = helper.make_graph([node], "foreign", [value], [other])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(made, metadata)
+    onnx.save(made, path)
+    return path
+
+
+def test_files_of_another_kind_are_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no model")
+    names = '["a"]'
+    ours = {"format": FORMAT, "class_names": names, "eval_size": "32", "mask_side": "1"}
+    cases = {
+        tmp_path / "missing.onnx": "does not exist",
+        tmp_path / "text.onnx": "cannot be read as an ONNX model",
+        foreign(tmp_path / "foreign.onnx", {}): "not one of ours",
+        foreign(tmp_path / "torn.onnx", ours): "metadata that cannot be read",
+        foreign(
+            tmp_path / "odd.onnx", ours | {"frame": "[32, 48]", "decoding": '"top_k"'}
+        ): "takes images; expected images and padding",
+        foreign(
+            tmp_path / "newer.onnx", ours | {"frame": "[32, 48]", "decoding": '"beam"'}
+        ): "decoding beam",
+    }
+    for path, words in cases.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            OnnxDetector(path)
+        assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda"])
+def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU build of onnxruntime")
+    with pytest.raises(ValueError, match=f"device is {device}"):
+        OnnxDetector(foreign(tmp_path / "any.onnx", {}), device=device)

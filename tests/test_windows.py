@@ -1,0 +1,103 @@
+"""Windows against timm's cutting and rolling, and attention inside them against PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import window_partition
+from torch import Tensor
+
+from vidt.windows import MASKED, Windows, _attend, attend_windows, collect, deal, windows_of
+
+WINDOW, NUM_DET = 3, 2
+GRIDS = [(6, 9), (5, 7), (3, 3), (2, 1)]  # whole windows, padded, one window, less than one
+
+
+def windows(grid: tuple[int, int], shift: int) -> Windows:
+    return windows_of(grid, WINDOW, shift, grid[0] * grid[1] + NUM_DET, torch.device("cpu"))
+
+
+def released(patches: Tensor, shift: int) -> Tensor:
+    """A map [B, H, W, C] as Swin pads, rolls and cuts it: [B, W, T, C]."""
+    height, width = patches.shape[1:3]
+    padded = F.pad(patches, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
+    rolled = padded.roll((-shift, -shift), dims=(1, 2))
+    return window_partition(rolled, (WINDOW, WINDOW)).flatten(1, 2).unflatten(0, (len(patches), -1))
+
+
+def region_mask(grid: tuple[int, int], shift: int) -> Tensor:
+    """Swin's mask [W, T, T], by numbering the nine regions of the padded map."""
+    height, width = (-(-side // WINDOW) * WINDOW for side in grid)
+    regions = torch.zeros(1, height, width, 1)
+    cuts = [slice(0, -WINDOW), slice(-WINDOW, -shift), slice(-shift, None)]
+    for number, (rows, columns) in enumerate((r, c) for r in cuts for c in cuts):
+        regions[:, rows, columns] = number
+    cut = window_partition(regions, (WINDOW, WINDOW)).flatten(1)
+    return (cut[:, None] != cut[:, :, None]) * MASKED
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_windows_hold_what_swin_puts_there(grid: tuple[int, int], shift: int) -> None:
+    places = windows(grid, shift)
+    tokens = torch.randn(2, grid[0] * grid[1] + NUM_DET + 1, 4)
+    tokens[:, -1] = 0
+    cut, det = deal(tokens, places, NUM_DET)
+    ours = cut.unflatten(1, (places.count, WINDOW**2))
+    theirs = released(tokens[:, : grid[0] * grid[1]].unflatten(1, grid), shift)
+    masks = region_mask(grid, shift) if shift else torch.zeros(places.count, 9, 9)
+    # The same windows with the same masks, in whatever order.
+    order = [next(i for i, w in enumerate(theirs[0]) if torch.equal(w, mine)) for mine in ours[0]]
+    assert sorted(order) == list(range(places.count))
+    assert torch.equal(ours, theirs[:, order]) and torch.equal(places.mask, masks[order])
+    assert torch.equal(det, tokens[:, -1 - NUM_DET : -1])
+    assert torch.equal(collect(cut, det, places), tokens[:, :-1])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_tokens_that_move_take_their_gradient_along(shift: int) -> None:
+    places = windows((5, 7), shift)
+    tokens = torch.randn(2, 35 + NUM_DET + 1, 3, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(tokens: Tensor) -> Tensor:
+        cut, det = deal(tokens, places, NUM_DET)
+        return collect(cut * cut.detach().cos(), det, places)
+
+    def there(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return deal(tokens, places, NUM_DET)
+
+    assert torch.autograd.gradcheck(there, tokens)
+    tokens.grad = None
+    there_and_back(tokens).square().sum().backward()
+    assert tokens.grad is not None and tokens.grad[:, :-1].abs().min() > 0
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_form_for_the_cpu_is_pytorchs_attention(grid: tuple[int, int], shift: int) -> None:
+    places, heads = windows(grid, shift), 2
+    qkv = torch.randn(2, places.count * 9, 3 * 8, requires_grad=True)
+    bias = torch.randn(heads, 9, 9, requires_grad=True)
+    ours = attend_windows(qkv, bias, places, heads)
+    theirs = _attend(qkv, bias, places, heads)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    along = torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (qkv, bias), along),
+        torch.autograd.grad(theirs, (qkv, bias), along),
+        strict=True,
+    ):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_gradient_of_the_form_for_the_cpu() -> None:
+    places = windows((2, 4), 1)
+    qkv = torch.randn(2, places.count * 9, 3 * 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, b: attend_windows(q, b, places, 2), (qkv, bias))
+
+
+def test_what_prediction_leaves_in_the_cache_serves_training() -> None:
+    with torch.inference_mode():
+        windows((4, 4), 1)
+    tokens = torch.randn(1, 16 + NUM_DET + 1, 4, requires_grad=True)
+    deal(tokens, windows((4, 4), 1), NUM_DET)[0].sum().backward()

@@ -1,0 +1,234 @@
+"""COCO's average precision and recall, in whole columns of detections at a time; number for number
+those of pycocotools (COCOeval), whose arithmetic this follows.
+
+First every process matches the detections of its images (`match`), then the matches of all are
+put together and summed up (`accumulate`). What pycocotools does image by image in Python is done
+here for all images at once.
+
+D detections, M objects, P pairs of a detection and an object of its image and class; T thresholds
+of overlap, R recalls, K classes, A ranges of area, L limits on the detections of a class in an
+image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0.0, 1.0, 101)
+LIMITS = (1, 10, 100)
+# From and to, both included, in pixels: all, small, medium, large.
+AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
+
+BLOCK = 2**18  # pairs whose overlaps are computed at once
+
+# Detections [P] and objects [P], as numbers of those given, to how far they overlap, 0..1 [P]. The
+# pairs of one detection follow one another, and so do the detections of one image and class.
+Overlap: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """What is in the images. `image` tells images apart; `label` is 0..K-1."""
+
+    image: np.ndarray  # int64 [M]
+    label: np.ndarray  # int64 [M]
+    area: np.ndarray  # float64 [M]
+    crowd: np.ndarray  # bool [M]: neither rewarded nor punished
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found in them."""
+
+    image: np.ndarray  # int64 [D]
+    label: np.ndarray  # int64 [D]
+    area: np.ndarray  # float64 [D]
+    score: np.ndarray  # float64 [D]
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Detections, by class, image and falling score, and what became of them."""
+
+    label: np.ndarray  # int64 [D]
+    image: np.ndarray  # int64 [D]
+    rank: np.ndarray  # int64 [D], within the image and class
+    score: np.ndarray  # float64 [D]
+    right: np.ndarray  # bool [A, T, D]
+    wrong: np.ndarray  # bool [A, T, D]; neither right nor wrong: does not count
+    totals: np.ndarray  # int64 [A, K], objects to be found
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """-1 where there is nothing to find; precision is that of the largest limit."""
+
+    precision: np.ndarray  # [T, R, K, A]
+    recall: np.ndarray  # [T, K, A, L]
+
+
+def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> Overlap:
+    """Intersection over union of boxes [D, 4] and [M, 4], xywh in float64; over the detection alone
+    where the object is a crowd.
+    """
+
+    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(thing), BLOCK)]
+        parts = [
+            _overlaps(found[detection[block]].T, objects[thing[block]].T, crowd[thing[block]])
+            for block in blocks
+        ]
+        return np.concatenate([np.zeros(0), *parts])
+
+    return overlap
+
+
+def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """Of boxes [4, P] with boxes [4, P]."""
+    width, height = (
+        np.minimum(here[side] + here[axis], there[side] + there[axis])
+        - np.maximum(here[axis], there[axis])
+        for axis, side in ((0, 2), (1, 3))
+    )
+    shared = np.where((width > 0) & (height > 0), width * height, 0.0)
+    area, other = here[2] * here[3], there[2] * there[3]
+    union = np.where(crowd, area, area + other - shared)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+
+
+def match(objects: Objects, found: Found, overlap: Overlap, num_classes: int) -> Matches:
+    """Gives each detection, best first, the object that it covers best of those that are left."""
+    order = np.lexsort((-found.score, found.image, found.label))  # stable, as all sorting here
+    rank = _places(starts_of_runs(found.label[order], found.image[order]), len(order))
+    order, rank = order[rank < LIMITS[-1]], rank[rank < LIMITS[-1]]
+    label, image = found.label[order], found.image[order]
+
+    row, thing = _pairs(label, image, objects)
+    iou = overlap(order[row], thing)
+    near = iou >= THRESHOLDS[0]  # the others match nothing
+    row, thing, iou = row[near], thing[near], iou[near]
+
+    shape = (len(AREAS), len(THRESHOLDS), len(order))
+    right, wrong = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    totals = np.zeros((len(AREAS), num_classes), np.int64)
+    for number, (low, high) in enumerate(AREAS):
+        ignored = objects.crowd | (objects.area < low) | (objects.area > high)
+        totals[number] = np.bincount(objects.label[~ignored], minlength=num_classes)
+        outside = (found.area[order] < low) | (found.area[order] > high)
+        wrong[number] = ~outside
+        choices = _choices(label, image, row, thing, iou, ignored, objects.crowd)
+        for threshold, which, won in choices:
+            right[number, threshold, which] = ~ignored[won]
+            wrong[number, threshold, which] = False
+    return Matches(label, image, rank, found.score[order], right, wrong, totals)
+
+
+def _choices(
+    label: np.ndarray,
+    image: np.ndarray,
+    row: np.ndarray,
+    thing: np.ndarray,
+    iou: np.ndarray,
+    ignored: np.ndarray,
+    crowd: np.ndarray,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What is matched, as (threshold, row, object). label and image are those of the rows [D], the
+    detections in order; row, thing and iou are those of the pairs.
+
+    Detections choose in turns: of every image and class the first that has a choice, then every
+    second, and so on. Objects that count come before those that do not, then the nearest, then
+    the last.
+    """
+    order = np.lexsort((thing, iou, ~ignored[thing], row))  # each row's first choice comes last
+    row, thing, iou = row[order], thing[order], iou[order]
+    close = iou >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
+    taken = np.zeros((len(THRESHOLDS), len(ignored)), np.bool_)
+    for pairs in _turns(label[row], image[row], row):
+        things = thing[pairs]
+        free = close[:, pairs] & (~taken[:, things] | crowd[things])
+        starts = starts_of_runs(row[pairs])
+        best = np.maximum.reduceat(np.where(free, np.arange(len(pairs)), -1), starts, axis=1)
+        threshold, chooser = np.nonzero(best >= 0)
+        won = things[best[threshold, chooser]]
+        taken[threshold, won] = True
+        yield threshold, row[pairs[starts[chooser]]], won
+
+
+def _turns(label: np.ndarray, image: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
+    """Pairs, sorted by label, image and row, as those of the first row of every label and image,
+    those of the second, and so on.
+    """
+    starts = starts_of_runs(row)
+    turn = _places(starts_of_runs(label[starts], image[starts]), len(starts))
+    turn = np.repeat(turn, np.diff(np.append(starts, len(row))))
+    order = np.argsort(turn, kind="stable")
+    return np.split(order, starts_of_runs(turn[order])[1:]) if len(order) else []
+
+
+def _pairs(
+    label: np.ndarray, image: np.ndarray, objects: Objects
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each detection with each object of its image and class: rows, and numbers of objects."""
+    span = max(image.max(initial=0), objects.image.max(initial=0)) + 1
+    keys = objects.label * span + objects.image
+    order = np.argsort(keys, kind="stable")
+    first, last = (
+        np.searchsorted(keys[order], label * span + image, side) for side in ("left", "right")
+    )
+    counts = last - first
+    row = np.repeat(np.arange(len(label)), counts)
+    return row, order[np.repeat(first, counts) + _places(counts.cumsum() - counts, len(row))]
+
+
+def starts_of_runs(*columns: np.ndarray) -> np.ndarray:
+    """Where a run of equal values starts."""
+    changes = np.ones(len(columns[0]), np.bool_)
+    changes[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(changes)
+
+
+def _places(starts: np.ndarray, length: int) -> np.ndarray:
+    """0, 1, 2, ... in each of the runs that start there."""
+    return np.arange(length) - np.repeat(starts, np.diff(np.append(starts, length)))
+
+
+def accumulate(shares: Sequence[Matches]) -> Scores:
+    """Of all images, each of which is in one share."""
+    label, image, rank, score = (
+        np.concatenate([getattr(share, name) for share in shares])
+        for name in ("label", "image", "rank", "score")
+    )
+    order = np.lexsort((rank, image, -score, label))
+    rank = rank[order]
+    right, wrong = (
+        np.concatenate([getattr(share, name) for share in shares], axis=2)[:, :, order]
+        for name in ("right", "wrong")
+    )
+    totals = np.sum([share.totals for share in shares], axis=0)
+    num_areas, num_classes = totals.shape
+    precision = np.full((len(THRESHOLDS), len(RECALLS), num_classes, num_areas), -1.0)
+    recall = np.full((len(THRESHOLDS), num_classes, num_areas, len(LIMITS)), -1.0)
+    bounds = np.searchsorted(label[order], np.arange(num_classes + 1))
+    for area, number in zip(*np.nonzero(totals), strict=True):
+        own = slice(bounds[number], bounds[number + 1])
+        hits, total = right[area, :, own], totals[area, number]
+        for place, limit in enumerate(LIMITS):
+            recall[:, number, area, place] = hits[:, rank[own] < limit].sum(axis=1) / total
+        precision[:, :, number, area] = _precision(hits, wrong[area, :, own], total)
+    return Scores(precision, recall)
+
+
+def _precision(right: np.ndarray, wrong: np.ndarray, total: int) -> np.ndarray:
+    """[T, R] of one class's detections by falling score: at each recall the best precision at that
+    recall or beyond, 0 where it is not reached.
+    """
+    hits, misses = (each.cumsum(axis=1).astype(np.float64) for each in (right, wrong))
+    reached = hits / total
+    precision = hits / (misses + hits + np.spacing(1))
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
+    places = np.array([np.searchsorted(each, RECALLS) for each in reached])
+    return np.take_along_axis(best, places, axis=1)

@@ -1,0 +1,86 @@
+"""Where the pixels of a picture go: the size that it is brought to, and which pictures share a
+batch. Without torch, so that an exported detector runs on machines that have none.
+
+Sizes are (height, width) in pixels.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+GRANULE = 16  # sides are rounded down to multiples of this, as released
+
+
+def resized_shape(
+    height: int, width: int, size: int, max_size: int | None = None
+) -> tuple[int, int]:
+    """(height, width) after the released resize: short side to `size`, long side at most
+    `max_size`, both rounded down to multiples of 16 (never to nothing).
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = round(max_size * short / long)
+    other = int(size * long / short)
+    new_height, new_width = (size, other) if height <= width else (other, size)
+    return _whole_granules(new_height), _whole_granules(new_width)
+
+
+def longest_side(eval_size: int) -> int:
+    """The most that a long side may have, in the released proportion to the short one."""
+    return eval_size * 1333 // 800
+
+
+def canvas_of(height: int, width: int, eval_size: int) -> tuple[int, int]:
+    """The size that a picture is brought to for evaluation and prediction."""
+    return resized_shape(height, width, eval_size, longest_side(eval_size))
+
+
+def fitted_shape(canvas: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """What becomes of a canvas where every picture has to fit into one frame: the canvas itself if
+    it does, else as much smaller as it must be, in multiples of 16.
+    """
+    ratio = min(side / own for side, own in zip(frame, canvas, strict=True))
+    if ratio >= 1:
+        return canvas
+    return _whole_granules(int(canvas[0] * ratio)), _whole_granules(int(canvas[1] * ratio))
+
+
+def _whole_granules(length: int) -> int:
+    return max(length // GRANULE, 1) * GRANULE
+
+
+def resize(
+    image: Image.Image,
+    shape: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Pillow's antialiased bilinear resize to (height, width), as released: of the whole picture,
+    or of the part of it in `box`, xyxy.
+    """
+    return image.resize(shape[::-1], Image.Resampling.BILINEAR, box)
+
+
+def framed(image: Image.Image, shape: tuple[int, int], frame: tuple[int, int]) -> np.ndarray:
+    """RGB picture, resized to `shape` and padded with zeros right and below: uint8 [3, *frame]."""
+    pixels = np.zeros((3, *frame), np.uint8)
+    pixels[:, : shape[0], : shape[1]] = np.asarray(resize(image, shape)).transpose(2, 0, 1)
+    return pixels
+
+
+def canvas_batches(canvases: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Indices in batches of equal canvas, so that no image is padded and none depends on its batch
+    mates.
+
+    The detector's arithmetic lets padding leak (GroupNorm over padded maps, unmasked window
+    padding).
+    """
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, canvas in enumerate(canvases):
+        groups[canvas].append(index)
+    return [
+        indices[start : start + batch_size]
+        for _, indices in sorted(groups.items())
+        for start in range(0, len(indices), batch_size)
+    ]

@@ -1,0 +1,68 @@
+"""`vidt.load`: a file, and what its end says of it, to a detector ready to be asked."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidt.predictor import Predictor
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+ONNX = ".onnx"
+
+
+def load(
+    weights: str | Path,
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+) -> "Predictor | Any":
+    """A detector from a weights file (.safetensors of ours, a released .pth) or from an exported
+    model (.onnx, which is run by onnxruntime and without PyTorch).
+
+    device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one. precision: "fp32", "bf16" or
+    "fp16"; None is fp32. compile: by torch.compile, once for each canvas.
+
+    Returns a `vidt.Predictor`, or an `OnnxDetector` that is asked in the same way and answers with
+    NumPy arrays. Raises ValueError for a file that is no detector, naming it, and for a device or
+    precision that there is not.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the weights file in it")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name a weights file or an .onnx model")
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+    if path.suffix == ONNX:
+        return _onnx(path, device, precision, compile)
+    try:
+        from vidt.devices import usable_device
+        from vidt.predictor import Predictor
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs {error.name}, which is not here; install it, or export the weights to "
+            ".onnx where it is"
+        ) from error
+
+    where = usable_device(device)
+    return Predictor.from_checkpoint(
+        path, device=where, precision=precision or "fp32", compile=compile
+    )
+
+
+def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) -> Any:
+    if precision not in (None, "fp32"):
+        raise ValueError(
+            f"precision is {precision}; an .onnx model has its own: export it with --fp16"
+        )
+    if compile:
+        raise ValueError(f"compile is for PyTorch; {path} is run by onnxruntime")
+    try:
+        detector = import_module("vidt.onnx_detector").OnnxDetector
+        return detector(path, device=device or "cpu")
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs onnxruntime, which is not here ({error}); pip install onnxruntime"
+        ) from error
