@@ -1,15 +1,12 @@
 """COCO JSON to a sample table.
 
-Read by columns, since a million annotations are usual. Boxes stay as annotated, however wrong:
-`trainer.dataset_check` repairs them. Left out here, with a finding each, is only what a table
-cannot hold.
+Read part by part into columns, since a million annotations are usual. Boxes stay as annotated,
+however wrong: `trainer.dataset_check` repairs them. Left out here, with a finding each, is only
+what a table cannot hold.
 """
 
-import gc
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +14,35 @@ from typing import Any
 import numpy as np
 
 from trainer.classes import ClassMatch, foreign_class_findings, match_classes
+from trainer.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
 from trainer.findings import Finding
+from trainer.json_stream import NotJSON, read_members
 from trainer.masks import MaskColumn, RunLengths, read_segmentation
 from trainer.samples import SampleTable
 
-_FOREIGN = "class not trained"
-# Checked in this order; the value formats the annotation's entry under the key.
-_FAULTS = {
-    "unknown image id": ("image_id", "image_id {} is not among the images"),
-    "unknown category id": ("category_id", "category_id {} is not among the categories"),
-    "malformed box": ("bbox", "bbox {} is not four numbers"),
-}
+# Why an annotation is left out; checked in this order. The value formats what it has under the key.
+_FAULTS = (
+    ("unknown image id", "image_id", "image_id {} is not among the images"),
+    ("unknown category id", "category_id", "category_id {} is not among the categories"),
+    ("malformed box", "bbox", "bbox {} is not four numbers"),
+)
+_FOREIGN = len(_FAULTS)  # a class that is not to be learnt
+_NO_FAULT = _FOREIGN + 1
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Annotations as arrays of M rows: owner -1 for no known image, label -1 for a class that is
-    not to be learnt and -2 for an unknown category, areas NaN where there is none."""
+@dataclass(frozen=True, eq=False)
+class _Document:
+    """A file's lists; `source` and `image_dir` as in the table."""
 
-    ids: np.ndarray
-    owners: np.ndarray
-    labels: np.ndarray
-    boxes: np.ndarray  # float64 [M, 4], xyxy
-    well_formed: np.ndarray  # bool
-    areas: np.ndarray
-    crowd: np.ndarray
+    source: str
+    image_dir: str
+    categories: list[Row]
+    images: ImageColumns
+    annotations: Annotations
+    odd: dict[int, Row]  # annotations with something else than numbers, by place
+
+    def path(self, image: int) -> str:
+        return os.path.join(self.image_dir, self.images.names[image])
 
 
 def coco_folder(coco_path: str | os.PathLike[str], split: str) -> tuple[Path, Path]:
@@ -74,82 +75,76 @@ def read_coco(
     """
     if not os.path.isdir(image_dir):
         raise ValueError(f"{image_dir}: no such image folder")
-    source = os.path.basename(json_path)
-    document = _load(json_path)
-    own_names = _category_names(json_path, document["categories"])
+    document = _load(json_path, os.fspath(image_dir))
+    own_names = _category_names(json_path, document.categories)
     classes = match_classes(str(json_path), own_names, class_names)
-    images, findings = _valid_images(json_path, source, document["images"])
-    columns = _columns(document["annotations"], images, classes)
+    findings = _image_findings(json_path, document)
 
-    faults = _faults(columns)
-    paths = [os.path.join(image_dir, image["file_name"]) for image in images]
-    findings += _fault_findings(source, document["annotations"], images, paths, columns, faults)
-    foreign = np.flatnonzero(faults == _FOREIGN).tolist()
-    categories = (own_names[document["annotations"][row]["category_id"]] for row in foreign)
-    findings += foreign_class_findings(source, categories)
+    annotations, images = document.annotations, document.images
+    owners = _owners(annotations, images.ids)
+    labels = _labels(annotations, classes)
+    faults = _faults(annotations, owners, labels)
+    findings += _fault_findings(document, owners, faults)
+    foreign = annotations.category_ids[faults == _FOREIGN].tolist()
+    findings += foreign_class_findings(document.source, (own_names[own_id] for own_id in foreign))
 
-    keep = faults == ""
-    num_without_area = int((keep & np.isnan(columns.areas)).sum())
-    if num_without_area:
+    keep = faults == _NO_FAULT
+    without_area = int((keep & annotations.no_area).sum())
+    if without_area:
         detail = "annotations without area: that of the box is used"
         findings.append(
-            Finding("missing area", "info", "computed", detail, source, count=num_without_area)
+            Finding("missing area", "info", "computed", detail, document.source, count=without_area)
         )
     found_masks = None
     if masks:
-        annotations = document["annotations"]
-        found_masks, more = _masks(source, annotations, images, paths, columns, keep)
+        found_masks, more = _masks(json_path, document, owners, keep)
         findings += more
     table = SampleTable.from_columns(
-        source=source,
+        source=document.source,
         class_names=classes.names,
         category_ids=classes.category_ids,
-        paths=paths,
-        image_ids=[image["id"] for image in images],
-        sizes=[_size(image) for image in images],
-        owners=columns.owners[keep],
-        boxes=columns.boxes[keep],
-        labels=columns.labels[keep],
-        areas=np.where(np.isnan(columns.areas), _box_areas(columns.boxes), columns.areas)[keep],
-        crowd=columns.crowd[keep],
-        annotation_ids=columns.ids[keep],
+        paths=(document.path(image) for image in range(len(images.ids))),
+        image_ids=images.ids,
+        sizes=images.sizes,
+        owners=_kept(owners, keep),
+        boxes=_kept(annotations.boxes, keep),
+        labels=_kept(labels, keep),
+        areas=_kept(annotations.areas, keep),
+        crowd=_kept(annotations.crowd, keep),
+        annotation_ids=_kept(annotations.ids, keep),
         masks=found_masks,
     )
     return table, findings
 
 
-def _load(json_path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
+def _load(json_path: str | os.PathLike[str], image_dir: str) -> _Document:
+    images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
+    add = {"images": images.add, "annotations": annotations.add, "categories": categories.extend}
+    missing = dict.fromkeys(add)
     try:
-        with _gc_paused():
-            document = json.loads(Path(json_path).read_bytes())
+        for key, rows in read_members(json_path):
+            if key not in add:
+                continue
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                missing = {key: None}
+                break
+            add[key](rows)
+            missing.pop(key, None)
     except OSError as error:
         raise ValueError(f"{json_path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except NotJSON as error:
         raise ValueError(f"{json_path}: not JSON ({error})") from error
-    for key in ("images", "annotations", "categories"):
-        rows = document.get(key) if isinstance(document, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
-    if not document["images"]:
+    for key in missing:
+        raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+    if not images.num_rows:
         raise ValueError(f'{json_path}: empty dataset: its list "images" has no entry')
-    return document
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """No garbage collection: it would walk the millions of objects of a document again and again
-    though none of them is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    source = os.path.basename(json_path)
+    columns = annotations.joined()
+    return _Document(source, image_dir, categories, images, columns, annotations.odd)
 
 
 def _category_names(
-    json_path: str | os.PathLike[str], categories: list[dict[str, Any]]
+    json_path: str | os.PathLike[str], categories: list[Row]
 ) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
@@ -162,146 +157,110 @@ def _category_names(
     return names
 
 
-def _valid_images(
-    json_path: str | os.PathLike[str], source: str, images: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[Finding]]:
-    valid: dict[int, dict[str, Any]] = {}
-    findings = []
-    for image in images:
-        own_id, name = image.get("id"), image.get("file_name")
-        if not isinstance(own_id, int) or not isinstance(name, str) or not name:
-            detail = f"image entry {image} needs an integer id and a file_name"
-            findings.append(Finding("malformed image", "error", "removed", detail, source))
-        elif own_id in valid:
-            raise ValueError(
-                f"{json_path}: image id {own_id} is used twice "
-                f"({valid[own_id]['file_name']}, {name}); ids must differ"
-            )
-        else:
-            valid[own_id] = image
-    if not valid:
-        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
-    return list(valid.values()), findings
-
-
-def _columns(
-    annotations: list[dict[str, Any]], images: list[dict[str, Any]], classes: ClassMatch
-) -> _Columns:
-    index_of = {image["id"]: index for index, image in enumerate(images)}
-    xywh, well_formed = _box_columns([row.get("bbox") for row in annotations])
-    return _Columns(
-        ids=np.array(
-            [
-                row["id"] if isinstance(row.get("id"), int) else position
-                for position, row in enumerate(annotations, 1)
-            ],
-            np.int64,
-        ),
-        owners=_looked_up(index_of, (row.get("image_id") for row in annotations), -1),
-        labels=_looked_up(classes.label_of, (row.get("category_id") for row in annotations), -2),
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
-        well_formed=well_formed,
-        areas=np.array([_number(row.get("area")) for row in annotations], np.float64),
-        crowd=np.array([bool(row.get("iscrowd")) for row in annotations], np.bool_),
-    )
-
-
-def _looked_up(numbers: Any, keys: Iterable[Any], default: int) -> np.ndarray:
-    # A list or an object in place of an id is as unknown as any number, but cannot be looked up.
-    return np.array(
-        [numbers.get(key, default) if isinstance(key, int) else default for key in keys], np.int64
-    )
-
-
-def _box_columns(boxes: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """xywh, float64 [M, 4], and which are four numbers; the rest is NaN."""
-    well_formed = np.array([isinstance(box, list) and len(box) == 4 for box in boxes], np.bool_)
-    missing = [np.nan] * 4
-    filled = [box if good else missing for box, good in zip(boxes, well_formed, strict=True)]
-    try:
-        return np.array(filled, np.float64).reshape(-1, 4), well_formed
-    except (TypeError, ValueError):  # something that is no number in some box: look at each value
-        xywh = np.array([[_number(value) for value in box] for box in filled]).reshape(-1, 4)
-        return xywh, well_formed & np.array(
-            [all(isinstance(value, (int, float)) for value in box) for box in filled]
+def _image_findings(json_path: str | os.PathLike[str], document: _Document) -> list[Finding]:
+    """Raises ValueError if no image is left, or two have the same id."""
+    images = document.images
+    repeated = images.repeated()
+    if repeated:
+        own_id, first, second = repeated
+        raise ValueError(
+            f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
         )
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")
-
-
-def _faults(columns: _Columns) -> np.ndarray:
-    """The first reason why each annotation cannot be used, "" for none."""
-    faulty = [
-        columns.owners < 0,
-        columns.labels == -2,
-        ~columns.well_formed,
-        columns.labels == -1,
+    if not images.ids:
+        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
+    detail = "image entry {} needs an integer id and a file_name"
+    return [
+        Finding("malformed image", "error", "removed", detail.format(row), document.source)
+        for row in images.malformed
     ]
-    return np.select(faulty, [*_FAULTS, _FOREIGN], default="")
 
 
-def _fault_findings(
-    source: str,
-    annotations: list[dict[str, Any]],
-    images: list[dict[str, Any]],
-    paths: list[str],
-    columns: _Columns,
-    faults: np.ndarray,
-) -> list[Finding]:
+def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
+    """The image, 0..N-1, of each annotation, -1 for none that is known: int64 [M]."""
+    ids = np.array(image_ids, np.int64)
+    order = ids.argsort()
+    places = np.searchsorted(ids, annotations.image_ids, sorter=order)
+    owners = order[places.clip(max=len(ids) - 1)]
+    known = (ids[owners] == annotations.image_ids) & ~annotations.no_image
+    return np.where(known, owners, -1)
+
+
+def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
+    """-1 for a class that is not to be learnt, -2 for an unknown category: int64 [M]."""
+    used, places = np.unique(annotations.category_ids, return_inverse=True)
+    labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
+    return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
+
+
+def _faults(annotations: Annotations, owners: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first reason why each annotation cannot be used, as a place in _FAULTS, _FOREIGN or
+    _NO_FAULT: int64 [M]."""
+    faulty = [owners < 0, labels == -2, annotations.no_box, labels == -1]
+    return np.select(faulty, list(range(len(faulty))), default=_NO_FAULT)
+
+
+def _kept(column: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    return column if keep.all() else column[keep]
+
+
+def _fault_findings(document: _Document, owners: np.ndarray, faults: np.ndarray) -> list[Finding]:
+    annotations, images = document.annotations, document.images
     findings = []
-    for row in np.flatnonzero(np.isin(faults, list(_FAULTS))).tolist():
-        kind = str(faults[row])
-        key, detail = _FAULTS[kind]
-        owner = int(columns.owners[row])
+    for row in np.flatnonzero(faults < len(_FAULTS)).tolist():
+        kind, key, detail = _FAULTS[faults[row]]
+        owner = int(owners[row])
+        ids = {"image_id": annotations.image_ids, "category_id": annotations.category_ids}
+        entry = document.odd.get(row) or {key: int(ids[key][row])}
         findings.append(
             Finding(
                 kind=kind,
                 severity="warning",
                 action="dropped",
-                detail=detail.format(annotations[row].get(key)),
-                source=source,
-                file=paths[owner] if owner >= 0 else "",
-                image_id=images[owner]["id"] if owner >= 0 else None,
-                annotation_id=int(columns.ids[row]),
+                detail=detail.format(entry.get(key)),
+                source=document.source,
+                file=document.path(owner) if owner >= 0 else "",
+                image_id=images.ids[owner] if owner >= 0 else None,
+                annotation_id=int(annotations.ids[row]),
             )
         )
     return findings
 
 
 def _masks(
-    source: str,
-    annotations: list[dict[str, Any]],
-    images: list[dict[str, Any]],
-    paths: list[str],
-    columns: _Columns,
-    keep: np.ndarray,
+    json_path: str | os.PathLike[str], document: _Document, owners: np.ndarray, keep: np.ndarray
 ) -> tuple[MaskColumn | None, list[Finding]]:
-    """The masks of the rows where `keep` holds; None if not one of them has any."""
+    """The masks of the rows where `keep` holds; None if not one of them has any. They are read a
+    second time: before, sizes of images that come later in the file were not known.
+    """
+    images = document.images
     found: list[RunLengths] = []
     findings = []
-    for row in np.flatnonzero(keep).tolist():
-        owner = int(columns.owners[row])
-        mask, problem = _mask(annotations[row].get("segmentation"), _size(images[owner]))
-        found.append(mask)
-        if problem:
-            findings.append(
-                Finding(
-                    kind="malformed mask",
-                    severity="warning",
-                    action="only its box is used",
-                    detail=problem,
-                    source=source,
-                    file=paths[owner],
-                    image_id=images[owner]["id"],
-                    annotation_id=int(columns.ids[row]),
+    row = -1
+    for key, part in read_members(json_path):
+        for annotation in part if key == "annotations" else ():
+            row += 1
+            if not keep[row]:
+                continue
+            owner = int(owners[row])
+            mask, problem = _mask(annotation.get("segmentation"), images.sizes[owner])
+            found.append(mask)
+            if problem:
+                findings.append(
+                    Finding(
+                        kind="malformed mask",
+                        severity="warning",
+                        action="only its box is used",
+                        detail=problem,
+                        source=document.source,
+                        file=document.path(owner),
+                        image_id=images.ids[owner],
+                        annotation_id=int(document.annotations.ids[row]),
+                    )
                 )
-            )
     without = sum(not mask for mask in found) - len(findings)
     if without:
         detail = "objects without a mask: only their boxes are used"
-        findings.append(Finding("no mask", "info", "kept", detail, source, count=without))
+        findings.append(Finding("no mask", "info", "kept", detail, document.source, count=without))
     return MaskColumn.from_run_lengths(found) if any(found) else None, findings
 
 
@@ -313,13 +272,3 @@ def _mask(segmentation: Any, size: tuple[int, int]) -> tuple[RunLengths, str]:
         return read_segmentation(segmentation, size), ""
     except ValueError as error:
         return b"", str(error)
-
-
-def _box_areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _size(image: dict[str, Any]) -> tuple[int, int]:
-    """(height, width), (0, 0) if not given."""
-    height, width = _number(image.get("height")), _number(image.get("width"))
-    return (int(height), int(width)) if height > 0 and width > 0 else (0, 0)

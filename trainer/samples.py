@@ -72,7 +72,7 @@ class SampleTable:
         source: str,
         class_names: Sequence[str],
         category_ids: Sequence[int],
-        paths: Sequence[str],
+        paths: Iterable[str],
         image_ids: Any,
         sizes: Any,
         owners: Any,
@@ -88,7 +88,7 @@ class SampleTable:
         order = np.argsort(owners, kind="stable")
         encoded = [os.fsencode(path) for path in paths]
         path_bytes = np.frombuffer(b"".join(encoded), np.uint8).copy()
-        counts = np.bincount(owners, minlength=len(paths))
+        counts = np.bincount(owners, minlength=len(encoded))
 
         def column(values: Any, dtype: type) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype)[order])
