@@ -5,8 +5,9 @@
 For every weights file and every --eval_size: the model is exported for any batch, in both
 precisions, at the canvas of most images, and held to PyTorch on --count images, alone and in
 batches of four; map50 of both is on all images of the file. Latency is the median over --repeat
-turns of one image, both taking turns, in the same number of threads; a ratio below 1 says that
-onnxruntime is faster.
+turns of one image, both taking turns, in as many threads as PyTorch has; a ratio below 1 says that
+onnxruntime is faster. On a machine that does other work too, believe the ratio of one thread only
+(OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -75,7 +76,7 @@ def measure(weights: Path, eval_size: int, half: bool, given: argparse.Namespace
         if not report.ok:
             raise ValueError(report.text())
         predictor = Predictor.from_checkpoint(resized)
-        detector = onnx_detector.OnnxDetector(output)
+        detector = onnx_detector.OnnxDetector(output, threads=torch.get_num_threads())
         limits = HALF if half else FULL
         differences = {
             size: compare(predictor, detector, pictures, limits, batch_size=size)
@@ -155,8 +156,8 @@ def main() -> None:
         for size in given.eval_size
         for precision in given.precisions
     ]
-    print(f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}")
-    print(f"{torch.get_num_threads()} threads of PyTorch; onnxruntime chooses its own")
+    versions = f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}"
+    print(f"{versions}; threads of each: {torch.get_num_threads()}")
     print("\n".join(table(rows)))
     if given.out is not None:
         given.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
