@@ -304,3 +304,29 @@ def test_starts_with_equal_weights_around_the_reference(module: DeformableAttent
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="nheads 7 does not divide reduced_dim 256"):
         DeformableAttention(256, num_heads=7, num_levels=4, num_points=4)
+
+
+@pytest.mark.parametrize("boxes", [2, 4])
+def test_sampling_before_projecting_gives_the_same(
+    boxes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With padding, places outside, and gradients of everything that is learnt."""
+    module = DeformableAttention(32, num_heads=4, num_levels=2, num_points=3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    shapes = [(5, 4), (3, 2)]
+    query, reference = torch.randn(2, 3, 32), torch.rand(2, 3, 2, boxes)
+    source = torch.randn(2, 26, 32, requires_grad=True)
+    padding = torch.rand(2, 26) < 0.3
+
+    def outcome(first: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(deformable_gather, "sampling_first_pays", lambda *sizes: first)
+        output = module(query, reference, source, shapes, padding)
+        learnt = (source, *module.parameters())
+        return [output, *torch.autograd.grad(output.square().sum(), learnt)]
+
+    for ours, theirs in zip(outcome(True), outcome(False), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()))
+    assert deformable_gather.sampling_first_pays(5440, 256, 800, 16)  # 512 x 512, 100 queries
+    assert not deformable_gather.sampling_first_pays(270, 256, 480, 16)  # 112 x 112

@@ -60,9 +60,9 @@ def attend_unprojected(
     if padding is not None:
         shares = shares * padding.logical_not().flatten()[index]
     sums = weighted_rows(source.reshape(-1, dim), index, shares)
-    sums = sums.view(batch * queries, heads, dim).transpose(0, 1)
-    total = shares.sum(1).view(batch * queries, heads).T[..., None]  # [M, B*Q, 1]
-    bias = value_proj.bias.view(heads, 1, -1) * total
+    sums = sums.view(4, batch * queries, heads, dim).sum(0).transpose(0, 1)
+    total = shares.view(4, batch * queries, heads, -1).sum((0, 3))  # what a bias is taken with
+    bias = value_proj.bias.view(heads, 1, -1) * total.T[..., None]  # [M, B*Q, D]
     output = torch.baddbmm(bias, sums, value_proj.weight.view(heads, -1, dim).mT)  # [M, B*Q, D]
     return output.transpose(0, 1).reshape(batch, queries, dim)
 
