@@ -328,5 +328,8 @@ def test_sampling_before_projecting_gives_the_same(
 
     for ours, theirs in zip(outcome(True), outcome(False), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_samples_are_taken_first_where_positions_are_many() -> None:
     assert deformable_gather.sampling_first_pays(5440, 256, 800, 16)  # 512 x 512, 100 queries
     assert not deformable_gather.sampling_first_pays(270, 256, 480, 16)  # 112 x 112
