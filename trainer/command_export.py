@@ -20,7 +20,7 @@ EXAMPLES = """
 examples:
   vidt export output/best.safetensors model.onnx
   vidt export output/best.safetensors model.onnx --size 640 640 --images photos/
-  vidt export output/best.safetensors model.onnx --dynamic batch,size --with_decode
+  vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
 exit code: 0 exported, and both agree; 1 they do not, and the report says where; 2 a mistake that
@@ -44,7 +44,7 @@ def flags() -> Flags:
         "--dynamic",
         default="",
         metavar="AXES",
-        help="what may differ from call to call: batch, size, or batch,size; default: nothing",
+        help="batch: it takes any number of pictures at once (size is refused); default: one",
     )
     parser.add_argument("--fp16", action="store_true", help="half precision: half the file")
     parser.add_argument(
