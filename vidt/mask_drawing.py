@@ -38,14 +38,14 @@ def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int])
     pasted = np.zeros((len(squares), *size), bool)
     for image, square, box in zip(pasted, squares.astype(np.float32), boxes.tolist(), strict=True):
         left, top, right, bottom = box
-        rows, columns = _pixels(top, bottom, size[0]), _pixels(left, right, size[1])
+        rows, columns = pixels_within(top, bottom, size[0]), pixels_within(left, right, size[1])
         drawn = _stretched(square, top, bottom, rows)  # [rows, S]
         drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
         image[rows.start : rows.stop, columns.start : columns.stop] = (drawn >= 0.5).T
     return pasted
 
 
-def _pixels(low: float, high: float, length: int) -> range:
+def pixels_within(low: float, high: float, length: int) -> range:
     """Of an axis of `length` pixels, those whose centres may lie from low to high; none if NaN."""
     if not low < high:
         return range(0)

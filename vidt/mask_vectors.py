@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from vidt.mask_drawing import pixels_within
+
 _MOST_CELLS = 2**24  # worked on at once: masks are many and pictures may be large
 
 
@@ -94,19 +96,11 @@ def paste_squares(squares: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tens
     pasted = pasted.transpose(1, 2)
     for image, square, box in zip(pasted, squares.float(), boxes.tolist(), strict=True):
         left, top, right, bottom = box
-        rows, columns = _pixels(top, bottom, size[0]), _pixels(left, right, size[1])
+        rows, columns = pixels_within(top, bottom, size[0]), pixels_within(left, right, size[1])
         drawn = _stretched(square, top, bottom, rows)  # [rows, S]
         drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
         image[rows.start : rows.stop, columns.start : columns.stop] = (drawn >= 0.5).T
     return pasted
-
-
-def _pixels(low: float, high: float, length: int) -> range:
-    """Of an axis of `length` pixels, those whose centres may lie from low to high; none if NaN."""
-    if not low < high:
-        return range(0)
-    start = min(max(low - 1, 0), length)
-    return range(int(start), int(max(min(high + 1, length), start)))
 
 
 def _stretched(square: Tensor, low: float, high: float, pixels: range) -> Tensor:
