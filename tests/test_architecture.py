@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        variants arguments images canvas inputs batching drawing devices preprocessing
+        variants arguments tracing images canvas inputs batching drawing devices preprocessing
         deformable_gather deformable_triton deformable_attention windows ram swin coat config epff
         token_label decoder mask_drawing mask_vectors overlap matcher without_neck model criterion
         distillation coco_classes released weights_file published checkpoint pretrained convert

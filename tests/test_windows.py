@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vidt.windows import MASKED, Windows, _attend, attend_windows, collect, deal, windows_of
 
@@ -101,3 +102,11 @@ def test_what_prediction_leaves_in_the_cache_serves_training() -> None:
         windows((4, 4), 1)
     tokens = torch.randn(1, 16 + NUM_DET + 1, 4, requires_grad=True)
     deal(tokens, windows((4, 4), 1), NUM_DET)[0].sum().backward()
+
+
+def test_nothing_of_a_recording_is_kept() -> None:
+    with FakeTensorMode():
+        assert isinstance(windows((4, 6), 1).source, FakeTensor)
+    assert not isinstance(windows((4, 6), 1).source, FakeTensor)
+    with FakeTensorMode():
+        assert isinstance(windows((4, 6), 1).source, FakeTensor)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt import deformable_gather
+from vidt.tracing import is_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Te
 
     Kept, for a GPU would have to finish all its work before each new copy. A graph gets its own.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_tracing():
         return _make_level_table(tuple(level_shapes), device)
     return _kept_level_table(tuple(level_shapes), device)
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vidt.tracing import is_tracing
+
 MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
 
 
@@ -44,7 +46,7 @@ def windows_of(
     """The windows of a grid, zero padded right and below to whole ones, then shifted cyclically.
     num_tokens, N or more: what `Windows.source` holds at padded places.
     """
-    if torch.compiler.is_compiling():  # the graph keeps what it computes; a cache would break it
+    if is_tracing():
         return _windows_of(grid, window, shift, num_tokens, device)
     return _cached_windows(grid, window, shift, num_tokens, device)
 
