@@ -36,7 +36,7 @@ def watch(detector: Detector, laps: Laps) -> Iterator[None]:
         for module in _modules(getattr(detector.model, name, None))
         for handle in _report(module, part, laps)
     ]
-    handles += _report(detector.criterion.matcher, "matcher", laps)  # type: ignore[arg-type]
+    handles += _report(detector.criterion.matcher, "matcher", laps)
 
     body = detector.model.backbone
     handles.append(body.register_forward_hook(lambda *call: _await_gradients(call[-1], laps)))
