@@ -339,6 +339,7 @@ def known_flags() -> set[str]:
     for parser in parsers:
         flags |= set(parser._option_string_actions)
     others = {"--kills", "--tag", "--build-arg", "--repeat", "--precision", "--logdir", "--check"}
+    others |= {"--plus"}  # of the benchmark of speed
     negated = {f"--no_{flag[2:]}" for flag in flags}
     return {plain(flag) for flag in flags | others} | negated
 
