@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**18  # products of the backward pass that are held at once: about what a cache holds
-
 
 def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """As `deformable_attention`, on the CPU; levels [L, 3] is its `level_table`. All but it have
@@ -58,7 +56,8 @@ def attend_unprojected(
     index, shares = corners(levels, positions, locations, weights)
     index = index.div(heads, rounding_mode="floor")  # rows of [B * S, C]
     if padding is not None:
-        shares = shares * padding.logical_not().flatten()[index]
+        seen = padding.logical_not().flatten().index_select(0, index.flatten())
+        shares = shares * seen.view_as(shares)
     sums = weighted_rows(source.reshape(-1, dim), index, shares)
     sums = sums.view(4, batch * queries, heads, dim).sum(0).transpose(0, 1)
     total = shares.view(4, batch * queries, heads, -1).sum((0, 3))  # what a bias is taken with
@@ -129,14 +128,17 @@ def weighted_rows_backward(
         mode="sum",
         per_sample_weights=weights.flatten()[order],
     )
-    grad_weights = torch.empty_like(weights)
-    block = max(1, BLOCK // (num_products * rows.shape[1]))
-    for some, of_some, out in zip(
-        index.split(block), grad.split(block), grad_weights.split(block), strict=True
-    ):
-        picked = rows.index_select(0, some.flatten()).view(*some.shape, rows.shape[1])
-        torch.sum(picked.mul_(of_some[:, None]), dim=-1, out=out)
-    return grad_rows, grad_weights
+    # What embedding_bag's own backward pass does with its weights.
+    sums = torch.arange(len(grad), device=index.device)
+    grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad,
+        rows,
+        index.flatten(),
+        sums * num_products,
+        sums.repeat_interleave(num_products),
+        mode=0,  # a sum
+    )
+    return grad_rows, grad_weights.view_as(weights)
 
 
 @weighted_rows.register_fake
