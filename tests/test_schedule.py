@@ -26,13 +26,16 @@ from vidt import ViDT
 
 
 def test_learning_rate_by_hand() -> None:
-    """A warm-up of a third of the run at most, a cosine from lr to min_lr."""
+    """A warm-up of a third of the run at most, a cosine or a line from lr to min_lr."""
     config = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
     rates = [learning_rate(step, 104, config) for step in range(105)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[54] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
     assert rates[29] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert all(later < sooner for sooner, later in pairwise(rates[4:]))
+    line = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4, sched="linear")
+    rates = [learning_rate(step, 104, line) for step in (3, 4, 29, 54, 104)]
+    assert rates == pytest.approx([0.8, 1.0, 0.775, 0.55, 0.1])
     long_warmup = TrainConfig(lr=1.0, min_lr=0.0, warmup_steps=200)
     assert learning_rate(32, 100, long_warmup) < learning_rate(33, 100, long_warmup) == 1.0
     for total in (1, 2):
@@ -84,6 +87,11 @@ def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None
         *("decoder.reference_points.bias", *(n for n in names if "sampling_offsets" in n)),
         *(n for n in names if n.startswith("query_pos_proj")),
     }
+
+
+def test_adamw_averages_as_told(tiny_model: ViDT) -> None:
+    optimizer = make_optimizer(tiny_model, TrainConfig(adam_beta2=0.98))
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
 
 
 def test_weight_decay_shrinks_matrices_alone() -> None:

@@ -31,6 +31,7 @@ from vidt.published import TEACHERS
 DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
 SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
+SCHEDULES = ("cosine", "linear")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that say where something lies on this machine.
 PLACES = (
@@ -108,7 +109,13 @@ class TrainConfig:
         metadata=_help("rate, relative to lr, of the weights that say where queries look"),
     )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
+    sched: str = field(
+        default="cosine", metadata=_help("way from lr down to min_lr: " + " or ".join(SCHEDULES))
+    )
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
+    adam_beta2: float = field(
+        default=0.999, metadata=_help("decay of AdamW's average of squared gradients")
+    )
     warmup_steps: int = field(
         default=200, metadata=_help("steps of warm-up, at most a third of the run")
     )
@@ -225,6 +232,9 @@ def _check_alone(config: TrainConfig) -> None:
     _require(config.lr > 0, "lr", config.lr, "above 0")
     mult = config.lr_linear_proj_mult
     _require(mult >= 0, "lr_linear_proj_mult", mult, "0 or more")
+    schedules = f"one of {', '.join(SCHEDULES)}"
+    _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
     coef = config.distil_loss_coef

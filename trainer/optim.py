@@ -48,11 +48,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = Fals
     kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
     """
     groups = parameter_groups(model, config.weight_decay, config.lr_linear_proj_mult)
-    return AdamW(groups, lr=config.lr, fused=not scaled, foreach=scaled)
+    betas = (0.9, config.adam_beta2)
+    return AdamW(groups, lr=config.lr, betas=betas, fused=not scaled, foreach=scaled)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from lr to min_lr over the rest of the run, per optimiser step.
+    """Linear warm-up, then a cosine or a line from lr to min_lr over the rest of the run, per
+    optimiser step.
 
     A function of the step alone: nothing to save, nothing that a resumed or a multi-process run
     could count wrongly.
@@ -61,7 +63,8 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if config.sched == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
