@@ -28,7 +28,6 @@ from torchvision.tv_tensors import BoundingBoxes
 from trainer.agreement import Agreement
 from trainer.augmentation import Augmentation, Geometry
 from trainer.data import (
-    NOISED_GRANULE,
     DetectionDataset,
     noise_boxes,
     noised_batch,
@@ -274,9 +273,10 @@ def test_noised_boxes_are_whole_copies_near_the_truth() -> None:
         assert float(moved.max()) > 0
     none = noise_boxes(boxes[:0], 5, np.random.default_rng(0))
     assert none.shape == (0, 4)
-    batch = noised_batch([{"noised_boxes": noised}, {"noised_boxes": none}])
-    assert isinstance(batch, Tensor) and batch.shape == (2, NOISED_GRANULE, 4)
-    assert noised_batch([{"labels": boxes}]) is None
+    for queries, places in ((9, 9), (1, 2)):  # 2 noised boxes; one is the least for two objects
+        batch = noised_batch([{"noised_boxes": noised}, {"noised_boxes": none}], queries)
+        assert isinstance(batch, Tensor) and batch.shape == (2, places, 4)
+    assert noised_batch([{"labels": boxes}], 9) is None
 
 
 @pytest.fixture

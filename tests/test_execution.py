@@ -10,8 +10,14 @@ import torch
 from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest, run, settings
 from torch import Tensor, nn
 
-from trainer.data import Augmentation
-from trainer.execution import COMPILED_SHAPES, checkpoint_activations, compiled, compiled_side
+from trainer.data import Augmentation, noise_boxes, noised_batch
+from trainer.execution import (
+    COMPILED_SHAPES,
+    SIDES,
+    checkpoint_activations,
+    compiled,
+    compiled_canvas,
+)
 from vidt.config import ViDTConfig
 from vidt.model import build_detector
 
@@ -73,20 +79,35 @@ def test_a_graph_for_each_shape_and_no_more() -> None:
     assert counter.frame_count == 3
 
 
-def test_a_run_of_many_scales_has_few_shapes() -> None:
-    config, _ = settings(Path("data"), Path("out"), "--eval_size 640 --train_sizes none")
+SCALES = {
+    "released": "--eval_size 640 --train_sizes none",
+    "far beyond eval_size": "--eval_size 320 --train_sizes 192,320,480,800 --train_max_size 1333",
+    "one": "--eval_size 112 --train_sizes 112",
+}
+
+
+@pytest.mark.parametrize("flags", SCALES.values(), ids=SCALES)
+def test_a_run_of_many_scales_has_few_shapes(flags: str) -> None:
+    """Pictures of any shape, some with more objects than denoising queries."""
+    config, _ = settings(Path("data"), Path("out"), f"{flags} --denoising 100")
     augmentation = Augmentation.from_config(config)
     random = np.random.default_rng(0)
-    canvases, grown = set(), set()
+    drawn, grown = set(), set()
     for _ in range(3000):
-        sizes = random.integers(200, 1200, (2, 2)).tolist()  # pictures of any shape
+        sizes = random.integers(200, 1200, (2, 2)).tolist()
         shapes = [augmentation.draw((height, width), random).shape for height, width in sizes]
         height, width = (max(sides) for sides in zip(*shapes, strict=True))
-        canvases.add((height, width))
-        grown.add((compiled_side(height, 640), compiled_side(width, 640)))
-        assert all(g >= side for g, side in zip(max(grown), (0, 0), strict=True))
-    assert len(canvases) > 500 and len(grown) <= COMPILED_SHAPES
-    assert compiled_side(640, 640) == 640 and compiled_side(641, 640) == 800
+        counts = random.integers(0, 120, 2)
+        targets = [{"noised_boxes": noise_boxes(torch.rand(n, 4), 100, random)} for n in counts]
+        noised = noised_batch(targets, config.denoising)
+        canvas = compiled_canvas((height, width), config.eval_size, augmentation.max_size)
+        assert canvas[0] >= height and canvas[1] >= width and noised is not None
+        drawn.add((height, width, max(len(each["noised_boxes"]) for each in targets)))
+        grown.add((*canvas, noised.shape[1]))
+    assert len(drawn) > 100
+    assert len({shape[:2] for shape in grown}) <= (SIDES + 2) ** 2
+    assert len(grown) <= COMPILED_SHAPES
+    assert compiled_canvas((640, 641), 640, 1066) == (640, 768)
 
 
 @pytest.mark.parametrize("member", ["vidt", "coat"])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import differences, end_of, last_checkpoint, run
+from tiny_runs import argv, differences, end_of, last_checkpoint, run
 
+import trainer.train
 from trainer import resume
 from trainer.report import Progress
 from vidt.model import ViDT
@@ -116,3 +117,66 @@ def test_other_errors_are_not_taken_for_it(
     with pytest.raises(RuntimeError, match="must match"):
         run(tiny_data, room, "--max_steps 1")
     assert tried == [4]
+
+
+@pytest.fixture
+def room_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """room_to_evaluate(n): more than n images at once are too many outside of training. Returns the
+    sizes that were tried.
+    """
+    forward = ViDT.forward
+
+    def limit(most: int) -> list[int]:
+        tried: list[int] = []
+
+        def short_of_memory(self, images, *rest, **more):
+            if not self.training:
+                tried.append(len(images))
+                if len(images) > most:
+                    raise MESSAGES[0]
+            return forward(self, images, *rest, **more)
+
+        monkeypatch.setattr(ViDT, "forward", short_of_memory)
+        return tried
+
+    return limit
+
+
+@pytest.mark.parametrize("flags", ["--ema", "--no-ema"])
+def test_evaluation_in_halves(
+    tiny_data: Path, room: Path, room_to_evaluate: Callable[[int], list[int]], flags: str
+) -> None:
+    """The same metrics, and a model that trains on as before: with dropout."""
+    flags += " --epochs 2 --dropout 0.3 --eval_batch_size 3"
+    whole = run(tiny_data, room / "whole", flags)
+    tried = room_to_evaluate(1)
+    halves = run(tiny_data, room / "halves", flags)
+    assert {1, 2, 3} >= set(tried) > {1}
+    assert halves == pytest.approx(whole)
+    assert differences(end_of(room / "halves"), end_of(room / "whole")) == []
+
+
+def test_one_image_is_too_much_to_evaluate(
+    tiny_data: Path, room: Path, room_to_evaluate: Callable[[int], list[int]]
+) -> None:
+    room_to_evaluate(0)
+    with pytest.raises(ValueError, match="at evaluation; lower --eval_size") as caught:
+        run(tiny_data, room, "--max_steps 1")
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_that_ends_where_portions_do_not_help(
+    tiny_data: Path,
+    room: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def nothing_left(*given: object) -> None:
+        raise MESSAGES[0]
+
+    monkeypatch.setattr(trainer.train, "sum_gradients", nothing_left)
+    with pytest.raises(SystemExit) as ended:
+        trainer.train.main(argv(tiny_data, room, "--max_steps 1"))
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[-1].startswith("error: CUDA out of memory.") and "--batch_size" in said[-1]

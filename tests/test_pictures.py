@@ -12,11 +12,14 @@ from trainer.pictures import (
     MIN_SIDE,
     Comparison,
     compare,
+    comparisons,
     draw_boxes,
     save_picture,
     truth_beside_prediction,
 )
+from trainer.samples import Sample, SampleTable
 from vidt.drawing import LONGEST_NAME, class_colour, class_text
+from vidt.predictor import Detections
 
 NAMES = ["rectangle", "ellipse", "triangle"]
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -140,7 +143,8 @@ def test_pair_leaves_out_what_is_unsure() -> None:
 def test_grid_of_ragged_sizes(number: int) -> None:
     sizes = [(128, 128), (640, 480), (60, 400), (1000, 50)]
     rows = [row(*sizes[i % 4], num_found=i % 3) for i in range(number)]
-    sheet = truth_beside_prediction(rows, NAMES, panel=160)
+    pairs = [compare(each, NAMES, panel=160) for each in rows]
+    sheet = truth_beside_prediction(rows, NAMES, pairs, panel=160)
     pair_width = 2 * 160 + 4
     assert sheet.width == (pair_width if number == 1 else 2 * pair_width + 10) + 2 * 10
     assert {class_colour(0), class_colour(1)} <= colours_in(sheet)
@@ -158,7 +162,7 @@ def test_grid_of_real_pictures_is_saved_whole(tmp_path: Path) -> None:
         labels = [0] * len(boxes)
         picture = Image.open(BCCD / "images" / image["file_name"])
         rows.append(Comparison(picture, corners, labels, corners, labels, np.full(len(boxes), 0.5)))
-    sheet = truth_beside_prediction(rows, ["cell"])
+    sheet = truth_beside_prediction(rows, ["cell"], [compare(each, ["cell"]) for each in rows])
     path = tmp_path / "out" / "predictions.jpg"
     save_picture(sheet, path)
     save_picture(sheet, path)  # each evaluation replaces it
@@ -166,3 +170,16 @@ def test_grid_of_real_pictures_is_saved_whole(tmp_path: Path) -> None:
     with Image.open(path) as saved:
         saved.load()
         assert saved.format == "JPEG" and saved.size == sheet.size
+
+
+def test_a_picture_that_is_gone_is_grey(tmp_path: Path) -> None:
+    """It was read a moment ago, to be evaluated; the run goes on."""
+    boxes = torch.tensor([[1.0, 2.0, 30.0, 20.0]])
+    label, no_crowd = torch.tensor([0]), torch.tensor([False])
+    path = str(tmp_path / "gone.jpg")
+    sample = Sample(path, 1, (30, 40), boxes, label, torch.tensor([522.0]), no_crowd)
+    table = SampleTable.from_samples([sample], NAMES, source="here")
+    found = Detections(torch.tensor([0.9]), torch.tensor([0]), boxes)
+    (pair,) = comparisons(table, {0: found}, {})
+    assert pair.image.size == (40, 30) and colours_in(pair.image) == {"#808080"}
+    assert compare(pair, NAMES).width > 0

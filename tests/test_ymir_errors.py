@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.config import parse
 from trainer.dataset_check import BadDataset
 from trainer.loss_log import NonFiniteLoss
-from trainer.step import OutOfMemory, smaller_portions
+from trainer.out_of_memory import OutOfMemory
+from trainer.step import smaller_portions
 from vidt.checkpoint import Unreachable, UnusableWeights, load_model, local_weights
 from vidt.images import UnreadableImage, read_image
 from ymir_adapter.errors import (

@@ -26,7 +26,6 @@ from vidt.images import read_image
 from vidt.preprocessing import Preprocessing, pad_batch, to_pixels
 
 PREFETCH = 4  # batches that each worker holds ready
-NOISED_GRANULE = 16  # few numbers of denoising queries, so few shapes to compile
 NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
 
 
@@ -124,14 +123,15 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
     return torch.from_numpy(noised.reshape(-1, 4))
 
 
-def noised_batch(targets: list[dict[str, Any]]) -> Tensor | None:
-    """The targets' `noised_boxes` as [B, N, 4], N a multiple of NOISED_GRANULE; places past an
-    image's own hold a box in the middle. None without.
+def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
+    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the
+    middle. N is `queries`, or a multiple where an image has more objects than that: there shall be
+    few shapes to compile. None without.
     """
     if "noised_boxes" not in targets[0]:
         return None
     boxes = pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
-    return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % NOISED_GRANULE), value=0.5)
+    return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % queries), value=0.5)
 
 
 class EvaluationDataset(Dataset):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,6 +29,7 @@ from trainer.data import (
 )
 from trainer.masks import RunLengths, areas_of, as_coco, encode, rectangle
 from trainer.mistakes import Diagnosis, diagnose
+from trainer.out_of_memory import OutOfMemory, is_out_of_memory
 from trainer.report import COCO_NUMBERS
 from trainer.samples import SampleTable
 from trainer.scoring import (
@@ -138,18 +140,46 @@ def evaluate(
     return Evaluation(metrics, detections, unreadable, diagnosis, masks)
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
 ) -> list[Detections]:
     """Detections of a batch, on the CPU, in pixels of the original images; sizes [B, 2] are theirs,
-    (height, width).
+    (height, width). Where memory does not suffice, half of the batch at a time.
+
+    Raises OutOfMemory when one image is too much.
     """
+    try:
+        return _predict(model, images, padding, sizes, accelerator)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out here nothing holds on to the tensors of the attempt any more.
+    half = len(images) // 2
+    if not half:
+        height, width = images.shape[-2:]
+        raise OutOfMemory(
+            f"out of memory with one image of {height} x {width} pixels at evaluation; lower "
+            "--eval_size, or choose a smaller --backbone_name"
+        )
+    clear_device_cache(garbage_collection=True)
+    parts = [
+        predict(model, images[part], padding[part], sizes[part], accelerator)
+        for part in (slice(half), slice(half, None))
+    ]
+    return [*parts[0], *parts[1]]
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
+) -> list[Detections]:
     training = model.training
     model.eval()
-    with accelerator.autocast():
-        outputs = model(images, padding)
-    model.train(training)
+    try:
+        with accelerator.autocast():
+            outputs = model(images, padding)
+    finally:
+        model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)
     return on_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
 

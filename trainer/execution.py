@@ -3,6 +3,7 @@ anew, with memory that the process keeps.
 """
 
 import ctypes
+import math
 from functools import partial
 
 import torch
@@ -13,21 +14,24 @@ from vidt import coat, decoder, swin
 
 BLOCKS = (swin.Block, coat.Block, decoder.DecoderLayer)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in the GNU C library
-COMPILED_SHAPES = 64  # more than `compiled_side` leaves of any run
+SIDES = 6  # a compiled run knows about as many lengths of a side
+# More than `compiled_canvas` leaves of a run, whose portions may become smaller on the way too.
+COMPILED_SHAPES = 4 * (SIDES + 2) ** 2
 
 
 def keep_freed_memory() -> None:
     """Has the C library keep the memory that tensors leave, for the next ones.
 
     It would return large blocks to the system, and every step would pay for each page of them
-    anew. Does nothing where there is no GNU C library.
+    anew. A process then stays as large as it ever was. Does nothing where there is no GNU C
+    library, or one that does not take such thresholds (1 says that it did).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt(_M_MMAP_THRESHOLD, 2**30) == 1:
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -52,9 +56,13 @@ def compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:
     )
 
 
-def compiled_side(side: int, eval_size: int) -> int:
-    """A side of a batch, in pixels, grown so that a run of many scales has few shapes: to the next
-    multiple of about a quarter of eval_size, which itself stays.
+def compiled_canvas(canvas: tuple[int, int], eval_size: int, longest: int) -> tuple[int, int]:
+    """A batch's height and width in pixels, grown so that a run of many scales has few shapes: each
+    to the next multiple of a quarter of eval_size or, if that is more, of a sixth of the longest
+    side of the run, both rounded to 32. eval_size itself stays.
     """
-    granule = max(round(eval_size / 4 / 32) * 32, 32)
-    return side if side == eval_size else -(-side // granule) * granule
+    granule = max(round(eval_size / 4 / 32), math.ceil(longest / SIDES / 32), 1) * 32
+    height, width = (
+        side if side == eval_size else -(-side // granule) * granule for side in canvas
+    )
+    return height, width

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from trainer.masks import RunLengths, decode, encode
-from trainer.samples import SampleTable
+from trainer.samples import Sample, SampleTable
 from trainer.whole_file import write_whole
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.drawing import write_labels as _write_labels
@@ -65,16 +65,13 @@ def draw_boxes(
 def truth_beside_prediction(
     rows: Sequence[Comparison],
     class_names: Sequence[str],
-    min_score: float = 0.3,
+    pairs: Sequence[Image.Image],
     panel: int = 400,
 ) -> Image.Image:
-    """A grid of pairs, truth | prediction, each with a caption; colours explained on top.
-
-    Predictions below `min_score` are not drawn, their number is in the caption. `panel`: pixels
-    of the longer side of every image. There must be a row at least.
+    """A grid of pairs, which are what `compare` drew of the rows; colours explained on top.
+    `panel`: as they were drawn with. There must be a row at least.
     """
     assert rows
-    pairs = [compare(row, class_names, min_score, panel) for row in rows]
     columns = 1 if len(pairs) < 2 else 2
     lines = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
     gap = panel // 16
@@ -87,7 +84,11 @@ def truth_beside_prediction(
 def compare(
     row: Comparison, class_names: Sequence[str], min_score: float = 0.3, panel: int = 400
 ) -> Image.Image:
-    """One pair, truth | prediction, with its captions above."""
+    """One pair, truth | prediction, with its captions above.
+
+    Predictions below `min_score` are not drawn, their number is in the caption. `panel`: pixels of
+    the longer side of every image.
+    """
     scale = panel / max(row.image.size)
     truth = _Boxes(row.truth_boxes, row.truth_labels, None, row.truth_masks)
     every = _Boxes(row.boxes, row.labels, row.scores, row.masks)
@@ -296,6 +297,15 @@ def _framed(picture: Image.Image, margin: int) -> Image.Image:
     return sheet
 
 
+def picture_of(sample: Sample) -> Image.Image:
+    """Grey where the file cannot be read any more: a run matters more than its pictures."""
+    try:
+        return read_image(sample.path, sample.size)
+    except (ValueError, OSError):
+        height, width = sample.size
+        return Image.new("RGB", (max(width, 1), max(height, 1)), "grey")
+
+
 def comparisons(
     samples: SampleTable,
     detections: dict[int, Detections],
@@ -311,7 +321,7 @@ def comparisons(
         sample, found = samples[index], detections[index]
         rows.append(
             Comparison(
-                image=read_image(sample.path, sample.size),
+                image=picture_of(sample),
                 truth_boxes=sample.boxes,
                 truth_labels=sample.labels,
                 boxes=found.boxes,

@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader
+from trainer.out_of_memory import OutOfMemory, is_out_of_memory
 from vidt.criterion import SetCriterion
 from vidt.distillation import TokenMatching
 from vidt.without_neck import SoftmaxCriterion
 
 logger = get_logger(__name__)
-
-
-class OutOfMemory(ValueError):
-    """One image at a time is too much for the memory; says what makes it less."""
 
 
 def micro_batches(
@@ -72,6 +68,7 @@ def gradients(
     canvas: tuple[int, int],
     num_boxes: float,
     teacher: TokenMatching | None = None,
+    noised_queries: int = 1,
 ) -> dict[str, Tensor] | None:
     """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
     out.
@@ -88,7 +85,7 @@ def gradients(
         for batch in window:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
-            outputs = model(images, padding, noised_batch(targets))
+            outputs = model(images, padding, noised_batch(targets, noised_queries))
             terms = criterion(outputs, targets, **wanted)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)
@@ -96,7 +93,7 @@ def gradients(
             accelerator.backward(values.sum())
             sums = values.detach() if sums is None else sums + values.detach()
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+        if not is_out_of_memory(error):
             raise
         return None
     assert sums is not None, "a step without micro-batches"

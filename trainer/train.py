@@ -31,7 +31,7 @@ from trainer.console import Console, score_table
 from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.datasets import read_datasets, read_validation, told
 from trainer.evaluation import Evaluation, Interrupted, evaluate
-from trainer.execution import checkpoint_activations, compiled, compiled_side, keep_freed_memory
+from trainer.execution import checkpoint_activations, compiled, compiled_canvas, keep_freed_memory
 from trainer.findings import format_findings
 from trainer.history import history
 from trainer.launch_check import refuse_split_models, require_processes
@@ -167,15 +167,16 @@ def train(
             if best:
                 save_weights(output / "best.safetensors", weights, info)
             pairs = comparisons(val_set, evaluation.detections, evaluation.masks)
+            drawn = [compare(pair, class_names) for pair in pairs]
             if pairs:
-                overview = truth_beside_prediction(pairs, class_names)
+                overview = truth_beside_prediction(pairs, class_names, drawn)
                 save_picture(overview, output / "predictions.jpg")
             say(
                 "evaluation",
                 evaluation.metrics,
                 weights=output / "last.safetensors",
                 best=best,
-                pictures=[compare(pair, class_names) for pair in pairs],
+                pictures=drawn,
                 diagnosis=evaluation.diagnosis,
                 worst=worst_pictures(val_set, evaluation.diagnosis.worst),
                 message=unreadable_message(evaluation),
@@ -209,8 +210,7 @@ def train(
             window = [next(batches) for _ in range(state.n_iter_to_acc)]
             num_boxes, canvas, signum = agree_on(window, stop.signum, agreement)
             if config.compile:
-                height, width = (compiled_side(side, config.eval_size) for side in canvas)
-                canvas = (height, width)
+                canvas = compiled_canvas(canvas, config.eval_size, dataset.augmentation.max_size)
             if signum:
                 losses.check()
                 save_state()
@@ -220,7 +220,10 @@ def train(
             set_learning_rate(optimizer, rate)
             # All that is random in a step follows from its number: there is nothing to save.
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-            terms = gradients(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher)
+            terms = gradients(
+                *(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher),
+                noised_queries=config.denoising,
+            )
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
                 optimizer.zero_grad()
@@ -381,7 +384,8 @@ def evaluate_only(
 
 
 def fail(message: str, code: int) -> None:
-    line = message.strip().splitlines()[-1]  # of a loader process's failure: what, without where
+    # The last line of a loader process's failure says what, those before it where.
+    line = message.strip().rpartition("\n")[2]
     sys.stderr.write(f"{line}\n" if code >= 128 else f"error: {line}\n")
     sys.exit(code)
 
@@ -402,6 +406,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config, model_fields, accelerator)
     except (ValueError, OSError) as error:
         fail(str(error), 2)
+    except torch.OutOfMemoryError as error:
+        first = str(error).strip().partition("\n")[0]
+        fail(f"{first} Lower --batch_size or --eval_size; --resume goes on from the last save", 2)
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:

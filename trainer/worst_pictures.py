@@ -10,10 +10,9 @@ from torch import Tensor
 
 from trainer.masks import RunLengths
 from trainer.mistakes import CROWD, NOTHING, Judged
-from trainer.pictures import Mark, class_text, draw_marks
+from trainer.pictures import Mark, class_text, draw_marks, picture_of
 from trainer.report import Pair
 from trainer.samples import SampleTable
-from vidt.images import read_image
 
 # Told apart by any eye, on pictures of any colour.
 RIGHT, WRONG = "#56b4e9", "#ffb000"
@@ -27,7 +26,7 @@ def worst_pictures(samples: SampleTable, worst: Sequence[Judged]) -> list[Pair]:
 
 def _pair(samples: SampleTable, judged: Judged) -> Pair:
     sample, names = samples[judged.index], samples.class_names
-    image = read_image(sample.path, sample.size)
+    image = picture_of(sample)
     scale = PANEL / max(image.size)
     truth = _marks(
         sample.boxes,

@@ -126,8 +126,8 @@ def _codes() -> dict[type[BaseException], Code]:
 
     from trainer.dataset_check import BadDataset
     from trainer.loss_log import NonFiniteLoss
+    from trainer.out_of_memory import OutOfMemory
     from trainer.settings import ConfigError
-    from trainer.step import OutOfMemory
     from vidt.checkpoint import Unreachable, UnusableWeights
     from vidt.images import UnreadableImage
 
