@@ -217,9 +217,9 @@ def test_flag_before_file_before_recipe_before_default(tmp_path: Path):
     assert settings["patience"] == TrainConfig().patience
 
     file = tmp_path / "mine.yaml"
-    file.write_text("batch_size: 4\nmin-lr: 1e-5\nlr: 2e-4\ntrain_sizes: 64\nema: 'no'\n")
+    file.write_text("batch_size: 6\nmin-lr: 1e-5\nlr: 2e-4\ntrain_sizes: 64\nema: 'no'\n")
     settings = both(["--lr", "3e-4", "--config", str(file)])
-    assert (settings["lr"], settings["batch_size"], settings["min_lr"]) == (3e-4, 4, 1e-5)
+    assert (settings["lr"], settings["batch_size"], settings["min_lr"]) == (3e-4, 6, 1e-5)
     assert (settings["train_sizes"], settings["ema"]) == ((64,), False)
     assert settings["det_token_num"] == recipe["det_token_num"]
 
