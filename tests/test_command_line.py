@@ -218,6 +218,7 @@ def most_images_gone(room: Path) -> str:
         ("--resume nowhere", "--resume nowhere: there is no whole checkpoint"),
         ("--pre_trained nowhere.pth", "nowhere.pth"),
         ("--denoising 5 --no-with_box_refine", "--denoising needs --with_box_refine"),
+        ("--denoising 5 --dec_layers 0", "vidt --dec_layers 0 has none"),
         (broken_json, "instances_train2017.json: not JSON"),
         (torn_weights, "torn.safetensors"),
         (torn_checkpoints, "there is no whole checkpoint"),

@@ -184,13 +184,47 @@ def test_a_fresh_run_in_a_used_folder(
     with pytest.raises(Crash):
         run(tiny_data, room, "--keep 2 --seed 7 --save_steps 1", report=Watch("step", 3))
     assert "holds a run already" in caplog.text
-    assert len(os.listdir(room / "checkpoints.old")) == 1, "nothing of the first run is lost"
+    assert len(os.listdir(room / "earlier" / "checkpoints")) == 1, "nothing of the first is lost"
     names = sorted(os.listdir(room / "checkpoints"))
     assert names == ["step-00000001", "step-00000002"]
     branch = f"--resume {room / 'checkpoints/step-00000001'}"
     with pytest.raises(Crash):
         run(tiny_data, room, "--keep 1 --seed 7 --save_steps 1", branch, report=Watch("saved", 2))
     assert last_checkpoint(room).name == "step-00000002.1"
+
+
+def test_a_run_set_aside_goes_on_as_if_left_alone(tiny_data: Path, room: Path) -> None:
+    flags = "--epochs 2 --dropout 0.1"
+    run(tiny_data, room / "alone", flags)
+    with pytest.raises(Crash):  # in the second epoch
+        run(tiny_data, room / "used", flags, "--save_steps 1", report=Watch("step", 4))
+    first = (room / "used" / "best.safetensors").read_bytes()
+    run(tiny_data, room / "used", "--max_steps 1", f"--load_from {room}/used/best.safetensors")
+    earlier = room / "used" / "earlier"
+    assert (earlier / "best.safetensors").read_bytes() == first
+    assert (room / "used" / "best.safetensors").read_bytes() != first
+    run(tiny_data, earlier, flags, "--resume")
+    assert differences(end_of(earlier), end_of(room / "alone")) == []
+
+
+def test_killed_while_it_sets_a_run_aside(tiny_data: Path, room: Path) -> None:
+    run(tiny_data, room, "--max_steps 1")
+    whole = {path.relative_to(room) for path in room.rglob("*") if path.is_file()}
+    rename = Path.rename
+
+    def killed(path: Path, place: Path) -> Path:
+        if path.name == "checkpoints" or path.name.endswith(".half"):
+            raise Crash
+        return rename(path, place)
+
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(Path, "rename", killed)
+            resume.set_aside(room)
+    assert resume.set_aside(room) == room / "earlier"
+    kept = {path.relative_to(room / "earlier") for path in (room / "earlier").rglob("*")}
+    assert whole - kept <= {Path("findings.csv")}
+    assert resume.set_aside(room) is None
 
 
 @pytest.fixture(scope="module")

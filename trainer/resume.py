@@ -27,6 +27,12 @@ PREFIX = "step-"
 # The step, and from the second save of it on, which save.
 NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
+# What a run leaves in its folder; each file is written anew and put in place of the last.
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+RESULTS = (
+    *("best.safetensors", "last.safetensors", "config.yaml", "metrics.csv"),
+    *("report.html", "predictions.jpg"),
+)
 
 
 @dataclass
@@ -154,16 +160,35 @@ def prune(newest: Path, keep: int) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(root: Path) -> Path | None:
-    """Moves the checkpoints of an earlier run to `root`.old, in place of those that were there; the
-    new place, or None if there are none.
+def set_aside(output: Path) -> Path | None:
+    """Moves the run that `output` holds to a folder `earlier` in it, in place of what was there, to
+    be gone on with; the new place, or None if there is no run.
+
+    Its files stay where they are as well, for --load_from may name them, until they are replaced.
+    The checkpoints go last: killed before, the next call does the rest.
     """
-    if not checkpoints(root):
+    place, half = output / "earlier", output / ".earlier.half"
+    if checkpoints(output / CHECKPOINTS):
+        half.mkdir(exist_ok=True)
+        for name in RESULTS:
+            if (output / name).exists() and not (half / name).exists():
+                _link(output / name, half / name)
+        for name in (TENSORBOARD, CHECKPOINTS):
+            if (output / name).exists():
+                (output / name).rename(half / name)
+    elif not (half / CHECKPOINTS).exists():
         return None
-    place = root.with_name(f"{root.name}.old")
     shutil.rmtree(place, ignore_errors=True)
-    root.rename(place)
+    half.rename(place)
     return place
+
+
+def _link(file: Path, place: Path) -> None:
+    """A second name of the file, which keeps what it holds when the first is replaced."""
+    try:
+        place.hardlink_to(file)
+    except OSError:  # a file system without
+        shutil.copyfile(file, place)
 
 
 def sweep(root: Path) -> None:
@@ -216,7 +241,7 @@ def find(wanted: Path) -> tuple[Path | None, list[str]]:
     """
     if (wanted / STATE).exists():
         return newest_whole([wanted])
-    inner = wanted / "checkpoints"
+    inner = wanted / CHECKPOINTS
     return newest_whole(checkpoints(inner if inner.is_dir() else wanted))
 
 

@@ -118,12 +118,12 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
     Raises ValueError if --resume names a place without a whole checkpoint.
     """
     if config.resume is None:
-        root = Path(config.output_dir) / "checkpoints"
-        aside = agreement.on_main(lambda: checkpoints.set_aside(root))
+        aside = agreement.on_main(lambda: checkpoints.set_aside(Path(config.output_dir)))
         if aside is not None:
             logger.warning(
-                f"{config.output_dir} holds a run already: this one starts anew and replaces its "
-                f"results; to go on with that one, stop and pass --resume {aside}"
+                f"{config.output_dir} holds a run already: this one starts anew, and that one is "
+                f"put into {aside} in place of what was there; to go on with that one pass "
+                f"--resume --output_dir {aside}"
             )
         return None
     wanted = Path(config.output_dir if config.resume == "auto" else config.resume)

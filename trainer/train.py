@@ -77,6 +77,7 @@ def train(
     accelerator = accelerator or make_accelerator()
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
+    root = output / checkpoints.CHECKPOINTS
     set_seed(config.seed)
 
     class_names = train_set.class_names
@@ -84,8 +85,9 @@ def train(
     preprocessing = Preprocessing(eval_size=config.eval_size)
     if config.denoising and not model_config.with_box_refine:
         raise ValueError("--denoising needs --with_box_refine: its queries start from boxes")
-    if config.denoising and model_config.method != "vidt":
-        raise ValueError(f"--denoising needs a decoder; --method {model_config.method} has none")
+    if config.denoising and (model_config.method != "vidt" or not model_config.dec_layers):
+        none = f"--method {model_config.method} --dec_layers {model_config.dec_layers}"
+        raise ValueError(f"--denoising needs a decoder; {none} has none")
     detector = build_detector(model_config)
     resumed_from = find_checkpoint(config, agreement)
     if resumed_from is None:
@@ -139,7 +141,7 @@ def train(
             if accelerator.scaler is not None:
                 state.scaler = accelerator.scaler.state_dict()
             tensors = checkpoints.tensors_of(model, ema, optimizer)
-            path = checkpoints.save(output / "checkpoints", state, tensors, keep=config.keep)
+            path = checkpoints.save(root, state, tensors, keep=config.keep)
             say("saved", message=f"saved {path}")
 
     def evaluate_and_note(stop: StopRequest) -> None:
@@ -184,7 +186,7 @@ def train(
 
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        checkpoints.sweep(output / "checkpoints")
+        checkpoints.sweep(root)
         write_yaml(output / "config.yaml", config, model_fields)
     say("start", message=describe(accelerator, config, clock, state))
     losses = LossLog(agreement, output, step_images=step_images)
