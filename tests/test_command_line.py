@@ -206,6 +206,7 @@ def most_images_gone(room: Path) -> str:
 @pytest.mark.parametrize(
     ("mistake", "expected"),
     [
+        (f"--output_dir {__file__}", "test_command_line.py is a file; name a folder"),
         ("--coco_path nowhere", "nowhere/annotations/instances_train2017.json"),
         ("--num_classes 5", "--num_classes 5, but instances_train2017.json has 3 classes"),
         ("--lrr 1e-4", "lrr"),

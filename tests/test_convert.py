@@ -321,6 +321,7 @@ def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: in.pth cannot be read safely as PyTorch weights")
+    assert done.stderr.endswith("it is of another kind\n")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 

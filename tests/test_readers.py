@@ -285,6 +285,7 @@ def test_yolo_findings(tmp_path: Path) -> None:
         ("just text", "names"),
         ("train: train/images", "names"),
         ("names: [a, a]\ntrain: train/images", "'a' is used twice"),
+        ('names: [a, "b\\nc"]\ntrain: train/images', "is not one line; rename it"),
         ("names: [a]", '"train"'),
         ("names: [a]\ntrain: nowhere", "nowhere"),
         ("names: [a]\ntrain: nothing", "empty dataset"),

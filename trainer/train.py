@@ -299,6 +299,8 @@ def train_from_settings(
     """Reads and checks the data on the main process, shares it, trains, and shows the run."""
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file; name a folder")
     train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     if config.check:
         return

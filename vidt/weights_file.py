@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -200,10 +201,23 @@ def _unpickle(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or refused file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnusableWeights(
-            f"{path} cannot be read safely as PyTorch weights: {reason}"
+            f"{path} cannot be read safely as PyTorch weights: {_reason(path, error)}"
         ) from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why, in words of ours: PyTorch's own advise to run whatever code is in the file."""
+    foreign = re.search(r"GLOBAL (\S+)", str(error))
+    if foreign:
+        return f"it holds a {foreign[1]}, and nothing but tensors and plain values is read"
+    if isinstance(error, OSError):
+        return str(error)
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # an archive, or a bare pickle
+        return "it is damaged, or holds more than tensors and plain values"
+    return "it is of another kind"
 
 
 def fill_strictly(model: nn.Module, tensors: dict[str, Tensor], source: object) -> None:
