@@ -19,7 +19,7 @@ from vidt.checkpoint import WeightsInfo, load_model
 from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, remembered
+from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -38,7 +38,7 @@ class MaskVectors:
     size: tuple[int, int]  # (height, width) of the original image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """What was found in one image, best first."""
 
@@ -71,12 +71,9 @@ class Detections:
         Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
         can no longer be read.
         """
-        image = self.source if image is None else image
-        if image is None:
-            raise ValueError("these detections do not know their image; pass it to plot(image)")
         found = self.cpu()
         return draw_detections(
-            as_picture(image),
+            picture_of(self.source, image),
             found.boxes.float().numpy(),
             found.labels.tolist(),
             found.scores.tolist(),
