@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidt.canvas import GRANULE
+from vidt.canvas import GRANULE, whole_granules
 from vidt.checkpoint import load_model
 from vidt.coco_map50 import CocoImages
 from vidt.images import probe_image, read_image
@@ -193,8 +193,9 @@ def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...])
             raise ValueError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
     for side in size or ():
         if side < GRANULE or side % GRANULE:
-            below = max(side // GRANULE, 1) * GRANULE
-            raise ValueError(f"size {side} is no multiple of {GRANULE}; {below} would be one")
+            raise ValueError(
+                f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
+            )
     if not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
 
@@ -225,7 +226,7 @@ def _drawn(seed: int) -> Image.Image:
 def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, int]:
     preprocessing = predictor.preprocessing
     canvases = Counter(preprocessing.canvas(*probe_image(file).size) for file in files)
-    square = preprocessing.eval_size // GRANULE * GRANULE
+    square = whole_granules(preprocessing.eval_size)
     return max(canvases, key=lambda canvas: canvases[canvas], default=(square, square))
 
 
