@@ -4,7 +4,7 @@ Each export takes seconds, so there are three, of different kinds, and most test
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tiny_runs import SWIN_VARIANTS, Learnt, blurred
 
 import vidt.export
 from vidt import Predictor, ViDTConfig
-from vidt.checkpoint import WeightsInfo, save_weights
+from vidt.checkpoint import WeightsInfo, load_weights, save_weights
 from vidt.coat import COAT_VARIANTS, CoatVariant
 from vidt.coco_map50 import CocoImages
 from vidt.export import ExportReport, export
@@ -221,6 +221,36 @@ def test_report(plus: Exported, without_neck: Exported) -> None:
     text = plus.report.text()
     assert text.endswith("exported") and "any batch" in text and "3 of these 5 pictures" in text
     assert "drawn pictures (none were given)" in without_neck.report.text()
+
+
+def test_outputs_have_the_names_of_what_the_module_gives(
+    plus: Exported, without_neck: Exported
+) -> None:
+    inputs = {
+        "images": torch.zeros(1, 3, *FRAME, dtype=torch.uint8),
+        "padding": torch.zeros(1, *FRAME, dtype=torch.bool),
+        "sizes": torch.ones(1, 2, dtype=torch.int64),
+    }
+    for each in (plus, without_neck):
+        for decode in (False, True):
+            module = ExportedDetector(each.predictor.model, Preprocessing(), decode=decode)
+            with torch.inference_mode():
+                assert list(module(**inputs)) == module.output_names
+
+
+def test_a_tiny_evaluation_size_still_has_a_frame(
+    plus: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, info = load_weights(plus.weights)
+    tiny = tmp_path / "tiny.safetensors"
+    save_weights(tiny, tensors, replace(info, preprocessing=Preprocessing(8)))
+
+    def graph_of(detector: object, info: object, frame: tuple[int, int], **how: bool) -> None:
+        raise ValueError(f"frame {frame}")
+
+    monkeypatch.setattr(vidt.export, "make_graph", graph_of)
+    with pytest.raises(ValueError, match=r"frame \(16, 16\)"):
+        export(tiny, tmp_path / "model.onnx")
 
 
 def test_what_rides_along(plus: Exported) -> None:
