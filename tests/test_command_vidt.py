@@ -440,3 +440,22 @@ def test_a_file_is_there_whole_or_not_at_all(
             file.write("newer")
             raise KeyError
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path,
+) -> None:
+    """Those of the command line, which can be made again, are not forced onto it."""
+    code = (
+        "import os, pathlib, sys; sys.modules['torch'] = None\n"
+        "from trainer.result_files import write_result\n"
+        "from vidt.whole_file import write_whole\n"
+        "path, forced, real = pathlib.Path(sys.argv[1]), [], os.fsync\n"
+        "os.fsync = lambda number: (forced.append(path.exists()), real(number))\n"
+        "write_result(path.with_name('result'), b'1')\n"
+        "assert forced == []\n"
+        "write_whole(path, b'1')\n"
+        "assert forced == [False] and path.read_bytes() == b'1'\n"
+    )
+    done = call([sys.executable, "-c", code, str(tmp_path / "file")])
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ Each export takes seconds, so there are three, of different kinds, and most test
 """
 
 import json
+import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -283,6 +284,22 @@ def test_a_wrong_graph_is_rejected(
     assert "REJECTED" in report.text() and not report.as_dict()["ok"]
     assert output.read_bytes() == b"of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.rejected"]
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(
+    plus: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vidt.export, "make_graph", lambda *given, **how: onnx.load(plus.file))
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"of before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.onnx cannot be written \(File too large\)"):
+            export(plus.weights, output, size=FRAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert output.read_bytes() == b"of before" and list(tmp_path.iterdir()) == [output]
 
 
 def test_masks_that_differ_are_rejected(plus: Exported, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from vidt.onnx_proof import (
     found_in_frame,
 )
 from vidt.predictor import Predictor
+from vidt.whole_file import naming, unfinished
 
 DYNAMIC = ("batch",)
 NUM_DRAWN = 6  # pictures that are drawn where none are given
@@ -133,7 +134,8 @@ def export(
     folder of images) of a dataset in COCO's layout; map50 of both is compared.
 
     Nobody ever sees half a file under `output`. Raises ValueError in one line for weights that
-    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes.
+    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
+    OSError in one line for a file that cannot be written.
     """
     _check(output, size, dynamic)
     model, info = load_model(weights)
@@ -150,9 +152,8 @@ def export(
         half=half,
     )
     written, limits = graph.SerializeToString(), HALF if half else FULL
-    temporary = output.with_name(f".{output.name}.tmp")  # what a kill leaves, the next replaces
-    try:
-        with open(temporary, "wb") as file:
+    with unfinished(output) as temporary:
+        with naming(output), temporary.open("wb") as file:
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
@@ -161,9 +162,8 @@ def export(
         scores = _scores(predictor, detector, dataset) if dataset else None
         failures = tuple(_failures(differences, scores, limits))
         named = output.with_name(f"{output.name}.rejected") if failures else output
-        os.replace(temporary, named)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with naming(named):
+            temporary.replace(named)
     return ExportReport(
         file=str(named),
         bytes=len(written),
