@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        variants arguments tracing images canvas inputs batching drawing devices preprocessing
+        variants arguments whole_file
+        tracing images canvas inputs batching drawing devices preprocessing
         deformable_gather deformable_triton deformable_attention windows ram swin coat config epff
         token_label decoder mask_drawing mask_vectors overlap matcher without_neck model criterion
         distillation coco_classes released weights_file published checkpoint pretrained convert
         predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
-        whole_file settings config launch_check findings masks samples classes json_stream
+        settings config launch_check findings masks samples classes json_stream
         coco_columns read_coco read_voc read_yolo readers dataset_check shapes datasets clock
         agreement scoring scores mistakes plots report console pictures worst_pictures augmentation
         data optim out_of_memory evaluation loss_log dataset_statistics environment run_history

@@ -20,7 +20,7 @@ from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 
 import vidt
 from trainer.command_line import COMMANDS, main
-from trainer.image_files import ImageFile, ImageFiles, distinct
+from trainer.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.predictions import predict_files
 from trainer.report import COCO_NUMBERS
 from trainer.result_files import whole_text, write_result
@@ -158,6 +158,68 @@ def test_standard_input_patterns_and_twins(
         kept = sorted(str(path.relative_to(out)) for path in out.rglob("*.*"))
         labels = ["labels/deep/a.jpg.txt", "labels/deep/a.png.txt", "labels/deep/b.txt"]
         assert kept == ["classes.txt", "deep/a.jpg", "deep/a.png", "deep/b.png", *labels]
+
+
+@pytest.mark.parametrize("source", ["pattern", "words", "standard input"])
+def test_no_image_loses_its_results_to_another(
+    learnt: Learnt,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+) -> None:
+    """Files that differ in their ending alone, or are drawn under one name, whatever names them."""
+    names = ("a.bmp", "a.bmp.jpg", "a.jpg", "a.png")
+    paths = [tmp_path / "in" / name for name in names]
+    (tmp_path / "in").mkdir()
+    for path in paths:
+        Image.open(photos / "101.png").convert("RGB").save(path)
+    paths += [tmp_path / "in" / name for name in ("a.json", "b.json", "b.png")]
+    for path in paths[-3:-1]:  # what cannot be read has no results, and takes no name
+        path.write_text("{}")
+    Image.open(photos / "101.png").save(paths[-1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in paths)))
+    words = {"pattern": [f"{tmp_path}/in/*"], "words": paths, "standard input": ["-"]}[source]
+    out = tmp_path / "out"
+    ok("predict", learnt.weights, *words, "--yolo", "--out", out)
+    texts = [path.name for path in (out / "labels").rglob("*.txt")]
+    pictures = [path.name for path in out.rglob("*") if path.suffix in (".jpg", ".png")]
+    assert len(texts) == len(pictures) == 5 and "b.txt" in texts
+    assert {"a.bmp.jpg", "a.jpg", "a.png", "b.png"} < set(pictures)
+
+
+def test_paths_that_differ_in_their_root_alone_keep_their_pictures(
+    learnt: Learnt, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps upwards and roots are no part of a name; the first has the name as it is."""
+    below = tmp_path / "here/x"
+    for number, folder in enumerate((tmp_path / "x", below), 101):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes((photos / f"{number}.png").read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("../x/a.png\nx/a.png\nx/../x/a.png\n"))
+    ok("predict", learnt.weights, "-", "--out", tmp_path / "out", "--threshold", 1)
+    found = sorted((tmp_path / "out/x").iterdir())
+    assert [path.name for path in found] == ["a-2.png", "a-3.png", "a.png"]
+    sizes = [Image.open(path).size for path in found]
+    first, second = (Image.open(photos / name).size for name in ("101.png", "102.png"))
+    assert sizes == [second, second, first]
+
+
+def test_what_was_named_before_takes_the_next_free_number() -> None:
+    """Also where there are many of one name: each is looked for from the last one on."""
+    looks = 0
+
+    def written(file: ImageFile) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return [file.name]
+
+    files = DistinctFiles(written)
+    names = [files.place(ImageFile("a.jpg", "a.jpg")).name for _ in range(1000)]
+    assert names[:3] == ["a.jpg", "a-2.jpg", "a-3.jpg"] and len(set(names)) == 1000
+    assert looks < 4000
+    assert files.place(ImageFile("x", "b/../a.jpg")).name == "b/../a-1001.jpg"
 
 
 def test_what_cannot_be_read_is_skipped_and_named(
@@ -378,3 +440,22 @@ def test_a_file_is_there_whole_or_not_at_all(
             file.write("newer")
             raise KeyError
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path,
+) -> None:
+    """Those of the command line, which can be made again, are not forced onto it."""
+    code = (
+        "import os, pathlib, sys; sys.modules['torch'] = None\n"
+        "from trainer.result_files import write_result\n"
+        "from vidt.whole_file import write_whole\n"
+        "path, forced, real = pathlib.Path(sys.argv[1]), [], os.fsync\n"
+        "os.fsync = lambda number: (forced.append(path.exists()), real(number))\n"
+        "write_result(path.with_name('result'), b'1')\n"
+        "assert forced == []\n"
+        "write_whole(path, b'1')\n"
+        "assert forced == [False] and path.read_bytes() == b'1'\n"
+    )
+    done = call([sys.executable, "-c", code, str(tmp_path / "file")])
+    assert done.returncode == 0, done.stderr

@@ -261,9 +261,9 @@ MISUSE = {
     "a foreign file": ("foreign.safetensors x.pth", "not a ViDT weights file"),
     "names and heads apart": ("apart.pth x.safetensors", "it names 2 classes and has 3"),
     "no room": ("full small.pth x.safetensors --class_names a,b,c", "x.safetensors cannot be writ"),
-    "no room back": ("full ours.safetensors x.pth", "x.pth cannot be written: "),
-    "a file for a folder": ("ours.safetensors small.pth/x.pth", "x.pth cannot be written: "),
-    "a folder for a file": ("ours.safetensors folder/x.pth", "x.pth cannot be written: "),
+    "no room back": ("full ours.safetensors x.pth", "x.pth cannot be written ("),
+    "a file for a folder": ("ours.safetensors small.pth/x.pth", "x.pth cannot be written ("),
+    "a folder for a file": ("ours.safetensors folder/x.pth", "x.pth cannot be written ("),
 }
 
 

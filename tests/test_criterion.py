@@ -163,6 +163,11 @@ def test_cost_weights_are_the_callers() -> None:
     assert torch.equal(classes_only.query, again.query)
 
 
+def test_matches_are_themselves() -> None:
+    first, second = (SetCriterion().match(outputs(2), objects(3, 2)) for _ in range(2))
+    assert first == first and first != second and len({first, second}) == 2
+
+
 def test_log_values_by_hand() -> None:
     """Two objects, one taken for another class; the last class counts as nothing found."""
     truth = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])

@@ -142,3 +142,18 @@ def test_a_kernel_that_does_not_run_is_not_chosen(caplog: pytest.LogCaptureFixtu
         assert not kernel_runs(torch.device("cpu"))
     assert "runs without its Triton kernel" in caplog.text
     assert best_form(torch.device("cpu")) == "gather"
+
+
+def test_memory_that_ran_out_says_nothing_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call tries again: another program may have gone."""
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def try_out(device: torch.device) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("vidt.deformable_triton.try_out", try_out)
+    device = torch.device("cuda", 63)  # of which nothing is known yet
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel_runs(device)
+    assert kernel_runs(device)

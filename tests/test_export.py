@@ -4,7 +4,8 @@ Each export takes seconds, so there are three, of different kinds, and most test
 """
 
 import json
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tiny_runs import SWIN_VARIANTS, Learnt, blurred
 
 import vidt.export
 from vidt import Predictor, ViDTConfig
-from vidt.checkpoint import WeightsInfo, save_weights
+from vidt.checkpoint import WeightsInfo, load_weights, save_weights
 from vidt.coat import COAT_VARIANTS, CoatVariant
 from vidt.coco_map50 import CocoImages
 from vidt.export import ExportReport, export
@@ -223,6 +224,36 @@ def test_report(plus: Exported, without_neck: Exported) -> None:
     assert "drawn pictures (none were given)" in without_neck.report.text()
 
 
+def test_outputs_have_the_names_of_what_the_module_gives(
+    plus: Exported, without_neck: Exported
+) -> None:
+    inputs = {
+        "images": torch.zeros(1, 3, *FRAME, dtype=torch.uint8),
+        "padding": torch.zeros(1, *FRAME, dtype=torch.bool),
+        "sizes": torch.ones(1, 2, dtype=torch.int64),
+    }
+    for each in (plus, without_neck):
+        for decode in (False, True):
+            module = ExportedDetector(each.predictor.model, Preprocessing(), decode=decode)
+            with torch.inference_mode():
+                assert list(module(**inputs)) == module.output_names
+
+
+def test_a_tiny_evaluation_size_still_has_a_frame(
+    plus: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, info = load_weights(plus.weights)
+    tiny = tmp_path / "tiny.safetensors"
+    save_weights(tiny, tensors, replace(info, preprocessing=Preprocessing(8)))
+
+    def graph_of(detector: object, info: object, frame: tuple[int, int], **how: bool) -> None:
+        raise ValueError(f"frame {frame}")
+
+    monkeypatch.setattr(vidt.export, "make_graph", graph_of)
+    with pytest.raises(ValueError, match=r"frame \(16, 16\)"):
+        export(tiny, tmp_path / "model.onnx")
+
+
 def test_what_rides_along(plus: Exported) -> None:
     entries = {each.key: each.value for each in onnx.load(plus.file).metadata_props}
     assert json.loads(entries["class_names"]) == list(NAMES)
@@ -253,6 +284,22 @@ def test_a_wrong_graph_is_rejected(
     assert "REJECTED" in report.text() and not report.as_dict()["ok"]
     assert output.read_bytes() == b"of before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.rejected"]
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(
+    plus: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vidt.export, "make_graph", lambda *given, **how: onnx.load(plus.file))
+    output = tmp_path / "model.onnx"
+    output.write_bytes(b"of before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.onnx cannot be written \(File too large\)"):
+            export(plus.weights, output, size=FRAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert output.read_bytes() == b"of before" and list(tmp_path.iterdir()) == [output]
 
 
 def test_masks_that_differ_are_rejected(plus: Exported, tmp_path: Path) -> None:

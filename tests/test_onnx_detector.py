@@ -4,6 +4,7 @@ its own arithmetic against torch's.
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,10 @@ def test_plot(file: Path, pictures: list[Path]) -> None:
     picture = Image.open(pictures[0])
     assert found.plot().size == picture.size
     assert found.plot(picture).tobytes() == found.plot().tobytes() != picture.tobytes()
+    bare = replace(found, source=None)
+    with pytest.raises(ValueError, match="do not know their image; pass it to plot"):
+        bare.plot()
+    assert bare.plot(picture).size == picture.size
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,16 @@ def test_normalised_as_torchvision_does_and_padding_is_nothing() -> None:
     assert torch.equal(found, expected.where(~padding[:, None], 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalising_leaves_what_it_is_given_alone(dtype: torch.dtype) -> None:
+    pixels = torch.full((1, 3, 2, 2), 51, dtype=dtype)
+    padding = torch.ones(1, 2, 2, dtype=torch.bool)
+    found = Preprocessing().normalise(pixels)
+    assert torch.allclose(found[0, :, 0, 0], torch.tensor([-1.2445, -1.1429, -0.9156]), atol=1e-4)
+    assert not Preprocessing().normalise(pixels, padding).any()
+    assert torch.equal(pixels, torch.full((1, 3, 2, 2), 51, dtype=dtype))
+
+
 def test_pixels_lie_in_planes() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     found = to_pixels(Image.fromarray(noise))

@@ -1,4 +1,5 @@
-"""A training step waits for the device once per micro-batch, in the matcher, and nowhere else.
+"""A training step waits for the device once per micro-batch, in the matcher, and nowhere else; a
+prediction once per batch, for all that was found.
 
 Without a GPU the step runs on PyTorch's `meta` device, whose tensors have no data: reading one on
 the host, or a shape that depends on one, is an error there, and what is copied from device to
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import blurred, cpu
@@ -24,10 +26,13 @@ from trainer.config import TrainConfig
 from trainer.loss_log import LossLog
 from trainer.optim import make_ema, make_optimizer
 from trainer.step import agree_on, gradients
+from vidt.checkpoint import WeightsInfo
 from vidt.config import ViDTConfig
 from vidt.criterion import criterion_for
 from vidt.distillation import TokenMatching
 from vidt.model import build_detector
+from vidt.predictor import Predictor
+from vidt.preprocessing import Preprocessing
 
 DEVICE = torch.device("meta")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -59,6 +64,10 @@ class Waits(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        with self:  # inference mode hands over what is made of others in one piece
+            whole = op.decompose(*args, **kwargs)
+        if whole is not NotImplemented:
+            return whole
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if op in COPIES:
             source = args[-1] if op is COPIES[0] else args[1]
@@ -199,6 +208,21 @@ def test_a_step_reads_nothing(
     with Reads() as mode:
         step()
     assert mode.seen == []
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_a_prediction_waits_for_what_was_found_alone(
+    parts: dict[str, Any], tiny_config: ViDTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all images of a batch, besides taking their pixels there."""
+    monkeypatch.setattr(torch, "autocast", lambda *given, **how: contextlib.nullcontext())
+    config = configuration(tiny_config, parts)
+    info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(64))
+    predictor = Predictor(build_detector(config), info, device=DEVICE)
+    pictures = [np.zeros((64, 80, 3), np.uint8)] * 3
+    waits(lambda: predictor(pictures))  # tables that stay on the device are made once
+    found = waits(lambda: predictor(pictures))
+    assert found == ["taken to the device, waiting", "brought to the host"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own account needs a GPU")

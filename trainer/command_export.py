@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from trainer.flags import Flags, UsageError, plain, say, side
+from trainer.flags import Flags, UsageError, say, side
 from trainer.image_files import ImageFiles
 from trainer.result_files import write_result
 
@@ -64,7 +64,7 @@ def flags() -> Flags:
 
 def run(argv: Sequence[str]) -> int:
     """Raises ValueError and OSError with one line for the user."""
-    given = flags().read([plain(word) for word in argv])
+    given = flags().read(argv)
     dynamic = tuple(word for word in given.dynamic.split(",") if word)
     unknown = [word for word in dynamic if word not in AXES]
     if unknown:

@@ -3,8 +3,9 @@
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.flags import Flags, UsageError, add_detector_flags, note, share
-from trainer.image_files import ImageFile, ImageFiles
+from trainer.image_files import DistinctFiles, ImageFile, ImageFiles
 from trainer.prediction_formats import (
     Format,
+    Found,
     coco_format,
     csv_format,
     json_format,
@@ -115,12 +117,13 @@ def run(argv: Sequence[str]) -> int:
         ) as bar:
             predicted = predict_files(
                 detector,
-                _not_overwritten(files, results),
+                files,
                 threshold=given.threshold,
                 batch_size=given.batch_size,
             )
             # Drawing and writing pictures takes as long as detecting: let threads do it meanwhile.
-            for each in read_ahead(predicted, results.draw, reading_threads()):
+            placed = _placed(predicted, results)
+            for each in read_ahead(placed, results.draw, reading_threads()):
                 results.add(each)
                 bar.update()
         if not results.images and results.skipped:
@@ -147,15 +150,22 @@ def check_output(out: Path | None, kind: str | None) -> None:
         raise UsageError(f"--out {out} is a file; name a folder")
 
 
-def _not_overwritten(files: ImageFiles, results: "Results") -> Iterator[ImageFile]:
-    """Raises UsageError where a drawn picture would take its original's place."""
-    for file in files:
+def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Predicted]:
+    """Each under a name that no other has; what could not be read takes none. Raises UsageError
+    where a drawn picture would take its original's place.
+    """
+    distinct = DistinctFiles(results.written)
+    for each in predicted:
+        if each.picture is None:
+            yield each
+            continue
+        file = distinct.place(each.file)
         target = results.picture_path(file)
         if target is not None and os.path.realpath(target) == os.path.realpath(file.path):
             raise UsageError(
                 f"--out {results.out} would overwrite {file.path}; name another folder"
             )
-        yield file
+        yield replace(each, file=file)
 
 
 class Results:
@@ -197,6 +207,19 @@ class Results:
             name += ".jpg"
         return self.out / name
 
+    def labels_path(self, file: ImageFile) -> Path | None:
+        """Where an image's own text file goes."""
+        if self.kind != "yolo" or self.out is None:
+            return None
+        name = Path(file.name)
+        stem = name.name if file.has_twin else name.stem
+        return self.out / "labels" / name.with_name(f"{stem}.txt")
+
+    def written(self, file: ImageFile) -> list[str]:
+        """The files that are an image's own."""
+        paths = (self.picture_path(file), self.labels_path(file))
+        return [str(path) for path in paths if path is not None]
+
     def draw(self, predicted: Predicted) -> Predicted:
         """Writes the picture with its boxes, if pictures are wanted. For many threads."""
         path = self.picture_path(predicted.file)
@@ -232,8 +255,9 @@ class Results:
             return
         self.images += 1
         self.boxes += len(found.labels)
-        if self.kind == "yolo" and self.out is not None:
-            self._write_labels(predicted)
+        path = self.labels_path(predicted.file)
+        if path is not None:
+            self._write_labels(path, predicted.found)
 
     def summary(self) -> list[str]:
         """Lines for people: what was done, and what was not."""
@@ -251,12 +275,9 @@ class Results:
             return self._open_files.enter_context(_standard_output())
         return self._open_files.enter_context(whole_text(self.out / FILES[self.kind]))
 
-    def _write_labels(self, predicted: Predicted) -> None:
+    def _write_labels(self, path: Path, found: Found) -> None:
         assert self.out is not None
-        name = Path(predicted.file.name)
-        stem = name.name if predicted.file.has_twin else name.stem
-        name = name.with_name(f"{stem}.txt")
-        write_result(self.out / "labels" / name, yolo_text(predicted.found).encode())
+        write_result(path, yolo_text(found).encode())
         if self.images == 1:
             names = "".join(f"{name}\n" for name in self.names)
             write_result(self.out / "classes.txt", names.encode("utf-8", "backslashreplace"))

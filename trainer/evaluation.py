@@ -45,7 +45,7 @@ from trainer.scoring import (
     overlap_of_boxes,
     starts_of_runs,
 )
-from vidt.predictor import Detections, decode_for
+from vidt.predictor import Detections, decode_for, on_cpu
 from vidt.preprocessing import Preprocessing, canvas_batches
 
 # The order in which COCO counts its numbers up.
@@ -182,23 +182,6 @@ def _predict(
         model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)
     return on_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
-
-
-def on_cpu(found: list[Detections]) -> list[Detections]:
-    """The same in the memory of the CPU, all in one transfer: each would have to be waited for."""
-    columns = [
-        [each.scores[:, None], each.labels[:, None], each.boxes]
-        + ([each.mask_vectors.vectors] if each.mask_vectors else [])
-        for each in found
-    ]
-    # Labels are whole numbers far below 2 ** 24: float32 keeps them.
-    rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
-    counts = [len(each.scores) for each in found]
-    moved = []
-    for each, own in zip(found, rows.cpu().split(counts), strict=True):
-        masks = each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:])
-        moved.append(Detections(own[:, 0], own[:, 1].long(), own[:, 2:6], masks))
-    return moved
 
 
 def run_lengths(found: Detections) -> list[RunLengths]:

@@ -3,8 +3,9 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
 
@@ -17,8 +18,8 @@ STANDARD_INPUT = "-"
 @dataclass(frozen=True)
 class ImageFile:
     """`path` is the file as it was given. `name` is where its results belong, relative to the
-    output folder; no two images of a run share one. `has_twin`: another image of its folder differs
-    from it in the ending alone.
+    output folder; two images may share one until `DistinctFiles` has seen them. `has_twin`: what is
+    named without its ending would meet what another image has.
     """
 
     path: str
@@ -62,8 +63,9 @@ class ImageFiles:
                 lines = (line.rstrip("\r\n") for line in self._stdin)
                 yield from self._listed((line for line in lines if line.strip()), "", source.prefix)
             elif source.matches is not None:
+                images = (path for path in source.matches if _is_image(os.path.basename(path)))
                 start = _fixed_part(source.word)
-                yield from self._listed(source.matches, start, source.prefix)
+                yield from self._listed(source.matches, start, source.prefix, _twins(images))
             elif os.path.isdir(source.word):
                 yield from self._walk(source.word, source.prefix)
             else:
@@ -75,13 +77,16 @@ class ImageFiles:
             return None
         return sum(1 for _ in self)
 
-    def _listed(self, paths: Iterable[str], start: str, prefix: str) -> Iterator[ImageFile]:
+    def _listed(
+        self, paths: Iterable[str], start: str, prefix: str, twins: frozenset[str] = frozenset()
+    ) -> Iterator[ImageFile]:
         for path in paths:
             relative = os.path.relpath(path, start) if start else _harmless(path)
             if os.path.isdir(path):
                 yield from self._walk(path, os.path.join(prefix, relative))
             else:
-                yield ImageFile(path, os.path.join(prefix, relative))
+                twin = os.path.splitext(path)[0] in twins
+                yield ImageFile(path, os.path.join(prefix, relative), twin)
 
     def _walk(self, folder: str, prefix: str) -> Iterator[ImageFile]:
         for place, folders, files in os.walk(folder):
@@ -92,27 +97,69 @@ class ImageFiles:
                 and os.path.realpath(os.path.join(place, name)) != self._avoid
             )
             images = sorted(name for name in files if _is_image(name))
-            stems = Counter(os.path.splitext(name)[0] for name in images)
+            twins = _twins(images)
             inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, folder)))
             for name in images:
-                twin = stems[os.path.splitext(name)[0]] > 1
+                twin = os.path.splitext(name)[0] in twins
                 path = os.path.join(place, name)
                 yield ImageFile(path, os.path.normpath(os.path.join(inside, name)), twin)
 
 
+class DistinctFiles:
+    """Images renamed, one by one, where what is written for one would replace what an earlier one
+    has: the name with its ending where the name without it is taken, else with a number.
+
+    `written` tells which files an image will get, relative to the output folder. Of these a short
+    hash is kept, so that a million images need some 100 MB. Two of them that meet by chance, one
+    case in 10 ** 7, cost a number that was not needed.
+    """
+
+    def __init__(self, written: Callable[[ImageFile], Sequence[str]]) -> None:
+        self._written = written
+        self._taken: set[bytes] = set()
+        self._last: dict[bytes, int] = {}  # number that a name got, of those that came again
+
+    def place(self, file: ImageFile) -> ImageFile:
+        """The image under its own name, or the nearest that is free."""
+        if self._take(file):
+            return file
+        file = replace(file, has_twin=True)
+        if self._take(file):
+            return file
+        name = _short(file.name)
+        number = self._last.get(name, 1) + 1
+        while not self._take(placed := replace(file, name=_numbered(file.name, number))):
+            number += 1
+        self._last[name] = number
+        return placed
+
+    def _take(self, file: ImageFile) -> bool:
+        names = {_short(os.path.normpath(name)) for name in self._written(file)}
+        if names & self._taken:
+            return False
+        self._taken |= names
+        return True
+
+
 def distinct(names: Sequence[str]) -> list[str]:
     """The names, those that have been there before with a number: a.jpg, a-2.jpg."""
-    taken = set()
-    found = []
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}{suffix}"
-        taken.add(name)
-        found.append(name)
-    return found
+    files = DistinctFiles(lambda file: [file.name])
+    return [files.place(ImageFile(name, name)).name for name in names]
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}-{number}{suffix}"
+
+
+def _short(name: str) -> bytes:
+    return blake2b(os.fsencode(name), digest_size=8).digest()
+
+
+def _twins(names: Iterable[str]) -> frozenset[str]:
+    """What is before the ending in two of them, or more."""
+    stems = Counter(os.path.splitext(name)[0] for name in names)
+    return frozenset(stem for stem, count in stems.items() if count > 1)
 
 
 def _source(word: str) -> _Source:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.agreement import Agreement
-from trainer.whole_file import write_whole
+from vidt.whole_file import write_whole
 
 NORM = "grad_norm"
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from trainer.masks import RunLengths, decode, encode
 from trainer.samples import Sample, SampleTable
-from trainer.whole_file import write_whole
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.drawing import write_labels as _write_labels
 from vidt.images import read_image
 from vidt.predictor import Detections
+from vidt.whole_file import write_whole
 
 MOST_PAIRS = 16  # validation pictures shown after an evaluation
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainer.mistakes import Diagnosis, condensed
 from trainer.plots import as_picture, confusion_table
 from trainer.scores import ScoreCurve
-from trainer.whole_file import write_whole
+from vidt.whole_file import write_whole
 
 COCO_NUMBERS = (
     *("map50", "map", "map75", "map_small", "map_medium", "map_large"),

@@ -42,9 +42,9 @@ from trainer.page_run import (
 from trainer.report import Progress, is_score
 from trainer.run_history import History, evaluations_in
 from trainer.samples import SampleTable
-from trainer.whole_file import write_whole
 from trainer.worst_pictures import worst_pictures
 from vidt.config import ViDTConfig
+from vidt.whole_file import write_whole
 
 PAGE_NAME = "report.html"
 BESIDE_A_TRAINING = "evaluation.html"  # of an evaluation in the folder of a training

@@ -24,7 +24,7 @@ def resized_shape(
         size = round(max_size * short / long)
     other = int(size * long / short)
     new_height, new_width = (size, other) if height <= width else (other, size)
-    return _whole_granules(new_height), _whole_granules(new_width)
+    return whole_granules(new_height), whole_granules(new_width)
 
 
 def longest_side(eval_size: int) -> int:
@@ -44,10 +44,11 @@ def fitted_shape(canvas: tuple[int, int], frame: tuple[int, int]) -> tuple[int, 
     ratio = min(side / own for side, own in zip(frame, canvas, strict=True))
     if ratio >= 1:
         return canvas
-    return _whole_granules(int(canvas[0] * ratio)), _whole_granules(int(canvas[1] * ratio))
+    return whole_granules(int(canvas[0] * ratio)), whole_granules(int(canvas[1] * ratio))
 
 
-def _whole_granules(length: int) -> int:
+def whole_granules(length: int) -> int:
+    """A side of a canvas: rounded down to a multiple of 16, never to nothing."""
     return max(length // GRANULE, 1) * GRANULE
 
 

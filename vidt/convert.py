@@ -31,8 +31,8 @@ from vidt.weights_file import (
     load_weights,
     read_pickled,
     save_weights,
-    whole_file,
 )
+from vidt.whole_file import whole_file
 
 __all__ = [
     "imagenet_swin",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidt.canvas import GRANULE
+from vidt.canvas import GRANULE, whole_granules
 from vidt.checkpoint import load_model
 from vidt.coco_map50 import CocoImages
 from vidt.images import probe_image, read_image
@@ -32,6 +32,7 @@ from vidt.onnx_proof import (
     found_in_frame,
 )
 from vidt.predictor import Predictor
+from vidt.whole_file import naming, unfinished
 
 DYNAMIC = ("batch",)
 NUM_DRAWN = 6  # pictures that are drawn where none are given
@@ -133,7 +134,8 @@ def export(
     folder of images) of a dataset in COCO's layout; map50 of both is compared.
 
     Nobody ever sees half a file under `output`. Raises ValueError in one line for weights that
-    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes.
+    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
+    OSError in one line for a file that cannot be written.
     """
     _check(output, size, dynamic)
     model, info = load_model(weights)
@@ -150,9 +152,8 @@ def export(
         half=half,
     )
     written, limits = graph.SerializeToString(), HALF if half else FULL
-    temporary = output.with_name(f".{output.name}.tmp")  # what a kill leaves, the next replaces
-    try:
-        with open(temporary, "wb") as file:
+    with unfinished(output) as temporary:
+        with naming(output), temporary.open("wb") as file:
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
@@ -161,9 +162,8 @@ def export(
         scores = _scores(predictor, detector, dataset) if dataset else None
         failures = tuple(_failures(differences, scores, limits))
         named = output.with_name(f"{output.name}.rejected") if failures else output
-        os.replace(temporary, named)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with naming(named):
+            temporary.replace(named)
     return ExportReport(
         file=str(named),
         bytes=len(written),
@@ -193,8 +193,9 @@ def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...])
             raise ValueError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
     for side in size or ():
         if side < GRANULE or side % GRANULE:
-            below = max(side // GRANULE, 1) * GRANULE
-            raise ValueError(f"size {side} is no multiple of {GRANULE}; {below} would be one")
+            raise ValueError(
+                f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
+            )
     if not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
 
@@ -225,7 +226,7 @@ def _drawn(seed: int) -> Image.Image:
 def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, int]:
     preprocessing = predictor.preprocessing
     canvases = Counter(preprocessing.canvas(*probe_image(file).size) for file in files)
-    square = preprocessing.eval_size // GRANULE * GRANULE
+    square = whole_granules(preprocessing.eval_size)
     return max(canvases, key=lambda canvas: canvases[canvas], default=(square, square))
 
 

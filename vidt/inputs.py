@@ -55,6 +55,16 @@ def remembered(image: ImageLike) -> ImageLike:
     return Path(image) if isinstance(image, str) else image
 
 
+def picture_of(kept: ImageLike, given: ImageLike = None) -> Image.Image:
+    """The picture to draw detections on: of the image that is given, else of the one that was kept
+    with them. Raises ValueError if there is neither, else as `as_picture`.
+    """
+    image = kept if given is None else given
+    if image is None:
+        raise ValueError("these detections do not know their image; pass it to plot(image)")
+    return as_picture(image)
+
+
 def _is_tensor(image: object) -> bool:
     return type(image).__module__.partition(".")[0] == "torch" and hasattr(image, "detach")
 

@@ -19,7 +19,7 @@ from vidt.overlap import giou_matrix
 EPS = 1e-8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matches:
     """Pairs of all levels and images in one flat list; every field is [pairs] int64 on the outputs'
     device.

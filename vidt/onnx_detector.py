@@ -19,7 +19,7 @@ from PIL import Image
 
 from vidt.canvas import canvas_of, fitted_shape, framed
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, remembered
+from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
 from vidt.mask_drawing import decode_vectors, paste_squares
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
@@ -86,9 +86,12 @@ class OnnxDetections:
     def plot(self, image: ImageLike = None) -> Image.Image:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
         with boxes, names, scores and masks drawn on it.
+
+        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        can no longer be read.
         """
         return draw_detections(
-            as_picture(self.source if image is None else image),
+            picture_of(self.source, image),
             self.boxes,
             self.labels.tolist(),
             self.scores.tolist(),

@@ -41,6 +41,14 @@ class ExportedDetector(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None])
 
+    @property
+    def output_names(self) -> list[str]:
+        """Those of what `forward` gives, in its order."""
+        masks = isinstance(self.model, ViDT) and self.model.config.with_vector
+        if self.decode:
+            return ["scores", "labels", "boxes", *(["mask_vectors"] if masks else [])]
+        return ["pred_logits", "pred_boxes", *(["pred_vectors"] if masks else [])]
+
     def forward(
         self, images: Tensor, padding: Tensor, sizes: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -48,7 +56,7 @@ class ExportedDetector(nn.Module):
         pixels = self.normalise(images).masked_fill(padding[:, None], 0.0)
         outputs = self.model(pixels, padding)
         if not self.decode:
-            return {name: outputs[name] for name in raw_outputs(self.model)}
+            return {name: outputs[name] for name in self.output_names}
         assert sizes is not None
         if isinstance(self.model, ViDTWithoutNeck):
             scores, labels, boxes = decode_best_class(outputs, sizes)
@@ -75,11 +83,6 @@ def _columns(index: Tensor, columns: int) -> Tensor:
     return index[..., None].expand(-1, -1, columns)
 
 
-def raw_outputs(model: ViDT | ViDTWithoutNeck) -> list[str]:
-    with_vectors = isinstance(model, ViDT) and model.config.with_vector
-    return ["pred_logits", "pred_boxes", *(["pred_vectors"] if with_vectors else [])]
-
-
 def make_graph(
     detector: ExportedDetector,
     info: WeightsInfo,
@@ -101,13 +104,12 @@ def make_graph(
     axes = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
     # The fused attentions cannot be taken apart into ONNX's operations; the plain one can.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quietly():
-        names = list(detector(**inputs))  # called once, so that what it caches are real tensors
         program = torch.onnx.export(
             detector,
             kwargs=inputs,
             dynamo=True,
             input_names=list(inputs),
-            output_names=names,
+            output_names=detector.output_names,
             opset_version=OPSET,
             dynamic_shapes=axes if dynamic_batch else None,
             verbose=False,

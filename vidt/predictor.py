@@ -19,7 +19,7 @@ from vidt.checkpoint import WeightsInfo, load_model
 from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, remembered
+from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -38,7 +38,7 @@ class MaskVectors:
     size: tuple[int, int]  # (height, width) of the original image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """What was found in one image, best first."""
 
@@ -71,12 +71,9 @@ class Detections:
         Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
         can no longer be read.
         """
-        image = self.source if image is None else image
-        if image is None:
-            raise ValueError("these detections do not know their image; pass it to plot(image)")
         found = self.cpu()
         return draw_detections(
-            as_picture(image),
+            picture_of(self.source, image),
             found.boxes.float().numpy(),
             found.labels.tolist(),
             found.scores.tolist(),
@@ -109,6 +106,30 @@ class Detections:
         )
 
 
+def on_cpu(found: Sequence[Detections]) -> list[Detections]:
+    """The same in the memory of the CPU, float32: detections of one detector in several images, one
+    at least, all in one transfer, since each would have to be waited for.
+    """
+    columns = [
+        [each.scores[:, None], each.labels[:, None], each.boxes]
+        + ([each.mask_vectors.vectors] if each.mask_vectors else [])
+        for each in found
+    ]
+    # Labels are whole numbers far below 2 ** 24: float32 keeps them.
+    rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
+    counts = [len(each) for each in found]
+    return [
+        replace(
+            each,
+            scores=own[:, 0],
+            labels=own[:, 1].long(),
+            boxes=own[:, 2:6],
+            mask_vectors=each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:]),
+        )
+        for each, own in zip(found, rows.cpu().split(counts), strict=True)
+    ]
+
+
 def decode_top_k(
     outputs: dict, sizes: Tensor, top_k: int = TOP_K, *, mask_len: int = 128
 ) -> list[Detections]:
@@ -133,7 +154,7 @@ def best_pairs(
     scores = logits.sigmoid().flatten(1)  # [B, Q * K]
     scores, index = scores.topk(min(top_k, scores.shape[1]), dim=1)
     query = index.div(num_classes, rounding_mode="floor")
-    scale = sizes.to(boxes).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
+    scale = sizes.to(boxes, non_blocking=True).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
     boxes = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
     return scores, index % num_classes, boxes, query
@@ -320,7 +341,8 @@ class Predictor:
             if len(batch) == 1:
                 raise
         else:
-            # Copies, made outside of inference mode: who gets them may change them.
+            # Copies, made outside of inference mode and each on its own: who gets them may change
+            # them, or keep one of many.
             return [each._map(Tensor.clone) for each in found]
         # Not inside `except`, where the traceback still holds the memory.
         half = len(batch) // 2
@@ -337,7 +359,7 @@ class Predictor:
         pixels = torch.from_numpy(np.stack(rows)).to(self.device).permute(0, 3, 1, 2)
         images = self.preprocessing.normalise(pixels).contiguous()
         padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=self.device)
-        sizes = torch.tensor([picture.size for picture in batch], device=self.device)
+        sizes = torch.tensor([picture.size for picture in batch])  # the host needs them too
         if self._compiled is None:
             with self._autocast():
                 found = self.decode(self.model(images, padding), sizes)
@@ -346,7 +368,7 @@ class Predictor:
                 torch.compiler.cudagraph_mark_step_begin()
                 outputs = _first(self._compiled(images, padding), len(batch))
                 found = self.decode(outputs, sizes)
-        return [replace(each.cpu(), class_names=self.class_names) for each in found]
+        return [replace(each, class_names=self.class_names) for each in on_cpu(found)]
 
 
 def _first(outputs: dict, count: int) -> dict:

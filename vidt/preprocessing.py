@@ -66,9 +66,11 @@ class Preprocessing:
         return to_pixels(resize(image, self.canvas(image.height, image.width)))
 
     def normalise(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
-        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] holds."""
+        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] holds. A new
+        tensor: what is given stays as it is, floats of 0 to 255 too.
+        """
         mean, std = (_per_channel(each, images.device) for each in (self.mean, self.std))
-        values = images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+        values = images.to(torch.float32, copy=True).mul_(1 / 255).sub_(mean).div_(std)
         return values if padding is None else values.masked_fill_(padding.unsqueeze(-3), 0.0)
 
 

@@ -6,16 +6,14 @@ Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from vidt.config import ViDTConfig
 from vidt.preprocessing import Preprocessing
+from vidt.whole_file import write_whole
 
 FORMAT = "vidt-weights-1"
 # Tensors of a converted file that our model has no use for; they serve the way back.
@@ -64,9 +63,8 @@ def save_weights(
     info: WeightsInfo,
     kept: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the file under a temporary name and renames it: at every instant `path` is absent or
-    whole. `kept` are a released file's unread tensors. Raises OSError naming the file if it cannot
-    be written.
+    """At every instant `path` is absent or whole. `kept` are a released file's unread tensors.
+    Raises OSError naming the file if it cannot be written.
     """
     header = {
         "format": FORMAT,
@@ -78,30 +76,8 @@ def save_weights(
     }
     named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    with whole_file(path) as file:
-        # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
-        file.write(save(tensors, metadata=header))
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` once it is whole. Raises OSError naming
-    `path` if it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves, the next save replaces
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may not be there
-            temporary.unlink(missing_ok=True)
+    # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
+    write_whole(path, save(tensors, metadata=header))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:

@@ -134,5 +134,5 @@ def decode_best_class(outputs: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor
     """
     scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)
     boxes = box_convert(outputs["pred_boxes"], "cxcywh", "xyxy")
-    scale = sizes.to(boxes).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
+    scale = sizes.to(boxes, non_blocking=True).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     return scores, labels, boxes * scale[:, None]

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.whole_file import write_whole
+from vidt.whole_file import write_whole
 from ymir_adapter.monitor import Monitor
 from ymir_adapter.task import Task
 
