@@ -21,9 +21,9 @@ from tiny_runs import Learnt, argv, cpu, main_here
 
 from trainer.config import parse, resolved
 from trainer.findings import Finding
-from trainer.masks import rectangle
 from trainer.report import CsvLog, Progress
 from trainer.report_page import FIRST_AFTER, ReportPage, RunFacts, write_evaluation_page
+from trainer.run_lengths import rectangle
 from trainer.samples import SampleTable
 from vidt.config import ViDTConfig
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.box_check import judge_boxes
 from trainer.findings import Finding, Severity
 from trainer.samples import SampleTable
 from vidt.images import ImageHeader, UnreadableImage, find_turn, probe_images
@@ -176,36 +178,24 @@ def _mode_kind(mode: str) -> str:
 
 
 def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
-    boxes = table.boxes
-    size_of_box = table.sizes[table.box_owners].flip(1).repeat(1, 2).to(boxes.dtype)
-    finite = boxes.isfinite().all(1)
-    clipped = torch.minimum(boxes.clamp(min=0), size_of_box)
-    excess = (boxes - clipped).abs().amax(1)
-    empty = _degenerate(boxes)
-    outside = _degenerate(clipped)
-    sticks_out = (excess > 0) & ~outside
-
-    drop = "dropped"
-    findings = _box_findings(table, ~finite, "box with NaN or infinity", "warning", drop)
-    findings += _box_findings(table, finite & empty, "degenerate box", "warning", drop)
-    gone = finite & ~empty & outside
-    findings += _box_findings(table, gone, "box outside the image", "warning", drop)
-    far, near = excess >= _ROUNDING, excess < _ROUNDING
-    usable = finite & ~empty & sticks_out
-    findings += _box_findings(table, usable & far, "box beyond the image", "warning", "clipped")
-    rounded = "box beyond the image by rounding"
-    findings += _box_findings(table, usable & near, rounded, "info", "clipped")
-
-    box_areas = (clipped[:, 2:] - clipped[:, :2]).prod(1)
-    # The area of a mask is smaller than its box; one that is not cannot be of what is left.
-    areas = torch.where(table.areas > 0, torch.minimum(table.areas, box_areas), box_areas)
-    table = replace(table, boxes=clipped, areas=areas)
-    return table.keep_boxes(finite & ~empty & ~outside), findings
-
-
-def _degenerate(boxes: Tensor) -> Tensor:
-    """Which xyxy boxes have no area: bool [M]."""
-    return (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    sizes = table.sizes[table.box_owners].numpy()
+    judged = judge_boxes(table.boxes.numpy(), table.areas.numpy(), sizes)
+    finite, empty, outside = judged.finite, judged.empty, judged.outside
+    far, near = judged.excess >= _ROUNDING, judged.excess < _ROUNDING
+    sticks_out = judged.usable & (judged.excess > 0)
+    faults: tuple[tuple[np.ndarray, str, Severity, str], ...] = (
+        (~finite, "box with NaN or infinity", "warning", "dropped"),
+        (finite & empty, "degenerate box", "warning", "dropped"),
+        (finite & ~empty & outside, "box outside the image", "warning", "dropped"),
+        (sticks_out & far, "box beyond the image", "warning", "clipped"),
+        (sticks_out & near, "box beyond the image by rounding", "info", "clipped"),
+    )
+    findings: list[Finding] = []
+    for where, kind, severity, action in faults:
+        findings += _box_findings(table, torch.from_numpy(where), kind, severity, action)
+    boxes, areas = torch.from_numpy(judged.boxes), torch.from_numpy(judged.areas)
+    table = replace(table, boxes=boxes, areas=areas)
+    return table.keep_boxes(torch.from_numpy(judged.usable)), findings
 
 
 def _box_findings(
