@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer import dataset_check
 from trainer.dataset_check import BadDataset, check, clean
 from trainer.findings import Finding, format_findings, write_findings
 from trainer.readers import read_coco
@@ -207,6 +208,36 @@ def test_equal_size_and_end_are_not_yet_the_same_image(tmp_path: Path) -> None:
     Path(second).write_bytes(data)
     train, val = table_of(sample(first, 1)), table_of(sample(second, 2))
     assert check(train, val, num_queries=9)[2] == []
+
+
+def test_each_file_is_read_whole_once_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 files in each split, all of the same size and end; two are the same picture."""
+    data = bytearray(Path(write_image(tmp_path / "a.bmp")).read_bytes() * 3)
+
+    def files(prefix: str, colours: range) -> list[Sample]:
+        samples = []
+        for number, colour in enumerate(colours):
+            data[60:62] = colour.to_bytes(2, "big")
+            path = tmp_path / f"{prefix}{number}.bmp"
+            path.write_bytes(data)
+            samples.append(sample(str(path), number))
+        return samples
+
+    train = table_of(*files("t", range(20)), *files("again", range(19, 20)))
+    val = table_of(*files("v", range(19, 39)))
+    read = Counter[str]()
+    digest = dataset_check._digest
+
+    def counted(path: str) -> bytes:
+        read[path] += 1
+        return digest(path)
+
+    monkeypatch.setattr(dataset_check, "_digest", counted)
+    (finding,) = check(train, val, num_queries=9)[2]
+    assert finding.image_id == 0 and "t19.bmp" in finding.detail
+    assert set(read) == {*train.paths(), *val.paths()} and set(read.values()) == {1}
 
 
 def test_nothing_to_learn_from(tmp_path: Path) -> None:

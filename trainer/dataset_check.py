@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -261,14 +262,18 @@ def _shared_images(
     alike: dict[tuple[int, int], list[int]] = {}
     for index, header in enumerate(train_headers):
         alike.setdefault(header.fingerprint, []).append(index)
+
+    @cache
+    def by_content(fingerprint: tuple[int, int]) -> dict[bytes, int]:
+        """The first training image of each content among those of a fingerprint."""
+        return {_digest(train.path(i)): i for i in reversed(alike[fingerprint])}
+
     findings = []
     for index, (path, header) in enumerate(zip(val.paths(), val_headers, strict=True)):
         twin = train_of_path.get(os.path.realpath(path))
-        if twin is None:
-            # Whole files are read only where the sizes and the last bytes agree.
-            candidates = alike.get(header.fingerprint, [])
-            digest = _digest(path) if candidates else b""
-            twin = next((i for i in candidates if _digest(train.path(i)) == digest), None)
+        # Whole files are read only where the sizes and the last bytes agree, each of them once.
+        if twin is None and header.fingerprint in alike:
+            twin = by_content(header.fingerprint).get(_digest(path))
         if twin is not None:
             detail = f"same as {train.path(twin)}, image {int(train.image_ids[twin])} of training"
             kind = "image in both training and validation"
