@@ -30,7 +30,7 @@ class CocoFile:
     classes: ClassMatch
     images: ImageColumns
     annotations: Annotations
-    odd: dict[int, Row]  # annotations with something else than numbers, by place
+    odd: dict[int, Row]  # first annotations with something else than numbers, by place
     owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 for none that is known
     labels: np.ndarray  # int64 [M], -1 for a class that is not asked for, -2 for an unknown one
     faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
@@ -102,6 +102,12 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
             raise ValueError(
                 f"{json_path}: category {category} needs a name and an integer id of its own"
             )
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # half of a character that JSON writes as two
+            raise ValueError(
+                f"{json_path}: category {category} has a name that is no text"
+            ) from None
         names[own_id] = name
     return names
 

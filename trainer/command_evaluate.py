@@ -141,7 +141,7 @@ def remarks(
     file: CocoFile, left_out: Mapping[str, int], unread: Sequence[str], unusable_masks: int
 ) -> Iterator[str]:
     """What does not count, a line for each reason."""
-    malformed = len(file.images.malformed)
+    malformed = file.images.num_malformed
     if malformed:
         yield f"{file.source}: {malformed} images without a file_name or id are left out"
     for problem, number in left_out.items():

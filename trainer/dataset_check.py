@@ -6,7 +6,7 @@ and the end of a file do not show is met when the image is decoded, in the loade
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.box_check import judge_boxes
-from trainer.findings import Finding, Severity
+from trainer.findings import Finding, Severity, fold, listed
 from trainer.samples import SampleTable
 from vidt.images import ImageHeader, UnreadableImage, find_turn, probe_images
 
@@ -69,7 +69,7 @@ def check(
     for table in (train, val):
         findings += _crowded_images(table, num_queries)
     findings += _classes_without_boxes(train, val)
-    findings += _shared_images(train, train_headers, val, val_headers)
+    findings += fold(_shared_images(train, train_headers, val, val_headers))
     if bool(train.crowd.all()):
         raise BadDataset(f"{train.source}: no image has a box to learn from", findings)
     return train, val, findings
@@ -90,16 +90,22 @@ def _clean(
 def _usable_images(
     table: SampleTable, max_bad_fraction: float
 ) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
-    findings: list[Finding] = []
     sizes = table.sizes.tolist()
-    kept_sizes, kept, headers = [], [], []
-    for index, header in enumerate(probe_images(table.paths())):
-        finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
-        findings += [finding] if finding else []
-        if size is not None and isinstance(header, ImageHeader):
-            kept.append(index)
-            headers.append(header)
-            kept_sizes.append(size)
+    kept_sizes: list[tuple[int, int]] = []
+    kept: list[int] = []
+    headers: list[ImageHeader] = []
+
+    def examined() -> Iterator[Finding]:
+        for index, header in enumerate(probe_images(table.paths())):
+            finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
+            if size is not None and isinstance(header, ImageHeader):
+                kept.append(index)
+                headers.append(header)
+                kept_sizes.append(size)
+            if finding:
+                yield finding
+
+    findings = fold(examined())
     num_bad = len(table) - len(kept)
     if not kept or num_bad > max_bad_fraction * len(table):
         bad = [finding for finding in findings if finding.action == "removed"]
@@ -158,11 +164,11 @@ def _image_finding(
 
 
 def _mode_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Finding]:
-    return [
+    return fold(
         _image_finding(table, index, kind, "info", "converted to RGB", f"mode {header.mode}")
         for index, header in enumerate(headers)
         if (kind := _mode_kind(header.mode))
-    ]
+    )
 
 
 def _mode_kind(mode: str) -> str:
@@ -202,21 +208,23 @@ def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
 def _box_findings(
     table: SampleTable, where: Tensor, kind: str, severity: Severity, action: str
 ) -> list[Finding]:
-    rows = where.nonzero().squeeze(1)
-    findings = []
-    for row, owner in zip(rows.tolist(), table.box_owners[rows].tolist(), strict=True):
+    owners = table.box_owners
+
+    def finding(row: int) -> Finding:
+        owner = int(owners[row])
         corners = ", ".join(f"{value:g}" for value in table.boxes[row].tolist())
         height, width = table.sizes[owner].tolist()
         detail = f"corners [{corners}] in {width} x {height}"
-        finding = _image_finding(table, owner, kind, severity, action, detail)
-        findings.append(replace(finding, annotation_id=int(table.annotation_ids[row])))
-    return findings
+        of_image = _image_finding(table, owner, kind, severity, action, detail)
+        return replace(of_image, annotation_id=int(table.annotation_ids[row]))
+
+    return listed(where.nonzero().squeeze(1).tolist(), finding)
 
 
 def _images_without_boxes(table: SampleTable) -> list[Finding]:
     indices = (table.box_counts == 0).nonzero().squeeze(1).tolist()
     kind = "image without boxes"
-    return [_image_finding(table, index, kind, "info", "kept") for index in indices]
+    return listed(indices, lambda index: _image_finding(table, index, kind, "info", "kept"))
 
 
 def _crowd_boxes(table: SampleTable) -> list[Finding]:
@@ -226,18 +234,13 @@ def _crowd_boxes(table: SampleTable) -> list[Finding]:
 
 def _crowded_images(table: SampleTable, num_queries: int) -> list[Finding]:
     counts = torch.bincount(table.box_owners[~table.crowd], minlength=len(table))
-    kind = "more boxes than [DET] tokens"
-    return [
-        _image_finding(
-            table,
-            index,
-            kind,
-            "warning",
-            "kept",
-            f"{counts[index]} boxes, but --det_token_num {num_queries}",
-        )
-        for index in (counts > num_queries).nonzero().squeeze(1).tolist()
-    ]
+
+    def finding(index: int) -> Finding:
+        kind = "more boxes than [DET] tokens"
+        detail = f"{counts[index]} boxes, but --det_token_num {num_queries}"
+        return _image_finding(table, index, kind, "warning", "kept", detail)
+
+    return listed((counts > num_queries).nonzero().squeeze(1).tolist(), finding)
 
 
 def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding]:
@@ -256,7 +259,7 @@ def _shared_images(
     train_headers: list[ImageHeader],
     val: SampleTable,
     val_headers: list[ImageHeader],
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Validation images that are training images too, by path or by content."""
     train_of_path = {os.path.realpath(path): index for index, path in enumerate(train.paths())}
     alike: dict[tuple[int, int], list[int]] = {}
@@ -268,7 +271,6 @@ def _shared_images(
         """The first training image of each content among those of a fingerprint."""
         return {_digest(train.path(i)): i for i in reversed(alike[fingerprint])}
 
-    findings = []
     for index, (path, header) in enumerate(zip(val.paths(), val_headers, strict=True)):
         twin = train_of_path.get(os.path.realpath(path))
         # Whole files are read only where the sizes and the last bytes agree, each of them once.
@@ -277,8 +279,7 @@ def _shared_images(
         if twin is not None:
             detail = f"same as {train.path(twin)}, image {int(train.image_ids[twin])} of training"
             kind = "image in both training and validation"
-            findings.append(_image_finding(val, index, kind, "warning", "kept", detail))
-    return findings
+            yield _image_finding(val, index, kind, "warning", "kept", detail)
 
 
 def _digest(path: str) -> bytes:

@@ -21,7 +21,7 @@ from trainer.coco_file import (
     read_coco_file,
     read_masks,
 )
-from trainer.findings import Finding
+from trainer.findings import Finding, fold, listed
 from trainer.masks import MaskColumn
 from trainer.run_lengths import RunLengths
 from trainer.samples import SampleTable
@@ -108,18 +108,36 @@ def _kept(column: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return column if keep.all() else column[keep]
 
 
-def _image_findings(file: CocoFile) -> Iterator[Finding]:
-    detail = "image entry {} needs an integer id and a file_name"
-    for row in file.images.malformed:
-        yield Finding("malformed image", "error", "removed", detail.format(row), file.source)
+def _image_findings(file: CocoFile) -> list[Finding]:
+    malformed = file.images.malformed
+
+    def finding(place: int) -> Finding:
+        needs = "needs an integer id and a file_name that a file can have"
+        detail = f"image entry {malformed[place]} {needs}"
+        return Finding("malformed image", "error", "removed", detail, file.source)
+
+    return listed(range(file.images.num_malformed), finding)
 
 
 def _fault_findings(file: CocoFile, folder: str) -> Iterator[Finding]:
-    ids = {"image_id": file.annotations.image_ids, "category_id": file.annotations.category_ids}
-    for row in np.flatnonzero(file.faults < FOREIGN_CLASS).tolist():
+    rows = file.annotations
+    columns = {
+        "image_id": (rows.image_ids, rows.no_image),
+        "category_id": (rows.category_ids, rows.no_category),
+        "bbox": (rows.boxes, rows.no_box),
+    }
+
+    def finding(row: int) -> Finding:
         kind, key, detail = _FAULTS[int(file.faults[row])]
-        entry = file.odd.get(row) or {key: int(ids[key][row])}
-        yield _finding(file, folder, row, kind, "dropped", detail.format(entry.get(key)))
+        numbers, is_odd = columns[key]
+        if row in file.odd:
+            value = repr(file.odd[row].get(key))
+        else:  # what it is was kept of the first odd ones only
+            value = "(not shown)" if is_odd[row] else str(numbers[row])
+        return _finding(file, folder, row, kind, "dropped", detail.format(value))
+
+    for fault in _FAULTS:
+        yield from listed(np.flatnonzero(file.faults == fault).tolist(), finding)
 
 
 def _finding(file: CocoFile, folder: str, row: int, kind: str, action: str, detail: str) -> Finding:
@@ -142,13 +160,19 @@ def _masks(
 ) -> tuple[MaskColumn | None, list[Finding]]:
     """The masks of the rows where `keep` holds; None if not one of them has any."""
     found: list[RunLengths] = []
-    findings = []
-    for row, mask, problem in read_masks(file, keep, file.images.sizes):
-        found.append(mask)
-        if problem:
-            action = "only its box is used"
-            findings.append(_finding(file, folder, row, "malformed mask", action, problem))
-    without = sum(not mask for mask in found) - len(findings)
+    num_malformed = 0
+
+    def problems() -> Iterator[Finding]:
+        nonlocal num_malformed
+        for row, mask, problem in read_masks(file, keep, file.images.sizes):
+            found.append(mask)
+            if problem:
+                num_malformed += 1
+                action = "only its box is used"
+                yield _finding(file, folder, row, "malformed mask", action, problem)
+
+    findings = fold(problems())
+    without = sum(not mask for mask in found) - num_malformed
     if without:
         detail = "objects without a mask: only their boxes are used"
         findings.append(Finding("no mask", "info", "kept", detail, file.source, count=without))
