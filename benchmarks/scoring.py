@@ -20,8 +20,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trainer.evaluation import STATS, score_images, summarise
+from trainer.evaluation import score_images, summarise
 from trainer.samples import SampleTable
+from trainer.scoring import STATS
 from vidt.predictor import Detections
 
 OBJECTS = 7  # of an image, on average

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer import dataset_check
 from trainer.dataset_check import BadDataset, check, clean
-from trainer.findings import Finding, format_findings, write_findings
+from trainer.findings import MOST_OF_A_KIND, Finding, format_findings, write_findings
 from trainer.readers import read_coco
 from trainer.samples import Sample, SampleTable
 from vidt.images import read_image
@@ -209,12 +210,73 @@ def test_equal_size_and_end_are_not_yet_the_same_image(tmp_path: Path) -> None:
     assert check(train, val, num_queries=9)[2] == []
 
 
+def test_each_file_is_read_whole_once_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 files in each split, all of the same size and end; two are the same picture."""
+    data = bytearray(Path(write_image(tmp_path / "a.bmp")).read_bytes() * 3)
+
+    def files(prefix: str, colours: range) -> list[Sample]:
+        samples = []
+        for number, colour in enumerate(colours):
+            data[60:62] = colour.to_bytes(2, "big")
+            path = tmp_path / f"{prefix}{number}.bmp"
+            path.write_bytes(data)
+            samples.append(sample(str(path), number))
+        return samples
+
+    train = table_of(*files("t", range(20)), *files("again", range(19, 20)))
+    val = table_of(*files("v", range(19, 39)))
+    read = Counter[str]()
+    digest = dataset_check._digest
+
+    def counted(path: str) -> bytes:
+        read[path] += 1
+        return digest(path)
+
+    monkeypatch.setattr(dataset_check, "_digest", counted)
+    (finding,) = check(train, val, num_queries=9)[2]
+    assert finding.image_id == 0 and "t19.bmp" in finding.detail
+    assert set(read) == {*train.paths(), *val.paths()} and set(read.values()) == {1}
+
+
 def test_nothing_to_learn_from(tmp_path: Path) -> None:
     train = table_of(sample(write_image(tmp_path / "a.png"), 1, [[5, 5, 5, 5]]))
     val = table_of(sample(write_image(tmp_path / "b.png", 1), 1))
     with pytest.raises(BadDataset, match="no image has a box") as caught:
         check(train, val, num_queries=9)
     assert kinds(caught.value.findings)["degenerate box"] == 1
+
+
+def test_many_faults_are_counted_and_few_are_kept(tmp_path: Path) -> None:
+    """Of boxes and of images, in one split and between two."""
+    many = MOST_OF_A_KIND + 50
+    path = write_image(tmp_path / "a.png", mode="L")
+    boxes = [[1, 1, 9, 9], *[[5, 5, 5, 5]] * many]
+    train = table_of(sample(path, 0, boxes), *(sample(path, n + 1, []) for n in range(many)))
+    absent = [sample(str(tmp_path / f"no{n}.png"), n + 9000) for n in range(many)]
+    val = table_of(*absent, *train, source="val.json")
+    findings = check(train, val, num_queries=9, max_bad_fraction=0.9)[2]
+    counts, lines = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for finding in findings:
+        counts[finding.kind, finding.source] += finding.count
+        lines[finding.kind, finding.source] += 1
+    shared = "image in both training and validation"
+    assert counts == {
+        ("missing image", "val.json"): many,
+        (shared, "val.json"): many + 1,
+        **{("grey image", split): many + 1 for split in ("train.json", "val.json")},
+        **{("degenerate box", split): many for split in ("train.json", "val.json")},
+        **{("image without boxes", split): many for split in ("train.json", "val.json")},
+    }
+    assert set(lines.values()) == {MOST_OF_A_KIND + 1}
+    shown = format_findings(findings, limit=10)
+    assert f"degenerate box, dropped: {2 * many}\n" in shown
+    assert f"    and {2 * many - 10} more\n" in shown
+    crowded = sample(path, 1, [[1, 1, 9, 9]] * 9)
+    found = check(table_of(*[crowded] * many), table_of(crowded), num_queries=8)[2]
+    of_kind = [each.count for each in found if each.kind.startswith("more boxes")]
+    assert sum(of_kind) == many + 1 and len(of_kind) == MOST_OF_A_KIND + 2
 
 
 def test_findings_are_grouped_counted_and_cut(tmp_path: Path) -> None:

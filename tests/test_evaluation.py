@@ -18,10 +18,11 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import NAMES, Learnt, cpu, random_pictures, write_split
 
 from trainer.agreement import Agreement
-from trainer.evaluation import STATS, Evaluation, evaluate, score_images, summarise
+from trainer.evaluation import Evaluation, evaluate, score_images, summarise
 from trainer.read_coco import read_coco
 from trainer.report import COCO_NUMBERS
 from trainer.samples import Sample, SampleTable
+from trainer.scoring import STATS
 from vidt import Detections, Predictor
 from vidt.checkpoint import load_model, load_weights
 

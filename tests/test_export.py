@@ -354,3 +354,68 @@ def test_a_dataset_of_other_classes_is_named(plus: Exported, tmp_path: Path) -> 
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(ValueError, match=r"torn\.json"):
         CocoImages(tmp_path / "torn.json", tmp_path, NAMES)
+
+
+def coco_of_one(folder: Path, **more: object) -> Path:
+    """One picture with one object; `more` in place of members of the document."""
+    picture((64, 80)).save(folder / "1.png")
+    document = {
+        "categories": [{"id": 4, "name": "green"}],
+        "images": [{"id": 1, "file_name": "1.png", "height": 64, "width": 80}],
+        "annotations": [THING],
+    }
+    (folder / "one.json").write_text(json.dumps(document | more))
+    return folder / "one.json"
+
+
+THING = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [2, 3, 40, 50]}
+IMAGE = {"id": 1, "file_name": "1.png", "height": 64, "width": 80}
+NO_BOX = {"id": 1, "image_id": 1, "category_id": 4}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"annotations": [THING, NO_BOX]}, r"annotations\[1\]: bbox is missing"),
+        ({"annotations": [THING | {"bbox": [1, 2, "3", 4]}]}, r"annotations\[0\]: bbox is"),
+        ({"annotations": [THING | {"bbox": [1, 2, 3]}]}, "bbox is"),
+        ({"annotations": [THING | {"image_id": [1]}]}, r"image_id is \[1\]"),
+        ({"annotations": [THING | {"category_id": None}]}, "category_id is None"),
+        ({"annotations": [7]}, r"annotations\[0\]: image_id is missing"),
+        ({"annotations": None}, 'no list "annotations"'),
+        ({"categories": [{"id": [4], "name": "green"}]}, r"categories\[0\]: id is \[4\]"),
+        ({"images": [IMAGE | {"height": "64"}]}, "height is '64'"),
+        ({"images": [IMAGE | {"width": 0}]}, "width is 0"),
+        ({"images": [IMAGE, IMAGE]}, "image id 1 is used twice"),
+        ({"images": [IMAGE, IMAGE | {"id": 2, "file_name": "2.png"}]}, r"2\.png: no such file"),
+    ],
+    ids=range(12),
+)
+def test_a_row_that_cannot_be_used_is_named_before_anything_is_exported(
+    tmp_path: Path, more: dict, words: str, plus: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vidt.export, "make_graph", None)  # not callable: it is not come to
+    coco = coco_of_one(tmp_path, **more), tmp_path
+    with pytest.raises(ValueError, match=words) as caught:
+        export(plus.weights, tmp_path / "model.onnx", size=FRAME, coco=coco)
+    assert "one.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"bbox": [1, 2, 0, 5]},
+        {"bbox": [1, 2, float("nan"), 5]},
+        {"bbox": [1, 2, 10**400, 5]},
+        {"bbox": [1, float("inf"), 5, 5]},
+        {"image_id": 99},
+        {"category_id": 99},
+    ],
+    ids=range(6),
+)
+def test_boxes_without_area_and_strangers_do_not_count(tmp_path: Path, odd: dict) -> None:
+    things = [THING | {"area": None}, THING | {"id": 2} | odd]
+    coco = CocoImages(coco_of_one(tmp_path, annotations=things), tmp_path, NAMES)
+    boxes, names = np.array([[2.0, 3, 42, 53]]), NAMES
+    found = OnnxDetections(np.ones(1), np.array([names.index("green")]), boxes, names, (64, 80))
+    assert coco.map50([found]) == pytest.approx(1)

@@ -44,6 +44,7 @@ def together(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(params=[1, 5, 37, 300, 2**22])
 def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(json_stream, "FIRST", min(request.param, 2**9))
     monkeypatch.setattr(json_stream, "PART", request.param)
     return request.param
 
@@ -63,8 +64,34 @@ def test_long_lists_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"rows": [{"id": number} for number in range(1000)]}))
     monkeypatch.setattr(json_stream, "PART", 100)
+    monkeypatch.setattr(json_stream, "FIRST", 20)
     lengths = [len(rows) for _, rows in read_members(path)]
     assert sum(lengths) == 1000 and max(lengths) < 15
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["text" * 600, 7, [1] * 800, {"a": {"b": [1, 2]}}, [{"id": 1}], [{"id": 1}, {"id": 2}]],
+    ids=range(6),
+)
+def test_many_members_are_decoded_a_few_times_at_most(
+    tmp_path: Path, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a whole part for each of them, which is 4 MiB."""
+    document = {f"member {number}": value for number in range(2000)}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document))
+    decoded = 0
+    text_of = json_stream._text
+
+    def counted(data: json_stream.Bytes, start: int, stop: int) -> str:
+        nonlocal decoded
+        decoded += stop - start
+        return text_of(data, start, stop)
+
+    monkeypatch.setattr(json_stream, "_text", counted)
+    assert together(path) == document
+    assert decoded < 4 * path.stat().st_size + 2000 * 4 * json_stream.FIRST
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])

@@ -24,19 +24,20 @@ from trainer.agreement import Agreement
 from trainer.augmentation import Augmentation
 from trainer.data import DetectionDataset, collate
 from trainer.evaluation import (
-    STATS,
     evaluate,
     run_lengths,
     score_images,
     summarise,
     summarise_masks,
 )
-from trainer.masks import as_coco, decode, encode, read_segmentation
+from trainer.masks import decode, encode
 from trainer.pictures import Comparison, compare, draw_boxes
 from trainer.read_coco import read_coco
 from trainer.readers import coco_folder
 from trainer.report import COCO_NUMBERS
+from trainer.run_lengths import areas_of, as_coco, read_segmentation
 from trainer.samples import SampleTable
+from trainer.scoring import STATS
 from trainer.shapes import write_shapes
 from vidt import Predictor
 from vidt.drawing import class_colour
@@ -108,6 +109,7 @@ def test_nothing_said_is_no_mask(nothing: Any) -> None:
         [[1, 2, 3, "a", 5, 6]],
         [[1, 2, 3, float("nan"), 5, 6]],
         [[1, 2, [3], 4, 5, 6]],
+        [[1, 2, 10**400, 4, 5, 6]],
         SQUARE,
         {"counts": [5, 5], "size": [*SIZE]},
         {"counts": [1205, -5], "size": [*SIZE]},
@@ -127,6 +129,11 @@ def test_what_is_malformed_is_refused(segmentation: Any) -> None:
     """pycocotools would crash on some of these and give other memory's contents for others."""
     with pytest.raises(ValueError, match=r"polygon|run lengths|counts"):
         read_segmentation(segmentation, SIZE)
+
+
+def test_areas_of_any_number_of_masks() -> None:
+    entry = as_coco(encode(rows_of())[0], SIZE)
+    assert areas_of([entry] * 300) == [float(rows_of().sum())] * 300
 
 
 def written(folder: Path, segmentations: list[Any], **image: Any) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """COCO, VOC and YOLO files, good and bad, to sample tables."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer.coco_file import read_coco_file
+from trainer.findings import MOST_OF_A_KIND, format_findings, write_findings
 from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
 
 
@@ -93,6 +96,58 @@ def test_coco_leaves_out_what_a_table_cannot_hold_and_names_it(tmp_path: Path) -
     assert all(f.file.endswith("7.jpg") and f.image_id == 7 for f in findings[2:])
     assert "99" in findings[1].detail
     assert len(table) == 3
+
+
+def test_a_file_name_that_no_file_can_have_is_a_malformed_image(tmp_path: Path) -> None:
+    """Half of a character, which JSON can write; a name of raw bytes is one that a file has."""
+    document = coco_document()
+    document["images"] += [image_entry(8) | {"file_name": f"{half}.jpg"} for half in "\ud800\udcff"]
+    document["images"][-1]["id"] = 9
+    document["annotations"].append(annotation(14, 7, "\ud800", [0, 0, 1, 1]))
+    table, findings = read_coco(*write_coco(tmp_path, document))
+    assert table.image_ids.tolist() == [7, 3, 5, 9]
+    malformed = [finding for finding in findings if finding.kind == "malformed image"]
+    assert [finding.action for finding in malformed] == ["removed"]
+    assert "'\\ud800.jpg'" in malformed[0].detail
+    format_findings(findings).encode()
+    write_findings(tmp_path / "findings.csv", findings)
+
+
+def test_a_class_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    document = coco_document() | {"categories": [{"id": 2, "name": "\udcff"}]}
+    with pytest.raises(ValueError, match=r"some\.json: category .* no text") as caught:
+        read_coco(*write_coco(tmp_path, document))
+    str(caught.value).encode()
+
+
+def test_many_faults_are_counted_and_few_are_kept(tmp_path: Path) -> None:
+    """Each of five kinds 1000 times; the boxes and categories only after as many that are worse."""
+    document = coco_document()
+    document["images"] += [{"id": number} for number in range(1000)]
+    good = [0, 0, 1, 1]
+    document["annotations"] = [
+        *(annotation(number, 99, [2], None) for number in range(1000)),
+        *(annotation(number, 7, [2], good) for number in range(1000)),
+        *(annotation(number, 7, 2, [1, 2, "wide"]) for number in range(1000)),
+        *(annotation(number, 7, 2, good, segmentation=[[1]]) for number in range(1000)),
+    ]
+    path, folder = write_coco(tmp_path, document)
+    table, findings = read_coco(path, folder, masks=True)
+    assert len(table.boxes) == 1000
+    counts, lines = Counter[str](), Counter[str]()
+    for finding in findings:
+        counts[finding.kind] += finding.count
+        lines[finding.kind] += 1
+    kinds = ("malformed image", "unknown image id", "unknown category id", "malformed box")
+    for kind in (*kinds, "malformed mask"):
+        assert counts[kind] == 1000 and lines[kind] == MOST_OF_A_KIND + 1
+    assert "category_id (not shown) is not among" in next(
+        each.detail for each in findings if each.kind == "unknown category id"
+    )
+    last = next(each for each in findings if each.count > 1)
+    assert (last.detail, last.count) == ("700 more of the same", 700)
+    file = read_coco_file(path)
+    assert len(file.odd) <= 3 * MOST_OF_A_KIND >= 3 * len(file.images.malformed)
 
 
 def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from tiny_runs import Learnt, argv, cpu, main_here
 
 from trainer.config import parse, resolved
 from trainer.findings import Finding
-from trainer.masks import rectangle
+from trainer.page_run import MOST_FINDINGS, findings_section
 from trainer.report import CsvLog, Progress
 from trainer.report_page import FIRST_AFTER, ReportPage, RunFacts, write_evaluation_page
+from trainer.run_lengths import rectangle
 from trainer.samples import SampleTable
 from vidt.config import ViDTConfig
 
@@ -299,3 +300,9 @@ def test_the_command_line_leaves_a_page(learnt: Learnt, room: Path) -> None:
         page.check(RESULTS | ALWAYS)
         assert "--with_box_refine" in page.words_shown
     assert (room / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_findings_that_stand_for_many_count_as_many() -> None:
+    one = Finding("bad box", "warning", "dropped", "empty", "train")
+    page = str(findings_section([*[one] * MOST_FINDINGS, replace(one, count=7000)]))
+    assert f"dropped: {MOST_FINDINGS + 7000:,}" in page and "and 7,000 more" in page

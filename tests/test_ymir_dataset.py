@@ -521,8 +521,13 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path, data: bytes |
     assert [one.file for one in removed] == [str(path)] * 2
 
 
+@pytest.mark.parametrize("listed", [1, 300])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_no_picture_can_be_read(tmp_path: Path, split: str):
+def test_no_picture_can_be_read(
+    tmp_path: Path, split: str, listed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """However many of the pictures have a finding of their own."""
+    monkeypatch.setattr("trainer.findings.MOST_OF_A_KIND", listed)
     tree = make_tree(tmp_path, train=MANY, val=tuple(Shot(f"v{n}.png") for n in range(2)))
     for path in (tree.input / "assets").glob("m*" if split == "train" else "v*"):
         path.write_bytes(b"junk")

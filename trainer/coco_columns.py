@@ -3,13 +3,18 @@ is arrays.
 """
 
 import contextlib
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from trainer.findings import MOST_OF_A_KIND
+
 Row = dict[str, Any]
+KEYS = ("image_id", "category_id", "bbox")  # of an annotation, without which it is of no use
 
 
 @dataclass
@@ -19,19 +24,22 @@ class ImageColumns:
     ids: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width), (0, 0): not given
-    malformed: list[Row] = field(default_factory=list)
+    malformed: list[Row] = field(default_factory=list)  # the first of them
+    num_malformed: int = 0
     num_rows: int = 0
 
     def add(self, rows: list[Row]) -> None:
         self.num_rows += len(rows)
         for row in rows:
             own_id, name = row.get("id"), row.get("file_name")
-            if isinstance(own_id, int) and _fits(own_id) and isinstance(name, str) and name:
+            if isinstance(own_id, int) and _fits(own_id) and _is_file_name(name):
                 self.ids.append(own_id)
                 self.names.append(name)
                 self.sizes.append(_size(row))
             else:
-                self.malformed.append(row)
+                self.num_malformed += 1
+                if len(self.malformed) < MOST_OF_A_KIND:
+                    self.malformed.append(row)
 
     def repeated(self) -> tuple[int, str, str] | None:
         """An id that is there twice, and the names of the first two images that have it."""
@@ -66,13 +74,19 @@ class AnnotationColumns:
 
     def __init__(self) -> None:
         self.num_rows = 0
-        self.odd: dict[int, Row] = {}  # rows by place that hold something else than numbers
+        # What rows with something else than numbers hold, by place: the first of each kind.
+        self.odd: dict[int, Row] = {}
+        self._num_odd = Counter[str]()
         self._parts: list[dict[str, np.ndarray]] = []
 
     def add(self, rows: list[Row]) -> None:
         part = _annotations(rows, self.num_rows + 1)
-        odd = np.flatnonzero(part["no_image"] | part["no_category"] | part["no_box"])
-        self.odd |= {self.num_rows + place: rows[place] for place in odd.tolist()}
+        for kind in ("no_image", "no_category", "no_box"):
+            odd = np.flatnonzero(part[kind])[: MOST_OF_A_KIND - self._num_odd[kind]].tolist()
+            self._num_odd[kind] += len(odd)
+            self.odd |= {
+                self.num_rows + place: {key: rows[place].get(key) for key in KEYS} for place in odd
+            }
         self.num_rows += len(rows)
         self._parts.append(part)
 
@@ -84,6 +98,13 @@ class AnnotationColumns:
         return Annotations(
             **{name: np.concatenate([part.pop(name) for part in parts]) for name in names}
         )
+
+
+def _is_file_name(name: Any) -> TypeGuard[str]:
+    try:
+        return isinstance(name, str) and bool(os.fsencode(name))
+    except UnicodeEncodeError:  # half of a character that JSON writes as two
+        return False
 
 
 def _fits(number: int) -> bool:

@@ -1,166 +1,165 @@
-"""What COCO's JSON says of images and their boxes, for scoring: NumPy, and no table of tensors.
+"""A COCO file as columns, each annotation with its image, its label, and why it is left out if it
+is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
 
-Boxes are judged as `trainer.dataset_check` judges them, so that a score here is that of a training
-run: dropped without area or outside their image, clipped where they stick out.
+Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
+`trainer.box_check` judges them.
 """
 
-import gc
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from trainer.classes import match_classes
+from trainer.classes import ClassMatch, match_classes
+from trainer.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
+from trainer.json_stream import NotJSON, read_members
+from trainer.run_lengths import RunLengths, read_segmentation
+
+# Why an annotation is left out, in the order in which it is asked.
+UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(5)
 
 
-@dataclass(frozen=True)
-class Truth:
-    """The images and objects of a file.
+@dataclass(frozen=True, eq=False)
+class CocoFile:
+    """N images and M annotations; `source` names the file in messages."""
 
-    `images` are COCO's own entries, `objects` its annotations with `category_id` a label of the
-    detector and boxes clipped. `left_out`: why objects are missing, and how many.
-    """
-
+    path: str
     source: str
-    images: list[dict[str, Any]]
-    objects: list[dict[str, Any]]
-    left_out: dict[str, int]
-    has_masks: bool
+    own_names: dict[int, str]  # the file's classes by its own category ids
+    classes: ClassMatch
+    images: ImageColumns
+    annotations: Annotations
+    odd: dict[int, Row]  # first annotations with something else than numbers, by place
+    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 for none that is known
+    labels: np.ndarray  # int64 [M], -1 for a class that is not asked for, -2 for an unknown one
+    faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
 
 
-def read_truth(
-    json_path: str | os.PathLike[str], image_dir: str | os.PathLike[str], names: Sequence[str]
-) -> Truth:
-    """The truth for a detector of these class names, which are matched with the file's.
+def read_coco_file(
+    json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
+) -> CocoFile:
+    """Labels follow the sorted category ids, or `class_names`, which are matched with the file's.
 
-    Raises ValueError, in one line, for a file that is not COCO's JSON, has no images, or has no
-    class in common with the detector; and for images that are not there.
+    Raises ValueError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
+    an image id or category name twice.
     """
-    document = _document(json_path)
-    images = {image["id"]: image for image in document["images"] if _is_image(image)}
-    if not images:
-        raise ValueError(f"--json {json_path}: no image has an integer id and a file_name")
-    label_of = _labels(json_path, document["categories"], names)
-    _require_images(image_dir, list(images.values()))
-    objects: list[dict[str, Any]] = []
-    left_out: dict[str, int] = {}
-    for entry in document["annotations"]:
-        found, problem = _object(entry, images, label_of)
-        if found is not None:
-            objects.append(found | {"id": len(objects) + 1})
-        else:
-            left_out[problem] = left_out.get(problem, 0) + 1
-    has_masks = any(each.get("segmentation") for each in objects)
-    name = os.path.basename(json_path)
-    return Truth(name, list(images.values()), objects, left_out, has_masks)
+    images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
+    _read(json_path, images, annotations, categories)
+    own_names = _category_names(json_path, categories)
+    classes = match_classes(str(json_path), own_names, class_names)
+    _require_images(json_path, images)
+    columns = annotations.joined()
+    owners = _owners(columns, images.ids)
+    labels = _labels(columns, classes)
+    faulty = [owners < 0, labels == -2, columns.no_box, labels == -1]
+    return CocoFile(
+        path=str(json_path),
+        source=os.path.basename(json_path),
+        own_names=own_names,
+        classes=classes,
+        images=images,
+        annotations=columns,
+        odd=annotations.odd,
+        owners=owners,
+        labels=labels,
+        faults=np.select(faulty, list(range(len(faulty))), default=NO_FAULT),
+    )
 
 
-def _document(json_path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
-    if os.path.isdir(json_path):
-        raise ValueError(f"--json {json_path} is a folder; name COCO's JSON file in it")
-    enabled = gc.isenabled()
-    gc.disable()  # it would walk the millions of objects of a document again and again
+def _read(
+    json_path: str | os.PathLike[str],
+    images: ImageColumns,
+    annotations: AnnotationColumns,
+    categories: list[Row],
+) -> None:
+    add = {"images": images.add, "annotations": annotations.add, "categories": categories.extend}
+    missing = dict.fromkeys(add)
     try:
-        document = json.loads(Path(json_path).read_bytes())
+        for key, rows in read_members(json_path):
+            if key not in add:
+                continue
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                missing = {key: None}
+                break
+            add[key](rows)
+            missing.pop(key, None)
     except OSError as error:
-        raise ValueError(f"--json {json_path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--json {json_path} is not JSON: {error}") from error
-    finally:
-        if enabled:
-            gc.enable()
-    for key in ("images", "annotations", "categories"):
-        rows = document.get(key) if isinstance(document, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{json_path}: cannot be read ({error.strerror})") from error
+    except NotJSON as error:
+        raise ValueError(f"{json_path}: not JSON ({error})") from error
+    for key in missing:
+        raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+    if not images.num_rows:
+        raise ValueError(f'{json_path}: empty dataset: its list "images" has no entry')
+
+
+def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for category in categories:
+        own_id, name = category.get("id"), category.get("name")
+        if not isinstance(own_id, int) or not isinstance(name, str) or own_id in names:
             raise ValueError(
-                f'--json {json_path} is not COCO\'s JSON: it needs a list of objects "{key}"'
+                f"{json_path}: category {category} needs a name and an integer id of its own"
             )
-    return document
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # half of a character that JSON writes as two
+            raise ValueError(
+                f"{json_path}: category {category} has a name that is no text"
+            ) from None
+        names[own_id] = name
+    return names
 
 
-def _is_image(image: dict[str, Any]) -> bool:
-    name = image.get("file_name")
-    return isinstance(image.get("id"), int) and isinstance(name, str) and bool(name)
-
-
-def _labels(
-    json_path: str | os.PathLike[str], categories: list[dict[str, Any]], names: Sequence[str]
-) -> dict[int, int]:
-    """Category id to label; -1 for a class that the detector does not know."""
-    own = {each.get("id"): each.get("name") for each in categories}
-    if not all(isinstance(key, int) and isinstance(name, str) for key, name in own.items()):
-        raise ValueError(f"--json {json_path}: every category needs a name and an integer id")
-    match = match_classes(f"--json {json_path}", own, tuple(names))  # type: ignore[arg-type]
-    if all(label < 0 for label in match.label_of.values()):
-        theirs, ours = (", ".join(list(each)[:5]) for each in (map(str, own.values()), names))
+def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> None:
+    """Raises ValueError if no image can be used, or two have the same id."""
+    repeated = images.repeated()
+    if repeated:
+        own_id, first, second = repeated
         raise ValueError(
-            f"--json {json_path} has no class of the weights: it has {theirs}, the weights know "
-            f"{ours}; take weights that were trained on these classes"
+            f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
         )
-    return dict(match.label_of)
+    if not images.ids:
+        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
 
 
-def _require_images(image_dir: str | os.PathLike[str], images: list[dict[str, Any]]) -> None:
-    if not os.path.isdir(image_dir):
-        raise ValueError(f"--images {image_dir}: no such folder")
-    there = sum(os.path.isfile(os.path.join(image_dir, each["file_name"])) for each in images)
-    if not there:
-        first = images[0]["file_name"]
-        raise ValueError(
-            f"--images {image_dir} holds none of the {len(images)} images, such as {first}; name "
-            "the folder that the file names are relative to"
-        )
+def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
+    """The image, 0..N-1, of each annotation, -1 for none that is known: int64 [M]."""
+    ids = np.array(image_ids, np.int64)
+    order = ids.argsort()
+    places = np.searchsorted(ids, annotations.image_ids, sorter=order)
+    owners = order[places.clip(max=len(ids) - 1)]
+    known = (ids[owners] == annotations.image_ids) & ~annotations.no_image
+    return np.where(known, owners, -1)
 
 
-def _object(
-    entry: dict[str, Any], images: dict[int, dict[str, Any]], label_of: dict[int, int]
-) -> tuple[dict[str, Any] | None, str]:
-    """The annotation as it counts, or why it does not."""
-    image_id, category = entry.get("image_id"), entry.get("category_id")
-    image = images.get(image_id) if isinstance(image_id, int) else None
-    label = label_of.get(category) if isinstance(category, int) else None
-    if image is None:
-        return None, "of an unknown image"
-    if label is None:
-        return None, "of an unknown category"
-    box = _numbers(entry.get("bbox"))
-    if box is None:
-        return None, "whose box is not four numbers"
-    if label < 0:
-        return None, "of a class that the weights do not know"
-    corners = np.concatenate([box[:2], box[:2] + box[2:]]).astype(np.float32)
-    size = np.array([_side(image, "width"), _side(image, "height")], np.float32)
-    inside = np.minimum(np.maximum(corners, 0), np.tile(size, 2))
-    if not (box[2:] > 0).all() or not (inside[2:] > inside[:2]).all():
-        return None, "whose box has no area in its image"
-    extent = inside[2:] - inside[:2]
-    area = entry.get("area")
-    own = float(area) if isinstance(area, int | float) and area > 0 else np.inf
-    return {
-        "image_id": image_id,
-        "category_id": label,
-        "bbox": [*inside[:2].tolist(), *extent.tolist()],
-        "area": min(own, float(extent.prod())),
-        "iscrowd": int(bool(entry.get("iscrowd"))),
-        "segmentation": entry.get("segmentation"),
-    }, ""
+def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
+    """-1 for a class that is not asked for, -2 for an unknown category: int64 [M]."""
+    used, places = np.unique(annotations.category_ids, return_inverse=True)
+    labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
+    return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
 
 
-def _side(image: dict[str, Any], name: str) -> float:
-    """In pixels; infinite where the file does not say."""
-    value = image.get(name)
-    return float(value) if isinstance(value, int | float) and value > 0 else np.inf
+def read_masks(
+    file: CocoFile, keep: np.ndarray, sizes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, RunLengths, str]]:
+    """Of the annotations where `keep`, bool [M], holds: row, run lengths, b"" for none, and what is
+    wrong with them if something is. sizes: (height, width) of each image, (0, 0) if not known.
 
-
-def _numbers(box: Any) -> np.ndarray | None:
-    """Four finite numbers, float64 [4]."""
-    if not isinstance(box, list) or len(box) != 4:
-        return None
-    if not all(isinstance(value, int | float) for value in box):
-        return None
-    numbers = np.array(box, np.float64)
-    return numbers if np.isfinite(numbers).all() else None
+    The file is read a second time: before, sizes of images that come later in it were not known.
+    """
+    row = -1
+    for key, part in read_members(file.path):
+        for annotation in part if key == "annotations" else ():
+            row += 1
+            if not keep[row]:
+                continue
+            segmentation, size = annotation.get("segmentation"), sizes[int(file.owners[row])]
+            if segmentation and size == (0, 0):
+                yield row, b"", "the annotations do not give the size of its image"
+                continue
+            try:
+                yield row, read_segmentation(segmentation, size), ""
+            except ValueError as error:
+                yield row, b"", str(error)

@@ -1,19 +1,19 @@
 """`vidt evaluate`: COCO's numbers of a detector, of weights or of an exported model."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.coco_file import Truth, read_truth
-from trainer.coco_scores import STATS, coco_scores
+from trainer.coco_file import CocoFile, read_coco_file
+from trainer.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.flags import Flags, UsageError, add_detector_flags, note, say
-from trainer.prediction_formats import found_in
+from trainer.prediction_formats import Found, found_in
 from trainer.result_files import write_result
 from vidt.batching import PENDING_BATCHES, read_ahead, reading_threads
 from vidt.images import UnreadableImage, read_image
@@ -59,59 +59,97 @@ def run(argv: Sequence[str]) -> int:
     detector = load(
         given.weights, device=given.device, precision=given.precision, compile=given.compile
     )
-    truth = read_truth(given.json, given.images, detector.class_names)
-    found, unread = predict(detector, truth, given.images, given.batch_size)
-    num_images = len(truth.images) + len(unread)
+    file = read(given.json, given.images, detector.class_names)
+    found, unread = predict(detector, file, given.images, given.batch_size)
+    num_images = len(file.images.ids)
     if len(unread) > MAX_BAD * num_images:
         raise ValueError(
             f"--images {given.images}: {len(unread)} of {num_images} images cannot be read; the "
             f"first: {unread[0]}"
         )
-    for problem, number in truth.left_out.items():
-        note(f"{truth.source}: {number} objects {problem} are left out")
-    if unread:
-        note(f"{len(unread)} images cannot be read and are left out; the first: {unread[0]}")
-    metrics = coco_scores(truth, found, detector.class_names)
-    if truth.has_masks and any("segmentation" in row for row in found):
-        metrics |= coco_scores(truth, found, detector.class_names, masks=True)
+    truth = judge(file, found)
+    metrics = box_scores(file, truth, found, detector.class_names)
+    of_masks, unusable = mask_scores(file, truth, found, detector.class_names)
+    for line in remarks(file, truth.left_out, unread, unusable):
+        note(line)
+    metrics |= of_masks
     say(table(metrics, detector.class_names))
     if given.out is not None:
         write_result(given.out, json.dumps(metrics, indent=1).encode())
     return 0
 
 
+def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
+    """The truth for a detector of these class names, which are matched with the file's.
+
+    Raises ValueError, in one line, for a file that is not COCO's JSON, has no images, or has no
+    class in common with the detector; and for images that are not there.
+    """
+    if os.path.isdir(json_path):
+        raise ValueError(f"--json {json_path} is a folder; name COCO's JSON file in it")
+    try:
+        file = read_coco_file(json_path, names)
+    except ValueError as error:
+        raise ValueError(f"--json {error}") from error
+    if all(label < 0 for label in file.classes.label_of.values()):
+        theirs, ours = (", ".join(list(each)[:5]) for each in (file.own_names.values(), names))
+        raise ValueError(
+            f"--json {json_path} has no class of the weights: it has {theirs}, the weights know "
+            f"{ours}; take weights that were trained on these classes"
+        )
+    if not os.path.isdir(image_dir):
+        raise ValueError(f"--images {image_dir}: no such folder")
+    files = file.images.names
+    if not any(os.path.isfile(os.path.join(image_dir, name)) for name in files):
+        raise ValueError(
+            f"--images {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
+            "name the folder that the file names are relative to"
+        )
+    return file
+
+
 def predict(
-    detector: Any, truth: Truth, folder: str, batch_size: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """COCO's results, and why images could not be read; those are taken out of the truth."""
-    entries = truth.images.copy()
-    pictures = read_ahead(entries, lambda entry: _read(entry, folder), reading_threads())
-    found: list[dict[str, Any]] = []
-    unread: dict[int, str] = {}
+    detector: Any, file: CocoFile, folder: str, batch_size: int
+) -> tuple[dict[int, Found], list[str]]:
+    """What was found in each image, by its place in the file, and why others cannot be read."""
+    entries = zip(file.images.names, file.images.sizes, strict=True)
+    pictures = read_ahead(entries, lambda entry: _read(folder, *entry), reading_threads())
+    found: dict[int, Found] = {}
+    unread: list[str] = []
     terminal = sys.stderr.isatty()
-    with tqdm(total=len(truth.images), unit="image", disable=not terminal) as bar:
-        for window in _windows(pictures, PENDING_BATCHES * batch_size):
+    with tqdm(total=len(file.images.ids), unit="image", disable=not terminal) as bar:
+        for window in _windows(enumerate(pictures), PENDING_BATCHES * batch_size):
             readable = [each for each in window if isinstance(each[1], Image.Image)]
             images = [picture for _, picture in readable]
             for index, detections in detector.stream(images, batch_size=batch_size):
-                entry, picture = readable[index]
-                found += _rows(entry["id"], picture, detections)
-            unread |= {entry["id"]: each for entry, each in window if isinstance(each, str)}
+                place, picture = readable[index]
+                found[place] = found_in("", (picture.height, picture.width), detections)
+            unread += [problem for _, problem in window if isinstance(problem, str)]
             bar.update(len(window))
-    truth.images[:] = [entry for entry in truth.images if entry["id"] not in unread]
-    truth.objects[:] = [each for each in truth.objects if each["image_id"] not in unread]
-    return sorted(found, key=lambda row: row["image_id"]), list(unread.values())
+    return found, unread
 
 
-def _read(entry: dict[str, Any], folder: str) -> tuple[dict[str, Any], Image.Image | str]:
+def _read(folder: str, name: str, size: tuple[int, int]) -> Image.Image | str:
     """The picture, turned by its EXIF only where the annotated size says so; or why not."""
-    size = (entry.get("height"), entry.get("width"))
-    known = all(isinstance(side, int) and side > 0 for side in size)
     try:
-        path = Path(folder) / entry["file_name"]
-        return entry, read_image(path, size if known else None)  # type: ignore[arg-type]
+        return read_image(Path(folder) / name, None if size == (0, 0) else size)
     except (UnreadableImage, ValueError) as error:
-        return entry, str(error)
+        return str(error)
+
+
+def remarks(
+    file: CocoFile, left_out: Mapping[str, int], unread: Sequence[str], unusable_masks: int
+) -> Iterator[str]:
+    """What does not count, a line for each reason."""
+    malformed = file.images.num_malformed
+    if malformed:
+        yield f"{file.source}: {malformed} images without a file_name or id are left out"
+    for problem, number in left_out.items():
+        yield f"{file.source}: {number} objects {problem} are left out"
+    if unusable_masks:
+        yield f"{file.source}: the masks of {unusable_masks} objects cannot be used"
+    if unread:
+        yield f"{len(unread)} images cannot be read and are left out; the first: {unread[0]}"
 
 
 def _windows(items: Iterator[Any], length: int) -> Iterator[list[Any]]:
@@ -125,31 +163,12 @@ def _windows(items: Iterator[Any], length: int) -> Iterator[list[Any]]:
         yield window
 
 
-def _rows(image_id: int, picture: Image.Image, detections: Any) -> list[dict[str, Any]]:
-    size = (picture.height, picture.width)
-    found = found_in("", size, detections)
-    rows = []
-    for row, (x1, y1, x2, y2) in enumerate(np.float32(found.boxes).astype(float).tolist()):
-        width, height = x2 - x1, y2 - y1
-        entry: dict[str, Any] = {
-            "image_id": image_id,
-            "category_id": found.labels[row],
-            "bbox": [x1, y1, width, height],
-            "score": found.scores[row],
-            "area": max(width, 0.0) * max(height, 0.0),
-        }
-        if found.masks is not None:
-            entry["segmentation"] = {"size": list(size), "counts": found.masks[row].encode()}
-        rows.append(entry)
-    return rows
-
-
 def table(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     """The twelve numbers with their meaning, of masks beside boxes, and those of each class."""
     masks = "segm_map" in metrics
-    width = max(len(text) for text in STATS.values())
+    width = max(len(text) for text in WORDS.values())
     lines = [f"{'':<{width}}  {'boxes':>6}{'   masks' if masks else ''}"]
-    for name, text in STATS.items():
+    for name, text in WORDS.items():
         of_masks = f"  {_shown(metrics[f'segm_{name}'])}" if masks else ""
         lines.append(f"{text:<{width}}  {_shown(metrics[name])}{of_masks}")
     width = max([len(name) for name in names] + [5])

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.augmentation import Augmentation, Geometry
 from trainer.config import TrainConfig
-from trainer.masks import RunLengths, decode
+from trainer.masks import decode
+from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
 from vidt.images import read_image
 from vidt.preprocessing import Preprocessing, pad_batch, to_pixels

@@ -6,14 +6,17 @@ and the end of a file do not show is met when the image is decoded, in the loade
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.findings import Finding, Severity
+from trainer.box_check import judge_boxes
+from trainer.findings import Finding, Severity, fold, listed
 from trainer.samples import SampleTable
 from vidt.images import ImageHeader, UnreadableImage, find_turn, probe_images
 
@@ -66,7 +69,7 @@ def check(
     for table in (train, val):
         findings += _crowded_images(table, num_queries)
     findings += _classes_without_boxes(train, val)
-    findings += _shared_images(train, train_headers, val, val_headers)
+    findings += fold(_shared_images(train, train_headers, val, val_headers))
     if bool(train.crowd.all()):
         raise BadDataset(f"{train.source}: no image has a box to learn from", findings)
     return train, val, findings
@@ -87,16 +90,22 @@ def _clean(
 def _usable_images(
     table: SampleTable, max_bad_fraction: float
 ) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
-    findings: list[Finding] = []
     sizes = table.sizes.tolist()
-    kept_sizes, kept, headers = [], [], []
-    for index, header in enumerate(probe_images(table.paths())):
-        finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
-        findings += [finding] if finding else []
-        if size is not None and isinstance(header, ImageHeader):
-            kept.append(index)
-            headers.append(header)
-            kept_sizes.append(size)
+    kept_sizes: list[tuple[int, int]] = []
+    kept: list[int] = []
+    headers: list[ImageHeader] = []
+
+    def examined() -> Iterator[Finding]:
+        for index, header in enumerate(probe_images(table.paths())):
+            finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
+            if size is not None and isinstance(header, ImageHeader):
+                kept.append(index)
+                headers.append(header)
+                kept_sizes.append(size)
+            if finding:
+                yield finding
+
+    findings = fold(examined())
     num_bad = len(table) - len(kept)
     if not kept or num_bad > max_bad_fraction * len(table):
         bad = [finding for finding in findings if finding.action == "removed"]
@@ -155,11 +164,11 @@ def _image_finding(
 
 
 def _mode_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Finding]:
-    return [
+    return fold(
         _image_finding(table, index, kind, "info", "converted to RGB", f"mode {header.mode}")
         for index, header in enumerate(headers)
         if (kind := _mode_kind(header.mode))
-    ]
+    )
 
 
 def _mode_kind(mode: str) -> str:
@@ -176,56 +185,46 @@ def _mode_kind(mode: str) -> str:
 
 
 def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
-    boxes = table.boxes
-    size_of_box = table.sizes[table.box_owners].flip(1).repeat(1, 2).to(boxes.dtype)
-    finite = boxes.isfinite().all(1)
-    clipped = torch.minimum(boxes.clamp(min=0), size_of_box)
-    excess = (boxes - clipped).abs().amax(1)
-    empty = _degenerate(boxes)
-    outside = _degenerate(clipped)
-    sticks_out = (excess > 0) & ~outside
-
-    drop = "dropped"
-    findings = _box_findings(table, ~finite, "box with NaN or infinity", "warning", drop)
-    findings += _box_findings(table, finite & empty, "degenerate box", "warning", drop)
-    gone = finite & ~empty & outside
-    findings += _box_findings(table, gone, "box outside the image", "warning", drop)
-    far, near = excess >= _ROUNDING, excess < _ROUNDING
-    usable = finite & ~empty & sticks_out
-    findings += _box_findings(table, usable & far, "box beyond the image", "warning", "clipped")
-    rounded = "box beyond the image by rounding"
-    findings += _box_findings(table, usable & near, rounded, "info", "clipped")
-
-    box_areas = (clipped[:, 2:] - clipped[:, :2]).prod(1)
-    # The area of a mask is smaller than its box; one that is not cannot be of what is left.
-    areas = torch.where(table.areas > 0, torch.minimum(table.areas, box_areas), box_areas)
-    table = replace(table, boxes=clipped, areas=areas)
-    return table.keep_boxes(finite & ~empty & ~outside), findings
-
-
-def _degenerate(boxes: Tensor) -> Tensor:
-    """Which xyxy boxes have no area: bool [M]."""
-    return (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    sizes = table.sizes[table.box_owners].numpy()
+    judged = judge_boxes(table.boxes.numpy(), table.areas.numpy(), sizes)
+    finite, empty, outside = judged.finite, judged.empty, judged.outside
+    far, near = judged.excess >= _ROUNDING, judged.excess < _ROUNDING
+    sticks_out = judged.usable & (judged.excess > 0)
+    faults: tuple[tuple[np.ndarray, str, Severity, str], ...] = (
+        (~finite, "box with NaN or infinity", "warning", "dropped"),
+        (finite & empty, "degenerate box", "warning", "dropped"),
+        (finite & ~empty & outside, "box outside the image", "warning", "dropped"),
+        (sticks_out & far, "box beyond the image", "warning", "clipped"),
+        (sticks_out & near, "box beyond the image by rounding", "info", "clipped"),
+    )
+    findings: list[Finding] = []
+    for where, kind, severity, action in faults:
+        findings += _box_findings(table, torch.from_numpy(where), kind, severity, action)
+    boxes, areas = torch.from_numpy(judged.boxes), torch.from_numpy(judged.areas)
+    table = replace(table, boxes=boxes, areas=areas)
+    return table.keep_boxes(torch.from_numpy(judged.usable)), findings
 
 
 def _box_findings(
     table: SampleTable, where: Tensor, kind: str, severity: Severity, action: str
 ) -> list[Finding]:
-    rows = where.nonzero().squeeze(1)
-    findings = []
-    for row, owner in zip(rows.tolist(), table.box_owners[rows].tolist(), strict=True):
+    owners = table.box_owners
+
+    def finding(row: int) -> Finding:
+        owner = int(owners[row])
         corners = ", ".join(f"{value:g}" for value in table.boxes[row].tolist())
         height, width = table.sizes[owner].tolist()
         detail = f"corners [{corners}] in {width} x {height}"
-        finding = _image_finding(table, owner, kind, severity, action, detail)
-        findings.append(replace(finding, annotation_id=int(table.annotation_ids[row])))
-    return findings
+        of_image = _image_finding(table, owner, kind, severity, action, detail)
+        return replace(of_image, annotation_id=int(table.annotation_ids[row]))
+
+    return listed(where.nonzero().squeeze(1).tolist(), finding)
 
 
 def _images_without_boxes(table: SampleTable) -> list[Finding]:
     indices = (table.box_counts == 0).nonzero().squeeze(1).tolist()
     kind = "image without boxes"
-    return [_image_finding(table, index, kind, "info", "kept") for index in indices]
+    return listed(indices, lambda index: _image_finding(table, index, kind, "info", "kept"))
 
 
 def _crowd_boxes(table: SampleTable) -> list[Finding]:
@@ -235,18 +234,13 @@ def _crowd_boxes(table: SampleTable) -> list[Finding]:
 
 def _crowded_images(table: SampleTable, num_queries: int) -> list[Finding]:
     counts = torch.bincount(table.box_owners[~table.crowd], minlength=len(table))
-    kind = "more boxes than [DET] tokens"
-    return [
-        _image_finding(
-            table,
-            index,
-            kind,
-            "warning",
-            "kept",
-            f"{counts[index]} boxes, but --det_token_num {num_queries}",
-        )
-        for index in (counts > num_queries).nonzero().squeeze(1).tolist()
-    ]
+
+    def finding(index: int) -> Finding:
+        kind = "more boxes than [DET] tokens"
+        detail = f"{counts[index]} boxes, but --det_token_num {num_queries}"
+        return _image_finding(table, index, kind, "warning", "kept", detail)
+
+    return listed((counts > num_queries).nonzero().squeeze(1).tolist(), finding)
 
 
 def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding]:
@@ -265,25 +259,27 @@ def _shared_images(
     train_headers: list[ImageHeader],
     val: SampleTable,
     val_headers: list[ImageHeader],
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Validation images that are training images too, by path or by content."""
     train_of_path = {os.path.realpath(path): index for index, path in enumerate(train.paths())}
     alike: dict[tuple[int, int], list[int]] = {}
     for index, header in enumerate(train_headers):
         alike.setdefault(header.fingerprint, []).append(index)
-    findings = []
+
+    @cache
+    def by_content(fingerprint: tuple[int, int]) -> dict[bytes, int]:
+        """The first training image of each content among those of a fingerprint."""
+        return {_digest(train.path(i)): i for i in reversed(alike[fingerprint])}
+
     for index, (path, header) in enumerate(zip(val.paths(), val_headers, strict=True)):
         twin = train_of_path.get(os.path.realpath(path))
-        if twin is None:
-            # Whole files are read only where the sizes and the last bytes agree.
-            candidates = alike.get(header.fingerprint, [])
-            digest = _digest(path) if candidates else b""
-            twin = next((i for i in candidates if _digest(train.path(i)) == digest), None)
+        # Whole files are read only where the sizes and the last bytes agree, each of them once.
+        if twin is None and header.fingerprint in alike:
+            twin = by_content(header.fingerprint).get(_digest(path))
         if twin is not None:
             detail = f"same as {train.path(twin)}, image {int(train.image_ids[twin])} of training"
             kind = "image in both training and validation"
-            findings.append(_image_finding(val, index, kind, "warning", "kept", detail))
-    return findings
+            yield _image_finding(val, index, kind, "warning", "kept", detail)
 
 
 def _digest(path: str) -> bytes:

@@ -8,7 +8,6 @@ order of the table before they are summed up.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,32 +25,27 @@ from trainer.data import (
     evaluation_batch,
     leave_signals_to_the_parent,
 )
-from trainer.masks import RunLengths, areas_of, as_coco, encode, rectangle
+from trainer.mask_overlap import overlap_of_masks
+from trainer.masks import encode
 from trainer.mistakes import Diagnosis, diagnose
 from trainer.out_of_memory import OutOfMemory, is_out_of_memory
 from trainer.report import COCO_NUMBERS
+from trainer.run_lengths import RunLengths, areas_of, as_coco, rectangle
 from trainer.samples import SampleTable
 from trainer.scoring import (
-    LIMITS,
-    THRESHOLDS,
     Found,
     Matches,
     Objects,
-    Overlap,
     Scores,
     accumulate,
+    class_numbers,
+    coco_numbers,
     match,
     overlap_of_boxes,
-    starts_of_runs,
 )
 from vidt.predictor import Detections, decode_for, on_cpu
 from vidt.preprocessing import Preprocessing, canvas_batches
 
-# The order in which COCO counts its numbers up.
-STATS = (
-    *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
-    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
-)
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
 
 
@@ -212,7 +205,7 @@ def score_images(
         crowd = crowd | ~truth.masks.present.numpy()  # type: ignore[union-attr]
         entries = _mask_entries(samples, found.image, masks)
         found = replace(found, area=np.array(areas_of(entries), np.float64))
-        overlap = _overlap_of_masks(entries, _true_masks(truth), crowd)
+        overlap = overlap_of_masks(entries, _true_masks(truth), crowd)
     objects = Objects(image, truth.labels.numpy(), areas, crowd)
     return match(objects, found, overlap, len(samples.class_names))
 
@@ -220,37 +213,17 @@ def score_images(
 def summarise(samples: SampleTable, shares: list[Matches]) -> dict[str, float]:
     """All twelve COCO numbers, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
     scores = accumulate(shares)
-    metrics = _coco_numbers(scores)
-    precision = scores.precision[..., 0]  # [IoU, recall, class], all areas
-    for label, name in enumerate(samples.class_names):
-        metrics[f"ap/{name}"] = _mean(precision[:, :, label])
-        metrics[f"ap50/{name}"] = _mean(precision[0, :, label])
-    return metrics
+    return _map50_first(scores) | class_numbers(scores, samples.class_names)
 
 
 def summarise_masks(shares: list[Matches]) -> dict[str, float]:
     """The twelve COCO numbers of masks: `segm_map50` and so on."""
-    return {f"segm_{name}": number for name, number in _coco_numbers(accumulate(shares)).items()}
+    return {f"segm_{name}": number for name, number in _map50_first(accumulate(shares)).items()}
 
 
-def _coco_numbers(scores: Scores) -> dict[str, float]:
-    """map50 first."""
-    precision, recall = scores.precision, scores.recall
-    everywhere, sizes = precision[..., 0], (1, 2, 3)
-    at = THRESHOLDS.tolist().index
-    values = (
-        *(everywhere, everywhere[at(0.5)], everywhere[at(0.75)]),
-        *(precision[..., size] for size in sizes),
-        *(recall[:, :, 0, limit] for limit in range(len(LIMITS))),
-        *(recall[:, :, size, -1] for size in sizes),
-    )
-    numbers = dict(zip(STATS, map(_mean, values), strict=True))
+def _map50_first(scores: Scores) -> dict[str, float]:
+    numbers = coco_numbers(scores)
     return {name: numbers[name] for name in COCO_NUMBERS}
-
-
-def _mean(values: np.ndarray) -> float:
-    scored = values[values > -1]
-    return float(scored.mean()) if scored.size else -1.0
 
 
 def _found(
@@ -296,24 +269,3 @@ def _true_masks(truth: SampleTable) -> list[dict[str, Any]]:
         for sample in truth
         for mask, box in zip(sample.masks or (), sample.boxes.tolist(), strict=True)
     ]
-
-
-def _overlap_of_masks(
-    found: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
-) -> Overlap:
-    """Intersection over union of masks, by pycocotools for one image and class at a time."""
-
-    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
-        first = np.append(starts_of_runs(detection), len(thing))  # pair of each detection
-        # Detections of one image and class begin with the same object.
-        bounds = np.append(starts_of_runs(thing[first[:-1]]), len(first) - 1)
-        parts = [np.zeros(0)]
-        for start, stop in pairwise(bounds.tolist()):
-            own = thing[first[start] : first[start + 1]]
-            rows = detection[first[start:stop]]
-            there = [objects[number] for number in own]
-            iou = coco_mask.iou([found[row] for row in rows], there, crowd[own].tolist())
-            parts.append(np.asarray(iou).reshape(-1))
-        return np.concatenate(parts)
-
-    return overlap

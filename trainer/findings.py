@@ -2,17 +2,19 @@
 
 import csv
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
 GRAVEST_FIRST = ("error", "warning", "info")
+MOST_OF_A_KIND = 300  # one by one; all else of a kind is one finding, and the page stays readable
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding; `count` is above 1 only where it speaks for several boxes at once.
+    """One finding; `count` is above 1 only where it speaks for several boxes or images at once.
 
     `source` is the split (`SampleTable.source`). `action` says what was done: kept, dropped (a
     box), removed (an image), clipped, turned, computed.
@@ -36,6 +38,34 @@ class Finding:
         return ": ".join(part for part in (", ".join(filter(None, place)), self.detail) if part)
 
 
+def listed(rows: Sequence[int], finding: Callable[[int], Finding]) -> list[Finding]:
+    """Findings that are alike: one for each of the first rows, and one for all others."""
+    found = [finding(row) for row in rows[:MOST_OF_A_KIND]]
+    return [*found, *_others(found, len(rows) - len(found))]
+
+
+def fold(findings: Iterable[Finding]) -> list[Finding]:
+    """The first of each kind one by one, and one for all others of it; never more in memory."""
+    first: dict[tuple[str, ...], list[Finding]] = {}
+    others = Counter[tuple[str, ...]]()
+    for finding in findings:
+        key = finding.kind, finding.severity, finding.action, finding.source
+        group = first.setdefault(key, [])
+        if len(group) < MOST_OF_A_KIND:
+            group.append(finding)
+        else:
+            others[key] += finding.count
+    return [each for key, group in first.items() for each in (*group, *_others(group, others[key]))]
+
+
+def _others(group: list[Finding], count: int) -> list[Finding]:
+    """None if there are none."""
+    if not count:
+        return []
+    like, detail = group[0], f"{count} more of the same"
+    return [Finding(like.kind, like.severity, like.action, detail, like.source, count=count)]
+
+
 def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: int = 3) -> str:
     """Findings by kind, gravest first, with a count and at most `limit` of each kind in words.
 
@@ -50,7 +80,8 @@ def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: in
         shown = info_limit if severity == "info" else limit
         lines.append(f"{severity}: {kind}, {action}: {sum(f.count for f in group)}")
         lines += [f"    {finding.line()}" for finding in group[:shown]]
-        lines += [f"    and {len(group) - shown} more"] if len(group) > shown else []
+        more = sum(finding.count for finding in group[shown:])
+        lines += [f"    and {more} more"] if more else []
     # File names need not be valid text, but what is printed must be.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 

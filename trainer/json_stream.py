@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 PART = 2**22  # bytes that are parsed at once; more if a single value is longer
+# With so many each value and list begins, for most of the first are short; then twice as many, ...
+FIRST = 2**9
 LONGEST_WORD = 16  # characters: more than any but a text, such as -Infinity
 _BETWEEN_ROWS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*(?=\{)")
 _BLANK = re.compile(rb"[ \t\n\r]*")
@@ -87,10 +89,11 @@ def _members(data: Bytes, start: int) -> Iterator[tuple[str, Any]]:
         at = _after(_BLANK, data, _expect(data, at, b":"))
         rows = _LIST_OF_OBJECTS.match(data, at)
         if rows:
-            at, over = rows.end(), False
+            at, over, size = rows.end(), False, FIRST
             while not over:
                 start = at
-                part, at, over = _part(data, start)
+                part, at, over = _part(data, start, min(size, PART))
+                size *= 2
                 yield key, part
                 _forget(data, start, at)
         else:
@@ -103,30 +106,31 @@ def _members(data: Bytes, start: int) -> Iterator[tuple[str, Any]]:
     _check_end(data, _expect(data, at, b"}"))
 
 
-def _part(data: Bytes, start: int) -> tuple[list[Any], int, bool]:
-    """The rows from `start` on up to about PART bytes; where the next row starts, or what comes
+def _part(data: Bytes, start: int, size: int) -> tuple[list[Any], int, bool]:
+    """The rows from `start` on up to about `size` bytes; where the next row starts, or what comes
     after the list; and whether the list is over.
     """
-    size = PART
     while True:
-        cut = _BETWEEN_ROWS.search(data, min(start + size, len(data)))
-        stop = cut.start() + 1 if cut else len(data)
+        # Between rows if there is such a place near, else anywhere: the list may be over by then.
+        limit = min(start + 2 * size, len(data))
+        cut = _BETWEEN_ROWS.search(data, min(start + size, limit), limit)
+        stop = cut.start() + 1 if cut else limit
         text = "[" + _text(data, start, stop) + ("]" if cut else "")
         try:
             rows, end = _DECODER.raw_decode(text)
         except (ValueError, RecursionError) as error:
-            if not (cut and _ends_early(error, text)):
+            if stop == len(data) or not _ends_early(error, text):
                 raise _named(error, text, start - 1) from error
             size *= 2  # that was no place between rows
             continue
         if cut and end == len(text):
-            return rows, cut.end(), False
+            return rows, _after(_BETWEEN_ROWS, data, cut.start()), False
         return rows, start + len(text[1:end].encode()), True
 
 
 def _value(data: Bytes, start: int) -> tuple[Any, int]:
     """A single value, and where it ends."""
-    size = PART
+    size = min(FIRST, PART)
     while True:
         stop = min(start + size, len(data))
         text = _text(data, start, stop)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from trainer.agreement import Agreement
-from trainer.masks import RunLengths
+from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
 from trainer.scores import ScoreCurve, curve, hits_of, pooled
 from trainer.scoring import Matches

@@ -1,6 +1,7 @@
 """Boxes and masks drawn on pictures, and truth beside prediction for a grid of validation images.
 
-Boxes are xyxy in pixels of the image they belong to; masks are run lengths, as of `trainer.masks`.
+Boxes are xyxy in pixels of the image they belong to; masks are run lengths, as of
+`trainer.run_lengths`.
 """
 
 import io
@@ -13,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from trainer.masks import RunLengths, decode, encode
+from trainer.masks import decode, encode
+from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.drawing import write_labels as _write_labels

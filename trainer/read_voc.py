@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import torch
 
 from trainer.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.findings import Finding
+from trainer.findings import Finding, fold
 from trainer.samples import Sample, SampleTable
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -57,7 +57,7 @@ def read_voc(
     findings += foreign_class_findings(source, (n for n in names if n not in classes.names))
     samples = [_to_sample(index, picture, classes) for index, picture in enumerate(pictures, 1)]
     table = SampleTable.from_samples(samples, classes.names, classes.category_ids, source)
-    return table, findings
+    return table, fold(findings)
 
 
 def _split_files(root: Path, split: str) -> list[Path]:

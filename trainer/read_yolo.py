@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from trainer.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.findings import Finding
+from trainer.findings import Finding, fold
 from trainer.samples import Sample, SampleTable
 from vidt.images import ImageHeader, probe_images
 
@@ -43,7 +43,9 @@ def read_yolo(
         size = _shown_size(header) if isinstance(header, ImageHeader) else (0, 0)
         samples.append(_to_sample(path, image_id, size, rows, classes))
     findings += foreign_class_findings(source, foreign)
-    return SampleTable.from_samples(samples, classes.names, classes.category_ids, source), findings
+    return SampleTable.from_samples(samples, classes.names, classes.category_ids, source), fold(
+        findings
+    )
 
 
 def _yaml_path(path: Path) -> Path:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.masks import MaskColumn, RunLengths
+from trainer.masks import MaskColumn
+from trainer.run_lengths import RunLengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Sample:
     `size` is (height, width) as annotated, (0, 0) where the annotations do not say. `labels` count
     from 0 without gaps. `crowd` marks regions to ignore in training and to honour in scoring.
     `annotation_ids` are the dataset's own; None numbers boxes in the order of the table. `masks`
-    are n run lengths as of `trainer.masks`, None where no object of the dataset has one.
+    are n run lengths as of `trainer.run_lengths`, None where no object of the dataset has one.
     """
 
     path: str

@@ -22,6 +22,12 @@ LIMITS = (1, 10, 100)
 # From and to, both included, in pixels: all, small, medium, large.
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 
+# COCO's twelve numbers, in the order in which COCO counts them up.
+STATS = (
+    *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+
 BLOCK = 2**18  # pairs whose overlaps are computed at once
 
 # Detections [P] and objects [P], as numbers of those given, to how far they overlap, 0..1 [P]. The
@@ -168,9 +174,7 @@ def _turns(label: np.ndarray, image: np.ndarray, row: np.ndarray) -> list[np.nda
     return np.split(order, starts_of_runs(turn[order])[1:]) if len(order) else []
 
 
-def _pairs(
-    label: np.ndarray, image: np.ndarray, objects: Objects
-) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(label: np.ndarray, image: np.ndarray, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
     """Each detection with each object of its image and class: rows, and numbers of objects."""
     span = max(image.max(initial=0), objects.image.max(initial=0)) + 1
     keys = objects.label * span + objects.image
@@ -232,3 +236,32 @@ def _precision(right: np.ndarray, wrong: np.ndarray, total: int) -> np.ndarray:
     best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
     places = np.array([np.searchsorted(each, RECALLS) for each in reached])
     return np.take_along_axis(best, places, axis=1)
+
+
+def coco_numbers(scores: Scores) -> dict[str, float]:
+    """The twelve of STATS; -1 where there is nothing to score."""
+    precision, recall = scores.precision, scores.recall
+    everywhere, sizes = precision[..., 0], (1, 2, 3)
+    at = THRESHOLDS.tolist().index
+    values = (
+        *(everywhere, everywhere[at(0.5)], everywhere[at(0.75)]),
+        *(precision[..., size] for size in sizes),
+        *(recall[:, :, 0, limit] for limit in range(len(LIMITS))),
+        *(recall[:, :, size, -1] for size in sizes),
+    )
+    return dict(zip(STATS, map(_mean, values), strict=True))
+
+
+def class_numbers(scores: Scores, names: Sequence[str]) -> dict[str, float]:
+    """`ap/CLASS` and `ap50/CLASS` of each class, objects of all sizes."""
+    precision = scores.precision[..., 0]
+    numbers: dict[str, float] = {}
+    for label, name in enumerate(names):
+        numbers[f"ap/{name}"] = _mean(precision[:, :, label])
+        numbers[f"ap50/{name}"] = _mean(precision[0, :, label])
+    return numbers
+
+
+def _mean(values: np.ndarray) -> float:
+    scored = values[values > -1]
+    return float(scored.mean()) if scored.size else -1.0

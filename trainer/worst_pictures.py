@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trainer.masks import RunLengths
 from trainer.mistakes import CROWD, NOTHING, Judged
 from trainer.pictures import Mark, class_text, draw_marks, picture_of
 from trainer.report import Pair
+from trainer.run_lengths import RunLengths
 from trainer.samples import SampleTable
 
 # Told apart by any eye, on pictures of any colour.

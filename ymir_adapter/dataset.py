@@ -209,9 +209,10 @@ def _as_task_error(error: BadDataset, train: Split, val: Split) -> TaskError:
     for split in (train, val):
         name, total = split.table.source, len(split.table)
         gone = [one for one in error.findings if one.action == "removed" and one.source == name]
-        if len(gone) >= total:
+        if sum(one.count for one in gone) >= total:
             message = f"{name}: none of {total} images can be read; the first: {gone[0].detail}"
             return TaskError(Code.IMAGE_FORMAT, message)
     left_out = [one for one in train.findings if one.action == "dropped"]
-    hint = f"; {len(left_out)} were left out, the first: {left_out[0].line()}" if left_out else ""
+    count = sum(one.count for one in left_out)
+    hint = f"; {count} were left out, the first: {left_out[0].line()}" if left_out else ""
     return TaskError(Code.DATASET, f"{error}{hint}")
