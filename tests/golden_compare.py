@@ -13,7 +13,8 @@ import torch
 from conftest import Compare
 from torch import Tensor, nn
 
-from vidt.criterion import SetCriterion, criterion_for, log_values
+from vidt.criterion import SetCriterion, criterion_for, prediction_levels, stack
+from vidt.matcher import Matches, matched_targets
 from vidt.model import build_detector
 from vidt.predictor import Detections, decode_top_k
 from vidt.released import released_name, released_vidt
@@ -284,3 +285,29 @@ def check_parameter_count(path: str, model: torch.nn.Module) -> None:
     assert sum(count for count, _ in counts.values()) == facts["parameter_count"]
     used = sum(count for count, ours in counts.values() if ours)
     assert used == sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def log_values(outputs: dict, targets: list, matches: Matches) -> dict[str, Tensor]:
+    """What the released code logs beside its losses, scalars by name; matches from
+    `SetCriterion.match`.
+
+    `class_error`: per cent of the last level's matched queries whose best class is not their
+    object's, 100 if none is matched. `cardinality_error` of each level: how far the number of
+    queries whose best class is not the last one is from the number of objects, mean over images;
+    made for a softmax with background and of use beside old logs only.
+    """
+    logits = stack(prediction_levels(outputs), "pred_logits")
+    best = logits.argmax(-1)  # [L, B, Q]
+    labels, _ = matched_targets(matches, targets)
+    final = matches.level == len(best) - 1
+    right = final & (best[matches.place] == labels)
+    counts = torch.tensor([len(target["labels"]) for target in targets])
+    counts = counts.to(logits.device, non_blocking=True)
+    predicted = (best != logits.shape[-1] - 1).sum(-1)  # [L, B]
+    cardinality = (predicted - counts).abs().float().mean(-1)
+    values = {"class_error": 100 - 100 * right.sum() / final.sum().clamp(min=1)}
+    for level, value in enumerate(cardinality[:-1]):
+        values[f"cardinality_error_{level}"] = value
+    values["cardinality_error"] = cardinality[-1]
+    return values

@@ -108,6 +108,19 @@ def bright(image: Image.Image) -> tuple[list[float], float]:
     return [left, top, right, bottom], mask.sum() / ((right - left) * (bottom - top))
 
 
+def augmented(
+    augmentation: Augmentation,
+    image: Image.Image,
+    boxes: Tensor,
+    labels: Tensor,
+    random: np.random.Generator,
+) -> tuple[Image.Image, Tensor, Tensor]:
+    """boxes [N, 4] xyxy pixels, labels [N]; without those that a crop leaves nothing of."""
+    geometry = augmentation.draw((image.height, image.width), random)
+    boxes, kept = geometry.on_boxes(boxes)
+    return geometry.on_image(image), boxes, labels[kept]
+
+
 @pytest.mark.parametrize("augmentation", [SMALL, RELEASED], ids=["small", "released"])
 @pytest.mark.parametrize("size", [(120, 200), (260, 90)])
 def test_boxes_follow_the_pixels(augmentation: Augmentation, size: tuple[int, int]) -> None:
@@ -118,7 +131,8 @@ def test_boxes_follow_the_pixels(augmentation: Augmentation, size: tuple[int, in
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     kinds = set()
     for number in range(60):
-        image, boxes, labels = augmentation(
+        image, boxes, labels = augmented(
+            augmentation,
             Image.fromarray(pixels),
             torch.tensor([box], dtype=torch.float32),
             torch.tensor([4]),
@@ -206,9 +220,9 @@ def test_mirrored_half_of_the_time_and_never_if_told_so() -> None:
         augmentation = Augmentation(sizes=(128,), max_size=200, crop=False, **settings)
         found = []
         for number in range(100):
-            image, boxes, _ = augmentation(
-                Image.fromarray(pixels), box, torch.tensor([0]), np.random.default_rng(number)
-            )
+            random = np.random.default_rng(number)
+            picture = Image.fromarray(pixels)
+            image, boxes, _ = augmented(augmentation, picture, box, torch.tensor([0]), random)
             assert bright(image)[0] == boxes[0].tolist()
             found.append(float(boxes[0, 0]))
         return found
@@ -225,7 +239,8 @@ def test_what_a_crop_leaves_nothing_of_is_gone_with_its_label() -> None:
     boxes = torch.cat([corners, corners + 10], dim=1)
     counts = set()
     for number in range(40):
-        _, kept, labels = SMALL(image, boxes, torch.arange(100), np.random.default_rng(number))
+        random = np.random.default_rng(number)
+        _, kept, labels = augmented(SMALL, image, boxes, torch.arange(100), random)
         assert len(kept) == len(labels) == len(set(labels.tolist()))
         assert bool((kept[:, 2:] > kept[:, :2]).all())
         # Objects keep their order, and so their places relative to one another.
@@ -239,7 +254,8 @@ def test_what_a_crop_leaves_nothing_of_is_gone_with_its_label() -> None:
 def test_sizes_are_among_those_asked_for(size: tuple[int, int]) -> None:
     augmentation = Augmentation(sizes=(96, 128), max_size=192, crop=False)
     for number in range(20):
-        image, _, _ = augmentation(
+        image, _, _ = augmented(
+            augmentation,
             Image.new("RGB", size[::-1]),
             torch.zeros(0, 4),
             torch.zeros(0, dtype=torch.int64),

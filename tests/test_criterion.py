@@ -9,8 +9,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from vidt import HungarianMatcher, SetCriterion
 from vidt.config import ViDTConfig
-from vidt.criterion import criterion_for, log_values
-from vidt.mask_vectors import encode_masks
+from vidt.criterion import criterion_for
+from vidt.mask_vectors import encode_squares, square_masks
 
 LEVELS, QUERIES, CLASSES = 3, 6, 4
 
@@ -168,24 +168,6 @@ def test_matches_are_themselves() -> None:
     assert first == first and first != second and len({first, second}) == 2
 
 
-def test_log_values_by_hand() -> None:
-    """Two objects, one taken for another class; the last class counts as nothing found."""
-    truth = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
-    logits = torch.tensor([[[9.0, 0, 0], [0, 9, 0], [0, 0, 9]]])
-    found = torch.cat([truth, torch.tensor([[0.5, 0.5, 0.9, 0.9]])])[None]
-    predicted = {"pred_logits": logits, "pred_boxes": found}
-    matcher = HungarianMatcher(0.0, 1.0, 1.0)
-    targets = [{"labels": torch.tensor([0, 0]), "boxes": truth}]
-    values = log_values(predicted, targets, SetCriterion(matcher).match(predicted, targets))
-    assert {name: value.item() for name, value in values.items()} == {
-        "class_error": 50.0,
-        "cardinality_error": 0.0,
-    }
-    nothing = objects(0)
-    values = log_values(predicted, nothing, SetCriterion(matcher).match(predicted, nothing))
-    assert values["class_error"] == 100 and values["cardinality_error"] == 2
-
-
 TRUTH = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
 HALF = torch.tensor([[[0.5, 0.5, 0.2, 0.1], [0.9, 0.9, 0.1, 0.1]]])
 
@@ -236,7 +218,7 @@ def test_the_vector_loss_by_hand(norm: bool) -> None:
     predicted = with_vectors(target, 10)
     criterion = SetCriterion(gt_mask_len=8, vector_loss_norm=norm)
     term = criterion(predicted, [target], 2.0)["loss_vector"]
-    wanted = encode_masks(target["masks"][:1], target["mask_boxes"][:1], n_keep=10, side=8)
+    wanted = encode_squares(square_masks(target["masks"][:1], target["mask_boxes"][:1], 8), 10)
     distance = (predicted["pred_vectors"][0, :1] - wanted).abs().sum().item()
     assert term.item() == pytest.approx(3 * distance / 2 / (10 if norm else 1), rel=1e-5)
     term.backward()

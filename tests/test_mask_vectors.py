@@ -14,7 +14,13 @@ from golden_compare import load
 from scipy.fft import dctn
 from torch import Tensor
 
-from vidt.mask_vectors import decode_vectors, encode_masks, paste_squares, square_masks, zigzag
+from vidt.mask_vectors import (
+    decode_vectors,
+    encode_squares,
+    paste_squares,
+    square_masks,
+    zigzag,
+)
 from vidt.model import ViDTConfig
 from vidt.predictor import decode_for
 
@@ -35,7 +41,7 @@ def test_golden_vectors(compare: Compare) -> None:
     masks, boxes = torch.from_numpy(made["masks"]), torch.from_numpy(made["xyxy_boxes"])
     squares = bits(case["cropped_packbits"], 128, 128)
     assert torch.equal(square_masks(masks, boxes, 128), squares)
-    vectors = encode_masks(masks, boxes, n_keep=256, side=128)
+    vectors = encode_squares(square_masks(masks, boxes, 128), 256)
     compare("vectors", vectors, case["vectors"], 1e-5)
     reconstructed = bits(case["reconstructed_packbits"], 128, 128)
     assert torch.equal(decode_vectors(case["vectors"], 128), reconstructed)
@@ -77,7 +83,7 @@ def test_all_coefficients_are_the_whole_mask(side: int) -> None:
     """Also of an odd square; scipy's transform is the measure."""
     masks = torch.rand(3, side, side) > 0.5
     boxes = torch.tensor([[0.0, 0.0, side, side]]).expand(3, 4)
-    vectors = encode_masks(masks, boxes, n_keep=side * side, side=side)
+    vectors = encode_squares(square_masks(masks, boxes, side), side * side)
     wanted = dctn(masks.double().numpy(), axes=(1, 2), norm="ortho").reshape(3, -1)
     assert torch.allclose(vectors.double(), torch.from_numpy(wanted)[:, zigzag(side)], atol=1e-5)
     assert torch.equal(decode_vectors(vectors, side), masks)
@@ -97,7 +103,7 @@ def disc(height: int, width: int, box: list[float]) -> Tensor:
 def test_there_and_back(box: list[float]) -> None:
     """What lies outside the image is not seen, and comes back as nothing."""
     mask, boxes = disc(100, 130, box), torch.tensor([box])
-    vectors = encode_masks(mask, boxes, n_keep=64, side=56)
+    vectors = encode_squares(square_masks(mask, boxes, 56), 64)
     back = paste_squares(decode_vectors(vectors, 56), boxes, (100, 130))
     assert back.shape == mask.shape
     assert (back & mask).sum() / (back | mask).sum() > 0.93
@@ -133,7 +139,7 @@ def test_a_box_that_shows_nothing(box: list[float]) -> None:
 
 
 def test_no_objects() -> None:
-    vectors = encode_masks(torch.zeros(0, 9, 8) > 0, torch.zeros(0, 4), n_keep=5, side=8)
+    vectors = encode_squares(square_masks(torch.zeros(0, 9, 8) > 0, torch.zeros(0, 4), 8), 5)
     assert vectors.shape == (0, 5)
     squares = decode_vectors(vectors, 8)
     assert squares.shape == (0, 8, 8)

@@ -31,7 +31,7 @@ from trainer.evaluation import (
     summarise_masks,
 )
 from trainer.masks import decode, encode
-from trainer.pictures import Comparison, compare, draw_boxes
+from trainer.pictures import Comparison, compare
 from trainer.read_coco import read_coco
 from trainer.readers import coco_folder
 from trainer.report import COCO_NUMBERS
@@ -41,7 +41,7 @@ from trainer.scoring import STATS
 from trainer.shapes import write_shapes
 from vidt import Predictor
 from vidt.drawing import class_colour
-from vidt.mask_vectors import encode_masks
+from vidt.mask_vectors import encode_squares, square_masks
 from vidt.model import ViDTConfig, build_detector
 from vidt.predictor import Detections, MaskVectors
 from vidt.preprocessing import Preprocessing
@@ -275,7 +275,7 @@ def guesses(samples: SampleTable, seed: int) -> dict[int, Detections]:
         masks = decode(sample.masks or (), sample.size)
         extra = torch.tensor([[5.0, 5.0, 30.0, 40.0], [-20.0, 50.0, 60.0, 120.0]])
         boxes = torch.cat([sample.boxes, extra])
-        vectors = encode_masks(masks, sample.boxes, n_keep=N_KEEP, side=SIDE)
+        vectors = encode_squares(square_masks(masks, sample.boxes, SIDE), N_KEEP)
         vectors = torch.cat([vectors, torch.randn(2, N_KEEP, generator=random)])
         boxes = boxes + torch.randn(boxes.shape, generator=random) * 2
         labels = torch.cat([sample.labels, torch.tensor([0, 1])])
@@ -381,14 +381,14 @@ def test_drawn_in_the_colour_of_the_class() -> None:
     masks[1, 300:400, 300:400] = True
     boxes = torch.tensor([[90.0, 90.0, 210.0, 210.0], [290.0, 290.0, 410.0, 410.0]])
     labels, scores = torch.tensor([0, 1]), torch.tensor([0.9, 0.2])
-    drawn = np.asarray(draw_boxes(image, boxes, labels, scores, ["a", "b"], masks), np.float32)
+    row = Comparison(image, boxes, labels, boxes, labels, scores, "", encode(masks), encode(masks))
+    pair = np.asarray(compare(row, ["a", "b"], min_score=0.3, panel=480))
+    top = pair.shape[0] - 480
+    drawn = pair[top:, :480].astype(np.float32)  # the truth
     for label, place in ((0, 150), (1, 350)):
         colour = np.array([int(class_colour(label)[i : i + 2], 16) for i in (1, 3, 5)])
         assert drawn[place, place] == pytest.approx(0.45 * colour, abs=2)
     assert not drawn[205, 150].any() and not drawn[250, 250].any()
-    row = Comparison(image, boxes, labels, boxes, labels, scores, "", encode(masks), encode(masks))
-    pair = np.asarray(compare(row, ["a", "b"], min_score=0.3, panel=480))
-    top = pair.shape[0] - 480
     tinted = [bool(pair[top + y, x].any()) for x in (150, 634) for y in (150,)]
     unsure = [bool(pair[top + 350, x].any()) for x in (350, 834)]
     assert tinted == [True, True] and unsure == [True, False]

@@ -1,6 +1,7 @@
 """Boxes on pictures and the grid of truth beside prediction."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,10 @@ import torch
 from PIL import Image
 
 from trainer.pictures import (
-    MIN_SIDE,
+    Array,
     Comparison,
     compare,
     comparisons,
-    draw_boxes,
     save_picture,
     truth_beside_prediction,
 )
@@ -52,9 +52,28 @@ def row(width: int, height: int, num_found: int = 2, score: float = 0.9) -> Comp
     )
 
 
+def drawn_alone(
+    image: Image.Image, boxes: Array, labels: Array, scores: Array | None, panel: int | None = None
+) -> Image.Image:
+    """The half of a pair that shows boxes without scores, as the truth, or with them, as what was
+    found; without its caption. For pictures that are no higher than wide.
+    """
+    nothing: Array = np.zeros((0, 4))
+    empty = Comparison(image, nothing, np.zeros(0), nothing, np.zeros(0), np.zeros(0))
+    if scores is None:
+        pictured = replace(empty, truth_boxes=boxes, truth_labels=labels)
+    else:
+        pictured = replace(empty, boxes=boxes, labels=labels, scores=scores)
+    panel = panel or image.width
+    pair = compare(pictured, NAMES, min_score=0.0, panel=panel)
+    left = 0 if scores is None else pair.width - panel
+    top = pair.height - round(panel * image.height / image.width)
+    return pair.crop((left, top, left + panel, pair.height))
+
+
 def test_box_is_drawn_where_it_is_and_the_image_given_is_left_alone() -> None:
     image = grey(600, 400)
-    drawn = draw_boxes(image, [[100, 200, 300, 350]], [1], None, NAMES)
+    drawn = drawn_alone(image, [[100, 200, 300, 350]], [1], None)
     assert drawn.size == image.size and not changed(image).any()
     rows, columns = np.nonzero(changed(drawn))
     assert abs(int(columns.min()) - 100) <= 3 and abs(int(columns.max()) - 300) <= 3
@@ -65,15 +84,15 @@ def test_box_is_drawn_where_it_is_and_the_image_given_is_left_alone() -> None:
 
 
 def test_small_picture_is_enlarged_and_its_boxes_with_it() -> None:
-    drawn = draw_boxes(grey(128, 96), [[32, 48, 64, 80]], [0], [0.5], NAMES)
-    assert drawn.size == (MIN_SIDE, 360)
+    drawn = drawn_alone(grey(128, 96), [[32, 48, 64, 80]], [0], [0.5], panel=480)
+    assert drawn.size == (480, 360)
     rows, _ = np.nonzero(changed(drawn))
-    assert abs(int(rows.max()) - 80 * MIN_SIDE / 128) <= 3
+    assert abs(int(rows.max()) - 80 * 480 / 128) <= 3
 
 
 def test_every_label_is_written_without_covering_another() -> None:
     boxes = [[100, 100, 140, 140]] * 3
-    drawn = draw_boxes(grey(600, 400), boxes, [0, 1, 2], [0.9, 0.8, 0.7], NAMES)
+    drawn = drawn_alone(grey(600, 400), boxes, [0, 1, 2], [0.9, 0.8, 0.7])
     pixels = np.asarray(drawn)
     for label in range(3):
         red, green, blue = (int(class_colour(label)[i : i + 2], 16) for i in (1, 3, 5))
@@ -91,31 +110,32 @@ def test_every_label_is_written_without_covering_another() -> None:
     ],
 )
 def test_wild_boxes_are_drawn_somehow(box: list[float]) -> None:
-    assert changed(draw_boxes(grey(600, 400), [box], [0], [0.1], NAMES)).any()
+    assert changed(drawn_alone(grey(600, 400), [box], [0], [0.1])).any()
 
 
 def test_tensors_arrays_and_lists_draw_the_same() -> None:
     boxes, labels, scores = [[10.0, 20.0, 50.0, 60.0]], [2], [0.25]
     drawn = [
-        draw_boxes(grey(100, 100), boxes, labels, scores, NAMES),
-        draw_boxes(grey(100, 100), np.array(boxes), np.array(labels), np.array(scores), NAMES),
-        draw_boxes(
-            grey(100, 100), torch.tensor(boxes), torch.tensor(labels), torch.tensor(scores), NAMES
+        drawn_alone(grey(100, 100), boxes, labels, scores),
+        drawn_alone(grey(100, 100), np.array(boxes), np.array(labels), np.array(scores)),
+        drawn_alone(
+            grey(100, 100), torch.tensor(boxes), torch.tensor(labels), torch.tensor(scores)
         ),
     ]
+    assert changed(drawn[0]).any()
     assert drawn[0].tobytes() == drawn[1].tobytes() == drawn[2].tobytes()
 
 
 def test_no_boxes_is_a_clean_picture() -> None:
     nothings: list[list[float] | torch.Tensor] = [[], torch.zeros(0, 4)]
     for nothing in nothings:
-        drawn = draw_boxes(grey(600, 400), nothing, [], [], NAMES)
+        drawn = drawn_alone(grey(600, 400), nothing, [], [])
         assert not changed(drawn).any()
 
 
 def test_palette_and_transparent_pictures_can_be_drawn_on() -> None:
     for mode in ("P", "L", "RGBA"):
-        drawn = draw_boxes(Image.new(mode, (50, 50)), [[5, 5, 40, 40]], [0], None, NAMES)
+        drawn = drawn_alone(Image.new(mode, (50, 50)), [[5, 5, 40, 40]], [0], None)
         assert drawn.mode == "RGB" and class_colour(0) in colours_in(drawn)
 
 

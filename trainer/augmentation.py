@@ -65,16 +65,6 @@ class Augmentation:
         shape = resized_shape(*area, _one_of(self.sizes, random), self.max_size)
         return Geometry(size, flip, crop, shape)
 
-    def __call__(
-        self, image: Image.Image, boxes: Tensor, labels: Tensor, random: np.random.Generator
-    ) -> tuple[Image.Image, Tensor, Tensor]:
-        """boxes [N, 4] xyxy pixels, labels [N]; objects that a crop leaves nothing of are gone from
-        both.
-        """
-        geometry = self.draw((image.height, image.width), random)
-        boxes, kept = geometry.on_boxes(boxes)
-        return geometry.on_image(image), boxes, labels[kept]
-
     def _crop_area(
         self, size: tuple[int, int], random: np.random.Generator
     ) -> tuple[int, int, int, int]:

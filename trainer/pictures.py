@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from trainer.masks import decode, encode
+from trainer.masks import decode
 from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
@@ -25,7 +25,6 @@ from vidt.whole_file import write_whole
 
 MOST_PAIRS = 16  # validation pictures shown after an evaluation
 
-MIN_SIDE = 480  # smaller pictures are enlarged to this, or no text would be legible on them
 BACKGROUND = "#ffffff"
 INK = "#202020"
 
@@ -45,23 +44,6 @@ class Comparison:
     name: str = ""
     truth_masks: Sequence[RunLengths] | None = None  # M
     masks: Sequence[RunLengths] | None = None  # N
-
-
-def draw_boxes(
-    image: Image.Image,
-    boxes: Array,
-    labels: Array,
-    scores: Array | None,
-    class_names: Sequence[str],
-    masks: Tensor | None = None,
-) -> Image.Image:
-    """A copy with boxes [N, 4] (xyxy pixels), class names [N], scores [N] and masks [N, H, W] drawn
-    on it.
-
-    A picture whose longer side is below `MIN_SIDE` comes back enlarged to it.
-    """
-    shown = _Boxes(boxes, labels, scores, None if masks is None else encode(masks.cpu()))
-    return _drawn(image, shown, class_names, _enlargement(image))
 
 
 def truth_beside_prediction(
@@ -147,10 +129,6 @@ def _array(values: Array) -> np.ndarray:
 
 def _int_list(labels: Array) -> list[int]:
     return [int(label) for label in _array(labels).reshape(-1)]
-
-
-def _enlargement(image: Image.Image) -> float:
-    return max(1.0, MIN_SIDE / max(image.size))
 
 
 @dataclass(frozen=True, eq=False)

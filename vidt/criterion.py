@@ -238,31 +238,6 @@ def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     return matches, torch.from_numpy(weights).to(logits.device, non_blocking=True)
 
 
-@torch.no_grad()
-def log_values(outputs: dict, targets: Targets, matches: Matches) -> dict[str, Tensor]:
-    """What the released code logs beside its losses, scalars by name; matches from
-    `SetCriterion.match`.
-
-    `class_error`: per cent of the last level's matched queries whose best class is not their
-    object's, 100 if none is matched. `cardinality_error` of each level: how far the number of
-    queries whose best class is not the last one is from the number of objects, mean over images;
-    made for a softmax with background and of use beside old logs only.
-    """
-    logits = stack(prediction_levels(outputs), "pred_logits")
-    best = logits.argmax(-1)  # [L, B, Q]
-    labels, _ = matched_targets(matches, targets)
-    final = matches.level == len(best) - 1
-    right = final & (best[matches.place] == labels)
-    counts = torch.tensor([len(target["labels"]) for target in targets])
-    counts = counts.to(logits.device, non_blocking=True)
-    predicted = (best != logits.shape[-1] - 1).sum(-1)  # [L, B]
-    cardinality = (predicted - counts).abs().float().mean(-1)
-    values = {"class_error": 100 - 100 * right.sum() / final.sum().clamp(min=1)}
-    for level, suffix in _suffixes(len(best)):
-        values[f"cardinality_error{suffix}"] = cardinality[level]
-    return values
-
-
 def prediction_levels(outputs: dict) -> Levels:
     """The outputs of every prediction level, the last one last."""
     return [*outputs.get("aux_outputs", []), outputs]

@@ -63,11 +63,6 @@ def _aligned(masks: Tensor, boxes: Tensor, side: int) -> Tensor:
     return roi_align(masks[:, None], torch.cat([number, boxes], dim=1), side, aligned=True)[:, 0]
 
 
-def encode_masks(masks: Tensor, boxes: Tensor, *, n_keep: int, side: int) -> Tensor:
-    """The vectors of masks [n, H, W] in boxes [n, 4] (xyxy, pixels): float32 [n, K]."""
-    return encode_squares(square_masks(masks, boxes, side), n_keep)
-
-
 def encode_squares(squares: Tensor, n_keep: int) -> Tensor:
     """The vectors of squares [n, S, S]: float32 [n, K]."""
     rows, columns, waves = _low_frequencies(n_keep, squares.shape[-1], squares.device)
