@@ -85,6 +85,10 @@ def spoilt_annotations(root: Path) -> None:
     write("twice.json", categories=[{"id": 1, "name": "red"}, {"id": 2, "name": "red"}])
     images = document["images"]
     gone = [{**each, "file_name": "gone.png", "id": 900 + each["id"]} for each in images]
+    write("same_image.json", images=[*images, images[0]])
+    annotation = document["annotations"][0]
+    annotation = {key: value for key, value in annotation.items() if key != "bbox"}
+    write("no_box.json", annotations=[*document["annotations"], annotation])
     write("half_gone.json", images=[*images, *gone])
 
 
@@ -147,6 +151,7 @@ MISTAKES: list[Mistake] = [
     (f"{EVALUATE} {{root}}/strangers.json", "strangers.json has no class of the weights"),
     (f"{EVALUATE} {{root}}/unnamed.json", "needs a name and an integer id of its own"),
     (f"{EVALUATE} {{root}}/twice.json", "class name 'red' is used twice"),
+    (f"{EVALUATE} {{root}}/same_image.json", "same_image.json: image id 101 is used twice"),
     (f"{EVALUATE} {{root}}/half_gone.json", "3 of 6 images cannot be read"),
     (f"{EVALUATE} {{root}}/strangers.json --images {{root}}/gone", "has no class of the weights"),
     (
@@ -184,6 +189,11 @@ MISTAKES: list[Mistake] = [
     ("export {root}/good.safetensors {root}/model.onnx --size 640", "--size: expected 2 arguments"),
     ("export {root}/good.safetensors {root}/model.onnx --size 8 8", "8 is too small"),
     ("export {root}/good.safetensors {root}/model.onnx --json x.json", "give both, or neither"),
+    (
+        "export {root}/good.safetensors {root}/model.onnx --json {root}/no_box.json "
+        "--coco_images {root}/data/val2017",
+        "bbox is missing",
+    ),
     ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a body (swin_nano"),
     ("benchmark swin_nano --repeat 0", "--repeat: 0 is no whole number of 1 or more"),
     ("benchmark swin_nano --size 640 no", "--size: no is no whole number"),

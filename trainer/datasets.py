@@ -88,8 +88,8 @@ def read_validation(
 def told(
     output: Path, read: Callable[[], tuple[SampleTable, SampleTable, list[Finding]]]
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits as they are read, told to the log; findings in words there and, in full, in
-    `findings.csv` of the output folder, also those of a dataset that is refused.
+    """Both splits as they are read, told to the log; findings in words there and, at greater
+    length, in `findings.csv` of the output folder, also those of a dataset that is refused.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -164,7 +164,7 @@ def findings_section(findings: Sequence[Finding]) -> Html:
         group = groups[key]
         shown = [element("li", finding.line()) for finding in group[:MOST_FINDINGS]]
         more = sum(finding.count for finding in group[MOST_FINDINGS:])
-        rest = [element("li", f"and {more:,} more in findings.csv")] if more else []
+        rest = [element("li", f"and {more:,} more; see findings.csv")] if more else []
         head = joined(element("span", severity, class_=f"chip {severity}"), " ", element("b", kind))
         count = sum(finding.count for finding in group)
         items.append(

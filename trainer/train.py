@@ -329,7 +329,7 @@ def train_from_settings(
 def checked_datasets(
     config: TrainConfig, model_fields: Mapping[str, Any]
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits; every finding goes to the log and, in full, to `findings.csv`."""
+    """Both splits; findings go to the log and, at greater length, to `findings.csv`."""
     return told(
         Path(config.output_dir),
         lambda: read_datasets(

@@ -59,7 +59,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
 def checked_tables(
     task: Task, config: TrainConfig, num_queries: int, monitor: Monitor | None
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits; findings go to the log and, in full, to `findings.csv`."""
+    """Both splits; findings go to the log and, at greater length, to `findings.csv`."""
     update = (lambda fraction: None) if monitor is None else monitor.update
     return told(
         Path(config.output_dir),
