@@ -21,15 +21,14 @@ _ORDER = {
         predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
-        whole_file settings config launch_check findings masks samples classes json_stream
+        whole_file wording settings config launch_check findings masks samples classes json_stream
         coco_columns read_coco read_voc read_yolo readers dataset_check shapes datasets clock
-        agreement scoring scores mistakes plots report console pictures worst_pictures augmentation
-        data optim out_of_memory evaluation loss_log dataset_statistics environment run_history
-        page_parts page_curves page_results page_run report_page resume start step stopping
-        execution history train flags result_files image_files prediction_formats predictions
-        coco_file coco_scores command_train command_check command_evaluate command_predict
-        command_info command_export
-        command_benchmark command_line
+        agreement scoring scores mistakes plots report console pictures worst_pictures
+        augmentation data optim out_of_memory evaluation loss_log dataset_statistics environment
+        run_history page_parts page_curves page_results page_run report_page resume start step
+        stopping execution history train flags result_files image_files prediction_formats
+        predictions coco_file coco_scores command_train command_check command_evaluate
+        command_predict command_info command_export command_benchmark command_line
         """,
     "ymir_adapter": """
         errors values environment task monitor outputs columns ark voc coco annotations dataset

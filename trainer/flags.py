@@ -1,9 +1,10 @@
 """The flags of `vidt`'s subcommands: argparse that teaches, and complains in one line."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
+
+from trainer.wording import nearest
 
 HELP = ("-h", "--help")
 
@@ -30,9 +31,10 @@ class Flags(argparse.ArgumentParser):
         for word in words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
-                known = [each for each in self._option_string_actions if each.startswith("--")]
-                (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-                self.error(f"unknown flag {name}; the nearest is {nearest}")
+                known = [each[2:] for each in self._option_string_actions if each[:2] == "--"]
+                meant = nearest(name[2:], known)
+                hint = f"; the nearest is --{meant}" if meant else ""
+                self.error(f"unknown flag {name}{hint}")
         return self.parse_intermixed_args(words)
 
     def error(self, message: str) -> None:  # type: ignore[override]
