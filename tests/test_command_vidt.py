@@ -343,7 +343,7 @@ def test_info_of_weights_that_do_not_know(learnt: Learnt, tmp_path: Path, capsys
 
 def test_benchmark(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
     how = ("--size", 64, 64, "--repeat", 2, "--batch_size", 2, "--device", "cpu")
-    ok("benchmark", learnt.weights, *how, "--json", tmp_path / "speed.json")
+    ok("benchmark", learnt.weights, *how, "--out", tmp_path / "speed.json")
     facts = json.loads((tmp_path / "speed.json").read_text())
     row = facts["throughput"]
     assert row["images"] == 2 and row["fastest"] <= row["median"] <= row["slowest"]

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from trainer.wording import nearest
 
@@ -110,6 +111,18 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="N",
         help="images computed together, at most (default %(default)s); it changes no result",
     )
+
+
+def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:
+    """Raises UsageError if the file that a flag names cannot be written, or is one of those that
+    the command reads, by whatever name.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; name a file")
+    if path.resolve() in {each.resolve() for each in read}:
+        raise UsageError(f"{flag} {path} would overwrite a file that is read; name another")
 
 
 def say(text: str) -> None:
