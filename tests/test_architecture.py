@@ -22,7 +22,7 @@ _ORDER = {
         predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
-        settings config launch_check findings run_lengths masks samples classes json_stream
+        wording settings config launch_check findings run_lengths masks samples classes json_stream
         coco_columns coco_file read_coco read_voc read_yolo readers box_check dataset_check shapes
         datasets clock agreement scoring mask_overlap scores mistakes plots report console pictures
         worst_pictures augmentation data optim out_of_memory evaluation loss_log dataset_statistics

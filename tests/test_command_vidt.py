@@ -8,6 +8,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from trainer.report import COCO_NUMBERS
 from trainer.result_files import whole_text, write_result
 from vidt.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.checkpoint import WeightsInfo, load_weights, save_weights
-from vidt.config import ViDTConfig
+from vidt.config import METHODS, ViDTConfig
 from vidt.model import build_detector
 from vidt.preprocessing import Preprocessing
 
@@ -62,6 +63,23 @@ def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
 def test_the_console_script_is_the_command_line() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'\[project\.scripts\]\nvidt = "trainer\.command_line:main"\n', text)
+
+
+def test_help_of_a_command_in_either_order(capsys: Output) -> None:
+    for command in ("predict", "train"):
+        pages = []
+        for words in ([command, "--help"], ["help", command], ["--help", command]):
+            with suppress(SystemExit):
+                main(words)
+            pages.append(capsys.readouterr().out)
+        assert pages == [pages[0]] * 3 and f"vidt {command}" in pages[0]
+
+
+def test_help_of_train_has_whole_examples_and_every_choice(capsys: Output) -> None:
+    ok("train", "--help")
+    page = capsys.readouterr().out
+    assert "best.safetensors \\\n      --output_dir output/tuned" in page
+    assert all(name in page for name in METHODS)
 
 
 def test_version(capsys: Output) -> None:
@@ -387,7 +405,7 @@ def test_info_of_weights_that_do_not_know(learnt: Learnt, tmp_path: Path, capsys
 
 def test_benchmark(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
     how = ("--size", 64, 64, "--repeat", 2, "--batch_size", 2, "--device", "cpu")
-    ok("benchmark", learnt.weights, *how, "--json", tmp_path / "speed.json")
+    ok("benchmark", learnt.weights, *how, "--out", tmp_path / "speed.json")
     facts = json.loads((tmp_path / "speed.json").read_text())
     row = facts["throughput"]
     assert row["images"] == 2 and row["fastest"] <= row["median"] <= row["slowest"]

@@ -108,13 +108,36 @@ BAD_WEIGHTS = {
     "one.png": "one.png cannot be read",
     "bad.onnx": "bad.onnx",
 }
+DATA = "data/annotations/instances_val2017.json"
+NAMED = (
+    f"--train_json {{root}}/{DATA} --train_images {{root}}/data/val2017 "
+    f"--val_json {{root}}/half_gone.json --val_images {{root}}/data/val2017"
+)
+EXPORT = "export {root}/good.safetensors {root}/model.onnx"
+OVERWRITING = [  # words before the name of the result, and that name
+    ("benchmark {root}/good.safetensors --out", "good.safetensors"),
+    (f"check {NAMED} --out", DATA),
+    (f"check {NAMED} --out", "half_gone.json"),
+    ("check --coco_path {root}/data --out", DATA),
+    ("check --coco_path {root}/data --out", "data/val2017/101.png"),
+    ("check --yolo_path {root} --out", "note.txt"),
+    (f"{EXPORT} --report", "good.safetensors"),
+    (f"{EXPORT} --report", "model.onnx"),
+    (f"{EXPORT} --json {{root}}/half.json --coco_images {{root}} --report", "half.json"),
+    (f"{EXPORT} --images {{root}}/one.png --report", "one.png"),
+    ("export {root}/bad.onnx", "bad.onnx"),
+]
 MISTAKES: list[Mistake] = [
     ("predikt", "there is no command predikt; the nearest is predict"),
+    ("foo", "there is no command foo; vidt --help shows all"),
+    ("help foo", "there is no command foo; vidt --help shows all"),
     ("--threshold 0.5", "there is no command --threshold"),
     ("predict", "the following is missing: WEIGHTS, IMAGES; see vidt predict --help"),
     ("predict {root}/good.safetensors", "the following is missing: IMAGES"),
     *((f"predict {{root}}/{name} {{root}}/one.png", words) for name, words in BAD_WEIGHTS.items()),
     (f"{PREDICT} --treshold 0.5", "unknown flag --treshold; the nearest is --threshold"),
+    (f"{PREDICT} --format coco", "unknown flag --format; see vidt predict --help"),
+    (f"{EVALUATE} {{root}}/half.json --threshold 0.5", "--threshold; see vidt evaluate --help"),
     (f"{PREDICT} --threshold 1.5", "--threshold: 1.5 is no number from 0 to 1"),
     (f"{PREDICT} --threshold -0.1", "--threshold: -0.1 is no number from 0 to 1"),
     (f"{PREDICT} --threshold nan", "--threshold: nan is no number from 0 to 1"),
@@ -197,8 +220,16 @@ MISTAKES: list[Mistake] = [
     ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a body (swin_nano"),
     ("benchmark swin_nano --repeat 0", "--repeat: 0 is no whole number of 1 or more"),
     ("benchmark swin_nano --size 640 no", "--size: no is no whole number"),
-    ("benchmark {root}/good.safetensors --json {root}/none", "is a folder; name a file"),
-    ("train --lrr 1e-4", "lrr"),
+    ("benchmark {root}/good.safetensors --out {root}/none", "is a folder; name a file"),
+    ("benchmark {root}/good.safetensors --json {root}/list.json", "unknown flag --json"),
+    *(
+        (f"{words} {{root}}/none/../{file}", f"/../{file} would overwrite a file that is read")
+        for words, file in OVERWRITING
+    ),
+    ("train --lrr 1e-4", "unknown flag --lrr; the nearest is --lr"),
+    ("train --foo", "unknown flag --foo; vidt train --help lists all"),
+    ("train --device cpu", "unknown flag --device; CUDA_VISIBLE_DEVICES=1 vidt train"),
+    ("train --precision bf16", "--precision; accelerate launch --mixed_precision bf16"),
     ("train --coco_path nowhere", "nowhere/annotations"),
     ("train --coco_path {root}/data --batch_size two", "--batch_size is 'two'; it must be a whole"),
     ("train --coco_path {root}/data --load_from {root}/cut.safetensors", "{root}/cut.safetensors"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trainer.flags import Flags, UsageError, add_detector_flags, count, say, side
+from trainer.flags import Flags, UsageError, add_detector_flags, check_result, count, say, side
 from trainer.result_files import write_result
 from vidt.loading import load
 
@@ -24,7 +24,7 @@ EXAMPLES = """
 examples:
   vidt benchmark output/best.safetensors
   vidt benchmark swin_tiny --size 640 640 --batch_size 16 --precision bf16
-  vidt benchmark model.onnx --repeat 50 --json speed.json
+  vidt benchmark model.onnx --repeat 50 --out speed.json
 
 what it prints: the median of the runs, and the fastest and slowest, in milliseconds; images per
 second. Times on a machine that does other work mean little.
@@ -46,7 +46,7 @@ def flags() -> Flags:
         "--repeat", type=count, default=20, metavar="N", help="runs that count (default 20)"
     )
     parser.add_argument("--threads", type=count, metavar="N", help="of the CPU; default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers, as JSON")
     add_detector_flags(parser, batch_size=8)
     return parser
 
@@ -54,16 +54,13 @@ def flags() -> Flags:
 def run(argv: Sequence[str]) -> int:
     """Raises ValueError and OSError with one line for the user."""
     given = flags().read(argv)
-    if given.json is not None and given.json.is_dir():
-        raise UsageError(f"--json {given.json} is a folder; name a file")
+    check_result("--out", given.out, [Path(given.weights)])
     detector = _detector(given)
     pixels = np.random.default_rng(0).integers(0, 256, (*given.size, 3), np.uint8)
     picture = Image.fromarray(pixels)
     results = {
         "latency": timed(detector, [picture], 1, given.repeat),
-        "throughput": timed(
-            detector, [picture] * given.batch_size, given.batch_size, given.repeat
-        ),
+        "throughput": timed(detector, [picture] * given.batch_size, given.batch_size, given.repeat),
     }
     facts = {
         "detector": given.weights,
@@ -76,8 +73,8 @@ def run(argv: Sequence[str]) -> int:
         **results,
     }
     say(in_words(facts))
-    if given.json is not None:
-        write_result(given.json, json.dumps(facts, indent=1).encode())
+    if given.out is not None:
+        write_result(given.out, json.dumps(facts, indent=1).encode())
     return 0
 
 

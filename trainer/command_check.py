@@ -8,7 +8,8 @@ from typing import Any
 
 from trainer.config import COCO_FILES, DATASETS, TrainConfig
 from trainer.findings import Finding, format_findings
-from trainer.flags import Flags, UsageError, count, say, share
+from trainer.flags import Flags, UsageError, check_result, count, say, share
+from trainer.image_files import SUFFIXES
 from trainer.result_files import write_result
 
 SUMMARY = """
@@ -29,6 +30,7 @@ count).
 
 exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
 """
+DATASET_SUFFIXES = (*SUFFIXES, ".txt", ".xml", ".yaml", ".yml")
 HELP_OF = {
     "coco_path": "folder with annotations/instances_{train,val}2017.json, train2017/, val2017/",
     "voc_path": "folder of a Pascal VOC dataset",
@@ -66,9 +68,8 @@ def flags() -> Flags:
 def run(argv: Sequence[str]) -> int:
     """Raises ValueError and OSError with one line for the user."""
     given = flags().read(argv)
-    if given.out is not None and given.out.is_dir():
-        raise UsageError(f"--out {given.out} is a folder; name a file")
     config = settings(vars(given))
+    check_result("--out", given.out, read_files(config, given.out))
     # Here, not above: seconds that help does not spend.
     from trainer.dataset_check import BadDataset
     from trainer.datasets import read_datasets
@@ -115,6 +116,23 @@ def settings(given: dict[str, Any]) -> TrainConfig:
         raise UsageError(f"{both}: check one dataset at a time")
     share = given["max_bad_fraction"]
     return TrainConfig(dataset_file=kinds[0], max_bad_fraction=share, **paths)
+
+
+def read_files(config: TrainConfig, out: Path | None) -> list[Path]:
+    """The dataset's files that `out` could be: those that are named, those of COCO's layout, and
+    `out` itself where it lies among images and labels and looks like one.
+    """
+    files = [Path(each) for each in (config.train_json, config.val_json) if each]
+    folders = [Path(each) for each in (config.train_images, config.val_images) if each]
+    if config.coco_path:
+        files += (Path(config.coco_path) / "annotations").glob("instances_*.json")
+    for each in (config.coco_path, config.voc_path, config.yolo_path):
+        if each:
+            folders.append(Path(each).parent if Path(each).is_file() else Path(each))
+    if out is not None and out.exists() and out.suffix.lower() in DATASET_SUFFIXES:
+        inside = any(folder.resolve() in out.resolve().parents for folder in folders)
+        files += [out] if inside else []
+    return files
 
 
 def _split(table: Any) -> dict[str, Any]:

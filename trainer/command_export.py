@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from trainer.flags import Flags, UsageError, say, side
+from trainer.flags import Flags, UsageError, check_result, say, side
 from trainer.image_files import ImageFiles
 from trainer.result_files import write_result
 
@@ -78,6 +78,9 @@ def run(argv: Sequence[str]) -> int:
     if given.output.is_dir() or not given.output.absolute().parent.is_dir():
         raise UsageError(f"MODEL {given.output}: there is no folder for it")
     images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]
+    read = [given.weights, *images, *([given.json] if given.json else [])]
+    check_result("MODEL", given.output, read)
+    check_result("--report", given.report, [*read, given.output])
     try:
         export = import_module("vidt.export").export
     except ImportError as error:

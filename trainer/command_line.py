@@ -4,13 +4,13 @@ A subcommand is a file of its own with `run(argv)`, imported when it is asked fo
 wait for PyTorch.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from trainer.flags import HELP
+from trainer.wording import nearest
 
 COMMANDS = {
     "train": "train a detector on your data",
@@ -69,19 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if not words or words[0] in HELP or words == ["help"]:
+    help_words = ("help", *HELP)
+    if all(word in help_words for word in words[:2]):
         sys.stdout.write(help_page())
         return 0
+    if words[0] in help_words:
+        words = [words[1], "--help"]
     if words[0] == "--version":
         import vidt
 
         sys.stdout.write(f"vidt {vidt.__version__}\n")
         return 0
     if words[0] not in COMMANDS:
-        (nearest,) = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0)
-        raise ValueError(
-            f"there is no command {words[0]}; the nearest is {nearest}, and vidt --help shows all"
-        )
+        meant = nearest(words[0], COMMANDS)
+        hint = f"the nearest is {meant}, and " if meant else ""
+        raise ValueError(f"there is no command {words[0]}; {hint}vidt --help shows all")
     return import_module(f"trainer.command_{words[0]}").run(words[1:])
 
 

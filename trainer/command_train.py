@@ -18,7 +18,7 @@ examples:
   vidt train --coco_path data/coco --output_dir output/coco
   vidt train --train_json train.json --train_images images --val_json val.json \\
       --val_images images --backbone_name swin_tiny --epochs 30 --output_dir output/mine
-  vidt train --yolo_path data/yolo --load_from output/coco/best.safetensors \
+  vidt train --yolo_path data/yolo --load_from output/coco/best.safetensors \\
       --output_dir output/tuned
   vidt train --config output/mine/config.yaml --resume
 

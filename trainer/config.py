@@ -33,6 +33,12 @@ WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
 SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
+# What people look for among the flags, and what has it.
+ELSEWHERE = {
+    "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
+    "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
+}
+ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
 # Settings that say where something lies on this machine.
 PLACES = (
     *COCO_FILES,
@@ -320,7 +326,7 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
     """The settings given as flags or in the file of `--config`, and no defaults. Raises as `parse`
     for flags and values that cannot be read.
     """
-    given = read_flags(argv, _ALL)
+    given = read_flags(argv, _ALL, ELSEWHERE)
     if given.get("config") is not None:
         read = _read_config(given["config"])
         if given.get("resume") is not None:

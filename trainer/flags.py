@@ -1,9 +1,11 @@
 """The flags of `vidt`'s subcommands: argparse that teaches, and complains in one line."""
 
 import argparse
-import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from trainer.wording import nearest
 
 HELP = ("-h", "--help")
 
@@ -30,9 +32,10 @@ class Flags(argparse.ArgumentParser):
         for word in words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
-                known = [each for each in self._option_string_actions if each.startswith("--")]
-                (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-                self.error(f"unknown flag {name}; the nearest is {nearest}")
+                known = [each[2:] for each in self._option_string_actions if each[:2] == "--"]
+                meant = nearest(name[2:], known)
+                hint = f"; the nearest is --{meant}" if meant else ""
+                self.error(f"unknown flag {name}{hint}")
         return self.parse_intermixed_args(words)
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -108,6 +111,18 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="N",
         help="images computed together, at most (default %(default)s); it changes no result",
     )
+
+
+def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:
+    """Raises UsageError if the file that a flag names cannot be written, or is one of those that
+    the command reads, by whatever name.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder; name a file")
+    if path.resolve() in {each.resolve() for each in read}:
+        raise UsageError(f"{flag} {path} would overwrite a file that is read; name another")
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ metadata may hold `help` (one line), `group` (heading of the help text that star
 and `bare` (what the flag means without a value).
 """
 
-import difflib
 import math
 import re
 import textwrap
@@ -15,6 +14,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from trainer.wording import nearest
 
 
 class ConfigError(ValueError):
@@ -110,8 +111,11 @@ def _parts(raw: object) -> list[object]:
     return [*re.split(r"\s*,\s*|\s+", text)]
 
 
-def read_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Settings given as flags; of a flag given twice the last counts.
+def read_flags(
+    argv: Sequence[str], settings: Mapping[str, Setting], elsewhere: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Settings given as flags; of a flag given twice the last counts. `elsewhere` says of names
+    that are no settings what does their part.
 
     Raises ConfigError, and HelpRequested for `--help`.
     """
@@ -119,7 +123,11 @@ def read_flags(argv: Sequence[str], settings: Mapping[str, Setting]) -> dict[str
     names = [*settings, *negatives, "help"]
     given: dict[str, Any] = {}
     for flag, values in _split_flags(argv):
-        name = _known(flag.removeprefix("--"), names, f"unknown flag {flag}", dashes="--")
+        complaint = f"unknown flag {flag}"
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in (elsewhere or {}):
+            raise ConfigError(f"{complaint}; {(elsewhere or {})[name]}")
+        name = _known(name, names, complaint, dashes="--")
         if name == "help":
             raise HelpRequested("--help shows the settings; no run has it")
         if name not in negatives:
@@ -176,11 +184,12 @@ def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[s
 
 
 def _known(name: str, names: Sequence[str], complaint: str, dashes: str = "") -> str:
-    """The name with underscores. Raises ConfigError, with the nearest name, if it is not known."""
+    """The name with underscores. Raises ConfigError, with what may be meant, if unknown."""
     plain = name.replace("-", "_")
     if plain not in names:
-        (nearest,) = difflib.get_close_matches(plain, names, n=1, cutoff=0)
-        raise ConfigError(f"{complaint}; the nearest is {dashes}{nearest}")
+        meant = nearest(plain, names)
+        hint = f"the nearest is {dashes}{meant}" if meant else "vidt train --help lists all"
+        raise ConfigError(f"{complaint}; {hint}")
     return plain
 
 

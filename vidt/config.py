@@ -33,7 +33,7 @@ class ViDTConfig:
     Raises ValueError for a value that no detector can be built from.
     """
 
-    method: str = _setting("vidt", "which detector of the family")
+    method: str = _setting("vidt", "which detector of the family: " + ", ".join(METHODS))
     backbone_name: str = _setting("swin_nano", "body: " + ", ".join(body_names()))
     num_classes: int = _setting(80, "classes; on the command line taken from the data")
     det_token_num: int = _setting(100, "[DET] tokens: the most objects found in an image")
