@@ -56,6 +56,7 @@ what is written (without --out, to standard output):
            where the weights tell it, else the label + 1
   --csv    predictions.csv: a row for each object
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
+Where two images would have one file, the later one's is named a.png.txt, or with a number, a-2.png.
 
 exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names.
 """
