@@ -9,7 +9,6 @@ import numpy as np
 
 from trainer.page_parts import (
     Html,
-    counted,
     grid,
     legend_of,
     number,
@@ -19,6 +18,7 @@ from trainer.page_parts import (
 )
 from trainer.plots import NUM_SERIES, Axes, Series, lines, thinned
 from trainer.run_history import History
+from trainer.wording import counted
 
 NOTHING_YET = "No evaluation yet: this appears after the first one."
 

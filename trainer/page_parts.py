@@ -167,11 +167,6 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if is_score(value) else "-"
 
 
-def counted(count: int, what: str, several: str = "") -> str:
-    """'1 box', '2,804 boxes'."""
-    return f"{count:,} {what if count == 1 else several or what + 's'}"
-
-
 def page(title: str, *body: object) -> str:
     folder = resources.files("trainer") / "page"
     whole = Template((folder / "page.html").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from trainer.evaluation import Evaluation
 from trainer.findings import Finding, read_findings
 from trainer.mistakes import Diagnosis
 from trainer.page_curves import NOTHING_YET, curves_section
-from trainer.page_parts import Html, counted, element, joined, number, page, tiles
+from trainer.page_parts import Html, element, joined, number, page, tiles
 from trainer.page_results import (
     Scored,
     classes_section,
@@ -43,6 +43,7 @@ from trainer.report import Progress, is_score
 from trainer.run_history import History, evaluations_in
 from trainer.samples import SampleTable
 from trainer.whole_file import write_whole
+from trainer.wording import counted
 from trainer.worst_pictures import worst_pictures
 from vidt.config import ViDTConfig
 
