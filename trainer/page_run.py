@@ -58,8 +58,10 @@ def _splits_card(splits: Sequence[Statistics]) -> Html:
         ),
         ("most frequent image size", [_image_size(each) for each in splits]),
     ]
-    head = [Cell(""), *(Cell(each.source, True) for each in splits)]
-    cells = [[Cell(name), *(Cell(value, True) for value in values)] for name, values in rows]
+    head = [Cell(""), *(Cell(each.source, True, wraps=True) for each in splits)]
+    cells = [
+        [Cell(name), *(Cell(value, True, wraps=True) for value in values)] for name, values in rows
+    ]
     return card("Images and boxes", table(head, cells))
 
 
