@@ -324,7 +324,7 @@ def test_unreadable_pictures_are_counted_said_once_and_limited(
     for _ in range(3):
         check_readable(dataset, 0.1, agreement)
     (line,) = caplog.messages
-    assert "1 images can no longer be read" in line and "104.png" in line
+    assert "1 image can no longer be read" in line and "104.png" in line
     dataset.unreadable[5] = True
     with pytest.raises(ValueError, match=r"2 of 12 .* --max_bad_fraction 0\.1") as caught:
         check_readable(dataset, 0.1, agreement)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 
 import vidt
+from trainer.command_info import in_words as info_in_words
 from trainer.command_line import COMMANDS, main
 from trainer.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.predictions import predict_files
@@ -373,6 +374,24 @@ def test_check_in_words_and_as_json(tiny_data: Path, tmp_path: Path, capsys: Out
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="no blood cells here")
+def test_one_is_not_told_as_many(tmp_path: Path, capsys: Output) -> None:
+    data = write_coco(tmp_path / "data", random_pictures(1, 0), random_pictures(1, 1))
+    for path in (data / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        del document["annotations"][1:]
+        path.write_text(json.dumps(document))
+    ok("check", "--coco_path", data)
+    told = capsys.readouterr().out
+    assert told.count(": 1 image, 1 box\n") == 2
+    for path in data.rglob("*.png"):
+        path.unlink()
+    assert main(["check", "--coco_path", str(data)]) == 2
+    assert "1 of 1 image cannot be used" in capsys.readouterr().err
+    training = {"data": {"train": {"source": "a", "images": 1, "boxes": 1}}}
+    facts = {"file": "a", "bytes": 1, "training": training}
+    assert "a: 1 image, 1 box" in info_in_words(facts)
+
+
 def test_check_of_blood_cells(capsys: Output) -> None:
     images = BCCD / "images"
     files = ("--train_json", BCCD / "train.json", "--val_json", BCCD / "val.json")

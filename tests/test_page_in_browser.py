@@ -6,11 +6,13 @@ Needs Chromium (Debian: apt-get install chromium); skipped without.
 
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from simulated import at_the_end, events_of_a_run, pictures_of
 from test_report_page import facts_of, page_of_run
@@ -34,6 +36,8 @@ const wide = [...document.body.querySelectorAll("*")].filter(each =>
   each.getBoundingClientRect().right > innerWidth + 1 && !each.closest(".scroll, .plot"));
 const result = parent.document.documentElement.dataset;
 result.wide = wide.map(each => each.outerHTML.slice(0, 80)).join(" | ");
+const inner = [...document.querySelectorAll("#data .scroll")];
+result.cut = inner.filter(each => each.scrollWidth > each.clientWidth + 1).length;
 result.scrolls = document.documentElement.scrollWidth > innerWidth;
 result.width = innerWidth;
 </script></body>"""
@@ -44,6 +48,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run_with_a_name_that_is_longer_than_a_phone_is_wide_" * 2)
     names = ("cat", "a_name_without_any_place_to_break_it_" * 3, "<b>&", *map(str, range(20)))
     val = pictures_of(folder / "val", names, count=30)
+    sizes = val.sizes.clone()
+    sizes[0] = torch.tensor([1080, 1920])
+    named = "instances_of_a_dataset_with_a_long_name_validation2017.json"
+    val = replace(val, source=named, sizes=sizes)
     events = events_of_a_run(val, (0.4, 0.8))
     page_of_run(folder, facts_of(folder, (val, val)), [*events, at_the_end(events[-1])])
     return folder / "report.html"
@@ -89,6 +97,7 @@ def test_nothing_sticks_out(page: Path, tmp_path: Path, size: tuple[int, int]) -
     dom, _ = browse(measured, tmp_path / "profile", size, "--dump-dom")
     head = dom[: dom.index(">", dom.index("<html"))]
     assert f'data-width="{size[0]}"' in head
+    assert 'data-cut="0"' in head, "both splits' numbers are seen without scrolling"
     assert 'data-wide=""' in head and 'data-scrolls="false"' in head
 
 

@@ -83,6 +83,21 @@ def test_lines_end_within_their_axes() -> None:
     assert left == 0 and 900 <= right <= 1000
 
 
+def test_one_point_is_seen_and_its_axis_says_what_it_is() -> None:
+    """Also where log lines beside it are all but equal: no offset, no axis of millionths."""
+    points = [
+        Series("a", [5, 10], [18.25600, 18.25662], faint=True),
+        Series("b", [10], [18.256], 1),
+    ]
+    figure = lines(points, Axes(whole_x=True))(Theme())
+    assert figure.axes[0].lines[1].get_marker() == "o"
+    low, high = figure.axes[0].get_ylim()
+    assert 15 < low < 17 and 19 < high < 21
+    svg = as_svg(lines(points, Axes(whole_x=True)), "a plot")
+    shown = [float(each) for each in re.findall(r">([\d.e+-]+)</text>", svg)]
+    assert any(16 < each < 20 for each in shown) and max(shown) < 21
+
+
 def test_the_same_plot_is_the_same_text() -> None:
     assert as_svg(DRAWN["lines"], "a") == as_svg(DRAWN["lines"], "a")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,20 @@ from simulated import (
 )
 from tiny_runs import Learnt, argv, cpu, main_here
 
+from trainer import page_curves
 from trainer.config import parse, resolved
 from trainer.findings import Finding
 from trainer.page_run import MOST_FINDINGS, findings_section
+from trainer.plots import Series
 from trainer.report import CsvLog, Progress
-from trainer.report_page import FIRST_AFTER, ReportPage, RunFacts, write_evaluation_page
+from trainer.report_page import (
+    FIRST_AFTER,
+    ReportPage,
+    RunFacts,
+    render_training,
+    write_evaluation_page,
+)
+from trainer.run_history import History
 from trainer.run_lengths import rectangle
 from trainer.samples import SampleTable
 from vidt.config import ViDTConfig
@@ -126,6 +136,42 @@ def test_a_finished_run(val: SampleTable, tmp_path: Path) -> None:
     assert "--output_dir" in words and "device" in words
     assert page.text.count("<img") == 2 * len(last.diagnosis.worst) > 10
     assert page.text.count("<svg") == 12
+
+
+def test_what_more_epochs_would_do_is_said_at_the_end(val: SampleTable, tmp_path: Path) -> None:
+    """A page on the way says when it was written: a killed run leaves it as it is."""
+    events = events_of_a_run(val, (0.2, 0.6, 0.9))
+    (tmp_path / "metrics.csv").write_text("step,epoch,loss,map50\n10,1,3,0.1\n20,2,2,0.2\n")
+    facts, history = facts_of(tmp_path, (val, val)), History()
+    for event in events[:-2]:
+        history(event)
+    pages = {}
+    for state in ("running", "stopped", "finished"):
+        path = tmp_path / f"{state}.html"
+        path.write_text(render_training(facts, history, None, state))
+        pages[state] = Page(path).words_shown
+    told = {state: words.count("more epochs may help") for state, words in pages.items()}
+    assert told == {"running": 0, "stopped": 0, "finished": 2}
+    when = r"at step 30 of 30, epoch 3 of 3; written 20\d\d-\d\d-\d\d \d\d:\d\d [^;]*; while"
+    assert re.search(f"running {when}", pages["running"])
+    assert "anew at evaluations" not in pages["finished"] + pages["stopped"]
+
+
+def test_means_are_drawn_at_the_evaluation_that_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both plots of losses, and also of a run without a log line."""
+    drawn: list[list[Series]] = []
+    real = page_curves.lines
+
+    def noting(series: list[Series], *more: Any) -> Any:
+        drawn.append(series)
+        return real(series, *more)
+
+    monkeypatch.setattr(page_curves, "lines", noting)
+    rows = [{"step": 100.0 * n, "loss": 3.0 / n, "loss_ce": 1.0 / n} for n in (1, 2, 3)]
+    for shown in (rows, rows[:1]):
+        page_curves.curves_section(History(), shown)
+        loss, terms = drawn[-2:]
+        assert [list(each.x) for each in (*loss, *terms)] == [[row["step"] for row in shown]] * 2
 
 
 def test_a_run_before_its_first_evaluation(val: SampleTable, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from trainer.findings import Finding, format_findings
 from trainer.flags import Flags, UsageError, check_result, count, say, share
 from trainer.image_files import SUFFIXES
 from trainer.result_files import write_result
+from trainer.wording import counted
 
 SUMMARY = """
 Looks at every annotation and at the header of every image, and says what is wrong with them and
@@ -147,7 +148,8 @@ def _split(table: Any) -> dict[str, Any]:
 
 def in_words(facts: dict[str, Any], findings: list[Finding]) -> str:
     lines = [
-        f"{each['source']}: {each['images']} images, {each['boxes']} boxes"
+        f"{each['source']}: {counted(each['images'], 'image')}, "
+        f"{counted(each['boxes'], 'box', 'boxes')}"
         for each in facts["splits"]
     ]
     width = max((len(name) for name in facts["classes"]), default=0)

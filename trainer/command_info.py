@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.flags import Flags, UsageError, say
+from trainer.wording import counted
 
 SUMMARY = """
 Shows what is in a weights file: which detector it is, its classes, how pictures are prepared for
@@ -117,7 +118,8 @@ def in_words(facts: Mapping[str, Any]) -> str:
 
 def _in_words_of_training(training: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"  {name:<12} {each['source']}: {each['images']} images, {each['boxes']} boxes"
+        f"  {name:<12} {each['source']}: {counted(each['images'], 'image')}, "
+        f"{counted(each['boxes'], 'box', 'boxes')}"
         for name, each in training.get("data", {}).items()
     ]
     known = {"epochs_done": "epochs", "steps_done": "steps", "date": "saved", "version": "vidt"}

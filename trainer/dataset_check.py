@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.box_check import judge_boxes
 from trainer.findings import Finding, Severity, fold, listed
 from trainer.samples import SampleTable
+from trainer.wording import counted
 from vidt.images import ImageHeader, UnreadableImage, find_turn, probe_images
 
 # Rounding in annotation tools leaves boxes that stick out by less than this many pixels.
@@ -110,8 +111,8 @@ def _usable_images(
     if not kept or num_bad > max_bad_fraction * len(table):
         bad = [finding for finding in findings if finding.action == "removed"]
         raise BadDataset(
-            f"{table.source}: {num_bad} of {len(table)} images cannot be used, more than "
-            f"--max_bad_fraction {max_bad_fraction:g} allows; the first: {bad[0].detail}",
+            f"{table.source}: {num_bad} of {counted(len(table), 'image')} cannot be used, more "
+            f"than --max_bad_fraction {max_bad_fraction:g} allows; the first: {bad[0].detail}",
             findings,
         )
     table = replace(table.subset(kept), sizes=torch.tensor(kept_sizes))

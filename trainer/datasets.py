@@ -13,6 +13,7 @@ from trainer.findings import Finding, format_findings, write_findings
 from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
 from trainer.samples import SampleTable
 from trainer.shapes import write_shapes
+from trainer.wording import counted
 
 # Of "train" or "val", class names to keep to, and whether masks are asked for.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
@@ -64,8 +65,9 @@ def read_datasets(
     found = len(train.class_names)
     if num_classes is not None and num_classes != found:
         raise ValueError(
-            f"--num_classes {num_classes}, but {train.source} has {found} classes "
-            f"(first {', '.join(train.class_names[:5])}); leave the flag out"
+            f"--num_classes {num_classes}, but {train.source} has "
+            f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
+            "leave the flag out"
         )
     val, val_findings = read("val", train.class_names, masks)
     train, val, checked = check(
@@ -100,7 +102,8 @@ def told(
         raise
     write_findings(output / "findings.csv", findings)
     for table in (train_set, val_set):
-        logger.info(f"{table.source}: {len(table)} images, {len(table.labels)} boxes")
+        boxes = counted(len(table.labels), "box", "boxes")
+        logger.info(f"{table.source}: {counted(len(table), 'image')}, {boxes}")
     logger.info(f"classes: {', '.join(train_set.class_names)}")
     if findings:
         logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")

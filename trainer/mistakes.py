@@ -18,6 +18,7 @@ from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
 from trainer.scores import ScoreCurve, curve, hits_of, pooled
 from trainer.scoring import Matches
+from trainer.wording import counted
 from vidt.predictor import Detections
 
 MIN_IOU = 0.5
@@ -89,7 +90,7 @@ def diagnose(
     parts = agreement.gather_objects((confusion, worst))
     by_size = np.argsort([-each.num_truths for each in hits], kind="stable").tolist()
     main, others = by_size[:MOST_CURVES], by_size[MOST_CURVES:]
-    name = f"the other {len(others)} classes"
+    name = f"the other {counted(len(others), 'class', 'classes')}"
     return Diagnosis(
         class_names=names,
         curves=curves,

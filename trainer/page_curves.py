@@ -3,13 +3,11 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from trainer.page_parts import (
     Html,
-    counted,
     grid,
     legend_of,
     number,
@@ -19,18 +17,22 @@ from trainer.page_parts import (
 )
 from trainer.plots import NUM_SERIES, Axes, Series, lines, thinned
 from trainer.run_history import History
+from trainer.wording import counted
 
 NOTHING_YET = "No evaluation yet: this appears after the first one."
 
 
-def curves_section(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
-    cards = [_loss_card(history, rows), _precision_card(rows)]
+def curves_section(
+    history: History, rows: Sequence[Mapping[str, float]], *, ended: bool = True
+) -> Html:
+    """What more epochs would do is said of a run that has `ended`: before, the rate still falls."""
+    cards = [_loss_card(history, rows, ended), _precision_card(rows, ended)]
     cards += [_terms_card(history, rows), _each_class_card(rows)]
     lead = "How the run went. Loss is computed on the training images, AP on the validation images."
     return section("curves", "Training curves", lead, grid(*cards))
 
 
-def _loss_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
+def _loss_card(history: History, rows: Sequence[Mapping[str, float]], ended: bool) -> Html:
     series = []
     if history.steps:
         series.append(
@@ -38,10 +40,9 @@ def _loss_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
         )
     steps, losses = _column(rows, "loss")
     if steps:
-        middles = [(a + b) / 2 for a, b in pairwise([0.0, *steps])]
-        series.append(Series("mean between evaluations", middles, losses, None, dots=True))
-    text = "Thin: the log lines of this start. Dots: the mean between two evaluations. "
-    if len(losses) >= 2:
+        series.append(Series("mean between evaluations", steps, losses, None, dots=True))
+    text = "Thin: the log lines of this start. Dots: the mean since the evaluation before. "
+    if ended and len(losses) >= 2:
         falling = losses[-1] < 0.98 * losses[-2]
         text += (
             "It was still falling at the end of the curve: more epochs may help."
@@ -53,7 +54,7 @@ def _loss_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
     return plot_card("Loss", draw, text, nothing="No log line yet.")
 
 
-def _precision_card(rows: Sequence[Mapping[str, float]]) -> Html:
+def _precision_card(rows: Sequence[Mapping[str, float]], ended: bool) -> Html:
     names = {
         "map50": "AP50",
         "map": "AP",
@@ -73,8 +74,8 @@ def _precision_card(rows: Sequence[Mapping[str, float]]) -> Html:
     axes = Axes("optimiser steps", "", y_range=(0, min(1.02, max(0.1, 1.15 * top))), whole_x=True)
     draw = lines(series, axes) if series else None
     text = (
-        f"{_best_so_far(rows)} AP50 counts a box as found if it overlaps the true box by half; AP "
-        "is the mean over ten stricter demands."
+        f"{_best_so_far(rows, ended)} AP50 counts a box as found if it overlaps the true box by "
+        "half; AP is the mean over ten stricter demands."
     )
     return plot_card("Average precision", draw, text, legend_of(legend), nothing=NOTHING_YET)
 
@@ -102,13 +103,14 @@ def _each_class_card(rows: Sequence[Mapping[str, float]]) -> Html:
     return plot_card("AP50 of each class", draw, text, legend_of(legend), nothing=NOTHING_YET)
 
 
-def _best_so_far(rows: Sequence[Mapping[str, float]]) -> str:
+def _best_so_far(rows: Sequence[Mapping[str, float]], ended: bool) -> str:
     _, scores = _column(rows, "map50")
     if not scores:
         return ""
     best = int(np.argmax(scores))
     if best == len(scores) - 1 and len(scores) > 1:
-        return "The large dot is the best, and it is the last one: the run may not be at its end."
+        more = ": more epochs may help" if ended else " so far"
+        return f"The large dot is the best, and it is the last one{more}."
     since = len(scores) - 1 - best
     if since:
         return f"The large dot is the best; {counted(since, 'evaluation')} since were not better."
@@ -117,7 +119,8 @@ def _best_so_far(rows: Sequence[Mapping[str, float]]) -> str:
 
 def _terms_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
     columns: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
-    if len(rows) > 1:
+    by_evaluation = len(rows) > 1 or not history.steps
+    if by_evaluation:
         names = [name for row in rows for name in row]
         columns = {name: _column(rows, name) for name in dict.fromkeys(names)}
     else:
@@ -129,7 +132,7 @@ def _terms_card(history: History, rows: Sequence[Mapping[str, float]]) -> Html:
     }
     largest = sorted(terms, key=lambda name: -np.nanmean(terms[name][1]))[:NUM_SERIES]
     series = [
-        Series(name, *terms[name], place, dots=len(rows) > 1) for place, name in enumerate(largest)
+        Series(name, *terms[name], place, dots=by_evaluation) for place, name in enumerate(largest)
     ]
     legend = [
         (name.removeprefix("loss_"), series_variable(place), f"{terms[name][1][-1]:.3g}")

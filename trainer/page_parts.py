@@ -24,11 +24,14 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table: `number` is aligned to the right, with a `meter` (0..1) before it if given."""
+    """Of a table: `number` is aligned to the right, with a `meter` (0..1) before it if given; it
+    stays on one line unless it `wraps`.
+    """
 
     text: str
     number: bool = False
     meter: float | None = None
+    wraps: bool = False
 
 
 def plain(value: object) -> Html:
@@ -127,7 +130,7 @@ def tiles(entries: Sequence[tuple[str, str, str]]) -> Html:
 def table(
     head: Sequence[Cell], rows: Sequence[Sequence[Cell]], total: Sequence[Cell] | None = None
 ) -> Html:
-    top = element("tr", *(element("th", c.text, class_="number" if c.number else "") for c in head))
+    top = element("tr", *(element("th", c.text, class_=_class(c)) for c in head))
     body = [element("tr", *(_cell(cell) for cell in row)) for row in rows]
     if total is not None:
         body.append(element("tr", *(_cell(cell) for cell in total), class_="total"))
@@ -137,10 +140,14 @@ def table(
 
 def _cell(cell: Cell) -> Html:
     if cell.meter is None:
-        return element("td", cell.text, class_="number" if cell.number else "name")
+        return element("td", cell.text, class_=_class(cell) or "name")
     width = f"width: {100 * min(max(cell.meter, 0), 1):.0f}%"
     meter = element("span", element("i", style=width), class_="meter")
     return element("td", meter, cell.text, class_="number")
+
+
+def _class(cell: Cell) -> str:
+    return ("number wraps" if cell.wraps else "number") if cell.number else ""
 
 
 def settings_table(values: Sequence[tuple[str, object]]) -> Html:
@@ -165,11 +172,6 @@ def picture(image: Image.Image, description: str) -> Html:
 def number(value: float, digits: int = 3) -> str:
     """'-' for what there is nothing to score of."""
     return f"{value:.{digits}f}" if is_score(value) else "-"
-
-
-def counted(count: int, what: str, several: str = "") -> str:
-    """'1 box', '2,804 boxes'."""
-    return f"{count:,} {what if count == 1 else several or what + 's'}"
 
 
 def page(title: str, *body: object) -> str:

@@ -11,7 +11,6 @@ from trainer.page_parts import (
     Cell,
     Html,
     card,
-    counted,
     element,
     folded,
     grid,
@@ -29,6 +28,7 @@ from trainer.plots import SMALL_TABLE, Axes, Series, bars, confusion_table, line
 from trainer.report import Pair, class_names_in, is_score
 from trainer.samples import SampleTable
 from trainer.scores import ScoreCurve
+from trainer.wording import counted
 from trainer.worst_pictures import RIGHT, WRONG, caption
 
 MOST_PAIRS = 8  # of classes that are confused
@@ -159,7 +159,7 @@ def _class_table(scored: Scored) -> Html:
     first = table(head, rows[:MOST_ROWS], everything if len(rows) > 1 else None)
     parts = [first, element("p", text, class_="note-below")]
     if len(rows) > MOST_ROWS:
-        rest = f"the other {len(rows) - MOST_ROWS} classes"
+        rest = f"the other {counted(len(rows) - MOST_ROWS, 'class', 'classes')}"
         parts.append(folded(rest, table(head, rows[MOST_ROWS:])))
     return element("div", card("Thresholds that balance both", *parts), class_="section-card")
 

@@ -17,7 +17,6 @@ from trainer.page_parts import (
     Cell,
     Html,
     card,
-    counted,
     element,
     folded,
     grid,
@@ -30,6 +29,7 @@ from trainer.page_parts import (
 )
 from trainer.plots import Axes, Series, bars, lines, shares, thinned
 from trainer.run_history import History
+from trainer.wording import counted
 from vidt.config import ViDTConfig
 
 MOST_CLASSES = 14  # in a picture; the others are summed up
@@ -58,8 +58,10 @@ def _splits_card(splits: Sequence[Statistics]) -> Html:
         ),
         ("most frequent image size", [_image_size(each) for each in splits]),
     ]
-    head = [Cell(""), *(Cell(each.source, True) for each in splits)]
-    cells = [[Cell(name), *(Cell(value, True) for value in values)] for name, values in rows]
+    head = [Cell(""), *(Cell(each.source, True, wraps=True) for each in splits)]
+    cells = [
+        [Cell(name), *(Cell(value, True, wraps=True) for value in values)] for name, values in rows
+    ]
     return card("Images and boxes", table(head, cells))
 
 
@@ -85,7 +87,7 @@ def _classes_card(splits: Sequence[Statistics]) -> Html:
     names = [first.class_names[label] for label in shown]
     columns = [[float(each.per_class[label]) for label in shown] for each in splits]
     if len(others):
-        names.append(f"{len(others)} others")
+        names.append(counted(len(others), "other"))
         for column, each in zip(columns, splits, strict=True):
             column.append(float(each.per_class[others].sum()))
     rarest = first.class_names[order[-1]]

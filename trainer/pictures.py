@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.masks import decode
 from trainer.run_lengths import RunLengths
 from trainer.samples import Sample, SampleTable
+from trainer.wording import counted
 from vidt.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.drawing import write_labels as _write_labels
 from vidt.images import read_image
@@ -202,19 +203,15 @@ def _grown(box: Rectangle, by: float) -> Rectangle:
     return box[0] - by, box[1] - by, box[2] + by, box[3] + by
 
 
-def _count(number: int) -> str:
-    return "1 box" if number == 1 else f"{number} boxes"
-
-
 def _truth_caption(name: str, truth: _Boxes) -> str:
-    return f"{name}  truth: {_count(len(truth))}".strip()
+    return f"{name}  truth: {counted(len(truth), 'box', 'boxes')}".strip()
 
 
 def _found_caption(every: _Boxes, found: _Boxes, min_score: float) -> str:
     """An empty panel early in a run should explain itself: nothing found, or not sure enough."""
     assert every.scores is not None
     if len(found) or not len(every):
-        return f"prediction: {_count(len(found))} of score {min_score:g} and above"
+        return f"prediction: {counted(len(found), 'box', 'boxes')} of score {min_score:g} and above"
     return f"prediction: no box of score {min_score:g} (highest {every.scores.max():.2f})"
 
 

@@ -106,10 +106,13 @@ def lines(series: Sequence[Series], axes: Axes, height: int = 232) -> Callable[[
             colour = _colour(each.colour, theme)
             style: dict[str, Any] = {"color": colour, "lw": 1.1 if each.faint else 2}
             style |= {"alpha": 0.5} if each.faint else {}
-            style |= {"marker": "o", "ms": 4.5, "mec": theme.card} if each.dots else {}
+            dots = each.dots or np.isfinite(each.y).sum() == 1  # a line of one point shows nothing
+            style |= {"marker": "o", "ms": 4.5, "mec": theme.card} if dots else {}
             plot.plot(each.x, each.y, **style)
             if each.mark is not None:
                 plot.plot(*each.mark, "o", ms=8, mfc=colour, mec=theme.card, mew=2, zorder=5)
+        if axes.y_range is None and not axes.log_y:
+            _keep_apart(plot, series)
         if axes.whole_x and not axes.x_range:
             plot.set_xlim(left=0)  # only now: it ends the search for limits that show all
         return figure
@@ -241,6 +244,7 @@ def _style(theme: Theme) -> Any:
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.axisbelow": True,
+        "axes.formatter.useoffset": False,
         "grid.color": theme.line,
         "grid.linewidth": 0.8,
         "lines.solid_capstyle": "round",
@@ -299,6 +303,18 @@ def _set_axes(plot: Any, axes: Axes, theme: Theme) -> None:
         place = {"xytext": (-4 if left_of_it else 4, -9), "textcoords": "offset points"}
         style = {"color": theme.muted, "size": 9.5, "ha": "right" if left_of_it else "left"}
         plot.annotate(shortened(text), (x, 1), xycoords=("data", "axes fraction"), **place, **style)
+
+
+def _keep_apart(plot: Any, series: Sequence[Series]) -> None:
+    """Values that are all but equal look so: the axis spans a tenth of them to either side."""
+    values = np.concatenate([np.zeros(0), *(np.asarray(each.y, float) for each in series)])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    reach = 0.1 * (np.abs(values).max() or 1)
+    if np.ptp(values) < reach:
+        middle = (values.min() + values.max()) / 2
+        plot.set_ylim(middle - reach, middle + reach)
 
 
 def _field(plot: Any, corner: tuple[int, int], share: float, count: int, theme: Theme) -> None:

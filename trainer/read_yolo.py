@@ -11,6 +11,7 @@ import yaml
 from trainer.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.findings import Finding, fold
 from trainer.samples import Sample, SampleTable
+from trainer.wording import counted
 from vidt.images import ImageHeader, probe_images
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -55,7 +56,9 @@ def _yaml_path(path: Path) -> Path:
         return path / "data.yaml"
     found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
     if len(found) != 1:
-        raise ValueError(f"{path}: {len(found)} yaml files in it; name the dataset's own")
+        raise ValueError(
+            f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own"
+        )
     return found[0]
 
 

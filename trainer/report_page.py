@@ -23,7 +23,7 @@ from trainer.evaluation import Evaluation
 from trainer.findings import Finding, read_findings
 from trainer.mistakes import Diagnosis
 from trainer.page_curves import NOTHING_YET, curves_section
-from trainer.page_parts import Html, counted, element, joined, number, page, tiles
+from trainer.page_parts import Html, element, joined, number, page, tiles
 from trainer.page_results import (
     Scored,
     classes_section,
@@ -42,6 +42,7 @@ from trainer.page_run import (
 from trainer.report import Progress, is_score
 from trainer.run_history import History, evaluations_in
 from trainer.samples import SampleTable
+from trainer.wording import counted
 from trainer.worst_pictures import worst_pictures
 from vidt.config import ViDTConfig
 from vidt.whole_file import write_whole
@@ -187,6 +188,11 @@ def render_training(facts: RunFacts, history: History, scored: Scored | None, st
     if last is not None:
         where = f" at step {last.step:,} of {last.total_steps:,}"
         where += f", epoch {last.epoch + 1} of {last.total_epochs}" if last.total_epochs else ""
+    # A run that is killed cannot take back what its page says.
+    written = f"written {_now()}"
+    if state == "running":
+        written += "; while the run goes on it is written anew at evaluations, and at the end"
+    where += f"; {written}"
     best = max(rows, key=lambda row: _score(row, "map50"), default=None)
     numbers: Mapping[str, float] = best or (scored.metrics if scored else {})
     when = f"best, epoch {best['epoch']:.0f}" if best else "last evaluation"
@@ -201,7 +207,7 @@ def render_training(facts: RunFacts, history: History, scored: Scored | None, st
         (state, where),
         entries,
         scored,
-        [("curves", "Curves", curves_section(history, rows))],
+        [("curves", "Curves", curves_section(history, rows, ended=state == "finished"))],
         time_section(history),
     )
 
@@ -308,5 +314,8 @@ def _remarks(scored: Scored | None) -> Html:
 
 
 def _made(facts: RunFacts) -> Html:
-    when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return joined("Made ", when, " in ", element("code", facts.folder), ".")
+    return joined("Made ", _now(), " in ", element("code", facts.folder), ".")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

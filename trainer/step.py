@@ -16,6 +16,7 @@ from trainer.agreement import Agreement
 from trainer.config import TrainConfig
 from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader
 from trainer.out_of_memory import OutOfMemory, is_out_of_memory
+from trainer.wording import counted
 from vidt.criterion import SetCriterion
 from vidt.distillation import TokenMatching
 from vidt.without_neck import SoftmaxCriterion
@@ -129,10 +130,11 @@ def check_readable(
     unreadable = int(agreement.gather(int(dataset.unreadable.sum())).max())
     if unreadable > max_bad_fraction * len(dataset):
         raise ValueError(
-            f"{unreadable} of {len(dataset)} training images can no longer be read, more than "
-            f"--max_bad_fraction {max_bad_fraction:g} allows"
+            f"{unreadable} of {counted(len(dataset), 'training image')} can no longer be read, "
+            f"more than --max_bad_fraction {max_bad_fraction:g} allows"
         )
     if unreadable > dataset.reported:
         paths = [dataset.samples.path(i) for i in dataset.unreadable.nonzero().flatten().tolist()]
-        logger.warning(f"{unreadable} images can no longer be read, others stand in: {paths[:3]}")
+        gone = counted(unreadable, "image")
+        logger.warning(f"{gone} can no longer be read, others stand in: {paths[:3]}")
         dataset.reported = unreadable

@@ -45,6 +45,7 @@ from trainer.samples import SampleTable
 from trainer.start import find_checkpoint, load_detector, load_start, load_teacher, restore
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
+from trainer.wording import counted
 from trainer.worst_pictures import worst_pictures
 from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.config import ViDTConfig
@@ -276,21 +277,22 @@ def describe(accelerator: Accelerator, config: TrainConfig, clock: Clock, state:
     if precision == "fp16" and accelerator.device.type == "cpu":
         precision = "fp16 asked for, but a CPU computes fp32 (bf16 works)"
     return (
-        f"{start} to {clock.total_steps} ({clock.per_epoch} per epoch), {clock.step_images} images "
-        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision "
-        f"{precision}; results in {config.output_dir}"
+        f"{start} to {clock.total_steps} ({clock.per_epoch} per epoch), "
+        f"{counted(clock.step_images, 'image')} a step on {accelerator.num_processes} x "
+        f"{accelerator.device.type}, precision {precision}; results in {config.output_dir}"
     )
 
 
 def unreadable_message(evaluation: Evaluation) -> str:
-    count = evaluation.unreadable
-    return f"{count} validation images can no longer be read: nothing found" if count else ""
+    gone = counted(evaluation.unreadable, "validation image")
+    return f"{gone} can no longer be read: nothing found" if evaluation.unreadable else ""
 
 
 def closing(state: RunState) -> str:
     if state.stopped_early:
-        return f"stopped early: no better map50 in {state.stale_evaluations} evaluations"
-    return f"done after {state.step} steps"
+        since = counted(state.stale_evaluations, "evaluation")
+        return f"stopped early: no better map50 in {since}"
+    return f"done after {counted(state.step, 'step')}"
 
 
 def train_from_settings(
