@@ -121,9 +121,11 @@ def run(argv: Sequence[str]) -> int:
                 threshold=given.threshold,
                 batch_size=given.batch_size,
             )
-            # Drawing and writing pictures takes as long as detecting: let threads do it meanwhile.
-            placed = _placed(predicted, results)
-            for each in read_ahead(placed, results.draw, reading_threads()):
+            done: Iterable[Predicted] = _placed(predicted, results)
+            if results.pictures:
+                # Drawing and writing them takes as long as detecting: let threads do it meanwhile.
+                done = read_ahead(done, results.draw, reading_threads())
+            for each in done:
                 results.add(each)
                 bar.update()
         if not results.images and results.skipped:
@@ -251,6 +253,8 @@ class Results:
                 self._file = self._opened()
                 self._file.write(self._format.begin())
             self._file.write(self._format.record(number, found))
+            if self.out is None:  # whoever reads it has it at once
+                self._file.flush()
         if found.problem:
             return
         self.images += 1
