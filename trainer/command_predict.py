@@ -2,7 +2,9 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -57,7 +59,8 @@ what is written (without --out, to standard output):
   --csv    predictions.csv: a row for each object
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
 
-exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names.
+exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
+143 stopped by Ctrl-C and SIGTERM: what was finished is written.
 """
 FORMATS = {
     "json": "all that was found, as JSON (what --out writes unless told otherwise)",
@@ -100,8 +103,13 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises ValueError and OSError with one line for the user, KeyboardInterrupt when stopped."""
     given = flags().read(argv)
+    with _stoppable():
+        return _predict(given)
+
+
+def _predict(given: Any) -> int:
     check_output(given.out, given.format)
     files = ImageFiles(given.images, sys.stdin, avoid=given.out)
     detector = load(
@@ -137,6 +145,29 @@ def run(argv: Sequence[str]) -> int:
     for line in results.summary():
         note(line)
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end the command as Ctrl-C does."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While entered, SIGTERM raises `Terminated`; in the main thread alone, as Python has it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class NothingRead(ValueError):
@@ -190,7 +221,7 @@ class Results:
 
     def __exit__(self, *exception: Any) -> None:
         """What was begun is finished, after Ctrl-C too, and taken back after a failure."""
-        if exception[0] in (None, KeyboardInterrupt):
+        if exception[0] is None or issubclass(exception[0], KeyboardInterrupt):
             with self._open_files:
                 if self._file is not None and self._format is not None:
                     self._file.write(self._format.end(self.images + self.skipped))
