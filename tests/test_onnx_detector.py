@@ -260,3 +260,10 @@ def test_boxes_end_where_the_picture_does(
     vectors = np.random.default_rng(0).normal(size=(len(raw), 10)).astype(np.float32)
     masked = replace(raw, mask_vectors=vectors, mask_side=16)
     assert np.array_equal(masked.clipped()[2:5].masks, masked.masks[2:5])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 2, float("nan")])
+def test_a_threshold_that_no_score_has(file: Path, threshold: float) -> None:
+    for images in (np.zeros((8, 8), np.uint8), []):
+        with pytest.raises(ValueError, match="it must be from 0 to 1"):
+            OnnxDetector(file).predict(images, threshold=threshold)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vidt.canvas import canvas_of, fitted_shape, framed
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
+from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
 from vidt.mask_drawing import decode_vectors, paste_squares
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
@@ -170,8 +170,9 @@ class OnnxDetector:
         Returns `OnnxDetections`; boxes are clipped to the image.
 
         Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
-        no image.
+        no image, ValueError for a threshold that no score has.
         """
+        check_threshold(threshold)
         if is_one(images):
             return self._detect([images])[0].clipped().above(threshold)
         found = self.stream(images, batch_size=batch_size)

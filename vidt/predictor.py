@@ -19,7 +19,7 @@ from vidt.checkpoint import WeightsInfo, load_model
 from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
+from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -306,8 +306,7 @@ class Predictor:
         Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
         no image, ValueError for a threshold that no score has.
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+        check_threshold(threshold)
         if is_one(images):
             ((_, detections),) = self.stream([images])
             return detections.above(threshold)
