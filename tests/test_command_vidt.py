@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,13 +24,14 @@ import vidt
 from trainer.command_info import in_words as info_in_words
 from trainer.command_line import COMMANDS, main
 from trainer.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
-from trainer.predictions import predict_files
+from trainer.predictions import Read, predict_files, windows
 from trainer.report import COCO_NUMBERS
 from trainer.result_files import whole_text, write_result
 from vidt.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.checkpoint import WeightsInfo, load_weights, save_weights
 from vidt.config import METHODS, ViDTConfig
 from vidt.model import build_detector
+from vidt.onnx_detector import OnnxDetections
 from vidt.preprocessing import Preprocessing
 
 BCCD = ROOT.parent / "shared/data/bccd"
@@ -270,6 +272,39 @@ def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, pho
         assert taken - number <= PENDING_BATCHES * 2 + AHEAD * reading_threads() + 1
         if number == 150:
             break
+
+
+class Fake:
+    """A detector that finds nothing, in an instant."""
+
+    def stream(self, pictures: list[Any], *, batch_size: int) -> Iterator[tuple[int, Any]]:
+        nothing = OnnxDetections(np.zeros(0), np.zeros(0, int), np.zeros((0, 4)), (), (1, 1))
+        return ((index, nothing) for index in range(len(pictures)))
+
+
+@pytest.mark.parametrize(("wait", "most"), [(0.0, 8 + AHEAD * reading_threads() + 1), (0.05, 8)])
+def test_results_do_not_wait_for_a_full_window(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, wait: float, most: int
+) -> None:
+    """The first batch comes when it is there; where files are named slowly, what is there comes."""
+    monkeypatch.setattr("trainer.predictions.PATIENCE", 0.06 if wait else 60)
+    monkeypatch.setattr("vidt.batching.PATIENCE", 0.06 if wait else 60)
+    taken = 0
+
+    def named() -> Iterator[ImageFile]:
+        nonlocal taken
+        while True:
+            time.sleep(wait)
+            taken += 1
+            yield ImageFile(str(photos / "101.png"), "101.png")
+
+    next(predict_files(Fake(), named(), threshold=0.3, batch_size=8))
+    assert taken <= most
+
+
+def test_windows_grow_from_one_batch_to_a_few() -> None:
+    reads = [Read(ImageFile("a", "a"), None)] * 40
+    assert [len(window) for window in windows(reads, 2)] == [2, 4, 8, 16, 10]
 
 
 def test_names_of_images_from_many_places(tmp_path: Path) -> None:

@@ -356,7 +356,10 @@ def test_who_stops_listening_is_no_error(playground: Path) -> None:
     assert "Traceback" not in done.stderr and done.returncode in (0, 141)
 
 
-def test_ctrl_c_finishes_what_was_begun(
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_what_was_begun(
+    signum: signal.Signals,
+    code: int,
     playground: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -368,13 +371,16 @@ def test_ctrl_c_finishes_what_was_begun(
         def __next__(self) -> str:
             if line := self.readline():
                 return line
-            raise KeyboardInterrupt
+            signal.raise_signal(signum)
+            return ""
 
     paths = [str(path) for path in sorted((playground / "data/train2017").iterdir())]
     monkeypatch.setattr(sys, "stdin", Interrupted("".join(f"{path}\n" for path in paths * 20)))
     out = tmp_path / "out"
     words = ["predict", f"{playground}/good.safetensors", "-", "--out", str(out), "--no_pictures"]
-    assert main([*words, "--batch_size", "1"]) == 130
+    assert main([*words, "--batch_size", "1"]) == code
     assert "stopped" in capfd.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["predictions.json"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     images = json.loads((out / "predictions.json").read_text())["images"]
     assert 0 < len(images) < 80

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vidt import mask_drawing, mask_vectors
 from vidt.canvas import canvas_of, fitted_shape, framed
 from vidt.model import ViDTConfig
-from vidt.onnx_detector import FORMAT, OnnxDetector
+from vidt.onnx_detector import FORMAT, OnnxDetector, _decoded
 from vidt.onnx_graph import ExportedDetector, make_graph
 from vidt.predictor import Predictor
 from vidt.preprocessing import Preprocessing
@@ -103,7 +104,7 @@ def test_without_torch(
     words = [sys.executable, str(script), str(file), *map(str, pictures), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr
-    for number, expected in enumerate(model(pictures)):
+    for number, expected in enumerate(model.predict(pictures, threshold=0.0)):
         found = np.load(tmp_path / f"{number}.npz")
         assert found["labels"].tolist() == expected.labels.tolist()
         assert np.abs(found["scores"] - expected.scores.numpy()).max() < 1e-5
@@ -235,3 +236,34 @@ def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
         pytest.skip("there is a GPU build of onnxruntime")
     with pytest.raises(ValueError, match=f"device is {device}"):
         OnnxDetector(foreign(tmp_path / "any.onnx", {}), device=device)
+
+
+def test_boxes_end_where_the_picture_does(
+    file: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what people are given; masks stay those of the whole boxes."""
+
+    def wider(*given: Any) -> dict[str, np.ndarray]:
+        decoded = _decoded(*given)
+        return decoded | {"boxes": 3 * decoded["boxes"] - np.float32(90)}
+
+    monkeypatch.setattr("vidt.onnx_detector._decoded", wider)
+    detector = OnnxDetector(file)
+    size = np.array([90, 60, 90, 60])
+    ((_, raw),) = detector.stream(pictures[:1], clip=False)
+    assert ((raw.boxes < 0) | (raw.boxes > size)).any()
+    ((_, streamed),) = detector.stream(pictures[:1])
+    alone = detector.predict(pictures[0], threshold=0.0)
+    for found in (streamed, alone, *detector.predict(pictures[:1], threshold=0.0)):
+        assert np.array_equal(found.boxes, raw.boxes.clip(0, size))
+        assert found.boxes.dtype == np.float32
+    vectors = np.random.default_rng(0).normal(size=(len(raw), 10)).astype(np.float32)
+    masked = replace(raw, mask_vectors=vectors, mask_side=16)
+    assert np.array_equal(masked.clipped()[2:5].masks, masked.masks[2:5])
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 2, float("nan")])
+def test_a_threshold_that_no_score_has(file: Path, threshold: float) -> None:
+    for images in (np.zeros((8, 8), np.uint8), []):
+        with pytest.raises(ValueError, match="it must be from 0 to 1"):
+            OnnxDetector(file).predict(images, threshold=threshold)

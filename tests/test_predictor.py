@@ -11,6 +11,7 @@ from PIL import Image
 from vidt import Detections, Predictor, ViDT, decode_top_k
 from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.images import UnreadableImage
+from vidt.predictor import MaskVectors
 from vidt.preprocessing import Preprocessing
 
 SIZES = [(60, 80), (80, 60), (60, 80), (200, 40), (60, 80), (33, 47)]
@@ -123,3 +124,28 @@ def test_decoding_by_hand() -> None:
     assert found.labels.tolist() == [1, 0, 0]
     first, second = [50.0, 25.0, 150.0, 75.0], [-20.0, 0.0, 60.0, 100.0]
     assert torch.allclose(found.boxes, torch.tensor([first, second, first]), atol=1e-4)
+
+
+def test_boxes_end_where_the_picture_does(
+    predictor: Predictor, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what people are given; masks stay those of the whole boxes."""
+    monkeypatch.setattr(predictor, "decode", lambda outputs, sizes: sticking_out(sizes))
+    height, width = SIZES[0]
+    full = [0, 0, width, height]
+    streamed = [found for _, found in predictor.stream(pictures[:1])]
+    both = [predictor.predict(pictures[0]), *predictor.predict(pictures[:1]), *streamed]
+    (raw,) = predictor(pictures[:1])
+    assert raw.boxes[0, 0] < 0 and raw.masks is not None
+    for found in both:
+        assert found.boxes[0].tolist() == full and found.masks is not None
+        assert torch.equal(found.masks, raw.masks) and len(found[1:].masks) == 1
+
+
+def sticking_out(sizes: torch.Tensor) -> list[Detections]:
+    """A box around each picture, and one that lies in it."""
+    height, width = sizes[0].tolist()
+    boxes = torch.tensor([[-3.0, -50.0, width + 3, height + 9.0], [1.0, 2.0, 9.0, 9.0]])
+    vectors = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    masks = MaskVectors(vectors, 16, (height, width))
+    return [Detections(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), boxes, masks)]

@@ -46,8 +46,8 @@ def help_page() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 nothing could be read, or a check that failed, 2 a user's error, told
-    in one line that starts with `error:`, 130 stopped by Ctrl-C. `vidt train` has those of the
-    trainer.
+    in one line that starts with `error:`, 130 stopped by Ctrl-C, and `vidt predict` 143 by SIGTERM.
+    `vidt train` has those of the trainer.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("stopped; what was finished is written\n")
-        return INTERRUPTED
+        return getattr(error, "exit_code", INTERRUPTED)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = in_words(error)
         if message is None:

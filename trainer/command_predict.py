@@ -2,7 +2,9 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -58,7 +60,8 @@ what is written (without --out, to standard output):
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
 Where two images would have one file, the later one's is named a.png.txt, or with a number, a-2.png.
 
-exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names.
+exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
+143 stopped by Ctrl-C and SIGTERM: what was finished is written.
 """
 FORMATS = {
     "json": "all that was found, as JSON (what --out writes unless told otherwise)",
@@ -101,8 +104,13 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises ValueError and OSError with one line for the user, KeyboardInterrupt when stopped."""
     given = flags().read(argv)
+    with _stoppable():
+        return _predict(given)
+
+
+def _predict(given: Any) -> int:
     check_output(given.out, given.format)
     files = ImageFiles(given.images, sys.stdin, avoid=given.out)
     detector = load(
@@ -122,9 +130,11 @@ def run(argv: Sequence[str]) -> int:
                 threshold=given.threshold,
                 batch_size=given.batch_size,
             )
-            # Drawing and writing pictures takes as long as detecting: let threads do it meanwhile.
-            placed = _placed(predicted, results)
-            for each in read_ahead(placed, results.draw, reading_threads()):
+            done: Iterable[Predicted] = _placed(predicted, results)
+            if results.pictures:
+                # Drawing and writing them takes as long as detecting: let threads do it meanwhile.
+                done = read_ahead(done, results.draw, reading_threads())
+            for each in done:
                 results.add(each)
                 bar.update()
         if not results.images and results.skipped:
@@ -136,6 +146,29 @@ def run(argv: Sequence[str]) -> int:
     for line in results.summary():
         note(line)
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end the command as Ctrl-C does."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While entered, SIGTERM raises `Terminated`; in the main thread alone, as Python has it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class NothingRead(ValueError):
@@ -189,7 +222,7 @@ class Results:
 
     def __exit__(self, *exception: Any) -> None:
         """What was begun is finished, after Ctrl-C too, and taken back after a failure."""
-        if exception[0] in (None, KeyboardInterrupt):
+        if exception[0] is None or issubclass(exception[0], KeyboardInterrupt):
             with self._open_files:
                 if self._file is not None and self._format is not None:
                     self._file.write(self._format.end(self.images + self.skipped))
@@ -252,6 +285,8 @@ class Results:
                 self._file = self._opened()
                 self._file.write(self._format.begin())
             self._file.write(self._format.record(number, found))
+            if self.out is None:  # whoever reads it has it at once
+                self._file.flush()
         if found.problem:
             return
         self.images += 1

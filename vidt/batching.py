@@ -5,6 +5,7 @@ Without PyTorch, for detectors that do without it too.
 """
 
 import os
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 
 AHEAD = 2  # items that each thread may be ahead of who takes them
 MOST_THREADS = 16
+PATIENCE = 0.5  # seconds that a result may wait for more of them where the input is slow
 PENDING_BATCHES = 8  # how far an image may fall behind while it waits for others of its canvas
 
 Item = TypeVar("Item")
@@ -47,14 +49,19 @@ def read_ahead(
     items: Iterable[Item], read: Callable[[Item], Result], threads: int
 ) -> Iterator[Result]:
     """`read` of each item, in order, computed by threads while the results before are in use. What
-    `read` raises is raised here, in its place.
+    `read` raises is raised here, in its place. Where items come slowly the results do not wait for
+    as many as threads can be ahead.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         ahead: deque[Future[Result]] = deque()
+        since: deque[float] = deque()  # when each of them was begun
         try:
             for item in items:
                 ahead.append(pool.submit(read, item))
-                if len(ahead) > threads * AHEAD:
+                since.append(time.monotonic())
+                is_late = ahead[0].done() and since[-1] - since[0] > PATIENCE
+                if len(ahead) > threads * AHEAD or is_late:
+                    since.popleft()
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

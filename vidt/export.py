@@ -237,7 +237,7 @@ def _scores(
     of the detector as it is evaluated, if that is not the same.
     """
     mine = dataset.map50(found_in_frame(predictor, detector, dataset.pictures()))
-    found = detector.stream(dataset.pictures(), batch_size=PROOF_BATCH)
+    found = detector.stream(dataset.pictures(), batch_size=PROOF_BATCH, clip=False)
     theirs = dataset.map50(each for _, each in found)
     canvases = {predictor.preprocessing.canvas(*size) for size in dataset.sizes}
     if canvases <= {detector.frame}:

@@ -50,6 +50,12 @@ def is_one(images: Any) -> bool:
     return (isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim < 4
 
 
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError for a threshold that no score has."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+
+
 def remembered(image: ImageLike) -> ImageLike:
     """What to keep of an image in order to show it again: the path of a file, else the image."""
     return Path(image) if isinstance(image, str) else image

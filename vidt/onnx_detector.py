@@ -19,7 +19,7 @@ from PIL import Image
 
 from vidt.canvas import canvas_of, fitted_shape, framed
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
+from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
 from vidt.mask_drawing import decode_vectors, paste_squares
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
@@ -61,12 +61,13 @@ class OnnxDetections:
 
     scores: np.ndarray  # float32 [N] in 0..1
     labels: np.ndarray  # int64 [N]
-    boxes: np.ndarray  # float32 [N, 4] xyxy, pixels of the original image, not clipped to it
+    boxes: np.ndarray  # float32 [N, 4] xyxy, pixels of the original image, clipped to it
     class_names: tuple[str, ...]  # of the detector: those of all labels
     size: tuple[int, int]  # (height, width) of the original image
     mask_vectors: np.ndarray | None = None  # [N, n_keep]; None: the detector gives no masks
     mask_side: int = 0
     source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
+    mask_boxes: np.ndarray | None = None  # [N, 4] that the masks fill; None: `boxes`
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +82,8 @@ class OnnxDetections:
         if self.mask_vectors is None:
             return None
         squares = decode_vectors(self.mask_vectors, self.mask_side)
-        return paste_squares(squares, self.boxes, self.size)
+        boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
+        return paste_squares(squares, boxes, self.size)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
@@ -103,17 +105,25 @@ class OnnxDetections:
         """Those that score at least `threshold`."""
         return self[self.scores >= threshold]
 
+    def clipped(self) -> "OnnxDetections":
+        """The same with boxes that end where the picture does. Masks stay as they are."""
+        height, width = self.size
+        boxes = self.boxes.clip(0, np.array([width, height, width, height], self.boxes.dtype))
+        mask_boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
+        return replace(self, boxes=boxes, mask_boxes=mask_boxes)
+
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, which: slice | np.ndarray) -> "OnnxDetections":
-        vectors = self.mask_vectors
+        vectors, mask_boxes = self.mask_vectors, self.mask_boxes
         return replace(
             self,
             scores=self.scores[which],
             labels=self.labels[which],
             boxes=self.boxes[which],
             mask_vectors=None if vectors is None else vectors[which],
+            mask_boxes=None if mask_boxes is None else mask_boxes[which],
         )
 
 
@@ -157,25 +167,30 @@ class OnnxDetector:
         threshold: the lowest score that is kept. batch_size: images computed together, at most; a
         model exported for one batch size computes in that one, whatever is asked for.
 
+        Returns `OnnxDetections`; boxes are clipped to the image.
+
         Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
-        no image.
+        no image, ValueError for a threshold that no score has.
         """
+        check_threshold(threshold)
         if is_one(images):
-            return self._detect([images])[0].above(threshold)
+            return self._detect([images])[0].clipped().above(threshold)
         found = self.stream(images, batch_size=batch_size)
         return [detections.above(threshold) for _, detections in found]
 
     def stream(
-        self, images: Iterable[ImageLike], *, batch_size: int = 1
+        self, images: Iterable[ImageLike], *, batch_size: int = 1, clip: bool = True
     ) -> Iterator[tuple[int, OnnxDetections]]:
-        """(index, detections), in order; pictures are opened batch by batch."""
+        """(index, detections), in order; pictures are opened batch by batch. Boxes are clipped to
+        their picture, unless `clip` is False.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch or batch_size)):
             found = self._detect([image for _, image in batch])
             for (index, _), detections in zip(batch, found, strict=True):
-                yield index, detections
+                yield index, detections.clipped() if clip else detections
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that a picture of this size has in the frame; the rest is padding."""

@@ -76,7 +76,7 @@ def compare(
     scores, boxes, masks = [0.0], [np.zeros(0)], [np.zeros(0)]
     shown, num_reshaped = np.zeros(2, int), 0
     mine = found_in_frame(predictor, detector, pictures)
-    theirs = detector.stream(pictures, batch_size=batch_size)
+    theirs = detector.stream(pictures, batch_size=batch_size, clip=False)
     for wanted, (_, found) in zip(mine, theirs, strict=True):
         scores.append(_score_difference(wanted, found))
         pairs = _pairs(wanted, found, limits)

@@ -19,7 +19,7 @@ from vidt.checkpoint import WeightsInfo, load_model
 from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, is_one, picture_of, remembered
+from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -36,6 +36,7 @@ class MaskVectors:
     vectors: Tensor  # [N, n_keep]
     side: int  # of the square that a vector describes: the configuration's gt_mask_len
     size: tuple[int, int]  # (height, width) of the original image
+    boxes: Tensor | None = None  # [N, 4] that the squares fill; None: those of the detections
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,9 @@ class Detections:
 
     scores: Tensor  # [N] in 0..1
     labels: Tensor  # [N] int64
-    boxes: Tensor  # [N, 4] xyxy, pixels of the original image, not clipped to it
+    # [N, 4] xyxy, pixels of the original image; `Predictor.predict` clips them to it, decoding does
+    # not.
+    boxes: Tensor
     mask_vectors: MaskVectors | None = None  # None: the detector gives no masks
     class_names: tuple[str, ...] = ()  # of the detector: those of all labels that it knows
     source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
@@ -61,8 +64,9 @@ class Detections:
         """
         if self.mask_vectors is None:
             return None
-        squares = decode_vectors(self.mask_vectors.vectors, self.mask_vectors.side)
-        return paste_squares(squares, self.boxes, self.mask_vectors.size)
+        kept = self.mask_vectors
+        boxes = self.boxes if kept.boxes is None else kept.boxes
+        return paste_squares(decode_vectors(kept.vectors, kept.side), boxes, kept.size)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
@@ -95,6 +99,17 @@ class Detections:
         """The same in the memory of the CPU."""
         return self._map(Tensor.cpu)
 
+    def clipped(self, size: tuple[int, int]) -> "Detections":
+        """The same with boxes that end where the picture, of `size` (height, width), does. Masks
+        stay as they are.
+        """
+        masks = self.mask_vectors
+        if masks is not None and masks.boxes is None:
+            masks = replace(masks, boxes=self.boxes)
+        limits = self.boxes.new_tensor([size[1], size[0], size[1], size[0]])
+        boxes = self.boxes.clamp(min=0).minimum(limits)
+        return replace(self, boxes=boxes, mask_vectors=masks)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
         masks = self.mask_vectors
         return replace(
@@ -102,7 +117,12 @@ class Detections:
             scores=change(self.scores),
             labels=change(self.labels),
             boxes=change(self.boxes),
-            mask_vectors=masks and replace(masks, vectors=change(masks.vectors)),
+            mask_vectors=masks
+            and replace(
+                masks,
+                vectors=change(masks.vectors),
+                boxes=None if masks.boxes is None else change(masks.boxes),
+            ),
         )
 
 
@@ -280,17 +300,18 @@ class Predictor:
         most; it does not change what is found.
 
         Returns `Detections`, on the CPU: boxes float32 [N, 4] as xyxy in pixels of the original
-        image, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and falling, and masks
-        bool [N, H, W] or None; `plot()` draws them.
+        image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
+        falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
         Raises `vidt.images.UnreadableImage` for a damaged file, ValueError or TypeError for what is
         no image, ValueError for a threshold that no score has.
         """
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+        check_threshold(threshold)
         if is_one(images):
-            return self([images], threshold=threshold)[0]
-        return self(images, threshold=threshold, batch_size=batch_size)
+            ((_, detections),) = self.stream([images])
+            return detections.above(threshold)
+        found = in_order(self.stream(images, batch_size=batch_size))
+        return [detections.above(threshold) for detections in found]
 
     def __call__(
         self,
@@ -300,17 +321,18 @@ class Predictor:
         batch_size: int = 8,
     ) -> list[Detections]:
         """Detections of each image, in order; as `predict`, but always of several and, unless told
-        otherwise, whatever their score.
+        otherwise, whatever their score; boxes are those of evaluation, not clipped.
         """
-        found = in_order(self.stream(images, batch_size=batch_size))
+        found = in_order(self.stream(images, batch_size=batch_size, clip=False))
         return [detections.above(threshold) for detections in found]
 
     def stream(
-        self, images: Iterable[ImageLike], *, batch_size: int = 8
+        self, images: Iterable[ImageLike], *, batch_size: int = 8, clip: bool = True
     ) -> Iterator[tuple[int, Detections]]:
         """(index, detections) as they are ready, which is not quite in order: pictures of equal
         canvas are batched together. Images are taken, decoded and resized by threads a few batches
-        ahead of the detector, so that any number of them needs no more memory than some.
+        ahead of the detector, so that any number of them needs no more memory than some. Boxes are
+        clipped to their picture, unless `clip` is False.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -325,6 +347,8 @@ class Predictor:
         for batch in equal_canvases(pictures, batch_size):
             found = self._detect(batch, batch_size)
             for picture, detections in zip(batch, found, strict=True):
+                if clip:
+                    detections = detections.clipped(picture.size)
                 yield picture.index, replace(detections, source=sources.pop(picture.index))
 
     def _prepared(self, numbered: tuple[int, ImageLike]) -> Picture:
