@@ -343,3 +343,13 @@ def test_a_signal_finishes_what_was_begun(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     images = json.loads((out / "predictions.json").read_text())["images"]
     assert 0 < len(images) < 80
+
+
+def test_names_that_null_bytes_part(
+    playground: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As find -print0 writes them."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{playground}/one.png\0{playground}/a.png\0"))
+    assert main(["predict", f"{playground}/good.safetensors", "-"]) == 2
+    expected = "error: IMAGES -: null bytes in it; names are expected one a line\n"
+    assert capfd.readouterr().err == expected
