@@ -174,6 +174,7 @@ MISTAKES: list[Mistake] = [
     ("check --yolo_path {root}/none", "{root}/none"),
     ("info", "the following is missing: WEIGHTS"),
     ("info {root}/gone.safetensors", "WEIGHTS {root}/gone.safetensors: no such file"),
+    ("info {root}/none", "WEIGHTS {root}/none is a folder; name the weights file in it"),
     ("info {root}/cut.safetensors", "cut.safetensors cannot be read"),
     ("info {root}/bad.onnx", "bad.onnx"),
     ("info {root}/good.safetensors more", "unrecognized arguments: more"),
