@@ -274,6 +274,21 @@ def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, pho
             break
 
 
+def test_pictures_are_taken_as_they_are_stored(
+    learnt: Learnt, tmp_path: Path, capsys: Output
+) -> None:
+    """Whatever their EXIF says, as the help has it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    ok("predict", learnt.weights, tmp_path / "turned.jpg", "--json")
+    (entry,) = json.loads(capsys.readouterr().out)["images"]
+    assert (entry["height"], entry["width"]) == (40, 80)
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "not turned as their EXIF says" in " ".join(capsys.readouterr().out.split())
+
+
 class Fake:
     """A detector that finds nothing, in an instant."""
 

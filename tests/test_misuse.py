@@ -202,6 +202,7 @@ MISTAKES: list[Mistake] = [
     ("check --yolo_path {root}/none", "{root}/none"),
     ("info", "the following is missing: WEIGHTS"),
     ("info {root}/gone.safetensors", "WEIGHTS {root}/gone.safetensors: no such file"),
+    ("info {root}/none", "WEIGHTS {root}/none is a folder; name the weights file in it"),
     ("info {root}/cut.safetensors", "cut.safetensors cannot be read"),
     ("info {root}/bad.onnx", "bad.onnx"),
     ("info {root}/good.safetensors more", "unrecognized arguments: more"),
@@ -384,3 +385,13 @@ def test_a_signal_finishes_what_was_begun(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     images = json.loads((out / "predictions.json").read_text())["images"]
     assert 0 < len(images) < 80
+
+
+def test_names_that_null_bytes_part(
+    playground: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As find -print0 writes them."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{playground}/one.png\0{playground}/a.png\0"))
+    assert main(["predict", f"{playground}/good.safetensors", "-"]) == 2
+    expected = "error: IMAGES -: null bytes in it; names are expected one a line\n"
+    assert capfd.readouterr().err == expected

@@ -267,3 +267,13 @@ def test_a_threshold_that_no_score_has(file: Path, threshold: float) -> None:
     for images in (np.zeros((8, 8), np.uint8), []):
         with pytest.raises(ValueError, match="it must be from 0 to 1"):
             OnnxDetector(file).predict(images, threshold=threshold)
+
+
+def test_one_by_one(file: Path, pictures: list[Path]) -> None:
+    found = OnnxDetector(file).predict(pictures[0], threshold=0.0)
+    assert [one.names for one in found] == [[name] for name in found.names]
+    assert len(found[0]) == 1 and found[np.int64(2)].scores == found.scores[2]
+    assert np.array_equal(found[-1].boxes, found.boxes[-1:])
+    assert len(found[[0, 2]]) == len(found[found.scores >= found.scores[1]]) == 2
+    with pytest.raises(IndexError):
+        found[len(found)]

@@ -149,3 +149,13 @@ def sticking_out(sizes: torch.Tensor) -> list[Detections]:
     vectors = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
     masks = MaskVectors(vectors, 16, (height, width))
     return [Detections(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), boxes, masks)]
+
+
+def test_one_by_one(predictor: Predictor, pictures: list[Image.Image]) -> None:
+    found = predictor(pictures[:1])[0]
+    assert [one.names for one in found] == [[name] for name in found.names]
+    assert len(found[0]) == 1 and torch.equal(found[torch.tensor(2)].scores, found.scores[2:3])
+    assert torch.equal(found[-1].boxes, found.boxes[-1:])
+    assert len(found[torch.tensor([0, 2])]) == len(found[found.scores >= found.scores[1]]) == 2
+    with pytest.raises(IndexError):
+        found[len(found)]

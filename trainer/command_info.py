@@ -37,6 +37,8 @@ def run(argv: Sequence[str]) -> int:
     """Raises ValueError and OSError with one line for the user."""
     given = flags().read(argv)
     path = Path(given.weights)
+    if path.is_dir():
+        raise UsageError(f"WEIGHTS {path} is a folder; name the weights file in it")
     if not path.is_file():
         raise UsageError(f"WEIGHTS {path}: no such file")
     facts = _facts_of_onnx(path) if path.suffix == ".onnx" else _facts_of_weights(path)

@@ -36,7 +36,8 @@ Finds objects in images: in files, in folders with all that is in them, in patte
 files that standard input lists, a line each. Writes the images with boxes drawn on them, and what
 was found as figures: class, score from 0 to 1, and corners in pixels of the original image. Results
 come in the order of the images, as they are ready: a million images take no more memory than a
-hundred. What cannot be read is skipped, and named in the end.
+hundred. What cannot be read is skipped, and named in the end. Images are taken as they are stored,
+not turned as their EXIF says; training and evaluation turn one where its annotated size says so.
 """
 EXAMPLES = """
 examples:

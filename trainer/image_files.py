@@ -42,7 +42,7 @@ class ImageFiles:
 
     `avoid` is a folder that is passed over: the results may lie among the images.
 
-    Raises ValueError for a word that stands for nothing.
+    Raises ValueError for a word that stands for nothing, and for names that are not one a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
@@ -60,8 +60,7 @@ class ImageFiles:
     def __iter__(self) -> Iterator[ImageFile]:
         for source in self._sources:
             if source.word == STANDARD_INPUT:
-                lines = (line.rstrip("\r\n") for line in self._stdin)
-                yield from self._listed((line for line in lines if line.strip()), "", source.prefix)
+                yield from self._listed(_names(self._stdin), "", source.prefix)
             elif source.matches is not None:
                 images = (path for path in source.matches if _is_image(os.path.basename(path)))
                 start = _fixed_part(source.word)
@@ -171,6 +170,15 @@ def _source(word: str) -> _Source:
             return _Source(word, matches)
         raise ValueError(f"IMAGES {word}: no file matches this pattern")
     raise ValueError(f"IMAGES {word}: no such file or folder")
+
+
+def _names(lines: Iterable[str]) -> Iterator[str]:
+    """Raises ValueError for names that null bytes part, as those of find -print0."""
+    for line in lines:
+        if "\0" in line:
+            raise ValueError("IMAGES -: null bytes in it; names are expected one a line")
+        if line.strip():
+            yield line.rstrip("\r\n")
 
 
 def _own_name(word: str) -> str:

@@ -56,6 +56,16 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
 
 
+def rows_of(which: Any, count: int) -> Any:
+    """An index into `count` rows; one that is a whole number as the slice of that one row. Raises
+    IndexError where there is no such row, by which a loop over them ends.
+    """
+    if isinstance(which, bool) or not hasattr(which, "__index__") or getattr(which, "ndim", None):
+        return which
+    number = range(count)[which]
+    return slice(number, number + 1)
+
+
 def remembered(image: ImageLike) -> ImageLike:
     """What to keep of an image in order to show it again: the path of a file, else the image."""
     return Path(image) if isinstance(image, str) else image

@@ -19,7 +19,15 @@ from PIL import Image
 
 from vidt.canvas import canvas_of, fitted_shape, framed
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
+from vidt.inputs import (
+    ImageLike,
+    as_picture,
+    check_threshold,
+    is_one,
+    picture_of,
+    remembered,
+    rows_of,
+)
 from vidt.mask_drawing import decode_vectors, paste_squares
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
@@ -115,7 +123,9 @@ class OnnxDetections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, which: slice | np.ndarray) -> "OnnxDetections":
+    def __getitem__(self, which: int | slice | np.ndarray) -> "OnnxDetections":
+        """Those of a slice, an index or a mask; of a whole number, that one alone."""
+        which = rows_of(which, len(self))
         vectors, mask_boxes = self.mask_vectors, self.mask_boxes
         return replace(
             self,

@@ -19,7 +19,15 @@ from vidt.checkpoint import WeightsInfo, load_model
 from vidt.coco_classes import COCO_ROWS
 from vidt.config import ViDTConfig
 from vidt.drawing import draw_detections
-from vidt.inputs import ImageLike, as_picture, check_threshold, is_one, picture_of, remembered
+from vidt.inputs import (
+    ImageLike,
+    as_picture,
+    check_threshold,
+    is_one,
+    picture_of,
+    remembered,
+    rows_of,
+)
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -92,8 +100,10 @@ class Detections:
         """Those that score at least `threshold`."""
         return self[self.scores >= threshold]
 
-    def __getitem__(self, which: slice | Tensor) -> "Detections":
-        return self._map(lambda column: column[which])
+    def __getitem__(self, which: int | slice | Tensor) -> "Detections":
+        """Those of a slice, an index or a mask; of a whole number, that one alone."""
+        rows = rows_of(which, len(self))
+        return self._map(lambda column: column[rows])
 
     def cpu(self) -> "Detections":
         """The same in the memory of the CPU."""
