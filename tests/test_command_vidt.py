@@ -423,7 +423,6 @@ def test_check_in_words_and_as_json(tiny_data: Path, tmp_path: Path, capsys: Out
     assert sum(facts["splits"][0]["boxes_by_class"].values()) == facts["splits"][0]["boxes"]
 
 
-@pytest.mark.skipif(not BCCD.is_dir(), reason="no blood cells here")
 def test_one_is_not_told_as_many(tmp_path: Path, capsys: Output) -> None:
     data = write_coco(tmp_path / "data", random_pictures(1, 0), random_pictures(1, 1))
     for path in (data / "annotations").iterdir():
@@ -442,6 +441,7 @@ def test_one_is_not_told_as_many(tmp_path: Path, capsys: Output) -> None:
     assert "a: 1 image, 1 box" in info_in_words(facts)
 
 
+@pytest.mark.skipif(not BCCD.is_dir(), reason="no blood cells here")
 def test_check_of_blood_cells(capsys: Output) -> None:
     images = BCCD / "images"
     files = ("--train_json", BCCD / "train.json", "--val_json", BCCD / "val.json")
