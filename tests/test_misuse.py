@@ -234,6 +234,11 @@ MISTAKES: list[Mistake] = [
     ("train --coco_path nowhere", "nowhere/annotations"),
     ("train --coco_path {root}/data --batch_size two", "--batch_size is 'two'; it must be a whole"),
     ("train --coco_path {root}/data --load_from {root}/cut.safetensors", "{root}/cut.safetensors"),
+    *(
+        # Before the data is read, which there is none of here.
+        (f"train --coco_path nowhere {flag} {{root}}/gone", f"{flag} {{root}}/gone: no such file")
+        for flag in ("--load_from", "--pre_trained", "--distil_model_path")
+    ),
 ]
 
 

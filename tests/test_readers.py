@@ -291,7 +291,7 @@ def write_yolo(root: Path, config: str, labels: dict[str, str], **options: Any) 
     ],
 )
 def test_yolo(tmp_path: Path, config: str) -> None:
-    labels = {"a": "1 0.5 0.5 0.25 0.5\n\n0 0.25 0.2 0.1 0.1\n", "b": "1 0 0 0.5 0 0.5 0.5 0 1\n"}
+    labels = {"a": "1 0.5 0.5 0.25 0.5\n\n0 0.25 0.2 0.1 0.1 0.875\n", "b": "1 0 0 0.5 0 0.5 0.5 0 1\n"}
     root = write_yolo(tmp_path / "set", config, labels)
     lines = "".join(f"train/images/{stem}.png\n" for stem in ("a", "b", "z_empty"))
     (root / "list.txt").write_text(lines)
@@ -301,7 +301,7 @@ def test_yolo(tmp_path: Path, config: str) -> None:
         assert table.class_names == ("cat", "dog")
         assert table.box_counts.tolist() == [2, 1, 0]
         assert table.sizes.tolist() == [[20, 40]] * 3
-        assert table[0].labels.tolist() == [1, 0]
+        assert table[0].labels.tolist() == [1, 0]  # its second line has a score
         expected = torch.tensor([[15.0, 5, 25, 15], [8, 3, 12, 5], [0, 0, 20, 20]])
         torch.testing.assert_close(table.boxes, expected)  # the last is of a polygon
         torch.testing.assert_close(table.areas, torch.tensor([100.0, 8, 400]))

@@ -23,8 +23,9 @@ def read_yolo(
     """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
 
     Labels follow the yaml's names, or `class_names` where given: boxes of other classes are left
-    out with a finding. Lines are "class cx cy w h", or "class x1 y1 x2 y2 ..." for a polygon,
-    of which the box around it is taken. An image without a label file has no boxes. Coordinates
+    out with a finding. Lines are "class cx cy w h", with a score behind it or without (detectors
+    write it, nothing here uses it), or "class x1 y1 x2 y2 ..." for a polygon, of which the box
+    around it is taken. An image without a label file has no boxes. Coordinates
     are relative, to the image as YOLO tools show it: turned by its EXIF orientation. Images are
     numbered from 1 by sorted path.
 
@@ -150,8 +151,8 @@ def _parse(line: str) -> list[float] | None:
         values = [float(word) for word in line.split()]
     except ValueError:
         return None
-    if len(values) == 5:
-        return values
+    if len(values) in (5, 6):
+        return values[:5]
     if len(values) < 7 or len(values) % 2 == 0:
         return None
     xs, ys = values[1::2], values[2::2]

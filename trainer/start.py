@@ -31,6 +31,20 @@ from vidt.without_neck import ViDTWithoutNeck
 
 logger = get_logger(__name__)
 
+BODIES = ("imagenet", "none")  # what --pre_trained names that is no file
+
+
+def require_files(config: TrainConfig) -> None:
+    """Raises ValueError if a file that a fresh run starts from is not there: it is read only after
+    the data, which can take long.
+    """
+    files = {"--load_from": config.load_from, "--distil_model_path": config.distil_model_path}
+    if config.resume is None and config.load_from is None and config.pre_trained not in BODIES:
+        files["--pre_trained"] = config.pre_trained
+    for flag, source in files.items():
+        if source is not None and "://" not in source and not Path(source).exists():
+            raise ValueError(f"{flag} {source}: no such file")
+
 
 def load_start(
     model: ViDT | ViDTWithoutNeck,

@@ -42,7 +42,14 @@ from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.report_page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.resume import RunState
 from trainer.samples import SampleTable
-from trainer.start import find_checkpoint, load_detector, load_start, load_teacher, restore
+from trainer.start import (
+    find_checkpoint,
+    load_detector,
+    load_start,
+    load_teacher,
+    require_files,
+    restore,
+)
 from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
 from trainer.stopping import Stopped, StopRequest
 from trainer.wording import counted
@@ -303,6 +310,7 @@ def train_from_settings(
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; name a folder")
+    agreement.on_main(lambda: require_files(config))
     train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     if config.check:
         return
