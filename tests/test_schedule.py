@@ -89,6 +89,21 @@ def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None
     }
 
 
+def test_narrow_matrices_have_higher_rates(tiny_model: ViDT) -> None:
+    config = TrainConfig(lr=1.0, lr_fan_in_power=0.5, lr_linear_proj_mult=0.1)
+    optimizer = make_optimizer(tiny_model, config)
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rate = {name: rates[id(parameter)] for name, parameter in tiny_model.named_parameters()}
+    assert rate["backbone.patch_embed.proj.weight"] == 0.5 * (256 / 48) ** 0.5  # 3 x 4 x 4 inputs
+    assert rate["backbone.patch_embed.proj.bias"] == 0.5
+    assert rate["backbone.det_token"] == 0.5
+    layer = tiny_model.get_parameter("decoder.layers.0.linear2.weight")
+    assert rate["decoder.layers.0.linear2.weight"] == 0.5 * (256 / layer.shape[1]) ** 0.5
+    placing = tiny_model.get_parameter("decoder.reference_points.weight")
+    assert rate["decoder.reference_points.weight"] == 0.5 * 0.1 * (256 / placing.shape[1]) ** 0.5
+
+
 def test_adamw_averages_as_told(tiny_model: ViDT) -> None:
     optimizer = make_optimizer(tiny_model, TrainConfig(adam_beta2=0.98))
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}

@@ -114,6 +114,13 @@ class TrainConfig:
         default=1.0,
         metadata=_help("rate, relative to lr, of the weights that say where queries look"),
     )
+    lr_fan_in_power: float = field(
+        default=0.0,
+        metadata=_help(
+            "rate, relative to lr, of a matrix with n inputs is (256 / n) to this power; "
+            "0: one rate for all"
+        ),
+    )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     sched: str = field(
         default="cosine", metadata=_help("way from lr down to min_lr: " + " or ".join(SCHEDULES))
@@ -238,6 +245,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(config.lr > 0, "lr", config.lr, "above 0")
     mult = config.lr_linear_proj_mult
     _require(mult >= 0, "lr_linear_proj_mult", mult, "0 or more")
+    power = config.lr_fan_in_power
+    _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")

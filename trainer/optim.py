@@ -20,20 +20,32 @@ TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_tab
 # A.4) slows its projections to places down to a tenth.
 PLACING = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
 
+# The inputs of a matrix whose rate --lr_fan_in_power leaves alone: those of most in the decoder.
+COMMON_FAN_IN = 256
+
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, placing_mult: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    placing_mult: float = 1.0,
+    fan_in_power: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Matrices with weight decay; norms, biases, tokens and position tables without. `lr_mult` of a
-    group is its rate relative to the run's: placing_mult for PLACING, else 1.
+    group is its rate relative to the run's: placing_mult for PLACING, and for a matrix or a filter
+    with n inputs (COMMON_FAN_IN / n) ** fan_in_power.
 
-    (The released recipe also decays the head's biases and norms; that is not kept.)
+    Adam moves each weight by about its rate, so an output that sums n of them moves n times that:
+    one rate for all is too high for wide layers and too low for narrow ones. By theory the power is
+    1 (Tensor Programs V, arXiv 2203.03466, table 3), 0 is the released recipe, which also decays
+    the head's biases and norms; that is not kept.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         bare = parameter.ndim < 2 or parts[-1] in TABLES
         mult = placing_mult if any(part in PLACING for part in parts) else 1.0
+        if not bare:
+            mult *= (COMMON_FAN_IN / parameter[0].numel()) ** fan_in_power
         groups.setdefault((0.0 if bare else weight_decay, mult), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_mult": mult}
@@ -47,7 +59,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = Fals
     scaled: a loss scaler (fp16) will step it. Fused, AdamW then leaves the weights alone inside its
     kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
     """
-    groups = parameter_groups(model, config.weight_decay, config.lr_linear_proj_mult)
+    groups = parameter_groups(
+        model, config.weight_decay, config.lr_linear_proj_mult, config.lr_fan_in_power
+    )
     betas = (0.9, config.adam_beta2)
     return AdamW(groups, lr=config.lr, betas=betas, fused=not scaled, foreach=scaled)
 
