@@ -29,7 +29,7 @@ from PIL import Image
 
 from trainer.augmentation import Augmentation
 from trainer.config import ConfigError, HelpRequested, TrainConfig, parse
-from trainer.data import PREFETCH, DetectionDataset, RunSampler, collate, training_loader
+from trainer.data import PREFETCH, DetectionDataset, RunSampler, packed_batch, training_loader
 from trainer.datasets import read_datasets
 from trainer.samples import Sample, SampleTable
 from vidt.images import probe_image
@@ -99,7 +99,7 @@ def compare_round(
         keys = next(batches)
         start = time.perf_counter()
         items = [dataset[key] for key in keys]
-        collate(items)
+        packed_batch(items)
         loader += time.perf_counter() - start
         paths = [dataset.samples.path(index) for _, index in keys]
         sizes = [(item["image"].shape[2], item["image"].shape[1]) for item in items]

@@ -32,6 +32,7 @@ from trainer.data import (
     noise_boxes,
     noised_batch,
     training_loader,
+    unpacked,
 )
 from trainer.report import Progress
 from trainer.step import check_readable
@@ -87,7 +88,7 @@ def test_workers_do_not_matter(tiny_data: Path, num_workers: int) -> None:
         config, _ = settings(tiny_data, tiny_data, flags)
         dataset = dataset_of(tiny_data, flags)
         loader = training_loader(dataset, config, num_processes=1, micro_batch=2, steps=range(1, 5))
-        return list(loader)
+        return [unpacked(batch) for batch in loader]
 
     alone, shared = batches(0), batches(num_workers)
     assert len(alone) == len(shared) == 8

@@ -151,6 +151,7 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ("--seed -1", "seed is -1; it must be 0 or more"),
         ("--max_steps 0", "max_steps is 0; it must be 1 or more"),
         ("--ema_decay 1", "ema_decay is 1.0; it must be 0 or more and below 1"),
+        ("--lr_backbone_mult -1", "lr_backbone_mult is -1.0; it must be 0 or more"),
         ("--lr_fan_in_power 3", "lr_fan_in_power is 3.0; it must be from 0 to 2"),
         ("--adam_beta2 1", "adam_beta2 is 1.0; it must be 0 or more and below 1"),
         ("--sched step", "sched is step; it must be one of cosine, linear"),

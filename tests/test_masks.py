@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trainer.agreement import Agreement
 from trainer.augmentation import Augmentation
-from trainer.data import DetectionDataset, collate
+from trainer.data import ROWS, DetectionDataset, collate, packed_batch, unpacked
 from trainer.evaluation import (
     evaluate,
     run_lengths,
@@ -254,6 +254,22 @@ def test_targets_of_masks(shapes: Path, tmp_path: Path) -> None:
     assert [len(t["masks"]) for t in batch["targets"]] == [
         len(t["labels"]) for t in batch["targets"]
     ]
+
+
+def test_targets_come_out_of_their_parcel_as_they_went_in(train_set: SampleTable) -> None:
+    augmentation = Augmentation(sizes=(96, 128), max_size=160, flip=True, crop=False)
+    preprocessing = Preprocessing(96)
+    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, noised_queries=9)
+    items = [dataset[0, index] for index in range(4)]
+    items[1]["target"] |= {name: items[1]["target"][name][:0] for name in ROWS}  # an empty image
+    batch, again = collate(items), unpacked(packed_batch(items))
+    assert torch.equal(batch.pop("images"), again.pop("images"))
+    assert torch.equal(batch.pop("padding"), again.pop("padding"))
+    assert batch.keys() == again.keys() == {"targets"}
+    for target, other in zip(batch["targets"], again["targets"], strict=True):
+        assert target.keys() == other.keys() == {*ROWS, "masks", "image_id"}
+        assert target.pop("image_id") == other.pop("image_id")
+        assert all(torch.equal(target[name], other[name]) for name in target)
 
 
 def test_an_object_without_mask_says_so(tmp_path: Path) -> None:

@@ -291,7 +291,10 @@ def write_yolo(root: Path, config: str, labels: dict[str, str], **options: Any) 
     ],
 )
 def test_yolo(tmp_path: Path, config: str) -> None:
-    labels = {"a": "1 0.5 0.5 0.25 0.5\n\n0 0.25 0.2 0.1 0.1 0.875\n", "b": "1 0 0 0.5 0 0.5 0.5 0 1\n"}
+    labels = {
+        "a": "1 0.5 0.5 0.25 0.5\n\n0 0.25 0.2 0.1 0.1 0.875\n",
+        "b": "1 0 0 0.5 0 0.5 0.5 0 1\n",
+    }
     root = write_yolo(tmp_path / "set", config, labels)
     lines = "".join(f"train/images/{stem}.png\n" for stem in ("a", "b", "z_empty"))
     (root / "list.txt").write_text(lines)

@@ -89,6 +89,17 @@ def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None
     }
 
 
+def test_the_body_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
+    config = TrainConfig(lr=1.0, lr_backbone_mult=0.25, lr_linear_proj_mult=0.1)
+    optimizer = make_optimizer(tiny_model, config)
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rate = {name: rates[id(parameter)] for name, parameter in tiny_model.named_parameters()}
+    assert rate.pop("backbone.det_pos_embed") == 0.5 * 0.1 * 0.25
+    assert {value for name, value in rate.items() if name.startswith("backbone")} == {0.125}
+    assert {value for name, value in rate.items() if "backbone" not in name} == {0.5, 0.05}
+
+
 def test_narrow_matrices_have_higher_rates(tiny_model: ViDT) -> None:
     config = TrainConfig(lr=1.0, lr_fan_in_power=0.5, lr_linear_proj_mult=0.1)
     optimizer = make_optimizer(tiny_model, config)

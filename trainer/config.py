@@ -114,6 +114,9 @@ class TrainConfig:
         default=1.0,
         metadata=_help("rate, relative to lr, of the weights that say where queries look"),
     )
+    lr_backbone_mult: float = field(
+        default=1.0, metadata=_help("rate, relative to lr, of the body's weights")
+    )
     lr_fan_in_power: float = field(
         default=0.0,
         metadata=_help(
@@ -243,8 +246,9 @@ def _check_alone(config: TrainConfig) -> None:
     size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
     _require(own or size >= SMALLEST_SIZE, "eval_size", size, f"{SMALLEST_SIZE} or more")
     _require(config.lr > 0, "lr", config.lr, "above 0")
-    mult = config.lr_linear_proj_mult
-    _require(mult >= 0, "lr_linear_proj_mult", mult, "0 or more")
+    for name in ("lr_linear_proj_mult", "lr_backbone_mult"):
+        mult = getattr(config, name)
+        _require(0 <= mult < math.inf, name, mult, "0 or more")
     power = config.lr_fan_in_power
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"

@@ -27,6 +27,7 @@ from vidt.images import read_image
 from vidt.preprocessing import Preprocessing, pad_batch, to_pixels
 
 PREFETCH = 4  # batches that each worker holds ready
+ROWS = ("labels", "boxes", "noised_boxes", "mask_boxes", "has_mask")  # of a target, by object
 NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
 
 
@@ -199,6 +200,33 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"images": images, "padding": padding, "targets": [item["target"] for item in items]}
 
 
+def packed_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As `collate`, on its way from a loader's process: of what images have rows of, all images'
+    rows are in one tensor, since each tensor costs a file handle and a copy to the device.
+    `unpacked` undoes it.
+    """
+    batch = collate(items)
+    targets = batch["targets"]
+    rows = {
+        name: (torch.cat([t[name] for t in targets]), [len(t[name]) for t in targets])
+        for name in ROWS
+        if name in targets[0]
+    }
+    rest = [{name: each for name, each in t.items() if name not in rows} for t in targets]
+    return {**batch, "targets": (rows, rest)}
+
+
+def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch that `collate` made; the targets' tensors are views."""
+    rows, rest = batch["targets"]
+    parts = {name: joined.split(counts) for name, (joined, counts) in rows.items()}
+    targets = [
+        {**each, **{name: of_images[image] for name, of_images in parts.items()}}
+        for image, each in enumerate(rest)
+    ]
+    return {**batch, "targets": targets}
+
+
 def evaluation_batch(
     items: Sequence[tuple[int, Tensor | None]],
 ) -> tuple[list[int], Tensor | None, Tensor | None]:
@@ -220,8 +248,8 @@ def training_loader(
     micro_batch: int,
     steps: range,
 ) -> DataLoader:
-    """Micro-batches of all processes for the given optimiser steps; `Accelerator.prepare` deals
-    them out in turn.
+    """Micro-batches (see `packed_batch`) of all processes for the given optimiser steps;
+    `Accelerator.prepare` deals them out in turn.
     """
     sampler = RunSampler(
         len(dataset),
@@ -234,7 +262,7 @@ def training_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=config.num_workers,
-        collate_fn=collate,
+        collate_fn=packed_batch,
         prefetch_factor=PREFETCH if config.num_workers else None,
         pin_memory=torch.cuda.is_available(),
         # Else the loader would draw its workers' seed from the generator that drives dropout.

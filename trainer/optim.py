@@ -28,11 +28,12 @@ def parameter_groups(
     model: nn.Module,
     weight_decay: float,
     placing_mult: float = 1.0,
+    body_mult: float = 1.0,
     fan_in_power: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Matrices with weight decay; norms, biases, tokens and position tables without. `lr_mult` of a
-    group is its rate relative to the run's: placing_mult for PLACING, and for a matrix or a filter
-    with n inputs (COMMON_FAN_IN / n) ** fan_in_power.
+    group is its rate relative to the run's, the product of placing_mult for PLACING, body_mult for
+    the body, and (COMMON_FAN_IN / n) ** fan_in_power for a matrix or a filter with n inputs.
 
     Adam moves each weight by about its rate, so an output that sums n of them moves n times that:
     one rate for all is too high for wide layers and too low for narrow ones. By theory the power is
@@ -44,6 +45,8 @@ def parameter_groups(
         parts = name.split(".")
         bare = parameter.ndim < 2 or parts[-1] in TABLES
         mult = placing_mult if any(part in PLACING for part in parts) else 1.0
+        if parts[0] == "backbone":
+            mult *= body_mult
         if not bare:
             mult *= (COMMON_FAN_IN / parameter[0].numel()) ** fan_in_power
         groups.setdefault((0.0 if bare else weight_decay, mult), []).append(parameter)
@@ -60,7 +63,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = Fals
     kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
     """
     groups = parameter_groups(
-        model, config.weight_decay, config.lr_linear_proj_mult, config.lr_fan_in_power
+        model,
+        config.weight_decay,
+        config.lr_linear_proj_mult,
+        config.lr_backbone_mult,
+        config.lr_fan_in_power,
     )
     betas = (0.9, config.adam_beta2)
     return AdamW(groups, lr=config.lr, betas=betas, fused=not scaled, foreach=scaled)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.agreement import Agreement
 from trainer.config import TrainConfig
-from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader
+from trainer.data import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
 from trainer.out_of_memory import OutOfMemory, is_out_of_memory
 from trainer.wording import counted
 from vidt.criterion import SetCriterion
@@ -43,7 +43,7 @@ def micro_batches(
     )
     for batch in accelerator.prepare_data_loader(loader):
         images = dataset.preprocessing.normalise(batch["images"], batch["padding"])
-        yield {**batch, "images": images}
+        yield {**unpacked(batch), "images": images}
 
 
 def agree_on(
