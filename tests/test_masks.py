@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -261,8 +262,9 @@ def test_targets_come_out_of_their_parcel_as_they_went_in(train_set: SampleTable
     preprocessing = Preprocessing(96)
     dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, noised_queries=9)
     items = [dataset[0, index] for index in range(4)]
-    items[1]["target"] |= {name: items[1]["target"][name][:0] for name in ROWS}  # an empty image
-    batch, again = collate(items), unpacked(packed_batch(items))
+    items[1]["target"] |= {name: items[1]["target"][name][:0] for name in (*ROWS, "masks")}
+    assert len(items[1]["target"]["boxes"]) == 0
+    batch, again = collate(items), unpacked(send_to_device(packed_batch(items), "cpu"))
     assert torch.equal(batch.pop("images"), again.pop("images"))
     assert torch.equal(batch.pop("padding"), again.pop("padding"))
     assert batch.keys() == again.keys() == {"targets"}

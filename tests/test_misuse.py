@@ -239,6 +239,17 @@ MISTAKES: list[Mistake] = [
         (f"train --coco_path nowhere {flag} {{root}}/gone", f"{flag} {{root}}/gone: no such file")
         for flag in ("--load_from", "--pre_trained", "--distil_model_path")
     ),
+    (
+        "train --coco_path nowhere --load_from {root}/data",
+        "--load_from {root}/data: a folder; give the path of a weights file",
+    ),
+    (
+        "train --coco_path nowhere --pre_trained imagnet",
+        "imagnet: no such file; give imagenet, none or the path of a weights file",
+    ),
+    ("train --coco_path nowhere --check --load_from gone", "nowhere/annotations"),
+    ("train --coco_path nowhere --load_from {root}/cut.safetensors --pre_trained gone", "nowhere"),
+    ("train --coco_path nowhere --resume --pre_trained gone", "nowhere/annotations"),
 ]
 
 

@@ -22,7 +22,8 @@ from trainer.optim import (
     set_learning_rate,
 )
 from trainer.report import Progress
-from vidt import ViDT
+from vidt import ViDT, ViDTConfig
+from vidt.model import build_detector
 
 
 def test_learning_rate_by_hand() -> None:
@@ -95,7 +96,7 @@ def test_the_body_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
     set_learning_rate(optimizer, 0.5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     rate = {name: rates[id(parameter)] for name, parameter in tiny_model.named_parameters()}
-    assert rate.pop("backbone.det_pos_embed") == 0.5 * 0.1 * 0.25
+    assert rate.pop("backbone.det_pos_embed") == 0.05  # it says where queries look
     assert {value for name, value in rate.items() if name.startswith("backbone")} == {0.125}
     assert {value for name, value in rate.items() if "backbone" not in name} == {0.5, 0.05}
 
@@ -113,6 +114,14 @@ def test_narrow_matrices_have_higher_rates(tiny_model: ViDT) -> None:
     assert rate["decoder.layers.0.linear2.weight"] == 0.5 * (256 / layer.shape[1]) ** 0.5
     placing = tiny_model.get_parameter("decoder.reference_points.weight")
     assert rate["decoder.reference_points.weight"] == 0.5 * 0.1 * (256 / placing.shape[1]) ** 0.5
+
+
+def test_depthwise_filters_have_no_width() -> None:
+    coat = build_detector(ViDTConfig(num_classes=1, backbone_name="coat_lite_tiny", dec_layers=1))
+    groups = parameter_groups(coat, 0.05, fan_in_power=0.5)
+    mults = {id(p): group["lr_mult"] for group in groups for p in group["params"]}
+    filters = [p for p in coat.parameters() if p.ndim == 4 and p.shape[1] == 1]
+    assert filters and {mults[id(p)] for p in filters} == {1.0}
 
 
 def test_adamw_averages_as_told(tiny_model: ViDT) -> None:

@@ -115,7 +115,7 @@ class TrainConfig:
         metadata=_help("rate, relative to lr, of the weights that say where queries look"),
     )
     lr_backbone_mult: float = field(
-        default=1.0, metadata=_help("rate, relative to lr, of the body's weights")
+        default=1.0, metadata=_help("rate, relative to lr, of the body, its [DET] tokens included")
     )
     lr_fan_in_power: float = field(
         default=0.0,

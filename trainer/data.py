@@ -27,7 +27,7 @@ from vidt.images import read_image
 from vidt.preprocessing import Preprocessing, pad_batch, to_pixels
 
 PREFETCH = 4  # batches that each worker holds ready
-ROWS = ("labels", "boxes", "noised_boxes", "mask_boxes", "has_mask")  # of a target, by object
+ROWS = ("labels", "boxes", "noised_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
 NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
 
 
@@ -201,9 +201,9 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def packed_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As `collate`, on its way from a loader's process: of what images have rows of, all images'
-    rows are in one tensor, since each tensor costs a file handle and a copy to the device.
-    `unpacked` undoes it.
+    """As `collate`, on its way from a loader's process: the targets' tensors that ROWS names are
+    joined over the images, for each costs a file handle and a copy to the device. Masks differ in
+    size and stay apart. `unpacked` undoes it.
     """
     batch = collate(items)
     targets = batch["targets"]

@@ -31,23 +31,25 @@ def parameter_groups(
     body_mult: float = 1.0,
     fan_in_power: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms, biases, tokens and position tables without. `lr_mult` of a
-    group is its rate relative to the run's, the product of placing_mult for PLACING, body_mult for
-    the body, and (COMMON_FAN_IN / n) ** fan_in_power for a matrix or a filter with n inputs.
+    """Matrices with weight decay; norms, biases, tokens and position tables without. (The released
+    recipe also decays the head's biases and norms; that is not kept.)
 
-    Adam moves each weight by about its rate, so an output that sums n of them moves n times that:
-    one rate for all is too high for wide layers and too low for narrow ones. By theory the power is
-    1 (Tensor Programs V, arXiv 2203.03466, table 3), 0 is the released recipe, which also decays
-    the head's biases and norms; that is not kept.
+    `lr_mult` of a group is its rate relative to the run's: placing_mult for PLACING, body_mult for
+    all else of the body, either times (COMMON_FAN_IN / n) ** fan_in_power for a matrix with n
+    inputs. Adam moves each weight by about its rate, so an output that sums n of them moves n times
+    that: one rate for all is too high for wide layers and too low for narrow ones. For hidden
+    matrices the power is 1 by theory (Tensor Programs V, arXiv 2203.03466, table 3); 0 is one rate
+    for all. A depthwise filter's inputs do not grow with the width.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         bare = parameter.ndim < 2 or parts[-1] in TABLES
-        mult = placing_mult if any(part in PLACING for part in parts) else 1.0
-        if parts[0] == "backbone":
-            mult *= body_mult
-        if not bare:
+        mult = body_mult if "backbone" in parts else 1.0
+        if any(part in PLACING for part in parts):
+            mult = placing_mult
+        depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
+        if not bare and not depthwise:
             mult *= (COMMON_FAN_IN / parameter[0].numel()) ** fan_in_power
         groups.setdefault((0.0 if bare else weight_decay, mult), []).append(parameter)
     return [

@@ -35,15 +35,18 @@ BODIES = ("imagenet", "none")  # what --pre_trained names that is no file
 
 
 def require_files(config: TrainConfig) -> None:
-    """Raises ValueError if a file that a fresh run starts from is not there: it is read only after
-    the data, which can take long.
+    """Raises ValueError if a file of weights that the run will read is not there: it is read only
+    after the data, which can take long.
     """
-    files = {"--load_from": config.load_from, "--distil_model_path": config.distil_model_path}
+    files = {"--distil_model_path": config.distil_model_path, "--load_from": config.load_from}
     if config.resume is None and config.load_from is None and config.pre_trained not in BODIES:
         files["--pre_trained"] = config.pre_trained
     for flag, source in files.items():
-        if source is not None and "://" not in source and not Path(source).exists():
-            raise ValueError(f"{flag} {source}: no such file")
+        if source is None or "://" in source or Path(source).is_file():
+            continue
+        what = "a folder" if Path(source).is_dir() else "no such file"
+        words = f"{', '.join(BODIES)} or " if flag == "--pre_trained" else ""
+        raise ValueError(f"{flag} {source}: {what}; give {words}the path of a weights file")
 
 
 def load_start(

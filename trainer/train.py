@@ -310,7 +310,8 @@ def train_from_settings(
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; name a folder")
-    agreement.on_main(lambda: require_files(config))
+    if not config.check:
+        agreement.on_main(lambda: require_files(config))
     train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     if config.check:
         return
