@@ -212,7 +212,7 @@ def most_images_gone(room: Path) -> str:
         ("--lrr 1e-4", "lrr"),
         ("--batch_size 0", "batch_size is 0"),
         ("--config nowhere.yaml", "nowhere.yaml"),
-        ("--load_from nowhere.pth", "nowhere.pth does not exist"),
+        ("--load_from nowhere.pth", "--load_from nowhere.pth: no such file"),
         ("--load_from a.pth --resume", "cannot load from and resume at the same time"),
         ("--eval", "--eval needs --load_from"),
         ("--eval --load_from nowhere.pth", "nowhere.pth"),
