@@ -76,26 +76,28 @@ def test_every_parameter_is_in_one_group(tiny_model: ViDT) -> None:
     assert matrices and not matrices & bare
 
 
-def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
-    optimizer = make_optimizer(tiny_model, TrainConfig(lr=1.0, lr_linear_proj_mult=0.1))
+def rates_at_half(model: nn.Module, config: TrainConfig) -> dict[str, float]:
+    """The rate of each parameter by name when the run's is 0.5."""
+    optimizer = make_optimizer(model, config)
     set_learning_rate(optimizer, 0.5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    names = dict(tiny_model.named_parameters())
-    slow = {name for name, parameter in names.items() if rates[id(parameter)] == 0.05}
-    assert {rates[id(parameter)] for parameter in names.values()} == {0.5, 0.05}
+    return {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
+    rate = rates_at_half(tiny_model, TrainConfig(lr=1.0, lr_linear_proj_mult=0.1))
+    slow = {name for name, value in rate.items() if value == 0.05}
+    assert set(rate.values()) == {0.5, 0.05}
     assert slow == {
         *("backbone.det_pos_embed", "decoder.reference_points.weight"),
-        *("decoder.reference_points.bias", *(n for n in names if "sampling_offsets" in n)),
-        *(n for n in names if n.startswith("query_pos_proj")),
+        *("decoder.reference_points.bias", *(n for n in rate if "sampling_offsets" in n)),
+        *(n for n in rate if n.startswith("query_pos_proj")),
     }
 
 
 def test_the_body_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
     config = TrainConfig(lr=1.0, lr_backbone_mult=0.25, lr_linear_proj_mult=0.1)
-    optimizer = make_optimizer(tiny_model, config)
-    set_learning_rate(optimizer, 0.5)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    rate = {name: rates[id(parameter)] for name, parameter in tiny_model.named_parameters()}
+    rate = rates_at_half(tiny_model, config)
     assert rate.pop("backbone.det_pos_embed") == 0.05  # it says where queries look
     assert {value for name, value in rate.items() if name.startswith("backbone")} == {0.125}
     assert {value for name, value in rate.items() if "backbone" not in name} == {0.5, 0.05}
@@ -103,10 +105,7 @@ def test_the_body_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
 
 def test_narrow_matrices_have_higher_rates(tiny_model: ViDT) -> None:
     config = TrainConfig(lr=1.0, lr_fan_in_power=0.5, lr_linear_proj_mult=0.1)
-    optimizer = make_optimizer(tiny_model, config)
-    set_learning_rate(optimizer, 0.5)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    rate = {name: rates[id(parameter)] for name, parameter in tiny_model.named_parameters()}
+    rate = rates_at_half(tiny_model, config)
     assert rate["backbone.patch_embed.proj.weight"] == 0.5 * (256 / 48) ** 0.5  # 3 x 4 x 4 inputs
     assert rate["backbone.patch_embed.proj.bias"] == 0.5
     assert rate["backbone.det_token"] == 0.5

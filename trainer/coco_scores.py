@@ -35,6 +35,7 @@ from trainer.scoring import (
     coco_numbers,
     match,
     overlap_of_boxes,
+    xywh,
 )
 
 # The numbers in words, in COCO's order.
@@ -116,7 +117,7 @@ def box_scores(
 ) -> dict[str, float]:
     """The twelve numbers, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
     things, boxes = _detections(file, found)
-    overlap = overlap_of_boxes(boxes, _xywh(truth.boxes), truth.crowd)
+    overlap = overlap_of_boxes(boxes, xywh(truth.boxes), truth.crowd)
     scores = accumulate([match(_objects(file, truth), things, overlap, len(names))])
     return coco_numbers(scores) | class_numbers(scores, names)
 
@@ -181,12 +182,6 @@ def _detections(file: CocoFile, found: Mapping[int, Prediction]) -> tuple[Found,
     labels = np.concatenate([np.zeros(0, np.int64), *(each.labels for each in found.values())])
     scores = np.concatenate([np.zeros(0), *(each.scores for each in found.values())])
     corners = np.concatenate([np.zeros((0, 4)), *(each.boxes for each in found.values())])
-    boxes = _xywh(corners.astype(np.float32))
+    boxes = xywh(corners.astype(np.float32))
     areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
     return Found(image, labels.astype(np.int64), areas, scores), boxes
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    """Boxes [N, 4] xyxy to x, y, width and height in double precision."""
-    corners = boxes.astype(np.float64)
-    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)

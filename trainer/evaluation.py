@@ -42,6 +42,7 @@ from trainer.scoring import (
     coco_numbers,
     match,
     overlap_of_boxes,
+    xywh,
 )
 from vidt.predictor import Detections, decode_for, on_cpu
 from vidt.preprocessing import Preprocessing, canvas_batches
@@ -199,7 +200,7 @@ def score_images(
     image = np.asarray(indices, np.int64)[truth.box_owners.numpy()]
     found, boxes = _found(samples, [index for index in indices if index in detections], detections)
     crowd, areas = truth.crowd.numpy(), truth.areas.numpy().astype(np.float64)
-    overlap = overlap_of_boxes(boxes, xywh(truth.boxes), crowd)
+    overlap = overlap_of_boxes(boxes, xywh(truth.boxes.numpy()), crowd)
     if masks is not None:
         # Where an object has no mask nothing is right or wrong: its box is a crowd region.
         crowd = crowd | ~truth.masks.present.numpy()  # type: ignore[union-attr]
@@ -237,17 +238,11 @@ def _found(
     image = torch.tensor(indices, dtype=torch.int64).repeat_interleave(counts)
     corners = torch.cat([torch.zeros(0, 4), *(each.boxes for each in own)])
     limits = samples.sizes[image].flip(1).repeat(1, 2)
-    boxes = xywh(torch.minimum(corners.clamp(min=0), limits))
+    boxes = xywh(torch.minimum(corners.clamp(min=0), limits).numpy())
     labels = torch.cat([image[:0], *(each.labels for each in own)])
     scores = torch.cat([corners[:0, 0], *(each.scores for each in own)])
     areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
     return Found(image.numpy(), labels.numpy(), areas, scores.double().numpy()), boxes
-
-
-def xywh(boxes: Tensor) -> np.ndarray:
-    """Boxes [N, 4] xyxy to x, y, width and height in double precision."""
-    corners = boxes.double().numpy()
-    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
 def _mask_entries(

@@ -27,6 +27,7 @@ COMMON_FAN_IN = 256
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
+    *,
     placing_mult: float = 1.0,
     body_mult: float = 1.0,
     fan_in_power: float = 0.0,
@@ -67,9 +68,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = Fals
     groups = parameter_groups(
         model,
         config.weight_decay,
-        config.lr_linear_proj_mult,
-        config.lr_backbone_mult,
-        config.lr_fan_in_power,
+        placing_mult=config.lr_linear_proj_mult,
+        body_mult=config.lr_backbone_mult,
+        fan_in_power=config.lr_fan_in_power,
     )
     betas = (0.9, config.adam_beta2)
     return AdamW(groups, lr=config.lr, betas=betas, fused=not scaled, foreach=scaled)

@@ -25,9 +25,9 @@ def read_yolo(
     Labels follow the yaml's names, or `class_names` where given: boxes of other classes are left
     out with a finding. Lines are "class cx cy w h", with a score behind it or without (detectors
     write it, nothing here uses it), or "class x1 y1 x2 y2 ..." for a polygon, of which the box
-    around it is taken. An image without a label file has no boxes. Coordinates
-    are relative, to the image as YOLO tools show it: turned by its EXIF orientation. Images are
-    numbered from 1 by sorted path.
+    around it is taken. An image without a label file has no boxes. Coordinates are relative, to the
+    image as YOLO tools show it: turned by its EXIF orientation. Images are numbered from 1 by
+    sorted path.
 
     Raises ValueError if the yaml or the split is missing or malformed, or has no image.
     """
@@ -45,9 +45,8 @@ def read_yolo(
         size = _shown_size(header) if isinstance(header, ImageHeader) else (0, 0)
         samples.append(_to_sample(path, image_id, size, rows, classes))
     findings += foreign_class_findings(source, foreign)
-    return SampleTable.from_samples(samples, classes.names, classes.category_ids, source), fold(
-        findings
-    )
+    table = SampleTable.from_samples(samples, classes.names, classes.category_ids, source)
+    return table, fold(findings)
 
 
 def _yaml_path(path: Path) -> Path:

@@ -76,6 +76,12 @@ class Scores:
     recall: np.ndarray  # [T, K, A, L]
 
 
+def xywh(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [N, 4] xyxy to x, y, width and height in double precision."""
+    corners = boxes.astype(np.float64)
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+
+
 def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> Overlap:
     """Intersection over union of boxes [D, 4] and [M, 4], xywh in float64; over the detection alone
     where the object is a crowd.

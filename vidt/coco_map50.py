@@ -1,8 +1,8 @@
 """A detector's map50 on a dataset in COCO's layout, by pycocotools: enough to compare two forms of
 one detector.
 
-Needs no torch. Boxes are clipped to the image and those without area are no truth, as in training's
-own evaluation.
+Needs no torch. What is detected is clipped to the image, as in training's own evaluation; annotated
+boxes stay as they are, and those without area are no truth.
 """
 
 import contextlib
