@@ -9,12 +9,29 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vidt.windows import MASKED, Windows, _attend, attend_windows, collect, deal, windows_of
 
-WINDOW, NUM_DET = 3, 2
+WINDOW, NUM_DET, NUM_HEADS, BATCH = 3, 2, 2, 2
 GRIDS = [(6, 9), (5, 7), (3, 3), (2, 1)]  # whole windows, padded, one window, less than one
 
 
-def windows(grid: tuple[int, int], shift: int) -> Windows:
-    return windows_of(grid, WINDOW, shift, grid[0] * grid[1] + NUM_DET, torch.device("cpu"))
+def windows(grid: tuple[int, int], shift: int, batch: int = BATCH) -> Windows:
+    return windows_of(
+        grid,
+        WINDOW,
+        shift,
+        num_det=NUM_DET,
+        num_heads=NUM_HEADS,
+        batch=batch,
+        device=torch.device("cpu"),
+    )
+
+
+def by_tokens(split: Tensor) -> Tensor:
+    """[parts, B, M, W * T, D] -> [B, W * T, parts * C]."""
+    return split.permute(1, 3, 0, 2, 4).flatten(2)
+
+
+def random_split(places: Windows, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*places.deal.shape, dim, dtype=dtype, requires_grad=True)
 
 
 def released(patches: Tensor, shift: int) -> Tensor:
@@ -40,10 +57,10 @@ def region_mask(grid: tuple[int, int], shift: int) -> Tensor:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_windows_hold_what_swin_puts_there(grid: tuple[int, int], shift: int) -> None:
     places = windows(grid, shift)
-    tokens = torch.randn(2, grid[0] * grid[1] + NUM_DET + 1, 4)
+    tokens = torch.randn(BATCH, grid[0] * grid[1] + NUM_DET + 1, 3 * NUM_HEADS * 2)
     tokens[:, -1] = 0
-    cut, det = deal(tokens, places, NUM_DET)
-    ours = cut.unflatten(1, (places.count, WINDOW**2))
+    split, det = deal(tokens, places)
+    ours = by_tokens(split).unflatten(1, (places.count, WINDOW**2))
     theirs = released(tokens[:, : grid[0] * grid[1]].unflatten(1, grid), shift)
     masks = region_mask(grid, shift) if shift else torch.zeros(places.count, 9, 9)
     # The same windows with the same masks, in whatever order.
@@ -51,35 +68,36 @@ def test_windows_hold_what_swin_puts_there(grid: tuple[int, int], shift: int) ->
     assert sorted(order) == list(range(places.count))
     assert torch.equal(ours, theirs[:, order]) and torch.equal(places.mask, masks[order])
     assert torch.equal(det, tokens[:, -1 - NUM_DET : -1])
-    assert torch.equal(collect(cut, det, places), tokens[:, :-1])
+    queries, det_queries = split[0], det.unflatten(-1, (3, -1))[:, :, 0]
+    back = collect(queries, det_queries, places)
+    assert torch.equal(back, tokens[:, :-1].unflatten(-1, (3, -1))[:, :, 0])
 
 
+@pytest.mark.parametrize("grid", [(5, 7), (3, 3)])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_tokens_that_move_take_their_gradient_along(shift: int) -> None:
-    places = windows((5, 7), shift)
-    tokens = torch.randn(2, 35 + NUM_DET + 1, 3, dtype=torch.float64, requires_grad=True)
-
-    def there_and_back(tokens: Tensor) -> Tensor:
-        cut, det = deal(tokens, places, NUM_DET)
-        return collect(cut * cut.detach().cos(), det, places)
-
-    def there(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return deal(tokens, places, NUM_DET)
-
-    assert torch.autograd.gradcheck(there, tokens)
-    tokens.grad = None
-    there_and_back(tokens).square().sum().backward()
-    assert tokens.grad is not None and tokens.grad[:, :-1].abs().min() > 0
+def test_tokens_that_move_take_their_gradient_along(grid: tuple[int, int], shift: int) -> None:
+    places = windows(grid, shift)
+    count = grid[0] * grid[1] + NUM_DET
+    tokens = torch.randn(BATCH, count + 1, 3 * NUM_HEADS, dtype=torch.float64, requires_grad=True)
+    attended = random_split(places, 2, torch.float64)[0]
+    det = torch.randn(BATCH, NUM_DET, 2 * NUM_HEADS, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda tokens: deal(tokens, places), tokens)
+    assert torch.autograd.gradcheck(lambda *given: collect(*given, places), (attended, det))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("shift", [0, 1])
-def test_the_form_for_the_cpu_is_pytorchs_attention(grid: tuple[int, int], shift: int) -> None:
-    places, heads = windows(grid, shift), 2
-    qkv = torch.randn(2, places.count * 9, 3 * 8, requires_grad=True)
-    bias = torch.randn(heads, 9, 9, requires_grad=True)
-    ours = attend_windows(qkv, bias, places, heads)
-    theirs = _attend(qkv, bias, places, heads)
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_the_form_for_the_cpu_is_pytorchs_attention(
+    grid: tuple[int, int], shift: int, batch: int
+) -> None:
+    places = windows(grid, shift, batch)
+    qkv = random_split(places, 4)
+    bias = torch.randn(NUM_HEADS, 9, 9, requires_grad=True)
+    before = bias.clone()
+    ours = attend_windows(qkv, bias, places)
+    assert torch.equal(bias, before)
+    theirs = _attend(qkv, bias, places)
     assert torch.allclose(ours, theirs, atol=1e-5)
     along = torch.randn_like(ours)
     for mine, other in zip(
@@ -92,21 +110,21 @@ def test_the_form_for_the_cpu_is_pytorchs_attention(grid: tuple[int, int], shift
 
 def test_gradient_of_the_form_for_the_cpu() -> None:
     places = windows((2, 4), 1)
-    qkv = torch.randn(2, places.count * 9, 3 * 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, b: attend_windows(q, b, places, 2), (qkv, bias))
+    qkv = random_split(places, 2, torch.float64)
+    bias = torch.randn(NUM_HEADS, 9, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, b: attend_windows(q, b, places), (qkv, bias))
 
 
 def test_what_prediction_leaves_in_the_cache_serves_training() -> None:
     with torch.inference_mode():
         windows((4, 4), 1)
-    tokens = torch.randn(1, 16 + NUM_DET + 1, 4, requires_grad=True)
-    deal(tokens, windows((4, 4), 1), NUM_DET)[0].sum().backward()
+    tokens = torch.randn(BATCH, 16 + NUM_DET + 1, 3 * NUM_HEADS, requires_grad=True)
+    deal(tokens, windows((4, 4), 1))[0].sum().backward()
 
 
 def test_nothing_of_a_recording_is_kept() -> None:
     with FakeTensorMode():
-        assert isinstance(windows((4, 6), 1).source, FakeTensor)
-    assert not isinstance(windows((4, 6), 1).source, FakeTensor)
+        assert isinstance(windows((4, 6), 1).deal, FakeTensor)
+    assert not isinstance(windows((4, 6), 1).deal, FakeTensor)
     with FakeTensorMode():
-        assert isinstance(windows((4, 6), 1).source, FakeTensor)
+        assert isinstance(windows((4, 6), 1).deal, FakeTensor)

@@ -10,9 +10,10 @@ C / M.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from vidt.mlp import Mlp
 from vidt.ram import attend_det, resize_padding, sine_position, split_heads
 from vidt.swin import COARSE_DIM, PatchEmbedding
 from vidt.variants import COAT_VARIANTS as COAT_VARIANTS

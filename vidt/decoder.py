@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt.deformable_attention import DeformableAttention
+from vidt.ram import attend
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -55,6 +56,35 @@ def box_head(dim: int, *, size_bias: float = 0.0) -> MLPHead:
     return head
 
 
+class SelfAttention(nn.Module):
+    """Softmax attention of queries to each other, with the weights of `nn.MultiheadAttention` by
+    their names; its many small steps take longer than the attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, placed: Tensor, queries: Tensor, hidden: Tensor | None) -> Tensor:
+        """Who looks and is looked at goes by `placed`, what is seen by `queries`, both [B, Q, C];
+        hidden [Q, Q], -inf where the row may not look at the column, else 0. Returns [B, Q, C].
+        """
+        batch, count, dim = queries.shape
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        pair = F.linear(placed, weight[: 2 * dim], bias[: 2 * dim])
+        pair = pair.view(batch, count, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        values = F.linear(queries, weight[2 * dim :], bias[2 * dim :])
+        values = values.view(batch, count, self.num_heads, -1).transpose(1, 2)
+        mask = None if hidden is None else hidden.to(values.dtype)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend(pair[0], pair[1], values, mask, dropout))
+
+
 class DecoderLayer(nn.Module):
     """Post-norm layer: queries attend to each other, then to the maps, then an MLP."""
 
@@ -69,7 +99,7 @@ class DecoderLayer(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.self_attn = SelfAttention(dim, num_heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(
             dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
@@ -88,16 +118,13 @@ class DecoderLayer(nn.Module):
         source: Tensor,
         level_shapes: list[tuple[int, int]],
         padding: Tensor,
-        hidden_queries: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """queries and query_pos [B, Q, C]; reference [B, Q, L, 2 or 4]; source [B, S, C]; padding
-        [B, S]; hidden_queries [Q, Q], True where the row may not look at the column. Returns [B, Q,
+        [B, S]; hidden [Q, Q], -inf where the row may not look at the column, else 0. Returns [B, Q,
         C].
         """
-        placed = queries + query_pos
-        attended = self.self_attn(
-            placed, placed, queries, attn_mask=hidden_queries, need_weights=False
-        )[0]
+        attended = self.self_attn(queries + query_pos, queries, hidden)
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(queries + query_pos, reference, source, level_shapes, padding)
         queries = self.norm1(queries + self.dropout(attended))
@@ -222,13 +249,13 @@ def denoising_position(boxes: Tensor, dim: int) -> Tensor:
 
 
 def hide_noised(num_queries: int, num_noised: int, device: torch.device) -> Tensor:
-    """[Q + N, Q + N] bool, True = hidden: a noised query sees itself and the detection queries,
-    nobody sees it.
+    """[Q + N, Q + N], -inf = hidden, else 0: a noised query sees itself and the detection queries,
+    nobody else sees it.
     """
     total = num_queries + num_noised
-    hidden = torch.zeros(total, total, dtype=torch.bool, device=device)
-    hidden[:, num_queries:] = True
-    return hidden & ~torch.eye(total, dtype=torch.bool, device=device)
+    hidden = torch.zeros(total, total, device=device)
+    hidden[:, num_queries:] = -math.inf
+    return hidden.fill_diagonal_(0)
 
 
 def _offset_boxes(offsets: Tensor, reference: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from timm.layers import trunc_normal_
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
+from vidt.tracing import is_tracing
 from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
+
+FEW_KEYS = 128  # PyTorch's attention for the CPU is made for more
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -48,9 +51,16 @@ def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ..
     return qkv.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Each [B, M, N, D] -> [B, N, M * D]."""
-    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention: each [B, M, N, D], mask what is added to the scores -> [B, N, M * D]."""
+    plain = query.device.type == "cpu" and query.dtype is torch.float32 and not is_tracing()
+    if plain and keys.shape[2] <= FEW_KEYS and not dropout:
+        scores = query * query.shape[-1] ** -0.5 @ keys.mT
+        output = (scores if mask is None else scores + mask).softmax(-1) @ values
+    else:
+        output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
     return output.transpose(1, 2).flatten(2)
 
 
@@ -106,9 +116,17 @@ class ReconfiguredAttention(nn.Module):
         batch, num_det, dim = det.shape
         # Padded places of a window hold a token of zeros, not masked, as released.
         tokens = torch.cat([patches, det, det.new_zeros(batch, 1, dim)], dim=1)
-        places = windows_of(grid, self.window, self.shift, tokens.shape[1] - 1, tokens.device)
-        windows, det_qkv = deal(self.qkv(tokens), places, num_det)
-        windows = attend_windows(windows, self._bias().to(windows.dtype), places, self.num_heads)
+        places = windows_of(
+            grid,
+            self.window,
+            self.shift,
+            num_det=num_det,
+            num_heads=self.num_heads,
+            batch=batch,
+            device=tokens.device,
+        )
+        windows, det_qkv = deal(self.qkv(tokens), places)
+        windows = attend_windows(windows, self._bias().to(windows.dtype), places)
 
         seen = None if positions is None else self._seen(patches + positions)
         det_out = attend_det(det_qkv, seen, padding, self.num_heads)

@@ -9,9 +9,10 @@ Letters: B batch, H x W stage grid, Q [DET] tokens, C channels of the stage.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from vidt.mlp import Mlp
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
 from vidt.variants import SWIN_VARIANTS as SWIN_VARIANTS
 from vidt.variants import SwinVariant
@@ -83,8 +84,8 @@ class Block(nn.Module):
         """
         patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
         attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, positions, padding)
-        tokens = tokens + self.drop_path(attended)
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        tokens = self.drop_path(attended).add_(tokens)  # in place: no memory, no new pages
+        return self.drop_path(self.mlp(self.norm2(tokens))).add_(tokens)
 
 
 class Stage(nn.Module):

@@ -26,13 +26,19 @@ MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 r
 class Windows:
     """Where the tokens of a grid are in its windows. Windows that the shift brought together from
     different sides of the map come last.
+
+    A token of K values is K / D rows of memory, which are copied once, straight to where the
+    products of the attention want them: [parts, B, M, W * T, D], parts being queries, keys and
+    values, or what attention gives alone. The tables say which row each row is taken from.
     """
 
     count: int  # windows of an image
-    source: Tensor  # [W * T] the token at each place; num_tokens stands for padding
-    places: Tensor  # [N] the place of each token
-    padded: Tensor  # [W * T - N] the places that hold padding
+    padded: Tensor  # [W * T - N] the places of an image that hold padding
     apart: Tensor  # [number of the last windows, T, T] 0 or MASKED
+    deal: Tensor  # [3, B, M, W * T] rows of [B, N + Q + 1, 3, M]; its last token is for padding
+    deal_back: Tensor  # [B, N, 3, M] rows of [3, B, M, W * T]
+    collect: Tensor  # [B, N, M] rows of [B, M, W * T]
+    collect_back: Tensor  # [B, M, W * T] rows of [B, N + Q, M]; any for padding
 
     @property
     def mask(self) -> Tensor:
@@ -41,41 +47,72 @@ class Windows:
 
 
 def windows_of(
-    grid: tuple[int, int], window: int, shift: int, num_tokens: int, device: torch.device
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    *,
+    num_det: int,
+    num_heads: int,
+    batch: int,
+    device: torch.device,
 ) -> Windows:
-    """The windows of a grid, zero padded right and below to whole ones, then shifted cyclically.
-    num_tokens, N or more: what `Windows.source` holds at padded places.
-    """
-    if is_tracing():
-        return _windows_of(grid, window, shift, num_tokens, device)
-    return _cached_windows(grid, window, shift, num_tokens, device)
+    """The windows of a grid, zero padded right and below to whole ones, then shifted cyclically."""
+    make = _windows_of if is_tracing() else _kept_windows
+    return make(grid, window, shift, num_det, num_heads, batch, device)
 
 
-@lru_cache(maxsize=128)
-def _cached_windows(*place: Any) -> Windows:
+@lru_cache(maxsize=64)  # eight are one size of images
+def _kept_windows(*place: Any) -> Windows:
     with torch.inference_mode(False):  # else training could not use what prediction made
         return _windows_of(*place)
 
 
 def _windows_of(
-    grid: tuple[int, int], window: int, shift: int, num_tokens: int, device: torch.device
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    num_det: int,
+    num_heads: int,
+    batch: int,
+    device: torch.device,
 ) -> Windows:
     height, width = grid
+    num_patches = height * width
+    num_tokens = num_patches + num_det
     rows, columns = (-(-side // window) for side in grid)
-    tokens = torch.arange(height * width, device=device).view(grid)
+    tokens = torch.arange(num_patches, device=device).view(grid)
     pad = (0, columns * window - width, 0, rows * window - height)
     tokens = F.pad(tokens, pad, value=num_tokens)
     if shift:
         tokens = tokens.roll((-shift, -shift), dims=(0, 1))
     order = _order(rows, columns, device) if shift else slice(None)
-    source = _cut(tokens, window)[order].flatten()
+    source = _cut(tokens, window)[order].flatten()  # the token at each place
     by_token = source.argsort()  # not stable: ONNX knows no other, and padded places are alike
+    places = by_token[:num_patches]
+
+    def steps(count: int, step: int, axis: int) -> Tensor:
+        """0, step, 2 * step ... along an axis of four."""
+        shape = [1, 1, 1, 1]
+        shape[axis] = count
+        return (torch.arange(count, device=device) * step).view(shape)
+
+    def to_places(source: Tensor, parts: int, num_tokens: int) -> Tensor:
+        image, head = steps(batch, num_tokens * parts * num_heads, 1), steps(num_heads, 1, 2)
+        return (steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)).int()
+
+    def to_tokens(parts: int) -> Tensor:
+        image, head = steps(batch, num_heads * len(source), 0), steps(num_heads, len(source), 3)
+        part = steps(parts, batch * num_heads * len(source), 2)
+        return (image + places[:, None, None] + part + head).int()
+
     return Windows(
         count=rows * columns,
-        source=source,
-        places=by_token[: height * width],
-        padded=by_token[height * width :],
+        padded=by_token[num_patches:],
         apart=_apart(rows, columns, window, shift, order, device),
+        deal=to_places(source, 3, num_tokens + 1),
+        deal_back=to_tokens(3),
+        collect=to_tokens(1)[:, :, 0],
+        collect_back=to_places(source.clamp(max=num_tokens - 1), 1, num_tokens)[0],
     )
 
 
@@ -110,84 +147,79 @@ def _apart(
     return (last[:, None, :] != last[:, :, None]) * MASKED
 
 
-def deal(tokens: Tensor, windows: Windows, num_det: int) -> tuple[Tensor, Tensor]:
-    """tokens [B, N + Q + 1, C]: patches, [DET] tokens and what padded places hold -> the windows
-    [B, W * T, C] and the [DET] tokens [B, Q, C].
+def deal(tokens: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Queries, keys and values of an image, [B, N + Q + 1, 3 * C]: of patches, of [DET] tokens and
+    what padded places hold -> those of the windows, each head by itself, [3, B, M, W * T, D], and
+    those of the [DET] tokens, [B, Q, 3 * C].
     """
-    return _Deal.apply(tokens, windows, num_det)
+    return _Deal.apply(tokens, windows)
 
 
 def collect(attended: Tensor, det: Tensor, windows: Windows) -> Tensor:
-    """The way back: [B, W * T, C] and [B, Q, C] -> [B, N + Q, C]."""
+    """The way back: [B, M, W * T, D] and [B, Q, C] -> [B, N + Q, C]."""
     return _Collect.apply(attended, det, windows)
 
 
-def _pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens at index [K] of each image: [B, N, C] -> [B, K, C]."""
-    batch, count, dim = tokens.shape
-    if tokens.device.type != "cpu":
-        return tokens.index_select(1, index)
-    # Along the first axis a CPU copies whole rows, twice as fast.
-    rows = index if batch == 1 else (index + torch.arange(batch)[:, None] * count).flatten()
-    return tokens.reshape(batch * count, dim).index_select(0, rows).view(batch, -1, dim)
+def _rows(of: Tensor, table: Tensor, dim: int) -> Tensor:
+    """Rows of D = dim values at the places of a table: [*, D]."""
+    return of.reshape(-1, dim).index_select(0, table.flatten()).view(*table.shape, dim)
 
 
 class _Deal(torch.autograd.Function):
     """A copy each way, where autograd's own would add into zeros."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, windows: Windows, num_det: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, tokens: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         ctx.windows = windows
-        return _pick(tokens, windows.source), tokens[:, -1 - num_det : -1].clone()
+        parts, _, num_heads, _ = windows.deal.shape
+        num_patches = windows.collect.shape[1]
+        split = _rows(tokens, windows.deal, tokens.shape[-1] // (parts * num_heads))
+        return split, tokens[:, num_patches:-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_det: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, grad_det: Tensor) -> tuple[Tensor, None]:
         windows = ctx.windows
-        patches = _pick(grad, windows.places)
-        padding = _pick(grad, windows.padded).sum(1, keepdim=True)
-        return torch.cat([patches, grad_det, padding], dim=1), None, None
+        patches = _rows(grad, windows.deal_back, grad.shape[-1]).flatten(2)
+        padding = grad.index_select(3, windows.padded).sum(3)  # [3, B, M, D]
+        padding = padding.transpose(0, 1).flatten(1)[:, None]
+        return torch.cat([patches, grad_det, padding], dim=1), None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, det: Tensor, windows: Windows) -> Tensor:
         ctx.windows = windows
-        return torch.cat([_pick(attended, windows.places), det], dim=1)
+        patches = _rows(attended, windows.collect, attended.shape[-1]).flatten(2)
+        return torch.cat([patches, det], dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         windows = ctx.windows
-        count = len(windows.places)
-        # A padded place reads any token, and then nothing.
-        attended = _pick(grad, windows.source.clamp(max=count - 1))
-        return attended.index_fill_(1, windows.padded, 0), grad[:, count:], None
+        num_patches, num_heads = windows.collect.shape[1:]
+        attended = _rows(grad, windows.collect_back, grad.shape[-1] // num_heads)
+        return attended.index_fill_(2, windows.padded, 0), grad[:, num_patches:], None
 
 
-def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows, num_heads: int) -> Tensor:
+def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     """Softmax attention inside each window.
 
-    qkv [B, W * T, 3 * C]; bias [M, T, T] is added to the scores of every window. Returns [B, W * T,
-    C].
+    qkv [3, B, M, W * T, D]; bias [M, T, T] is added to the scores of every window. Returns [B, M, W
+    * T, D].
     """
     if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-        area = bias.shape[-1]
-        parts = qkv.view(-1, area, 3, num_heads, qkv.shape[-1] // (3 * num_heads))
-        output = _AttentionOnCPU.apply(parts, bias, windows.apart, windows.count)  # [M, B*W, T, D]
-        return output.permute(1, 2, 0, 3).reshape(*qkv.shape[:2], -1)
-    return _attend(qkv, bias, windows, num_heads)
+        return _AttentionOnCPU.apply(qkv, bias, windows.apart, windows.count)
+    return _attend(qkv, bias, windows)
 
 
-def _attend(qkv: Tensor, bias: Tensor, windows: Windows, num_heads: int) -> Tensor:
+def _attend(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     """Windows and heads side by side as heads, so that one mask serves the whole batch."""
-    batch, area = qkv.shape[0], bias.shape[-1]
-    parts = qkv.view(batch, windows.count, area, 3, num_heads, -1).permute(3, 0, 1, 4, 2, 5)
-    query, keys, values = parts.flatten(2, 3).unbind(0)  # [B, W*M, T, D]
-    mask = (bias + windows.mask[:, None]).flatten(0, 1).to(query.dtype)  # [W*M, T, T]
+    area = bias.shape[-1]
+    query, keys, values = qkv.unflatten(3, (-1, area)).flatten(2, 3).unbind(0)  # [B, M*W, T, D]
+    mask = (bias[:, None] + windows.mask).flatten(0, 1).to(query.dtype)  # [M*W, T, T]
     output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    output = output.unflatten(1, (windows.count, num_heads)).transpose(2, 3)  # [B, W, T, M, D]
-    return output.reshape(*qkv.shape[:2], -1)
+    return output.reshape(qkv.shape[1:])
 
 
 class _AttentionOnCPU(torch.autograd.Function):
@@ -199,35 +231,37 @@ class _AttentionOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, apart: Tensor, count: int) -> Tensor:
-        """qkv [B*W, T, 3, M, D], bias [M, T, T], apart [last of the W windows, T, T] -> [M, B*W, T,
+        """qkv [3, B, M, W*T, D], bias [M, T, T], apart [last of the W windows, T, T] -> [B, M, W*T,
         D].
         """
-        total, area, _, heads, dim = qkv.shape
-        # Side by side in memory, a product takes the windows of all heads at once: [3, M*B*W, T, D]
-        qkv = qkv.permute(2, 3, 0, 1, 4).reshape(3, heads * total, area, dim)
-        query, keys, values = qkv.unbind(0)
-        scores = bias.repeat_interleave(total, dim=0)
+        _, batch, heads, _, dim = qkv.shape
+        area = bias.shape[-1]
+        query, keys, values = qkv.view(3, -1, area, dim).unbind(0)  # [B*M*W, T, D]
+        scores = bias.new_empty(batch, heads, count, area, area).copy_(bias[:, None])
+        scores = scores.view(-1, area, area)
         scores.baddbmm_(query, keys.mT, alpha=dim**-0.5)
         if len(apart):
             scores.view(-1, count, area, area)[:, -len(apart) :].add_(apart)
         weights = scores.softmax(-1)
         ctx.save_for_backward(qkv, weights)
-        return torch.bmm(weights, values).view(heads, total, area, dim)
+        return torch.bmm(weights, values).view(qkv.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         qkv, weights = ctx.saved_tensors
-        heads, total, area, dim = grad.shape
-        query, keys, values = qkv.unbind(0)
-        grad = grad.reshape(heads * total, area, dim)
+        batch, heads, _, dim = grad.shape
+        area = weights.shape[-1]
+        query, keys, values = qkv.view(3, -1, area, dim).unbind(0)
+        grad = grad.reshape(-1, area, dim)
         grad_scores = torch._softmax_backward_data(
             torch.bmm(grad, values.mT), weights, -1, weights.dtype
         )
         grads = torch.empty_like(qkv)
-        torch.bmm(grad_scores, keys, out=grads[0])
-        torch.bmm(grad_scores.mT, query, out=grads[1])
-        torch.bmm(weights.mT, grad, out=grads[2])
+        grad_query, grad_keys, grad_values = grads.view(3, -1, area, dim).unbind(0)
+        torch.bmm(grad_scores, keys, out=grad_query)
+        torch.bmm(grad_scores.mT, query, out=grad_keys)
+        torch.bmm(weights.mT, grad, out=grad_values)
         grads[:2] *= dim**-0.5
-        grad_qkv = grads.view(3, heads, total, area, dim).permute(2, 3, 0, 1, 4).contiguous()
-        return grad_qkv, grad_scores.view(heads, total, area, area).sum(1), None, None
+        grad_bias = grad_scores.view(batch, heads, -1, area, area).sum((0, 2))
+        return grads, grad_bias, None, None

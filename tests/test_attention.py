@@ -1,0 +1,63 @@
+"""The forms of attention that are written out against PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidt.decoder import SelfAttention, hide_noised
+from vidt.ram import FEW_KEYS, attend
+
+
+@pytest.mark.parametrize("count", [7, FEW_KEYS, FEW_KEYS + 1])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_pytorchs_with_few_keys_and_many(count: int, masked: bool) -> None:
+    query, keys, values = (
+        torch.randn(2, 3, size, 4, requires_grad=True) for size in (5, count, count)
+    )
+    mask = torch.randn(2, 1, 1, count) * 3 if masked else None
+    ours = attend(query, keys, values, mask)
+    theirs = F.scaled_dot_product_attention(query, keys, values, mask).transpose(1, 2).flatten(2)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    for mine, other in zip(
+        torch.autograd.grad(ours.square().sum(), (query, keys, values)),
+        torch.autograd.grad(theirs.square().sum(), (query, keys, values)),
+        strict=True,
+    ):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_noised", [0, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_self_attention_is_pytorchs_by_the_same_names(num_noised: int, training: bool) -> None:
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True).train(training)
+    ours = SelfAttention(16, 4, dropout=0.0).train(training)
+    nn.init.normal_(theirs.in_proj_bias)
+    nn.init.normal_(theirs.out_proj.bias)
+    ours.load_state_dict(theirs.state_dict())
+    placed, queries = torch.randn(2, 2, 5 + num_noised, 16)
+    hidden = hide_noised(5, num_noised, placed.device) if num_noised else None
+    expected = theirs(placed, placed, queries, attn_mask=hidden, need_weights=False)[0]
+    assert torch.allclose(ours(placed, queries, hidden), expected, atol=1e-6)
+
+
+def test_hidden_queries_stay_hidden_in_half_precision() -> None:
+    attention = SelfAttention(16, 4, dropout=0.0)
+    placed, queries = torch.randn(2, 2, 8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = attention(placed, queries, hide_noised(5, 3, placed.device))
+    assert half.dtype is torch.bfloat16
+    alone = attention(placed[:, :5], queries[:, :5], None)
+    assert torch.allclose(half[:, :5].float(), alone, atol=0.02)
+
+
+def test_dropout_of_self_attention_spares_evaluation() -> None:
+    attention = SelfAttention(16, 4, dropout=0.5)
+
+    def outcomes() -> list[Tensor]:
+        placed, queries = torch.ones(2, 1, 5, 16).cumsum(2)
+        return [attention(placed, queries, None) for _ in range(2)]
+
+    assert not torch.equal(*outcomes())
+    attention.eval()
+    assert torch.equal(*outcomes())

@@ -1,0 +1,86 @@
+"""The MLP of a block of the body.
+
+On the CPU the many tokens of an early stage take it in pieces that stay in the processor's cache,
+and training keeps the hidden channels once where autograd would keep them twice.
+
+Letters: R rows (tokens of the whole batch), C channels, H hidden channels.
+"""
+
+import math
+from typing import Any
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vidt.tracing import is_tracing
+
+PIECE = 2048  # rows; fewer make the products slower
+MIN_PIECES = 4  # below, nothing is gained
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's: two linear layers with GELU between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        if not _goes_in_pieces(x):
+            return super().forward(x)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        rows = x.reshape(-1, x.shape[-1])
+        return _MlpInPieces.apply(rows, *weights, torch.is_grad_enabled()).view_as(x)
+
+
+def _goes_in_pieces(x: Tensor) -> bool:
+    if x.device.type != "cpu" or is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.numel() >= MIN_PIECES * PIECE * x.shape[-1]
+
+
+class _MlpInPieces(torch.autograd.Function):
+    """Keeps what the activation was given; what it returned costs little to have anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        learns: bool,
+    ) -> Tensor:
+        """x [R, C]; weights [H, C] and [C, H], biases [H] and [C] -> [R, C]."""
+        hidden = x.new_empty(len(x) if learns else PIECE, len(weight1))
+        output = torch.empty_like(x)
+        for rows in _pieces(len(x)):
+            before = hidden[rows] if learns else hidden[: rows.stop - rows.start]
+            torch.addmm(bias1, x[rows], weight1.T, out=before)
+            after = F.gelu(before) if learns else torch.ops.aten.gelu_(before)
+            torch.addmm(bias2, after, weight2.T, out=output[rows])
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        grad_bias1 = weight1.new_zeros(len(weight1))
+        for rows in _pieces(len(x)):
+            grad_weight2.addmm_(grad[rows].T, F.gelu(hidden[rows]))
+            after = torch.mm(grad[rows], weight2)
+            before = torch.ops.aten.gelu_backward(after, hidden[rows])
+            grad_weight1.addmm_(before.T, x[rows])
+            grad_bias1 += before.sum(0)
+            torch.mm(before, weight1, out=grad_x[rows])
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0), None
+
+
+def _pieces(count: int) -> list[slice]:
+    """Rows in pieces of about one size, PIECE at most."""
+    size = math.ceil(count / math.ceil(count / PIECE))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
