@@ -11,13 +11,19 @@ from vidt.ram import FEW_KEYS, attend
 
 @pytest.mark.parametrize("count", [7, FEW_KEYS, FEW_KEYS + 1])
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_is_pytorchs_with_few_keys_and_many(count: int, masked: bool) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_is_pytorchs_with_few_keys_and_many(
+    count: int, masked: bool, dropout: float
+) -> None:
     query, keys, values = (
         torch.randn(2, 3, size, 4, requires_grad=True) for size in (5, count, count)
     )
     mask = torch.randn(2, 1, 1, count) * 3 if masked else None
-    ours = attend(query, keys, values, mask)
-    theirs = F.scaled_dot_product_attention(query, keys, values, mask).transpose(1, 2).flatten(2)
+    torch.manual_seed(0)
+    ours = attend(query, keys, values, mask, dropout)
+    torch.manual_seed(0)
+    theirs = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
+    theirs = theirs.transpose(1, 2).flatten(2)
     assert torch.allclose(ours, theirs, atol=1e-6)
     for mine, other in zip(
         torch.autograd.grad(ours.square().sum(), (query, keys, values)),

@@ -56,9 +56,10 @@ def attend(
 ) -> Tensor:
     """Softmax attention: each [B, M, N, D], mask what is added to the scores -> [B, N, M * D]."""
     plain = query.device.type == "cpu" and query.dtype is torch.float32 and not is_tracing()
-    if plain and keys.shape[2] <= FEW_KEYS and not dropout:
+    if plain and keys.shape[2] <= FEW_KEYS:
         scores = query * query.shape[-1] ** -0.5 @ keys.mT
-        output = (scores if mask is None else scores + mask).softmax(-1) @ values
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        output = (F.dropout(weights, dropout) if dropout else weights) @ values
     else:
         output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
     return output.transpose(1, 2).flatten(2)
