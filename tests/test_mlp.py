@@ -1,39 +1,34 @@
 """The MLP in pieces against timm's."""
 
-from collections.abc import Callable
-
 import pytest
 import timm.layers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidt import mlp
 
 
-def run(forward: Callable[[Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     """The output and the gradients of all that goes in."""
-    output = forward(x)
-    along = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view_as(output)
-    return [output, *torch.autograd.grad(output, [x, *weights], along)]
+    output = module(x)
+    along = torch.linspace(-1, 1, output.numel()).view_as(output)
+    return [output, *torch.autograd.grad(output, [x, *module.parameters()], along)]
 
 
 @pytest.mark.parametrize("rows", [32, 33, 50])
 def test_pieces_give_what_the_whole_gives(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "PIECE", 8)
     ours = mlp.Mlp(6, hidden_features=24)
+    theirs = timm.layers.Mlp(6, hidden_features=24)
+    theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, rows, 6, requires_grad=True)
-    weights = list(ours.parameters())
     assert mlp._goes_in_pieces(x)
     assert len(mlp._pieces(rows)) > 3 and max(s.stop - s.start for s in mlp._pieces(rows)) <= 8
-    whole = run(ours, x, weights)
-    for mine, theirs in zip(
-        whole,
-        run(lambda x: timm.layers.Mlp.forward(ours, x), x, weights),
-        strict=True,
-    ):
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    found = run(ours, x)
+    for mine, other in zip(found, run(theirs, x), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
     with torch.inference_mode():
-        assert torch.equal(ours(x), whole[0])
+        assert torch.equal(ours(x), found[0])
 
 
 def test_gradient_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,16 @@ def test_forward_reads_no_value_and_stays_on_the_device(tiny_config: ViDTConfig)
             outputs["pred_boxes"].sum().item()  # the guard itself works
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_tokens_stay_in_full_precision_beside_half_precision(drop_path: float) -> None:
+    """What every block adds to may not lose digits, nor overflow."""
+    block = Block(32, 4, shift=0, drop_path=drop_path, pos_dim=8).train()
+    tokens = torch.randn(2, 5 * 6 + 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = block(tokens, torch.randn(1, 3, 8), (5, 6), None, None)
+    assert half.dtype is torch.float32
+
+
 def test_dropped_paths_drop_patches_and_det_tokens_together() -> None:
     """One draw for each image and branch: with everything dropped, a block passes its input on."""
     block = Block(32, 4, shift=0, drop_path=0.999999, pos_dim=8).train()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt.deformable_attention import DeformableAttention
-from vidt.ram import attend
+from vidt.ram import attend, split_heads
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -57,8 +57,8 @@ def box_head(dim: int, *, size_bias: float = 0.0) -> MLPHead:
 
 
 class SelfAttention(nn.Module):
-    """Softmax attention of queries to each other, with the weights of `nn.MultiheadAttention` by
-    their names; its many small steps take longer than the attention.
+    """Softmax attention of queries to each other, with the weights of `nn.MultiheadAttention` and
+    their names. So few queries would spend most of their time in what that does around it.
     """
 
     def __init__(self, dim: int, num_heads: int, *, dropout: float) -> None:
@@ -74,15 +74,14 @@ class SelfAttention(nn.Module):
         """Who looks and is looked at goes by `placed`, what is seen by `queries`, both [B, Q, C];
         hidden [Q, Q], -inf where the row may not look at the column, else 0. Returns [B, Q, C].
         """
-        batch, count, dim = queries.shape
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        pair = F.linear(placed, weight[: 2 * dim], bias[: 2 * dim])
-        pair = pair.view(batch, count, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        values = F.linear(queries, weight[2 * dim :], bias[2 * dim :])
-        values = values.view(batch, count, self.num_heads, -1).transpose(1, 2)
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, queries.shape[-1]
+        asked = F.linear(placed, weight[: 2 * dim], bias[: 2 * dim])
+        query, keys = split_heads(asked, self.num_heads, parts=2)
+        seen = F.linear(queries, weight[2 * dim :], bias[2 * dim :])
+        (values,) = split_heads(seen, self.num_heads, parts=1)
         mask = None if hidden is None else hidden.to(values.dtype)
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(pair[0], pair[1], values, mask, dropout))
+        return self.out_proj(attend(query, keys, values, mask, dropout))
 
 
 class DecoderLayer(nn.Module):
@@ -128,8 +127,8 @@ class DecoderLayer(nn.Module):
         queries = self.norm2(queries + self.dropout(attended))
         attended = self.cross_attn(queries + query_pos, reference, source, level_shapes, padding)
         queries = self.norm1(queries + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(queries)))
-        return self.norm3(queries + self.dropout(self.linear2(hidden)))
+        active = self.dropout(F.relu(self.linear1(queries)))
+        return self.norm3(queries + self.dropout(self.linear2(active)))
 
 
 def valid_ratios(padding: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ of memory, and `embedding_bag` sums the rows of a query by the product of their 
 attention weights. `benchmarks/deformable.py` compares the two.
 
 Letters: B batch, Q queries, S positions of all levels together, M heads, D channels of a head, L
-levels, P points, E = M * L * P samples of a query; N = B * S * M rows; R = B * Q * M sums of K
-= 4 * L * P rows each.
+levels, P points; N rows = B * S * M; R sums, K = L * P rows in each.
 """
 
 from typing import Any
@@ -24,7 +23,9 @@ def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) ->
     batch, positions, heads, dim = value.shape
     index, shares = corners(levels, positions, locations, weights)
     rows = value.reshape(batch * positions * heads, dim)
-    return weighted_rows(rows, index, shares).view(batch, locations.shape[1], heads * dim)
+    # Summed by corner first: with fewer rounding errors than all in one go.
+    output = weighted_rows(rows, index, shares).view(4, batch, locations.shape[1], heads * dim)
+    return output.sum(0)
 
 
 def sampling_first_pays(positions: int, dim: int, num_sums: int, num_samples: int) -> bool:
@@ -58,8 +59,8 @@ def attend_unprojected(
         seen = padding.logical_not().flatten().index_select(0, index.flatten())
         shares = shares * seen.view_as(shares)
     sums = weighted_rows(source.reshape(-1, dim), index, shares)
-    sums = sums.view(batch * queries, heads, dim).transpose(0, 1)
-    total = shares.view(batch * queries, heads, -1).sum(-1)  # what a bias is taken with
+    sums = sums.view(4, batch * queries, heads, dim).sum(0).transpose(0, 1)
+    total = shares.view(4, batch * queries, heads, -1).sum((0, 3))  # what a bias is taken with
     bias = value_proj.bias.view(heads, 1, -1) * total.T[..., None]  # [M, B*Q, D]
     output = torch.baddbmm(bias, sums, value_proj.weight.view(heads, -1, dim).mT)  # [M, B*Q, D]
     return output.transpose(0, 1).reshape(batch, queries, dim)
@@ -69,19 +70,18 @@ def corners(
     levels: Tensor, positions: int, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The four cells around every sample: their rows in [B * S * M, D] as int32 and their shares
-    of the sum, both [R, K]. A cell outside of the level has the share 0.
+    of the sum, both [R, K] with R = 4 * B * Q * M. A cell outside of the level has the share 0.
     """
     batch, queries, heads, num_levels, points = weights.shape
-    samples = num_levels * points
 
     # Axes of size L and P would cut the work into loops of P. All that differs by head, level or
-    # point becomes one axis, E.
+    # point becomes one axis, E = M * L * P.
     def along_samples(of_level: Tensor) -> Tensor:
         return of_level[:, None].expand(heads, -1, points).flatten()
 
     height, width, start = map(along_samples, levels.int().unbind(1))  # [E] each
     size = torch.stack([width, height])[:, None]  # [2, 1, E]
-    places = locations.reshape(batch * queries, heads * samples, 2).permute(2, 0, 1)
+    places = locations.reshape(batch * queries, len(start), 2).permute(2, 0, 1)
     at = places * size.to(places.dtype) - 0.5  # [2, B*Q, E], one row for x and one for y
     low = at.floor()
     beyond = at - low
@@ -92,19 +92,15 @@ def corners(
 
     head = torch.arange(heads, dtype=torch.int32, device=levels.device)
     image = torch.arange(batch, dtype=torch.int32, device=levels.device)
-    base = start * heads + head.repeat_interleave(samples)  # [E]
+    base = start * heads + head.repeat_interleave(num_levels * points)  # [E]
     base = base + (image * (positions * heads)).repeat_interleave(queries)[:, None]  # [B*Q, E]
     x, y = inside.unbind(1)  # [2, B*Q, E] each
-    x_share, y_share = share.unbind(1)
-    y_share = y_share * weights.reshape(batch * queries, heads * samples)
+    index = (y * (width * heads) + base)[:, None] + x * heads  # [2, 2, B*Q, E]
+    x, y = share.unbind(1)
+    shares = (y * weights.reshape(batch * queries, len(start)))[:, None] * x
 
-    def by_sums(of_low_and_high: Tensor) -> Tensor:  # [2, B*Q, E] -> [B*Q, M, 2, L*P]
-        return of_low_and_high.unflatten(-1, (heads, samples)).permute(1, 2, 0, 3)
-
-    index = by_sums(y * (width * heads) + base)[..., None, :] + by_sums(x * heads)[:, :, None]
-    shares = by_sums(y_share)[..., None, :] * by_sums(x_share)[:, :, None]
-    sums = (batch * queries * heads, 4 * samples)
-    return index.reshape(sums), shares.reshape(sums)
+    sums = (4 * batch * queries * heads, num_levels * points)
+    return index.view(sums), shares.view(sums)
 
 
 @torch.library.custom_op("vidt::weighted_rows", mutates_args=())

@@ -9,10 +9,9 @@ Letters: R rows (tokens of the whole batch), C channels, H hidden channels.
 import math
 from typing import Any
 
-import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vidt.tracing import is_tracing
@@ -21,16 +20,20 @@ PIECE = 2048  # rows; fewer make the products slower
 MIN_PIECES = 4  # below, nothing is gained
 
 
-class Mlp(timm.layers.Mlp):
-    """timm's: two linear layers with GELU between them."""
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, named as in timm."""
+
+    def __init__(self, dim: int, *, hidden_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         if not _goes_in_pieces(x):
-            return super().forward(x)
+            return self.fc2(F.gelu(self.fc1(x)))
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        rows = x.reshape(-1, x.shape[-1])
-        return _MlpInPieces.apply(rows, *weights, torch.is_grad_enabled()).view_as(x)
+        return _MlpInPieces.apply(x, *weights, torch.is_grad_enabled())
 
 
 def _goes_in_pieces(x: Tensor) -> bool:
@@ -52,21 +55,24 @@ class _MlpInPieces(torch.autograd.Function):
         bias2: Tensor,
         learns: bool,
     ) -> Tensor:
-        """x [R, C]; weights [H, C] and [C, H], biases [H] and [C] -> [R, C]."""
+        """x [..., C]; weights [H, C] and [C, H], biases [H] and [C] -> [..., C]."""
+        # Of the shape of x: who adds to a view of what a function returned copies gradients.
+        whole = x.new_empty(x.shape)
+        x, output = (each.reshape(-1, x.shape[-1]) for each in (x, whole))  # [R, C]
         hidden = x.new_empty(len(x) if learns else PIECE, len(weight1))
-        output = torch.empty_like(x)
         for rows in _pieces(len(x)):
             before = hidden[rows] if learns else hidden[: rows.stop - rows.start]
             torch.addmm(bias1, x[rows], weight1.T, out=before)
             after = F.gelu(before) if learns else torch.ops.aten.gelu_(before)
             torch.addmm(bias2, after, weight2.T, out=output[rows])
         ctx.save_for_backward(x, hidden, weight1, weight2)
-        return output
+        return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(x.shape)
         grad_x = torch.empty_like(x)
         grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
         grad_bias1 = weight1.new_zeros(len(weight1))
@@ -77,7 +83,7 @@ class _MlpInPieces(torch.autograd.Function):
             grad_weight1.addmm_(before.T, x[rows])
             grad_bias1 += before.sum(0)
             torch.mm(before, weight1, out=grad_x[rows])
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(0), None
+        return grad_x.view(shape), grad_weight1, grad_bias1, grad_weight2, grad.sum(0), None
 
 
 def _pieces(count: int) -> list[slice]:

@@ -17,10 +17,7 @@ from timm.layers import trunc_normal_
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
-from vidt.tracing import is_tracing
 from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
-
-FEW_KEYS = 128  # PyTorch's attention for the CPU is made for more
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -54,14 +51,10 @@ def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ..
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """Softmax attention: each [B, M, N, D], mask what is added to the scores -> [B, N, M * D]."""
-    plain = query.device.type == "cpu" and query.dtype is torch.float32 and not is_tracing()
-    if plain and keys.shape[2] <= FEW_KEYS:
-        scores = query * query.shape[-1] ** -0.5 @ keys.mT
-        weights = (scores if mask is None else scores + mask).softmax(-1)
-        output = (F.dropout(weights, dropout) if dropout else weights) @ values
-    else:
-        output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
+    """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask what is added to
+    the scores, [*, Q or 1, N], dropout of the weights -> [B, Q, M * D].
+    """
+    output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
     return output.transpose(1, 2).flatten(2)
 
 

@@ -84,8 +84,13 @@ class Block(nn.Module):
         """
         patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
         attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, positions, padding)
-        tokens = self.drop_path(attended).add_(tokens)  # in place: no memory, no new pages
-        return self.drop_path(self.mlp(self.norm2(tokens))).add_(tokens)
+        tokens = _sum(tokens, self.drop_path(attended))
+        return _sum(tokens, self.drop_path(self.mlp(self.norm2(tokens))))
+
+
+def _sum(tokens: Tensor, update: Tensor) -> Tensor:
+    """Their sum, in the memory of the update. One of half precision must not make the tokens so."""
+    return update.add_(tokens) if update.dtype == tokens.dtype else tokens + update
 
 
 class Stage(nn.Module):

@@ -1,8 +1,8 @@
 """Windows of a token map (Swin, arXiv 2103.14030, section 3.2): which token lies where, and
 attention inside them.
 
-Padding, the cyclic shift and the cut into windows are one table of places, made once for each grid,
-so that tokens move once on the way in and once on the way out.
+Padding, the cyclic shift, the cut into windows and into heads are one table of places, so that
+tokens move once on the way in and once on the way out. Tables are kept for the next images.
 
 Letters: B batch, H x W grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T = window
 * window, W windows of an image.
@@ -27,9 +27,9 @@ class Windows:
     """Where the tokens of a grid are in its windows. Windows that the shift brought together from
     different sides of the map come last.
 
-    A token of K values is K / D rows of memory, which are copied once, straight to where the
-    products of the attention want them: [parts, B, M, W * T, D], parts being queries, keys and
-    values, or what attention gives alone. The tables say which row each row is taken from.
+    A token is rows of D values, one for each part and head, parts being queries, keys and values,
+    or the one that attention gives. Rows are copied once, straight to where the products of the
+    attention want them, [parts, B, M, W * T, D]. The tables say where each is taken from.
     """
 
     count: int  # windows of an image
@@ -88,22 +88,22 @@ def _windows_of(
     order = _order(rows, columns, device) if shift else slice(None)
     source = _cut(tokens, window)[order].flatten()  # the token at each place
     by_token = source.argsort()  # not stable: ONNX knows no other, and padded places are alike
-    places = by_token[:num_patches]
+    source, places = source.int(), by_token[:num_patches].int()
 
     def steps(count: int, step: int, axis: int) -> Tensor:
         """0, step, 2 * step ... along an axis of four."""
         shape = [1, 1, 1, 1]
         shape[axis] = count
-        return (torch.arange(count, device=device) * step).view(shape)
+        return (torch.arange(count, dtype=torch.int32, device=device) * step).view(shape)
 
     def to_places(source: Tensor, parts: int, num_tokens: int) -> Tensor:
         image, head = steps(batch, num_tokens * parts * num_heads, 1), steps(num_heads, 1, 2)
-        return (steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)).int()
+        return steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)
 
     def to_tokens(parts: int) -> Tensor:
         image, head = steps(batch, num_heads * len(source), 0), steps(num_heads, len(source), 3)
         part = steps(parts, batch * num_heads * len(source), 2)
-        return (image + places[:, None, None] + part + head).int()
+        return image + places[:, None, None] + part + head
 
     return Windows(
         count=rows * columns,
