@@ -38,7 +38,7 @@ def test_gradient_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda x, *_: ours(x), (x, *ours.parameters()))
 
 
-def test_half_precision_and_few_tokens_take_timms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_and_few_tokens_go_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlp, "PIECE", 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert not mlp._goes_in_pieces(torch.ones(1, 64, 6))

@@ -84,6 +84,12 @@ def test_tokens_that_move_take_their_gradient_along(grid: tuple[int, int], shift
     assert torch.autograd.gradcheck(lambda tokens: deal(tokens, places), tokens)
     assert torch.autograd.gradcheck(lambda *given: collect(*given, places), (attended, det))
 
+    split, det_qkv = deal(tokens, places)
+    queries, det_queries = split[0], det_qkv.unflatten(-1, (3, -1))[:, :, 0]
+    back = collect(queries * queries.detach().cos(), det_queries, places)
+    (grad,) = torch.autograd.grad(back.square().sum(), tokens)
+    assert grad[:, :-1].unflatten(-1, (3, -1))[:, :, 0].abs().min() > 0
+
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("shift", [0, 1])
