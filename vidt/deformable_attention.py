@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt import deformable_gather
-from vidt.tracing import is_tracing
+from vidt.tracing import kept
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ def deformable_attention(
         return deformable_triton.attend(value, levels, locations, weights)
     exact = value.to(locations.dtype)
     if form == "gather":
-        levels = level_table(level_shapes, value.device)
-        return deformable_gather.attend(exact, levels, locations, weights).to(value.dtype)
+        return deformable_gather.attend(exact, level_shapes, locations, weights).to(value.dtype)
     return _attend_by_grid(exact, level_shapes, locations, weights).to(value.dtype)
 
 
@@ -94,27 +93,17 @@ def _kernel_ran(device: torch.device) -> bool:
 
 
 def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Height, width and first position of each level: [L, 3] int64.
-
-    Kept, for a GPU would have to finish all its work before each new copy. A graph gets its own.
-    """
-    if is_tracing():
-        return _make_level_table(tuple(level_shapes), device)
-    return _kept_level_table(tuple(level_shapes), device)
+    """Height, width and first position of each level: [L, 3] int64."""
+    return _level_table(tuple(level_shapes), device)
 
 
-def _make_level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+@kept(256)
+def _level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     rows, start = [], 0
     for height, width in level_shapes:
         rows.append([height, width, start])
         start += height * width
     return torch.tensor(rows, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may serve a training next
-        return _make_level_table(level_shapes, device)
 
 
 def _attend_by_grid(
@@ -196,9 +185,13 @@ class DeformableAttention(nn.Module):
             weights = weights.unflatten(-1, shape[1:])
             locations = self._locations(reference.to(exact.dtype), offsets, level_shapes)
             if self._samples_first(source, query):
-                levels = level_table(level_shapes, source.device)
                 output = deformable_gather.attend_unprojected(
-                    source.to(exact.dtype), padding, levels, locations, weights, self.value_proj
+                    source.to(exact.dtype),
+                    padding,
+                    level_shapes,
+                    locations,
+                    weights,
+                    self.value_proj,
                 )
                 return self.output_proj(output)
         value = self.value_proj(source)
@@ -221,8 +214,15 @@ class DeformableAttention(nn.Module):
         """Offsets count cells around a reference point, and half box sizes around a reference
         box.
         """
-        centre = reference[:, :, None, :, None, :2]  # [B, Q, 1, L, 1, 2]
+        centre = self._of_points(reference[..., :2])
         if reference.shape[-1] == 2:
             cells = level_table(level_shapes, offsets.device)[:, :2].flip(1)  # [L, 2], (x, y)
             return centre + offsets / cells[:, None, :]
-        return centre + offsets / self.num_points * reference[:, :, None, :, None, 2:] * 0.5
+        return centre + offsets * self._of_points(reference[..., 2:] * (0.5 / self.num_points))
+
+    def _of_points(self, of_level: Tensor) -> Tensor:
+        """[B, Q, L, 2] -> [B, Q, 1, L, P, 2]. Copied, for broadcasting along an axis as short as P
+        makes an operation several times slower on a CPU.
+        """
+        expanded = of_level[:, :, None, :, None].expand(-1, -1, -1, -1, self.num_points, -1)
+        return expanded.contiguous()

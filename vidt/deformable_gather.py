@@ -6,22 +6,26 @@ of memory, and `embedding_bag` sums the rows of a query by the product of their 
 attention weights. `benchmarks/deformable.py` compares the two.
 
 Letters: B batch, Q queries, S positions of all levels together, M heads, D channels of a head, L
-levels, P points; N rows = B * S * M; R sums, K = L * P rows in each.
+levels, P points; N rows of value or source; R sums of K rows each.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidt.tracing import kept
 
-def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `deformable_attention`, on the CPU; levels [L, 3] is its `level_table`. All but it have
-    one dtype, float32 or float64.
-    """
+LevelShapes = Sequence[tuple[int, int]]
+
+
+def attend(value: Tensor, level_shapes: LevelShapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """As `deformable_attention`, on the CPU. All tensors have one dtype, float32 or float64."""
     batch, positions, heads, dim = value.shape
-    index, shares = corners(levels, positions, locations, weights)
+    index, shares = corners(level_shapes, locations, weights, rows_of_position=heads)
     rows = value.reshape(batch * positions * heads, dim)
     # Summed by corner first: with fewer rounding errors than all in one go.
     output = weighted_rows(rows, index, shares).view(4, batch, locations.shape[1], heads * dim)
@@ -40,7 +44,7 @@ def sampling_first_pays(positions: int, dim: int, num_sums: int, num_samples: in
 def attend_unprojected(
     source: Tensor,
     padding: Tensor | None,
-    levels: Tensor,
+    level_shapes: LevelShapes,
     locations: Tensor,
     weights: Tensor,
     value_proj: torch.nn.Linear,
@@ -51,53 +55,102 @@ def attend_unprojected(
     source [B, S, C]; padding [B, S] bool, True = padding; the rest as in `attend`. Returns [B, Q,
     C].
     """
-    batch, positions, dim = source.shape
+    batch, _, dim = source.shape
     queries, heads = weights.shape[1:3]
-    index, shares = corners(levels, positions, locations, weights)
-    index = index.div(heads, rounding_mode="floor")  # rows of [B * S, C]
+    index, shares = corners(level_shapes, locations, weights, rows_of_position=1)
+    # All corners in one sum of long rows: less to write, and to read for the gradients.
+    index, shares = (
+        each.view(4, -1, each.shape[1]).transpose(0, 1).flatten(1) for each in (index, shares)
+    )
     if padding is not None:
         seen = padding.logical_not().flatten().index_select(0, index.flatten())
         shares = shares * seen.view_as(shares)
     sums = weighted_rows(source.reshape(-1, dim), index, shares)
-    sums = sums.view(4, batch * queries, heads, dim).sum(0).transpose(0, 1)
-    total = shares.view(4, batch * queries, heads, -1).sum((0, 3))  # what a bias is taken with
+    sums = sums.view(batch * queries, heads, dim).transpose(0, 1)
+    total = shares.sum(1).view(-1, heads)  # what a bias is taken with
     bias = value_proj.bias.view(heads, 1, -1) * total.T[..., None]  # [M, B*Q, D]
     output = torch.baddbmm(bias, sums, value_proj.weight.view(heads, -1, dim).mT)  # [M, B*Q, D]
     return output.transpose(0, 1).reshape(batch, queries, dim)
 
 
-def corners(
-    levels: Tensor, positions: int, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The four cells around every sample: their rows in [B * S * M, D] as int32 and their shares
-    of the sum, both [R, K] with R = 4 * B * Q * M. A cell outside of the level has the share 0.
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The levels that samples lie on, and their cells among the rows. All that differs by head,
+    level or point is one axis, E = M * L * P: axes of size L and P would cut the work into loops of
+    P.
     """
-    batch, queries, heads, num_levels, points = weights.shape
 
-    # Axes of size L and P would cut the work into loops of P. All that differs by head, level or
-    # point becomes one axis, E = M * L * P.
+    size: Tensor  # [2, 1, E] width, then height, in the dtype of the locations
+    last: Tensor  # [2, 1, E] int32, size - 1
+    first: Tensor  # [B * Q, E] int32, row of the first cell
+    down: Tensor  # [E] int32, rows from a cell to the one below
+
+
+@kept(16)
+def cells_of(
+    level_shapes: tuple[tuple[int, int], ...],
+    *,
+    heads: int,
+    points: int,
+    batch: int,
+    queries: int,
+    rows_of_position: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Cells:
+    """rows_of_position is M where each head has a row of its own, else 1."""
+    levels = torch.tensor(level_shapes, dtype=torch.int32, device=device)
+    area = levels.prod(1, dtype=torch.int32)
+    start = area.cumsum(0, dtype=torch.int32) - area
+
     def along_samples(of_level: Tensor) -> Tensor:
         return of_level[:, None].expand(heads, -1, points).flatten()
 
-    height, width, start = map(along_samples, levels.int().unbind(1))  # [E] each
-    size = torch.stack([width, height])[:, None]  # [2, 1, E]
-    places = locations.reshape(batch * queries, len(start), 2).permute(2, 0, 1)
-    at = places * size.to(places.dtype) - 0.5  # [2, B*Q, E], one row for x and one for y
+    height, width, start = map(along_samples, (levels[:, 0], levels[:, 1], start))  # [E] each
+    size = torch.stack([width, height])[:, None]
+    head = torch.arange(heads, dtype=torch.int32, device=device) % rows_of_position
+    image = torch.arange(batch, dtype=torch.int32, device=device)
+    first = start * rows_of_position + head.repeat_interleave(len(level_shapes) * points)
+    image = image * (area.sum(dtype=torch.int32) * rows_of_position)
+    return Cells(
+        size=size.to(dtype),
+        last=size - 1,
+        first=first + image.repeat_interleave(queries)[:, None],
+        down=width * rows_of_position,
+    )
+
+
+def corners(
+    level_shapes: LevelShapes, locations: Tensor, weights: Tensor, *, rows_of_position: int
+) -> tuple[Tensor, Tensor]:
+    """The four cells around every sample: their rows, int32, and their shares of the sum, both
+    [4 * B * Q * M, L * P]. A cell outside of the level has the share 0.
+    """
+    batch, queries, heads, num_levels, points = weights.shape
+    cells = cells_of(
+        tuple(level_shapes),
+        heads=heads,
+        points=points,
+        batch=batch,
+        queries=queries,
+        rows_of_position=rows_of_position,
+        dtype=locations.dtype,
+        device=locations.device,
+    )
+    samples = batch * queries, heads * num_levels * points  # [B*Q, E]
+    places = locations.reshape(*samples, 2).permute(2, 0, 1)
+    at = places * cells.size - 0.5  # [2, B*Q, E], one row for x and one for y
     low = at.floor()
     beyond = at - low
     cell = torch.stack([low, low + 1]).int()  # [low or high, x or y, B*Q, E]
-    inside = torch.minimum(cell.clamp(min=0), size - 1)
+    inside = torch.minimum(cell.clamp(min=0), cells.last)
     # A product, not a choice: it leaves NaN where a location is NaN.
     share = torch.stack([1 - beyond, beyond]) * (inside == cell)
 
-    head = torch.arange(heads, dtype=torch.int32, device=levels.device)
-    image = torch.arange(batch, dtype=torch.int32, device=levels.device)
-    base = start * heads + head.repeat_interleave(num_levels * points)  # [E]
-    base = base + (image * (positions * heads)).repeat_interleave(queries)[:, None]  # [B*Q, E]
     x, y = inside.unbind(1)  # [2, B*Q, E] each
-    index = (y * (width * heads) + base)[:, None] + x * heads  # [2, 2, B*Q, E]
+    index = (y * cells.down + cells.first)[:, None] + x * rows_of_position  # [2, 2, B*Q, E]
     x, y = share.unbind(1)
-    shares = (y * weights.reshape(batch * queries, len(start)))[:, None] * x
+    shares = (y * weights.reshape(samples))[:, None] * x
 
     sums = (4 * batch * queries * heads, num_levels * points)
     return index.view(sums), shares.view(sums)

@@ -9,7 +9,6 @@ Letters: B batch, H x W grid, N = H * W, Q [DET] tokens, C channels, M heads, D 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vidt.tracing import is_tracing
+from vidt.tracing import kept
 
 MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
 
@@ -46,6 +45,7 @@ class Windows:
         return F.pad(self.apart, (0, 0, 0, 0, self.count - len(self.apart), 0))
 
 
+@kept(32)  # eight are one size of images: for 16 of 640 pixels, some 150 MB
 def windows_of(
     grid: tuple[int, int],
     window: int,
@@ -57,25 +57,6 @@ def windows_of(
     device: torch.device,
 ) -> Windows:
     """The windows of a grid, zero padded right and below to whole ones, then shifted cyclically."""
-    make = _windows_of if is_tracing() else _kept_windows
-    return make(grid, window, shift, num_det, num_heads, batch, device)
-
-
-@lru_cache(maxsize=32)  # eight are one size of images: for 16 of 640 pixels, some 150 MB
-def _kept_windows(*place: Any) -> Windows:
-    with torch.inference_mode(False):  # else training could not use what prediction made
-        return _windows_of(*place)
-
-
-def _windows_of(
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    num_det: int,
-    num_heads: int,
-    batch: int,
-    device: torch.device,
-) -> Windows:
     height, width = grid
     num_patches = height * width
     num_tokens = num_patches + num_det
