@@ -41,3 +41,18 @@ def test_dropout_of_self_attention_spares_evaluation() -> None:
     assert not torch.equal(*outcomes())
     attention.eval()
     assert torch.equal(*outcomes())
+
+
+def test_dropout_of_self_attention_is_of_its_weights() -> None:
+    """Of many draws the mean is what no dropout gives, hidden queries or not."""
+    torch.manual_seed(0)
+    attention = SelfAttention(16, 4, dropout=0.3)
+    placed, queries = torch.randn(2, 1, 8, 16)
+    hidden = hide_noised(5, 3, placed.device)
+    with torch.no_grad():
+        alone = attention(placed, queries, hidden).unsqueeze(0)
+        many = attention(placed.expand(4000, -1, -1), queries.expand(4000, -1, -1), hidden)
+        attention.eval()
+        exact = attention(placed, queries, hidden)
+    assert not torch.allclose(alone, exact, atol=1e-2)
+    assert torch.allclose(many.mean(0), exact[0], atol=2e-2)

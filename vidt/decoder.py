@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt.deformable_attention import DeformableAttention
+from vidt.dropout import Dropout
 from vidt.ram import attend, split_heads
 
 
@@ -107,7 +108,7 @@ class DecoderLayer(nn.Module):
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from timm.layers import trunc_normal_
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
+from vidt.dropout import drop
 from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
 
 
@@ -54,7 +55,12 @@ def attend(
     """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask what is added to
     the scores, [*, Q or 1, N], dropout of the weights -> [B, Q, M * D].
     """
-    output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
+    if dropout and query.device.type == "cpu":  # PyTorch writes it out there, too
+        scores = (query * query.shape[-1] ** -0.5) @ keys.mT
+        scores = scores if mask is None else scores + mask
+        output = drop(scores.softmax(-1), dropout) @ values
+    else:
+        output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
     return output.transpose(1, 2).flatten(2)
 
 

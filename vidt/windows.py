@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vidt.tracing import kept
 
+AT_ONCE = 400  # windows of all heads whose scores, 4 MB, a CPU's prediction has at a time
 MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
 
 
@@ -189,9 +190,11 @@ def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     qkv [3, B, M, W * T, D]; bias [M, T, T] is added to the scores of every window. Returns [B, M, W
     * T, D].
     """
-    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+    if qkv.device.type != "cpu" or torch.compiler.is_compiling():
+        return _attend(qkv, bias, windows)
+    if torch.is_grad_enabled():
         return _AttentionOnCPU.apply(qkv, bias, windows.apart, windows.count)
-    return _attend(qkv, bias, windows)
+    return _attend_head_by_head(qkv, bias, windows)
 
 
 def _attend(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
@@ -201,6 +204,41 @@ def _attend(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     mask = (bias[:, None] + windows.mask).flatten(0, 1).to(query.dtype)  # [M*W, T, T]
     output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     return output.reshape(qkv.shape[1:])
+
+
+def _write_weights(into: Tensor, query: Tensor, keys: Tensor, bias: Tensor, apart: Tensor) -> None:
+    """Softmax of the scores of heads H' (of B * M): into [H', W, T, T], query and keys [H', W, T,
+    D], bias [H', T, T].
+    """
+    into.copy_(bias[:, None])
+    scores = into.flatten(0, 1)
+    scores.baddbmm_(query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=query.shape[-1] ** -0.5)
+    if len(apart):
+        into[:, -len(apart) :].add_(apart)
+    torch.softmax(into, -1, out=into)
+
+
+def _attend_head_by_head(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Without a gradient nobody needs all scores at once: those of as many heads as the processor
+    keeps at hand share a buffer.
+    """
+    _, batch, heads, _, dim = qkv.shape
+    area = bias.shape[-1]
+    output = qkv.new_empty(qkv.shape[1:])
+    size = max(1, AT_ONCE // windows.count)
+    scores = bias.new_empty(min(size, batch * heads), windows.count, area, area)
+    per_head = (
+        *qkv.view(3, batch * heads, windows.count, area, dim).unbind(0),
+        bias.repeat(batch, 1, 1),
+        output.view(batch * heads, windows.count, area, dim),
+    )
+    for query, keys, values, of_head, into in zip(
+        *(each.split(size) for each in per_head), strict=True
+    ):
+        weights = scores[: len(query)]
+        _write_weights(weights, query, keys, of_head, windows.apart)
+        torch.bmm(weights.flatten(0, 1), values.flatten(0, 1), out=into.flatten(0, 1))
+    return output
 
 
 class _AttentionOnCPU(torch.autograd.Function):
@@ -217,15 +255,12 @@ class _AttentionOnCPU(torch.autograd.Function):
         """
         _, batch, heads, _, dim = qkv.shape
         area = bias.shape[-1]
-        query, keys, values = qkv.view(3, -1, area, dim).unbind(0)  # [B*M*W, T, D]
-        scores = bias.new_empty(batch, heads, count, area, area).copy_(bias[:, None])
-        scores = scores.view(-1, area, area)
-        scores.baddbmm_(query, keys.mT, alpha=dim**-0.5)
-        if len(apart):
-            scores.view(-1, count, area, area)[:, -len(apart) :].add_(apart)
-        weights = scores.softmax(-1)
+        query, keys, values = qkv.view(3, batch * heads, count, area, dim).unbind(0)
+        weights = bias.new_empty(batch * heads, count, area, area)
+        _write_weights(weights, query, keys, bias.repeat(batch, 1, 1), apart)
+        weights = weights.flatten(0, 1)
         ctx.save_for_backward(qkv, weights)
-        return torch.bmm(weights, values).view(qkv.shape[1:])
+        return torch.bmm(weights, values.flatten(0, 1)).view(qkv.shape[1:])
 
     @staticmethod
     @once_differentiable
