@@ -91,7 +91,7 @@ class Detector:
 
     def predict(self, call: Callable[..., dict[str, Any]], laps: Laps) -> None:
         with laps.part("forward"), self.case.autocast():
-            call(self.images, self.padding)
+            call(self.images, self.padding, detections_only=True)
 
     def train(self, call: Callable[..., dict[str, Any]], laps: Laps) -> None:
         with laps.part("forward"), self.case.autocast():

@@ -57,7 +57,9 @@ class Linear(nn.Module):
         self.logits = nn.Linear(3, 7 * 3)
         self.boxes = nn.Linear(3, 7 * 4)
 
-    def forward(self, images: Tensor, padding: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, padding: Tensor, *, detections_only: bool
+    ) -> dict[str, Tensor]:
         share = (~padding).float().mean((1, 2))[:, None]
         colours = images.mean((2, 3)) / share
         return {

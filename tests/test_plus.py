@@ -39,6 +39,16 @@ def test_outputs_have_the_promised_shapes(tiny_plus: ViDT) -> None:
     assert distil["neck_det_token"].shape == (3, 2, 7, 64)
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_detections_alone_are_those_of_all_outputs(plus_config: ViDTConfig, refine: bool) -> None:
+    model = blurred(ViDT(dataclasses.replace(plus_config, with_box_refine=refine))).eval()
+    images = padded_pair()
+    everything, alone = model(*images), model(*images, detections_only=True)
+    assert set(alone) == {name for name in everything if name.startswith("pred_")}
+    for name, found in alone.items():
+        assert torch.equal(found, everything[name]), name
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_had_alone(tiny_config: ViDTConfig, part: str) -> None:
     model = ViDT(dataclasses.replace(tiny_config, **SMALL, **{part: True}))

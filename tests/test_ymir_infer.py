@@ -297,11 +297,11 @@ def test_readers_do_not_run_ahead(images: list[Path]) -> None:
 def test_too_little_memory_halves_the_batch(predictor: Predictor) -> None:
     forward, sizes = ViDT.forward, []
 
-    def short_of_memory(self, images, *rest):
+    def short_of_memory(self, images, *rest, **more):
         sizes.append(len(images))
         if len(images) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, images, *rest)
+        return forward(self, images, *rest, **more)
 
     batch = torch.rand(7, 3, 64, 64)
     expected = Detector(predictor, rows=7)(batch)
@@ -316,9 +316,9 @@ def test_too_little_memory_halves_the_batch(predictor: Predictor) -> None:
 def test_a_cpu_takes_large_images_alone(predictor: Predictor) -> None:
     forward, sizes = ViDT.forward, []
 
-    def counted(self, images, *rest):
+    def counted(self, images, *rest, **more):
         sizes.append(len(images))
-        return forward(self, images, *rest)
+        return forward(self, images, *rest, **more)
 
     with swapped(ViDT, "forward", counted):
         Detector(predictor, rows=8)(torch.rand(3, 3, 256, 272))
@@ -327,7 +327,7 @@ def test_a_cpu_takes_large_images_alone(predictor: Predictor) -> None:
 
 
 def test_one_image_that_is_too_large_is_out_of_memory(predictor: Predictor) -> None:
-    def out_of_memory(self, *images):
+    def out_of_memory(self, *images, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with swapped(ViDT, "forward", out_of_memory), pytest.raises(torch.OutOfMemoryError):

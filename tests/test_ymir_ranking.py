@@ -49,7 +49,7 @@ class Tones(nn.Module):
 
     config = ViDTConfig(num_classes=3)
 
-    def forward(self, images: Tensor, padding: Tensor) -> dict:
+    def forward(self, images: Tensor, padding: Tensor, detections_only: bool) -> dict:
         preprocessing = Preprocessing()
         mean, std = (torch.tensor(each) for each in (preprocessing.mean, preprocessing.std))
         pixels = images * std[:, None, None] + mean[:, None, None]
@@ -199,9 +199,9 @@ def test_one_pass_serves_mining_and_inference(
 ) -> None:
     forward, passes = ViDT.forward, []
 
-    def counted(self, batch, *rest):
+    def counted(self, batch, *rest, **more):
         passes.append(len(batch))
-        return forward(self, batch, *rest)
+        return forward(self, batch, *rest, **more)
 
     def run(name: str, **asked: bool) -> tuple[Results, int]:
         passes.clear()

@@ -171,7 +171,7 @@ def _predict(
     model.eval()
     try:
         with accelerator.autocast():
-            outputs = model(images, padding)
+            outputs = model(images, padding, detections_only=True)
     finally:
         model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)

@@ -86,6 +86,8 @@ class ViDT(nn.Module):
         images: Tensor,
         padding: Tensor,
         noised_boxes: Tensor | None = None,
+        *,
+        detections_only: bool = False,
     ) -> dict[str, Any]:
         """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
 
@@ -99,6 +101,8 @@ class ViDT(nn.Module):
 
         noised_boxes [B, N, 4] (cxcywh), in training only: extra queries that start there; what
         becomes of them is in `denoising_outputs`, per decoder layer.
+
+        detections_only: the `pred_*` alone, for who predicts; the rest costs time.
         """
         maps, det, det_pos = self.backbone(images, padding)
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels
@@ -116,11 +120,14 @@ class ViDT(nn.Module):
             noised_boxes,
         )
         heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
+        levels = range(len(states))[-1:] if detections_only else range(len(states))
         predictions = [
             {"pred_boxes": boxes[level]}
-            | {name: _in_full_precision(each[level], state) for name, each in heads.items()}
-            for level, state in enumerate(states)
+            | {name: _in_full_precision(each[level], states[level]) for name, each in heads.items()}
+            for level in levels
         ]
+        if detections_only:
+            return predictions[-1]
         detections = slice(self.config.det_token_num)
         found = [_queries(level, detections) for level in predictions]
         outputs: dict[str, Any] = dict(found[-1])

@@ -54,7 +54,7 @@ class ExportedDetector(nn.Module):
     ) -> dict[str, Tensor]:
         """See the head of this file; sizes are read only where outputs are decoded."""
         pixels = self.normalise(images).masked_fill(padding[:, None], 0.0)
-        outputs = self.model(pixels, padding)
+        outputs = self.model(pixels, padding, detections_only=True)
         if not self.decode:
             return {name: outputs[name] for name in self.output_names}
         assert sizes is not None

@@ -396,11 +396,12 @@ class Predictor:
         sizes = torch.tensor([picture.size for picture in batch])  # the host needs them too
         if self._compiled is None:
             with self._autocast():
-                found = self.decode(self.model(images, padding), sizes)
+                found = self.decode(self.model(images, padding, detections_only=True), sizes)
         else:
             with self._one_at_a_time, self._autocast():
                 torch.compiler.cudagraph_mark_step_begin()
-                outputs = _first(self._compiled(images, padding), len(batch))
+                outputs = self._compiled(images, padding, detections_only=True)
+                outputs = _first(outputs, len(batch))
                 found = self.decode(outputs, sizes)
         return [replace(each, class_names=self.class_names) for each in on_cpu(found)]
 

@@ -33,13 +33,18 @@ class ViDTWithoutNeck(nn.Module):
         self.bbox_embed = MLPHead(dim, dim, 4)
 
     def forward(
-        self, images: Tensor, padding: Tensor, noised_boxes: Tensor | None = None
+        self,
+        images: Tensor,
+        padding: Tensor,
+        noised_boxes: Tensor | None = None,
+        *,
+        detections_only: bool = False,
     ) -> dict[str, Tensor]:
         """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
 
         Returns `pred_logits` [B, Q, K + 1] (before the softmax, the background last) and
         `pred_boxes` [B, Q, 4] (cxcywh in 0..1 of the unpadded image). Raises ValueError for
-        noised_boxes: there is no decoder to mend them.
+        noised_boxes: there is no decoder to mend them. Nothing but detections is ever returned.
         """
         if noised_boxes is not None:
             raise ValueError(
