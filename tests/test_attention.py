@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from vidt.decoder import SelfAttention, hide_noised
+from vidt.ram import attend
 
 
 @pytest.mark.parametrize("num_noised", [0, 3])
@@ -43,16 +44,22 @@ def test_dropout_of_self_attention_spares_evaluation() -> None:
     assert torch.equal(*outcomes())
 
 
-def test_dropout_of_self_attention_is_of_its_weights() -> None:
-    """Of many draws the mean is what no dropout gives, hidden queries or not."""
-    torch.manual_seed(0)
-    attention = SelfAttention(16, 4, dropout=0.3)
-    placed, queries = torch.randn(2, 1, 8, 16)
-    hidden = hide_noised(5, 3, placed.device)
-    with torch.no_grad():
-        alone = attention(placed, queries, hidden).unsqueeze(0)
-        many = attention(placed.expand(4000, -1, -1), queries.expand(4000, -1, -1), hidden)
-        attention.eval()
-        exact = attention(placed, queries, hidden)
-    assert not torch.allclose(alone, exact, atol=1e-2)
-    assert torch.allclose(many.mean(0), exact[0], atol=2e-2)
+def test_dropout_of_attention_is_of_its_weights() -> None:
+    """With the identity for values, weights are what comes out."""
+    query, keys = torch.randn(2, 2, 4, 8, 16)
+    values = torch.eye(8).expand(2, 4, 8, 8)
+    hidden = hide_noised(5, 3, query.device)
+    exact = attend(query, keys, values, hidden)
+    dropped = attend(query, keys, values, hidden, 0.3)
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], exact[kept] / 0.7, rtol=1e-4)
+    assert 0.2 < 1 - kept.sum() / (exact != 0).sum() < 0.4
+
+
+def test_half_precision_keeps_full_scores_beside_dropout() -> None:
+    query, keys, values = torch.randn(3, 2, 8, 100, 32, dtype=torch.bfloat16)
+    query, keys = 3 * query, 3 * keys
+    exact = attend(query.double(), keys.double(), values.double(), None)
+    half = attend(query, keys, values, None, 1e-9)
+    assert half.dtype is torch.bfloat16
+    assert (half - exact).square().mean().sqrt() < 0.004  # 0.01 if scores were rounded

@@ -8,7 +8,6 @@ from vidt.dropout import CHANCES, Dropout, drop
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_so_many_are_dropped_and_the_mean_stays(rate: float) -> None:
-    torch.manual_seed(0)
     count = 1_000_003  # no multiple of what the generator gives at once
     dropped = drop(torch.ones(count), rate)
     kept = dropped[dropped > 0]
@@ -19,7 +18,6 @@ def test_so_many_are_dropped_and_the_mean_stays(rate: float) -> None:
 
 def test_draws_of_neighbours_are_independent() -> None:
     """Four come from one draw of the generator."""
-    torch.manual_seed(0)
     kept = (drop(torch.ones(4_000_000), 0.3) > 0).double() - 0.7
     for distance in (1, 2, 3, 4):
         together = (kept[distance:] * kept[:-distance]).mean() / 0.21
@@ -27,9 +25,8 @@ def test_draws_of_neighbours_are_independent() -> None:
 
 
 def test_gradient_goes_where_the_value_went() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 7, requires_grad=True)
-    dropped = drop(x, 0.4)
+    x = torch.randn(7, 5, 3, requires_grad=True)
+    dropped = drop(x.permute(2, 1, 0), 0.4).permute(2, 1, 0)
     dropped.sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad * x, dropped)
@@ -52,6 +49,15 @@ def test_other_precisions_are_pytorchs(dtype: torch.dtype) -> None:
     ours = drop(x, 0.5)
     torch.manual_seed(0)
     assert torch.equal(ours, torch.nn.functional.dropout(x, 0.5))
+
+
+def test_the_module_drops_in_training() -> None:
+    assert 300 < (Dropout(0.5)(torch.ones(1000)) == 0).sum() < 700
+
+
+def test_the_device_is_that_of_the_values() -> None:
+    with torch.device("meta"):
+        assert drop(torch.ones(5, device="cpu"), 0.5).device.type == "cpu"
 
 
 def test_evaluation_and_rate_zero_change_nothing() -> None:

@@ -47,6 +47,10 @@ def test_detections_alone_are_those_of_all_outputs(plus_config: ViDTConfig, refi
     assert set(alone) == {name for name in everything if name.startswith("pred_")}
     for name, found in alone.items():
         assert torch.equal(found, everything[name]), name
+    if not refine:  # then there are no noised boxes
+        return
+    noised = model(*images, torch.rand(2, 3, 4), detections_only=True)
+    assert all(found.shape == alone[name].shape for name, found in noised.items())
 
 
 @pytest.mark.parametrize("part", PARTS)

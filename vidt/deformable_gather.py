@@ -58,7 +58,8 @@ def attend_unprojected(
     batch, _, dim = source.shape
     queries, heads = weights.shape[1:3]
     index, shares = corners(level_shapes, locations, weights, rows_of_position=1)
-    # All corners in one sum of long rows: less to write, and to read for the gradients.
+    # All corners in one sum: it rounds a little more than four, but rows are long here, and there
+    # is less to write and, for the gradients, to read.
     index, shares = (
         each.view(4, -1, each.shape[1]).transpose(0, 1).flatten(1) for each in (index, shares)
     )
@@ -86,7 +87,7 @@ class Cells:
     down: Tensor  # [E] int32, rows from a cell to the one below
 
 
-@kept(16)
+@kept(16)  # of 16 images with 300 queries 40 MB in all
 def cells_of(
     level_shapes: tuple[tuple[int, int], ...],
     *,
@@ -108,6 +109,7 @@ def cells_of(
 
     height, width, start = map(along_samples, (levels[:, 0], levels[:, 1], start))  # [E] each
     size = torch.stack([width, height])[:, None]
+    # 0 where all heads share a row.
     head = torch.arange(heads, dtype=torch.int32, device=device) % rows_of_position
     image = torch.arange(batch, dtype=torch.int32, device=device)
     first = start * rows_of_position + head.repeat_interleave(len(level_shapes) * points)

@@ -120,17 +120,17 @@ class ViDT(nn.Module):
             noised_boxes,
         )
         heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
-        levels = range(len(states))[-1:] if detections_only else range(len(states))
+        first = len(states) - 1 if detections_only else 0
         predictions = [
             {"pred_boxes": boxes[level]}
             | {name: _in_full_precision(each[level], states[level]) for name, each in heads.items()}
-            for level in levels
+            for level in range(first, len(states))
         ]
-        if detections_only:
-            return predictions[-1]
         detections = slice(self.config.det_token_num)
         found = [_queries(level, detections) for level in predictions]
         outputs: dict[str, Any] = dict(found[-1])
+        if detections_only:
+            return outputs
         outputs["distil_tokens"] = {
             "patch_token": maps,
             "body_det_token": det,

@@ -106,7 +106,8 @@ def found_in_frame(
         resized = resize(picture, detector.shape_of(size))
         pixels, padding = pad_batch([to_pixels(resized)], detector.frame)
         batch = predictor.preprocessing.normalise(pixels, padding)
-        yield predictor.decode(predictor.model(batch, padding), torch.tensor([size]))[0]
+        outputs = predictor.model(batch, padding, detections_only=True)
+        yield predictor.decode(outputs, torch.tensor([size]))[0]
 
 
 def _score_difference(wanted: Detections, found: OnnxDetections) -> float:

@@ -55,7 +55,8 @@ def attend(
     """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask what is added to
     the scores, [*, Q or 1, N], dropout of the weights -> [B, Q, M * D].
     """
-    if dropout and query.device.type == "cpu":  # PyTorch writes it out there, too
+    # PyTorch, too, writes it out there; half precision it raises to float32 first.
+    if dropout and query.device.type == "cpu" and query.dtype == torch.float32:
         scores = (query * query.shape[-1] ** -0.5) @ keys.mT
         scores = scores if mask is None else scores + mask
         output = drop(scores.softmax(-1), dropout) @ values

@@ -1,5 +1,5 @@
-"""Whether what is computed now is being recorded rather than computed: then nothing may be kept for
-later, since it belongs to the recording.
+"""Whether what is computed now is being recorded rather than computed, and tables that are kept for
+later, which depends on that: what is made inside a recording belongs to it.
 """
 
 import functools
@@ -20,22 +20,30 @@ def is_tracing() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def is_compiled() -> bool:
+    """True under `torch.compile` alone, whose graph runs in this process."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def kept(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """For functions that make tables: the last `maxsize` are kept, by their arguments.
+    """For functions that make tables of constants: the last `maxsize` are kept, by their arguments.
 
     Making one anew costs operators and, on a GPU, a copy before which it must finish all its work.
-    A recording makes its own.
+    A compiled graph holds on to those that it was made with; an exported one makes its own.
     """
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        def make_for_all(*args: P.args, **kwargs: P.kwargs) -> T:
-            with torch.inference_mode(False):  # what prediction made may serve a training next
-                return make(*args, **kwargs)
+        # Outside inference mode: what prediction made may serve a training next.
+        keep: Callable[..., T] = functools.lru_cache(maxsize)(torch.inference_mode(False)(make))
 
-        keep: Callable[..., T] = functools.lru_cache(maxsize)(make_for_all)
+        @torch.compiler.assume_constant_result
+        def keep_for_a_graph(*args: P.args, **kwargs: P.kwargs) -> T:
+            return keep(*args, **kwargs)
 
         @functools.wraps(make)
         def get(*args: P.args, **kwargs: P.kwargs) -> T:
+            if is_compiled():
+                return keep_for_a_graph(*args, **kwargs)
             return make(*args, **kwargs) if is_tracing() else keep(*args, **kwargs)
 
         return get

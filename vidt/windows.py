@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vidt.tracing import kept
+from vidt.tracing import is_compiled, kept
 
-AT_ONCE = 400  # windows of all heads whose scores, 4 MB, a CPU's prediction has at a time
+WINDOWS_AT_ONCE = 400  # of all heads, with scores of 4 MB; a single head may have more
 MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 rather than none
 
 
@@ -39,11 +39,6 @@ class Windows:
     deal_back: Tensor  # [B, N, 3, M] rows of [3, B, M, W * T]
     collect: Tensor  # [B, N, M] rows of [B, M, W * T]
     collect_back: Tensor  # [B, M, W * T] rows of [B, N + Q, M]; any for padding
-
-    @property
-    def mask(self) -> Tensor:
-        """`apart` with the zeros of the windows before: [W, T, T]."""
-        return F.pad(self.apart, (0, 0, 0, 0, self.count - len(self.apart), 0))
 
 
 @kept(32)  # eight are one size of images: for 16 of 640 pixels, some 150 MB
@@ -190,54 +185,74 @@ def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     qkv [3, B, M, W * T, D]; bias [M, T, T] is added to the scores of every window. Returns [B, M, W
     * T, D].
     """
-    if qkv.device.type != "cpu" or torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if qkv.device.type == "cpu" and is_compiled():
+        return _attend_written_out(qkv, bias, windows)
+    if qkv.device.type != "cpu" or recorded:
         return _attend(qkv, bias, windows)
     if torch.is_grad_enabled():
         return _AttentionOnCPU.apply(qkv, bias, windows.apart, windows.count)
-    return _attend_head_by_head(qkv, bias, windows)
+    return _attend_in_pieces(qkv, bias, windows)
 
 
 def _attend(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     """Windows and heads side by side as heads, so that one mask serves the whole batch."""
     area = bias.shape[-1]
     query, keys, values = qkv.unflatten(3, (-1, area)).flatten(2, 3).unbind(0)  # [B, M*W, T, D]
-    mask = (bias[:, None] + windows.mask).flatten(0, 1).to(query.dtype)  # [M*W, T, T]
+    mask = (bias[:, None] + _whole_mask(windows)).flatten(0, 1).to(query.dtype)  # [M*W, T, T]
     output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     return output.reshape(qkv.shape[1:])
+
+
+def _attend_written_out(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """For `torch.compile` on a CPU, which makes one loop of all that lies between the products."""
+    batch, heads, _, dim = qkv.shape[1:]
+    area = bias.shape[-1]
+    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)  # [B*M*W, T, D]
+    scores = (query * dim**-0.5) @ keys.mT
+    scores = scores.view(batch, heads, -1, area, area) + bias[:, None] + _whole_mask(windows)
+    return (scores.softmax(-1).view(-1, area, area) @ values).view(qkv.shape[1:])
+
+
+def _whole_mask(windows: Windows) -> Tensor:
+    """`apart` with the zeros of the windows before: [W, T, T]."""
+    return F.pad(windows.apart, (0, 0, 0, 0, windows.count - len(windows.apart), 0))
 
 
 def _write_weights(into: Tensor, query: Tensor, keys: Tensor, bias: Tensor, apart: Tensor) -> None:
     """Softmax of the scores of heads H' (of B * M): into [H', W, T, T], query and keys [H', W, T,
     D], bias [H', T, T].
     """
+    area, dim = query.shape[2:]
     into.copy_(bias[:, None])
-    scores = into.flatten(0, 1)
-    scores.baddbmm_(query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=query.shape[-1] ** -0.5)
+    scores = into.view(-1, area, area)
+    query, keys = query.view(-1, area, dim), keys.view(-1, area, dim)
+    torch.baddbmm(scores, query, keys.mT, alpha=dim**-0.5, out=scores)
     if len(apart):
         into[:, -len(apart) :].add_(apart)
     torch.softmax(into, -1, out=into)
 
 
-def _attend_head_by_head(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
-    """Without a gradient nobody needs all scores at once: those of as many heads as the processor
-    keeps at hand share a buffer.
+def _attend_in_pieces(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Without a gradient no scores are kept: a few heads at a time share one buffer, which stays in
+    the processor's cache.
     """
     _, batch, heads, _, dim = qkv.shape
-    area = bias.shape[-1]
+    area, count = bias.shape[-1], windows.count
     output = qkv.new_empty(qkv.shape[1:])
-    size = max(1, AT_ONCE // windows.count)
-    scores = bias.new_empty(min(size, batch * heads), windows.count, area, area)
+    size = max(1, WINDOWS_AT_ONCE // count)
+    buffer = bias.new_empty(min(size, batch * heads), count, area, area)
     per_head = (
-        *qkv.view(3, batch * heads, windows.count, area, dim).unbind(0),
+        *qkv.view(3, batch * heads, count, area, dim).unbind(0),
         bias.repeat(batch, 1, 1),
-        output.view(batch * heads, windows.count, area, dim),
+        output.view(batch * heads, count, area, dim),
     )
-    for query, keys, values, of_head, into in zip(
-        *(each.split(size) for each in per_head), strict=True
-    ):
-        weights = scores[: len(query)]
+    pieces = zip(*(each.split(size) for each in per_head), strict=True)
+    for query, keys, values, of_head, into in pieces:
+        weights = buffer[: len(query)]
         _write_weights(weights, query, keys, of_head, windows.apart)
-        torch.bmm(weights.flatten(0, 1), values.flatten(0, 1), out=into.flatten(0, 1))
+        weights, values = weights.view(-1, area, area), values.view(-1, area, dim)
+        torch.bmm(weights, values, out=into.view(-1, area, dim))
     return output
 
 
@@ -258,9 +273,9 @@ class _AttentionOnCPU(torch.autograd.Function):
         query, keys, values = qkv.view(3, batch * heads, count, area, dim).unbind(0)
         weights = bias.new_empty(batch * heads, count, area, area)
         _write_weights(weights, query, keys, bias.repeat(batch, 1, 1), apart)
-        weights = weights.flatten(0, 1)
+        weights = weights.view(-1, area, area)
         ctx.save_for_backward(qkv, weights)
-        return torch.bmm(weights, values.flatten(0, 1)).view(qkv.shape[1:])
+        return torch.bmm(weights, values.view(-1, area, dim)).view(qkv.shape[1:])
 
     @staticmethod
     @once_differentiable
