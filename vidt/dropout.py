@@ -23,9 +23,8 @@ def drop(x: Tensor, rate: float) -> Tensor:
         return F.dropout(x, rate)
     dropped = min(round(rate * CHANCES), CHANCES - 1)
     count = x.numel()
-    bits = torch.empty(-(-count // DRAWS), dtype=torch.int64, device=x.device).random_(
-        -(2**63), None
-    )
+    bits = torch.empty(-(-count // DRAWS), dtype=torch.int64, device=x.device)
+    bits.random_(-(2**63), None)
     drawn = bits.view(torch.int16)[:count].view(x.shape)  # from -CHANCES / 2 on
     kept = drawn >= dropped - CHANCES // 2
     return x * kept.to(x.dtype).mul_(CHANCES / (CHANCES - dropped))

@@ -185,10 +185,10 @@ def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     qkv [3, B, M, W * T, D]; bias [M, T, T] is added to the scores of every window. Returns [B, M, W
     * T, D].
     """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if qkv.device.type == "cpu" and is_compiled():
+    on_cpu = qkv.device.type == "cpu"
+    if on_cpu and is_compiled():
         return _attend_written_out(qkv, bias, windows)
-    if qkv.device.type != "cpu" or recorded:
+    if not on_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _attend(qkv, bias, windows)
     if torch.is_grad_enabled():
         return _AttentionOnCPU.apply(qkv, bias, windows.apart, windows.count)
