@@ -75,10 +75,12 @@ class SelfAttention(nn.Module):
         """Who looks and is looked at goes by `placed`, what is seen by `queries`, both [B, Q, C];
         hidden [Q, Q], -inf where the row may not look at the column, else 0. Returns [B, Q, C].
         """
-        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, queries.shape[-1]
-        asked = F.linear(placed, weight[: 2 * dim], bias[: 2 * dim])
+        dim = queries.shape[-1]
+        weights = self.in_proj_weight.split([2 * dim, dim])
+        biases = self.in_proj_bias.split([2 * dim, dim])
+        asked = F.linear(placed, weights[0], biases[0])
         query, keys = split_heads(asked, self.num_heads, parts=2)
-        seen = F.linear(queries, weight[2 * dim :], bias[2 * dim :])
+        seen = F.linear(queries, weights[1], biases[1])
         (values,) = split_heads(seen, self.num_heads, parts=1)
         mask = None if hidden is None else hidden.to(values.dtype)
         dropout = self.dropout if self.training else 0.0

@@ -120,21 +120,24 @@ class ViDT(nn.Module):
             noised_boxes,
         )
         heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
-        first = len(states) - 1 if detections_only else 0
+        start = len(states) - 1 if detections_only else 0
         predictions = [
             {"pred_boxes": boxes[level]}
             | {name: _in_full_precision(each[level], states[level]) for name, each in heads.items()}
-            for level in range(first, len(states))
+            for level in range(start, len(states))
         ]
-        detections = slice(self.config.det_token_num)
-        found = [_queries(level, detections) for level in predictions]
+        num_det = self.config.det_token_num
+        found, mended = predictions, []
+        if noised_boxes is not None:
+            parts = [_split_queries(level, num_det) for level in predictions]
+            found, mended = [first for first, _ in parts], [rest for _, rest in parts]
         outputs: dict[str, Any] = dict(found[-1])
         if detections_only:
             return outputs
         outputs["distil_tokens"] = {
             "patch_token": maps,
             "body_det_token": det,
-            "neck_det_token": torch.stack([state[:, detections] for state in states]),
+            "neck_det_token": torch.stack([state[:, :num_det] for state in states]),
         }
         if self.config.aux_loss:
             outputs["aux_outputs"] = found[:-1]
@@ -142,8 +145,7 @@ class ViDT(nn.Module):
             logits = self.token_head(maps, paddings)
             outputs["enc_tokens"] = {"pred_logits": logits, "padding": padding}
         if noised_boxes is not None:
-            mended = slice(self.config.det_token_num, None)
-            outputs["denoising_outputs"] = [_queries(level, mended) for level in predictions[1:]]
+            outputs["denoising_outputs"] = mended[1:]
         return outputs
 
     @staticmethod
@@ -162,5 +164,13 @@ def _in_full_precision(head: nn.Module, state: Tensor) -> Tensor:
         return head(state.to(next(head.parameters()).dtype)).float()
 
 
-def _queries(level: dict[str, Tensor], which: slice) -> dict[str, Tensor]:
-    return {name: tensor[:, which] for name, tensor in level.items()}
+def _split_queries(
+    level: dict[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is predicted of the first `count` queries, and of the rest."""
+    parts = {
+        name: tensor.split([count, tensor.shape[1] - count], dim=1)
+        for name, tensor in level.items()
+    }
+    first, rest = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
+    return first, rest

@@ -220,16 +220,16 @@ def _whole_mask(windows: Windows) -> Tensor:
 
 
 def _write_weights(into: Tensor, query: Tensor, keys: Tensor, bias: Tensor, apart: Tensor) -> None:
-    """Softmax of the scores of heads H' (of B * M): into [H', W, T, T], query and keys [H', W, T,
-    D], bias [H', T, T].
+    """Softmax of the scores: into [*, H, W, T, T] of any images and heads, query and keys [*, H, W,
+    T, D], bias [H, T, T].
     """
-    area, dim = query.shape[2:]
+    area, dim = query.shape[-2:]
     into.copy_(bias[:, None])
     scores = into.view(-1, area, area)
     query, keys = query.view(-1, area, dim), keys.view(-1, area, dim)
     torch.baddbmm(scores, query, keys.mT, alpha=dim**-0.5, out=scores)
     if len(apart):
-        into[:, -len(apart) :].add_(apart)
+        into[..., -len(apart) :, :, :].add_(apart)
     torch.softmax(into, -1, out=into)
 
 
@@ -270,9 +270,9 @@ class _AttentionOnCPU(torch.autograd.Function):
         """
         _, batch, heads, _, dim = qkv.shape
         area = bias.shape[-1]
-        query, keys, values = qkv.view(3, batch * heads, count, area, dim).unbind(0)
-        weights = bias.new_empty(batch * heads, count, area, area)
-        _write_weights(weights, query, keys, bias.repeat(batch, 1, 1), apart)
+        query, keys, values = qkv.view(3, batch, heads, count, area, dim).unbind(0)
+        weights = bias.new_empty(batch, heads, count, area, area)
+        _write_weights(weights, query, keys, bias, apart)
         weights = weights.view(-1, area, area)
         ctx.save_for_backward(qkv, weights)
         return torch.bmm(weights, values.view(-1, area, dim)).view(qkv.shape[1:])
