@@ -154,10 +154,10 @@ def test_too_little_memory_halves_the_batch(
     expected = detector.predict([files[0]] * 5)
     forward = detector.model.forward
 
-    def short_of_memory(images: torch.Tensor, padding: torch.Tensor) -> dict:
+    def short_of_memory(images: torch.Tensor, padding: torch.Tensor, **more: bool) -> dict:
         if len(images) > 2:
             raise torch.OutOfMemoryError("too much")
-        return forward(images, padding)
+        return forward(images, padding, **more)
 
     monkeypatch.setattr(detector.model, "forward", short_of_memory)
     for found, same in zip(detector.predict([files[0]] * 5), expected, strict=True):
