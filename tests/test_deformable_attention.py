@@ -18,8 +18,8 @@ from vidt.deformable_attention import (
     DeformableAttention,
     Form,
     deformable_attention,
-    level_table,
 )
+from vidt.levels import level_table
 
 CORE_CASES = (
     "tiny_two_levels",

@@ -24,7 +24,8 @@ from test_deformable_attention import (
 )
 from torch import Tensor
 
-from vidt.deformable_attention import best_form, kernel_runs, level_table
+from vidt.deformable_attention import best_form, kernel_runs
+from vidt.levels import level_table
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 

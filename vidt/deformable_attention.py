@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt import deformable_gather
-from vidt.tracing import kept
+from vidt.levels import level_table
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +90,6 @@ def _kernel_ran(device: torch.device) -> bool:
         logger.warning("deformable attention runs without its Triton kernel: %s", error)
         return False
     return True
-
-
-def level_table(level_shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Height, width and first position of each level: [L, 3] int64."""
-    return _level_table(tuple(level_shapes), device)
-
-
-@kept(256)
-def _level_table(level_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    rows, start = [], 0
-    for height, width in level_shapes:
-        rows.append([height, width, start])
-        start += height * width
-    return torch.tensor(rows, device=device)
 
 
 def _attend_by_grid(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidt.levels import level_table
 from vidt.tracing import kept
 
 LevelShapes = Sequence[tuple[int, int]]
@@ -100,20 +101,19 @@ def cells_of(
     device: torch.device,
 ) -> Cells:
     """rows_of_position is M where each head has a row of its own, else 1."""
-    levels = torch.tensor(level_shapes, dtype=torch.int32, device=device)
-    area = levels.prod(1, dtype=torch.int32)
-    start = area.cumsum(0, dtype=torch.int32) - area
+    levels = level_table(level_shapes, device).int()
+    positions = sum(height * width for height, width in level_shapes)
 
     def along_samples(of_level: Tensor) -> Tensor:
         return of_level[:, None].expand(heads, -1, points).flatten()
 
-    height, width, start = map(along_samples, (levels[:, 0], levels[:, 1], start))  # [E] each
+    height, width, start = map(along_samples, levels.unbind(1))  # [E] each
     size = torch.stack([width, height])[:, None]
     # 0 where all heads share a row.
     head = torch.arange(heads, dtype=torch.int32, device=device) % rows_of_position
     image = torch.arange(batch, dtype=torch.int32, device=device)
     first = start * rows_of_position + head.repeat_interleave(len(level_shapes) * points)
-    image = image * (area.sum(dtype=torch.int32) * rows_of_position)
+    image = image * (positions * rows_of_position)
     return Cells(
         size=size.to(dtype),
         last=size - 1,
