@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 from trainer.optim import make_ema, make_optimizer
 from vidt import ViDT, ViDTConfig
 from vidt.criterion import criterion_for
+from vidt.linear import pack, unpack
 from vidt.swin import SWIN_VARIANTS
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,10 +74,17 @@ class Detector:
 
     def contestants(self, how: str, call: Callable[..., dict[str, Any]]) -> list[Contestant]:
         """`call` is the model, or the model compiled."""
+        predict, train = partial(self.predict, call), partial(self.train, call)
+        packs, unpacks = partial(self.pack, how), partial(unpack, self.model)
         return [
-            Contestant(FORWARD, how, self.model, False, partial(self.predict, call)),
-            Contestant(TRAINING, how, self.model, True, partial(self.train, call)),
+            Contestant(FORWARD, how, self.model, False, predict, packs),
+            Contestant(TRAINING, how, self.model, True, train, unpacks),
         ]
+
+    def pack(self, how: str) -> None:
+        """As a predictor does."""
+        if how == "eager" and self.case.precision == "no":
+            pack(self.model)
 
     def eager(self) -> list[Contestant]:
         return self.contestants("eager", self.model)

@@ -86,13 +86,16 @@ class Laps:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Work that is timed: `how` is eager or compiled; `run` tells the laps which part it is at."""
+    """Work that is timed: `how` is eager or compiled; `run` tells the laps which part it is at.
+    `prepare` is what would be done once, before the first of many runs; it is not timed.
+    """
 
     work: str
     how: str
     module: nn.Module
     learns: bool
     run: Callable[[Laps], None]
+    prepare: Callable[[], None] = lambda: None
 
     @property
     def name(self) -> tuple[str, str]:
@@ -101,6 +104,7 @@ class Contestant:
     def go(self, meter: Meter) -> Laps:
         """Runs once, as in training or as in prediction."""
         self.module.train(self.learns)
+        self.prepare()
         laps = Laps(meter)
         with torch.inference_mode(not self.learns):
             self.run(laps)

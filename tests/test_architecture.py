@@ -15,9 +15,10 @@ ROOT = Path(__file__).parent.parent
 _ORDER = {
     "vidt": """
         variants arguments whole_file
-        tracing levels images canvas inputs batching drawing devices preprocessing deformable_gather
-        deformable_triton deformable_attention mlp dropout windows ram swin coat config epff
-        token_label decoder mask_drawing mask_vectors overlap matcher without_neck model criterion
+        tracing linear levels images canvas inputs batching drawing devices preprocessing
+        deformable_gather deformable_triton deformable_attention mlp dropout windows ram swin coat
+        config epff token_label decoder mask_drawing mask_vectors overlap matcher without_neck model
+        criterion
         distillation coco_classes released weights_file published checkpoint pretrained convert
         predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,

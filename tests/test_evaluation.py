@@ -25,6 +25,7 @@ from trainer.samples import Sample, SampleTable
 from trainer.scoring import STATS
 from vidt import Detections, Predictor
 from vidt.checkpoint import load_model, load_weights
+from vidt.linear import Linear, onednn_runs
 
 WITH_NEVER = (*NAMES, "never")  # a class that no picture shows
 IDS = (7, 900, 3, 12)
@@ -171,10 +172,16 @@ def test_an_image_that_cannot_be_read_any_more_counts_as_nothing_found(
     assert without.metrics["map50"] < whole.metrics["map50"]
 
 
-def test_the_model_is_left_in_the_mode_it_was_in(learnt: Learnt, samples: SampleTable) -> None:
+def test_the_model_is_left_as_it_was(learnt: Learnt, samples: SampleTable) -> None:
     model, info = load_model(learnt.weights)
     model.train()
     progress: list[float] = []
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+
+    def tick(fraction: float) -> None:
+        progress.append(fraction)
+        assert all((layer._packed is not None) == onednn_runs() for layer in layers)
+
     evaluate(
         model,
         samples,
@@ -183,9 +190,9 @@ def test_the_model_is_left_in_the_mode_it_was_in(learnt: Learnt, samples: Sample
         Agreement(cpu()),
         batch_size=4,
         num_workers=0,
-        tick=progress.append,
+        tick=tick,
     )
-    assert model.training
+    assert model.training and not any(layer._packed for layer in layers)
     assert progress == sorted(progress) and progress[-1] == 1.0
 
 

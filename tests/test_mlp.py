@@ -5,7 +5,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from vidt import mlp
+from vidt import linear, mlp
 
 
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -15,9 +15,13 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, [x, *module.parameters()], along)]
 
 
+@pytest.mark.parametrize("large", [0, linear.LARGE])
 @pytest.mark.parametrize("rows", [32, 33, 50])
-def test_pieces_give_what_the_whole_gives(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_what_the_whole_gives(
+    rows: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mlp, "PIECE", 8)
+    monkeypatch.setattr(linear, "LARGE", large)
     ours = mlp.Mlp(6, hidden_features=24)
     theirs = timm.layers.Mlp(6, hidden_features=24)
     theirs.load_state_dict(ours.state_dict())

@@ -11,6 +11,7 @@ from PIL import Image
 from vidt import Detections, Predictor, ViDT, decode_top_k
 from vidt.checkpoint import WeightsInfo, save_weights
 from vidt.images import UnreadableImage
+from vidt.linear import Linear, onednn_runs, unpack
 from vidt.predictor import MaskVectors
 from vidt.preprocessing import Preprocessing
 
@@ -72,6 +73,21 @@ def test_same_as_the_model_by_hand(predictor: Predictor, pictures: list[Image.Im
         outputs = predictor.model(image, padding)
     expected = decode_top_k(outputs, torch.tensor(SIZES[3:4]))[0]
     assert torch.allclose(predictor(pictures)[3].boxes, expected.boxes, atol=1e-3)
+
+
+def test_layers_are_packed_for_what_is_not_going_to_change(
+    weights: Path, predictor: Predictor, pictures: list[Image.Image], compare: Compare
+) -> None:
+    def layers(of: Predictor) -> list[Linear]:
+        return [layer for layer in of.model.modules() if isinstance(layer, Linear)]
+
+    assert all((layer._packed is not None) == onednn_runs() for layer in layers(predictor))
+    half = Predictor.from_checkpoint(weights, precision="bf16")
+    assert all(layer._packed is None for layer in layers(half))
+    found = predictor(pictures)
+    unpack(predictor.model)
+    for fast, plain in zip(found, predictor(pictures), strict=True):
+        compare("scores", fast.scores, plain.scores, 1e-5)
 
 
 def test_threshold(predictor: Predictor, pictures: list[Image.Image]) -> None:

@@ -44,6 +44,7 @@ from trainer.scoring import (
     overlap_of_boxes,
     xywh,
 )
+from vidt.linear import packed
 from vidt.predictor import Detections, decode_for, on_cpu
 from vidt.preprocessing import Preprocessing, canvas_batches
 
@@ -107,19 +108,20 @@ def evaluate(
     detections: dict[int, Detections] = {}
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
-    for done, (indices, pixels, padding) in enumerate(loader):
-        found = {}
-        if indices:
-            images, padding = send_to_device((pixels, padding), accelerator.device, True)
-            images = preprocessing.normalise(images, padding)
-            predicted = predict(model, images, padding, samples.sizes[indices], accelerator)
-            found = dict(zip(indices, predicted, strict=True))
-        if scores_masks:
-            masks |= {index: run_lengths(each) for index, each in found.items()}
-        detections |= {index: replace(each, mask_vectors=None) for index, each in found.items()}
-        tick((done + 1) / len(mine))
-        if signum := stop():
-            break
+    with packed(model):
+        for done, (indices, pixels, padding) in enumerate(loader):
+            found = {}
+            if indices:
+                images, padding = send_to_device((pixels, padding), accelerator.device, True)
+                images = preprocessing.normalise(images, padding)
+                predicted = predict(model, images, padding, samples.sizes[indices], accelerator)
+                found = dict(zip(indices, predicted, strict=True))
+            if scores_masks:
+                masks |= {index: run_lengths(each) for index, each in found.items()}
+            detections |= {index: replace(each, mask_vectors=None) for index, each in found.items()}
+            tick((done + 1) / len(mine))
+            if signum := stop():
+                break
     signum = int(agreement.gather(signum).max())
     if signum:
         raise Interrupted(signum)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from vidt.linear import Linear
 from vidt.mlp import Mlp
 from vidt.ram import attend_det, resize_padding, sine_position, split_heads
 from vidt.swin import COARSE_DIM, PatchEmbedding
@@ -65,8 +66,8 @@ class FactorizedAttention(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = (dim // NUM_HEADS) ** -0.5
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self,
@@ -99,7 +100,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, *, mlp_ratio: int, pos_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.det_pos_linear = nn.Linear(pos_dim, dim)
+        self.det_pos_linear = Linear(pos_dim, dim)
         self.factoratt_crpe = FactorizedAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden_features=mlp_ratio * dim)
@@ -157,7 +158,7 @@ class Stage(nn.Module):
             self.det_exp = nn.Identity()
         else:
             self.patch_embed = PatchEmbedding(dim, patch=2, in_channels=in_dim)
-            self.det_exp = nn.Sequential(nn.Linear(in_dim, dim, bias=False), nn.LayerNorm(dim))
+            self.det_exp = nn.Sequential(Linear(in_dim, dim, bias=False), nn.LayerNorm(dim))
             trunc_normal_(self.det_exp[0].weight, std=0.02)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         trunc_normal_(self.cls_token, std=0.02)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vidt.deformable_attention import DeformableAttention
 from vidt.dropout import Dropout
+from vidt.linear import Linear, linear
 from vidt.ram import attend, split_heads
 
 
@@ -30,10 +31,8 @@ class MLPHead(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        last = nn.Linear(hidden_dim, out_dim)
-        self.layers = nn.ModuleList(
-            [nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim), last]
-        )
+        last = Linear(hidden_dim, out_dim)
+        self.layers = nn.ModuleList([Linear(dim, hidden_dim), Linear(hidden_dim, hidden_dim), last])
 
     def forward(self, x: Tensor) -> Tensor:
         # Half precision has three digits: boxes are worth more, and the head costs nothing.
@@ -67,7 +66,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.dropout = num_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -78,9 +77,9 @@ class SelfAttention(nn.Module):
         dim = queries.shape[-1]
         weights = self.in_proj_weight.split([2 * dim, dim])
         biases = self.in_proj_bias.split([2 * dim, dim])
-        asked = F.linear(placed, weights[0], biases[0])
+        asked = linear(placed, weights[0], biases[0])
         query, keys = split_heads(asked, self.num_heads, parts=2)
-        seen = F.linear(queries, weights[1], biases[1])
+        seen = linear(queries, weights[1], biases[1])
         (values,) = split_heads(seen, self.num_heads, parts=1)
         mask = None if hidden is None else hidden.to(values.dtype)
         dropout = self.dropout if self.training else 0.0
@@ -107,8 +106,8 @@ class DecoderLayer(nn.Module):
             dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
         )
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.linear1 = Linear(dim, dim_feedforward)
+        self.linear2 = Linear(dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
 
@@ -161,7 +160,7 @@ class DeformableDecoder(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.reference_points = nn.Linear(dim, 2)
+        self.reference_points = Linear(dim, 2)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 dim,

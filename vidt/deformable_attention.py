@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vidt import deformable_gather
 from vidt.levels import level_table
+from vidt.linear import Linear
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +126,10 @@ class DeformableAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"nheads {num_heads} does not divide reduced_dim {dim}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
-        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = Linear(dim, dim)
+        self.output_proj = Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vidt.linear import Linear, is_large, product
 from vidt.tracing import is_tracing
 
 PIECE = 2048  # rows; fewer make the products slower
@@ -25,15 +26,23 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, *, hidden_features: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_features)
-        self.fc2 = nn.Linear(hidden_features, dim)
+        self.fc1 = Linear(dim, hidden_features)
+        self.fc2 = Linear(hidden_features, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         if not _goes_in_pieces(x):
-            return self.fc2(F.gelu(self.fc1(x)))
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return _MlpInPieces.apply(x, *weights, torch.is_grad_enabled())
+            return self.fc2(self.fc1(x, gelu=True))
+        if not torch.is_grad_enabled():
+            return self._predict_in_pieces(x)
+        return _MlpInPieces.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def _predict_in_pieces(self, x: Tensor) -> Tensor:
+        output = x.new_empty(x.shape)
+        rows_in, rows_out = (each.reshape(-1, x.shape[-1]) for each in (x, output))
+        for rows in _pieces(len(rows_in)):
+            rows_out[rows] = self.fc2(self.fc1(rows_in[rows], gelu=True))
+        return output
 
 
 def _goes_in_pieces(x: Tensor) -> bool:
@@ -47,43 +56,35 @@ class _MlpInPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        learns: bool,
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
     ) -> Tensor:
         """x [..., C]; weights [H, C] and [C, H], biases [H] and [C] -> [..., C]."""
+        ctx.multiply = multiply = product if is_large(x, weight1) else F.linear
         # Of the shape of x: who adds to a view of what a function returned copies gradients.
         whole = x.new_empty(x.shape)
         x, output = (each.reshape(-1, x.shape[-1]) for each in (x, whole))  # [R, C]
-        hidden = x.new_empty(len(x) if learns else PIECE, len(weight1))
+        hidden = []
         for rows in _pieces(len(x)):
-            before = hidden[rows] if learns else hidden[: rows.stop - rows.start]
-            torch.addmm(bias1, x[rows], weight1.T, out=before)
-            after = F.gelu(before) if learns else torch.ops.aten.gelu_(before)
-            torch.addmm(bias2, after, weight2.T, out=output[rows])
-        ctx.save_for_backward(x, hidden, weight1, weight2)
+            hidden.append(multiply(x[rows], weight1, bias1))
+            output[rows] = multiply(F.gelu(hidden[-1]), weight2, bias2)
+        ctx.save_for_backward(x, weight1, weight2, *hidden)
         return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight1, weight2 = ctx.saved_tensors
+        x, weight1, weight2, *hidden = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(x.shape)
         grad_x = torch.empty_like(x)
         grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
         grad_bias1 = weight1.new_zeros(len(weight1))
-        for rows in _pieces(len(x)):
-            grad_weight2.addmm_(grad[rows].T, F.gelu(hidden[rows]))
-            after = torch.mm(grad[rows], weight2)
-            before = torch.ops.aten.gelu_backward(after, hidden[rows])
+        for rows, kept in zip(_pieces(len(x)), hidden, strict=True):
+            grad_weight2.addmm_(grad[rows].T, F.gelu(kept))
+            before = torch.ops.aten.gelu_backward(ctx.multiply(grad[rows], weight2.T), kept)
             grad_weight1.addmm_(before.T, x[rows])
             grad_bias1 += before.sum(0)
-            torch.mm(before, weight1, out=grad_x[rows])
-        return grad_x.view(shape), grad_weight1, grad_bias1, grad_weight2, grad.sum(0), None
+            grad_x[rows] = ctx.multiply(before, weight1.T)
+        return grad_x.view(shape), grad_weight1, grad_bias1, grad_weight2, grad.sum(0)
 
 
 def _pieces(count: int) -> list[slice]:

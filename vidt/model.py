@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vidt.config import ViDTConfig, build_body, require
 from vidt.decoder import DeformableDecoder, MLPHead, box_head
 from vidt.epff import EPFF, LevelProjections, projection
+from vidt.linear import Linear
 from vidt.ram import resize_padding
 from vidt.token_label import TokenHead
 from vidt.without_neck import ViDTWithoutNeck
@@ -24,7 +25,7 @@ from vidt.without_neck import ViDTWithoutNeck
 
 def _classifier(dim: int, num_classes: int) -> nn.Linear:
     """Every class starts at probability 0.01 (focal loss, arXiv 1708.02002, section 4.1)."""
-    linear = nn.Linear(dim, num_classes)
+    linear = Linear(dim, num_classes)
     nn.init.constant_(linear.bias, -math.log(99))
     return linear
 

@@ -28,6 +28,7 @@ from vidt.inputs import (
     remembered,
     rows_of,
 )
+from vidt.linear import pack
 from vidt.mask_vectors import decode_vectors, paste_squares
 from vidt.model import ViDT
 from vidt.preprocessing import resize
@@ -255,6 +256,8 @@ class Predictor:
         if precision == "fp16" and self.device.type == "cpu":
             raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
         self.model = model.to(self.device).eval()
+        if self.device.type == "cpu" and precision == "fp32" and not compile:
+            pack(self.model)
         self.info = info
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing

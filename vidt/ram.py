@@ -18,6 +18,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
 from vidt.dropout import drop
+from vidt.linear import Linear, linear
 from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
 
 
@@ -92,8 +93,8 @@ class ReconfiguredAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, window: int, shift: int) -> None:
         super().__init__()
         self.num_heads, self.window, self.shift = num_heads, window, shift
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3)
+        self.proj = Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window - 1) ** 2, num_heads)
         )
@@ -138,7 +139,7 @@ class ReconfiguredAttention(nn.Module):
         The released model adds the position before qkv: it is in the values as well.
         """
         dim = tokens.shape[-1]
-        return F.linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        return linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
 
     def _bias(self) -> Tensor:
         """Relative position bias [M, T, T]."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from vidt.linear import Linear
 from vidt.mlp import Mlp
 from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
 from vidt.variants import SWIN_VARIANTS as SWIN_VARIANTS
@@ -43,7 +44,7 @@ class Merging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+        self.reduction = Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), out_dim]."""
@@ -65,7 +66,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.det_pos_linear = nn.Linear(pos_dim, dim)
+        self.det_pos_linear = Linear(pos_dim, dim)
         self.attn = ReconfiguredAttention(dim, num_heads, window=WINDOW, shift=shift)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=4 * dim)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from vidt.linear import Linear
+
 MARGIN = 0.01  # places nearer than this to the image's edge, relative to its size, show nothing
 
 
@@ -23,9 +25,9 @@ class TokenHead(nn.Module):
 
     def __init__(self, dim: int, columns: int) -> None:
         super().__init__()
-        self.enc_output = nn.Linear(dim, dim)
+        self.enc_output = Linear(dim, dim)
         self.enc_output_norm = nn.LayerNorm(dim)
-        self.token_embed = nn.Linear(dim, columns)
+        self.token_embed = Linear(dim, columns)
         for linear in (self.enc_output, self.token_embed):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.constant_(self.token_embed.bias, -math.log(99))
