@@ -85,6 +85,8 @@ class Detector:
         """As a predictor does."""
         if how == "eager" and self.case.precision == "no":
             pack(self.model)
+        else:
+            unpack(self.model)
 
     def eager(self) -> list[Contestant]:
         return self.contestants("eager", self.model)

@@ -87,7 +87,7 @@ class Laps:
 @dataclass(frozen=True)
 class Contestant:
     """Work that is timed: `how` is eager or compiled; `run` tells the laps which part it is at.
-    `prepare` is what would be done once, before the first of many runs; it is not timed.
+    `prepare` comes before each run and is not timed: what others would do once for many runs.
     """
 
     work: str

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.shapes import write_shapes
+from vidt.linear import Linear, onednn_runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +121,19 @@ def test_parts_are_the_whole(body: str, files: SimpleNamespace) -> None:
     # Of each product, one for the gradient of either factor. PyTorch counts those of convolutions
     # over single channels, which CoaT has, as more.
     assert 1.9 < training[parts.BODY_BACKWARD] / training["body"] < 2.4
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_it_predicts_with_packed_weights_as_a_predictor_does(
+    precision: str, files: SimpleNamespace
+) -> None:
+    detector = files.contestants.Detector(case_of(files, "swin_nano", precision=precision))
+    layers = [each for each in detector.model.modules() if isinstance(each, Linear)]
+    forward, training = detector.eager()
+    for contestant in (forward, training, forward):
+        contestant.prepare()
+        expected = onednn_runs() and precision == "no" and contestant is forward
+        assert layers and all((layer._packed is not None) == expected for layer in layers)
 
 
 @pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])

@@ -1,11 +1,18 @@
 """The MLP in pieces against timm's."""
 
+from typing import Any
+
 import pytest
 import timm.layers
 import torch
 from torch import Tensor, nn
 
 from vidt import linear, mlp
+from vidt.linear import pack
+
+needs_onednn = pytest.mark.skipif(
+    not linear.onednn_runs(), reason="this PyTorch or processor has no such products of oneDNN's"
+)
 
 
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -15,24 +22,41 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, [x, *module.parameters()], along)]
 
 
-@pytest.mark.parametrize("large", [0, linear.LARGE])
+@pytest.mark.parametrize("by_onednn", [False, pytest.param(True, marks=needs_onednn)])
 @pytest.mark.parametrize("rows", [32, 33, 50])
 def test_pieces_give_what_the_whole_gives(
-    rows: int, large: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlp, "PIECE", 8)
-    monkeypatch.setattr(linear, "LARGE", large)
+    monkeypatch.setattr(linear, "LARGE", 0 if by_onednn else linear.LARGE)
+    asked = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return product(*args, **kwargs)
+
+    product = linear.product
+    monkeypatch.setattr(linear, "product", counting)
+    monkeypatch.setattr(mlp, "product", counting)
     ours = mlp.Mlp(6, hidden_features=24)
     theirs = timm.layers.Mlp(6, hidden_features=24)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, rows, 6, requires_grad=True)
     assert mlp._goes_in_pieces(x)
-    assert len(mlp._pieces(rows)) > 3 and max(s.stop - s.start for s in mlp._pieces(rows)) <= 8
-    found = run(ours, x)
-    for mine, other in zip(found, run(theirs, x), strict=True):
+    pieces = mlp._pieces(rows)
+    assert len(pieces) > 3 and max(s.stop - s.start for s in pieces) <= 8
+    found, expected = run(ours, x), run(theirs, x)
+    for mine, other in zip(found, expected, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+    assert asked == (4 * len(pieces) if by_onednn else 0)
     with torch.inference_mode():
         assert torch.equal(ours(x), found[0])
+        if by_onednn:
+            asked = 0
+            pack(ours)
+            assert torch.allclose(ours(x), expected[0], rtol=1e-5, atol=1e-6)
+            assert asked == 2 * len(pieces)
 
 
 def test_gradient_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vidt.linear import Linear, is_large, product
+from vidt.linear import Linear, LinearGELU, is_large, product
 from vidt.tracing import is_tracing
 
 PIECE = 2048  # rows; fewer make the products slower
@@ -26,13 +26,13 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, *, hidden_features: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_features)
+        self.fc1 = LinearGELU(dim, hidden_features)
         self.fc2 = Linear(hidden_features, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         if not _goes_in_pieces(x):
-            return self.fc2(self.fc1(x, gelu=True))
+            return self.fc2(self.fc1(x))
         if not torch.is_grad_enabled():
             return self._predict_in_pieces(x)
         return _MlpInPieces.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -41,7 +41,7 @@ class Mlp(nn.Module):
         output = x.new_empty(x.shape)
         rows_in, rows_out = (each.reshape(-1, x.shape[-1]) for each in (x, output))
         for rows in _pieces(len(rows_in)):
-            rows_out[rows] = self.fc2(self.fc1(rows_in[rows], gelu=True))
+            rows_out[rows] = self.fc2(self.fc1(rows_in[rows]))
         return output
 
 
@@ -59,6 +59,7 @@ class _MlpInPieces(torch.autograd.Function):
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
     ) -> Tensor:
         """x [..., C]; weights [H, C] and [C, H], biases [H] and [C] -> [..., C]."""
+        # All pieces share what is around them: the whole counts.
         ctx.multiply = multiply = product if is_large(x, weight1) else F.linear
         # Of the shape of x: who adds to a view of what a function returned copies gradients.
         whole = x.new_empty(x.shape)

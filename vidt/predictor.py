@@ -246,7 +246,8 @@ class Predictor:
         compile: bool = False,
     ) -> None:
         """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
-        canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host.
+        canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
+        is moved, and on a CPU packed (see `vidt.linear.pack`).
 
         Raises ValueError for a precision that does not exist, or not on this device.
         """
