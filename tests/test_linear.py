@@ -7,33 +7,18 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import asked_of_onednn, needs_onednn
 from torch import Tensor, nn
 
 from vidt import ViDT, linear
 from vidt.linear import Linear, LinearGELU, pack, packed, unpack
 
-needs_onednn = pytest.mark.skipif(
-    not linear.onednn_runs(), reason="this PyTorch or processor has no such products of oneDNN's"
-)
 SHAPES = [(1, 3, 5), (7, 48, 144), (2, 50, 96, 384), (100, 768, 192), (300, 192, 7)]
 
 
 @pytest.fixture
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "LARGE", 0)
-
-
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that oneDNN is asked for from now on."""
-    weights: list[Tensor] = []
-    product = linear.product
-
-    def listening(x: Tensor, weight: Tensor, *args: Tensor | None, gelu: bool = False) -> Tensor:
-        weights.append(weight)
-        return product(x, weight, *args, gelu=gelu)
-
-    monkeypatch.setattr(linear, "product", listening)
-    return weights
 
 
 def near(found: Tensor, exact: Tensor) -> bool:
@@ -52,7 +37,7 @@ def test_packed_layers_give_the_same(
     layer, x = kind(width, out, bias=bias), torch.randn(*rows, width)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     exact = F.gelu(exact) if kind is LinearGELU else exact
-    weights = asked(monkeypatch)
+    weights = asked_of_onednn(monkeypatch)
     pack(layer)
     with torch.inference_mode():
         assert near(layer(x), exact)
@@ -72,7 +57,7 @@ def test_large_products_and_their_gradients(
     layer, x = Linear(width, out, bias=bias), torch.randn(*rows, width, requires_grad=True)
     along = torch.randn(*rows, out)
     double, exact_x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
-    weights = asked(monkeypatch)
+    weights = asked_of_onednn(monkeypatch)
     output, exact = layer(x), double(exact_x)
     assert near(output, exact)
     found = torch.autograd.grad(output, [x, *layer.parameters()], along)
@@ -127,7 +112,7 @@ def test_a_changed_weight_is_not_answered_from_its_copy(
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(5, 64)
-    weights = asked(monkeypatch)
+    weights = asked_of_onednn(monkeypatch)
     for _ in range(20):  # memory is given out anew as it happens to be free
         layer = Linear(64, 48)
         pack(layer)
@@ -174,7 +159,7 @@ def test_elsewhere_it_is_pytorchs(why: str, monkeypatch: pytest.MonkeyPatch) -> 
     linear._onednn_ran.cache_clear()
     try:
         pack(layer)
-        weights = asked(monkeypatch)
+        weights = asked_of_onednn(monkeypatch)
         with (
             torch.backends.mkldnn.flags(enabled=why != "off"),
             torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),

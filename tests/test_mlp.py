@@ -1,18 +1,13 @@
 """The MLP in pieces against timm's."""
 
-from typing import Any
-
 import pytest
 import timm.layers
 import torch
+from conftest import asked_of_onednn, needs_onednn
 from torch import Tensor, nn
 
 from vidt import linear, mlp
 from vidt.linear import pack
-
-needs_onednn = pytest.mark.skipif(
-    not linear.onednn_runs(), reason="this PyTorch or processor has no such products of oneDNN's"
-)
 
 
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -29,16 +24,7 @@ def test_pieces_give_what_the_whole_gives(
 ) -> None:
     monkeypatch.setattr(mlp, "PIECE", 8)
     monkeypatch.setattr(linear, "LARGE", 0 if by_onednn else linear.LARGE)
-    asked = 0
-
-    def counting(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal asked
-        asked += 1
-        return product(*args, **kwargs)
-
-    product = linear.product
-    monkeypatch.setattr(linear, "product", counting)
-    monkeypatch.setattr(mlp, "product", counting)
+    asked = asked_of_onednn(monkeypatch)
     ours = mlp.Mlp(6, hidden_features=24)
     theirs = timm.layers.Mlp(6, hidden_features=24)
     theirs.load_state_dict(ours.state_dict())
@@ -49,14 +35,14 @@ def test_pieces_give_what_the_whole_gives(
     found, expected = run(ours, x), run(theirs, x)
     for mine, other in zip(found, expected, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
-    assert asked == (4 * len(pieces) if by_onednn else 0)
+    assert len(asked) == (4 * len(pieces) if by_onednn else 0)
     with torch.inference_mode():
         assert torch.equal(ours(x), found[0])
         if by_onednn:
-            asked = 0
+            asked.clear()
             pack(ours)
             assert torch.allclose(ours(x), expected[0], rtol=1e-5, atol=1e-6)
-            assert asked == 2 * len(pieces)
+            assert len(asked) == 2 * len(pieces)
 
 
 def test_gradient_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ Letters: R rows (tokens of the whole batch), C channels, H hidden channels.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,15 +35,8 @@ class Mlp(nn.Module):
         if not _goes_in_pieces(x):
             return self.fc2(self.fc1(x))
         if not torch.is_grad_enabled():
-            return self._predict_in_pieces(x)
+            return _by_pieces(x, lambda piece: self.fc2(self.fc1(piece)))
         return _MlpInPieces.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-
-    def _predict_in_pieces(self, x: Tensor) -> Tensor:
-        output = x.new_empty(x.shape)
-        rows_in, rows_out = (each.reshape(-1, x.shape[-1]) for each in (x, output))
-        for rows in _pieces(len(rows_in)):
-            rows_out[rows] = self.fc2(self.fc1(rows_in[rows]))
-        return output
 
 
 def _goes_in_pieces(x: Tensor) -> bool:
@@ -61,21 +55,22 @@ class _MlpInPieces(torch.autograd.Function):
         """x [..., C]; weights [H, C] and [C, H], biases [H] and [C] -> [..., C]."""
         # All pieces share what is around them: the whole counts.
         ctx.multiply = multiply = product if is_large(x, weight1) else F.linear
-        # Of the shape of x: who adds to a view of what a function returned copies gradients.
-        whole = x.new_empty(x.shape)
-        x, output = (each.reshape(-1, x.shape[-1]) for each in (x, whole))  # [R, C]
-        hidden = []
-        for rows in _pieces(len(x)):
-            hidden.append(multiply(x[rows], weight1, bias1))
-            output[rows] = multiply(F.gelu(hidden[-1]), weight2, bias2)
+        hidden: list[Tensor] = []
+
+        def of_piece(piece: Tensor) -> Tensor:
+            hidden.append(multiply(piece, weight1, bias1))
+            return multiply(F.gelu(hidden[-1]), weight2, bias2)
+
+        output = _by_pieces(x, of_piece)
         ctx.save_for_backward(x, weight1, weight2, *hidden)
-        return whole
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, weight2, *hidden = ctx.saved_tensors
-        shape, grad = grad.shape, grad.reshape(x.shape)
+        shape = grad.shape
+        x, grad = (each.reshape(-1, shape[-1]) for each in (x, grad))  # [R, C]
         grad_x = torch.empty_like(x)
         grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
         grad_bias1 = weight1.new_zeros(len(weight1))
@@ -86,6 +81,16 @@ class _MlpInPieces(torch.autograd.Function):
             grad_bias1 += before.sum(0)
             grad_x[rows] = ctx.multiply(before, weight1.T)
         return grad_x.view(shape), grad_weight1, grad_bias1, grad_weight2, grad.sum(0)
+
+
+def _by_pieces(x: Tensor, of_piece: Callable[[Tensor], Tensor]) -> Tensor:
+    """of_piece [R, C] -> [R, C], of some rows of x [..., C] at a time."""
+    # Of the shape of x: who adds to a view of what a function returned copies gradients.
+    output = x.new_empty(x.shape)
+    given, taken = (each.reshape(-1, x.shape[-1]) for each in (x, output))
+    for rows in _pieces(len(given)):
+        taken[rows] = of_piece(given[rows])
+    return output
 
 
 def _pieces(count: int) -> list[slice]:

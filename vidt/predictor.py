@@ -257,7 +257,7 @@ class Predictor:
         if precision == "fp16" and self.device.type == "cpu":
             raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
         self.model = model.to(self.device).eval()
-        if self.device.type == "cpu" and precision == "fp32" and not compile:
+        if precision == "fp32" and not compile:
             pack(self.model)
         self.info = info
         self.decode = decode_for(info.config)
