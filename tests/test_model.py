@@ -15,7 +15,7 @@ from vidt import SetCriterion, ViDT, ViDTConfig
 from vidt.convert import imagenet_swin
 from vidt.model import build_detector
 from vidt.pretrained import TIMM_NAMES, added_by_vidt
-from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
+from vidt.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
 from vidt.swin import Block, SwinBody
 from vidt.variants import SWIN_VARIANTS
 from vidt.without_neck import ViDTWithoutNeck
@@ -132,14 +132,14 @@ def test_padding_leaks_as_released(tiny_model: ViDT) -> None:
 def test_det_tokens_do_not_see_padded_patches() -> None:
     """The one thing in the body that the mask hides; a weight of e^-100 is nothing in float32."""
     attention = ReconfiguredAttention(32, 4, window=7, shift=3)
-    patches, positions = torch.randn(2, 5, 6, 32), torch.randn(2, 30, 32)
-    det = torch.randn(2, 3, 32)
+    patches, det = torch.randn(2, 5, 6, 32), torch.randn(2, 3, 32)
     padding = torch.zeros(2, 5, 6, dtype=torch.bool)
     padding[1, :, 4:] = True
+    position = sine_position(padding, 32, torch.float32)
     other = torch.where(padding[..., None], torch.randn_like(patches), patches)
 
     def det_of(patches: Tensor, padding: Tensor | None) -> Tensor:
-        return attention(patches.flatten(1, 2), det, (5, 6), positions, padding)[:, 30:]
+        return attention(patches.flatten(1, 2), det, (5, 6), position, padding)[:, 30:]
 
     expected = det_of(patches, padding.flatten(1))
     assert torch.equal(det_of(other, padding.flatten(1)), expected)
@@ -148,9 +148,10 @@ def test_det_tokens_do_not_see_padded_patches() -> None:
 
 def test_patches_never_see_det_tokens() -> None:
     attention = ReconfiguredAttention(32, 4, window=7, shift=0)
-    patches, positions = torch.randn(1, 30, 32), torch.randn(1, 30, 32)
+    patches = torch.randn(1, 30, 32)
+    position = sine_position(torch.zeros(1, 5, 6, dtype=torch.bool), 32, torch.float32)
     first, second = (
-        attention(patches, torch.randn(1, 3, 32), (5, 6), positions)[:, :30] for _ in range(2)
+        attention(patches, torch.randn(1, 3, 32), (5, 6), position)[:, :30] for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -169,12 +170,28 @@ def test_sine_position_counts_only_what_is_image() -> None:
     padding = torch.zeros(1, 4, 6, dtype=torch.bool)
     padding[0, 2:] = True
     padding[0, :, 3:] = True
-    positions = sine_position(padding, 8).reshape(4, 6, 8)
-    alone = sine_position(torch.zeros(1, 2, 3, dtype=torch.bool), 8).reshape(2, 3, 8)
-    assert torch.allclose(positions[:2, :3], alone)
+    position = sine_position(padding, 8, torch.float32)
+    alone = sine_position(padding[:, :2, :3], 8, torch.float32)
+    assert torch.allclose(position.rows[:, :2], alone.rows)
+    assert torch.allclose(position.columns[:, :3], alone.columns)
     y = math.pi  # the first of two rows: half of the way; periods 1 and 100
     by_hand = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100)]
-    assert torch.allclose(alone[0, 0, :4], torch.tensor(by_hand), atol=1e-5)
+    assert torch.allclose(alone.rows[0, 0], torch.tensor(by_hand), atol=1e-5)
+
+
+def test_position_is_added_to_the_patches() -> None:
+    """As released: to all channels of a patch, that of its row first, before keys and values are
+    made of it.
+    """
+    padding = torch.zeros(2, 3, 4, dtype=torch.bool)
+    padding[1, :, 3:] = True
+    rows, columns = sine_position(padding, 8, torch.float64)
+    patches, weight = torch.randn(2, 3, 4, 8).double(), torch.randn(16, 8).double()
+    placed = patches.clone()
+    placed[..., :4] += rows[:, :, None]
+    placed[..., 4:] += columns[:, None]
+    seen = SinePosition(rows, columns).added_to((patches @ weight.T).flatten(1, 2), weight)
+    assert torch.allclose(seen, (placed @ weight.T).flatten(1, 2))
 
 
 def test_padding_is_resized_by_the_floor_rule() -> None:

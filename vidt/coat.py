@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from vidt.linear import Linear
+from vidt.linear import Linear, linear
 from vidt.mlp import Mlp
-from vidt.ram import attend_det, resize_padding, sine_position, split_heads
+from vidt.ram import SinePosition, attend_det, resize_padding, sine_position, split_heads
 from vidt.swin import COARSE_DIM, PatchEmbedding
 from vidt.variants import COAT_VARIANTS as COAT_VARIANTS
 from vidt.variants import CoatVariant
@@ -73,22 +73,26 @@ class FactorizedAttention(nn.Module):
         self,
         tokens: Tensor,
         det: Tensor,
-        seen: Tensor | None,
+        patches: Tensor,
+        position: SinePosition | None,
         padding: Tensor | None,
         crpe: nn.Module,
         grid: tuple[int, int],
     ) -> Tensor:
         """tokens [B, 1 + N, C], the class token first; det [B, Q, C] with the [DET] position added;
-        seen [B, N, C] and padding [B, N] (True = padding): the patches as [DET] tokens see them, in
-        stages where they do. Returns tokens and det as [B, 1 + N + Q, C].
+        patches [B, N, C] as [DET] tokens see them, in stages where they do: there, position and
+        padding [B, N] (True = padding) are given. Returns tokens and det as [B, 1 + N + Q, C].
         """
         query, keys, values = split_heads(self.qkv(tokens), NUM_HEADS)
         context = keys.softmax(dim=2).mT @ values  # [B, M, D, D]
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
         # The class token has no place on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
-        patch_kv = None if seen is None else self.qkv(seen)[..., seen.shape[-1] :]
-        det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
+        seen = None
+        if position is not None:
+            weight, bias = self.qkv.weight[det.shape[2] :], self.qkv.bias[det.shape[2] :]
+            seen = position.added_to(linear(patches, weight, bias), weight)
+        det_out = attend_det(self.qkv(det), seen, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 
@@ -104,10 +108,10 @@ class Block(nn.Module):
         self.factoratt_crpe = FactorizedAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden_features=mlp_ratio * dim)
-        for linear in (self.factoratt_crpe.qkv, self.factoratt_crpe.proj, *self.mlp.children()):
-            if isinstance(linear, nn.Linear):
-                trunc_normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
+        for layer in (self.factoratt_crpe.qkv, self.factoratt_crpe.proj, *self.mlp.children()):
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -116,18 +120,19 @@ class Block(nn.Module):
         grid: tuple[int, int],
         cpe: nn.Module,
         crpe: nn.Module,
-        positions: Tensor | None,
+        position: SinePosition | None,
         padding: Tensor | None,
     ) -> Tensor:
         """tokens [B, 1 + N + Q, C]: class token, patches, [DET] tokens; det_pos [1, Q, pos_dim];
-        positions [B, N, C] and padding [B, N] as the stage's. Returns tokens of the same shape.
+        position and padding [B, N] as the stage's. Returns tokens of the same shape.
         """
         count = grid[0] * grid[1]
         cls, patches, det = self.norm1(tokens).split([1, count, det_pos.shape[1]], dim=1)
         attended = self.factoratt_crpe(
             torch.cat([cls, cpe(patches, grid)], dim=1),
             det + self.det_pos_linear(det_pos),
-            None if positions is None else patches + positions,
+            patches,
+            position,
             padding,
             crpe,
             grid,
@@ -177,15 +182,15 @@ class Stage(nn.Module):
         """
         patches = self.patch_embed(images)
         grid, dim = (patches.shape[1], patches.shape[2]), patches.shape[3]
-        positions = stage_padding = None
+        position = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, grid)
-            positions = sine_position(grid_padding, dim).to(patches.dtype)
+            position = sine_position(grid_padding, dim, patches.dtype)
             stage_padding = grid_padding.flatten(1)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls, patches.flatten(1, 2), self.det_exp(det)], dim=1)
         for block in self.serial_blocks:
-            tokens = block(tokens, det_pos, grid, self.cpe, self.crpe, positions, stage_padding)
+            tokens = block(tokens, det_pos, grid, self.cpe, self.crpe, position, stage_padding)
         _, patches, det = tokens.split([1, grid[0] * grid[1], det.shape[1]], dim=1)
         return patches.mT.unflatten(-1, grid), det
 

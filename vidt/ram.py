@@ -10,6 +10,7 @@ window * window.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +28,37 @@ def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(padding[:, None].float(), size=size).bool()[:, 0]
 
 
-def sine_position(padding: Tensor, dim: int) -> Tensor:
-    """DETR's sine encoding of the place inside the unpadded part of the map. padding [B, H, W] ->
-    [B, H * W, dim].
+class SinePosition(NamedTuple):
+    """DETR's sine encoding of places on a map: of a place it is that of its row, then that of its
+    column, each in half of the C channels.
     """
-    valid = (~padding).float()
-    y, x = valid.cumsum(1), valid.cumsum(2)
-    y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-    x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+
+    rows: Tensor  # [B, H, C / 2]
+    columns: Tensor  # [B, W, C / 2]
+
+    def added_to(self, patch_kv: Tensor, weight: Tensor) -> Tensor:
+        """Keys and values of the patches as if the position had been added before their projection,
+        by `weight`, [2 * C, C]. What is linear may be added after it, where a row and a column cost
+        one product each. patch_kv [B, N, 2 * C] -> the same shape.
+        """
+        of_row, of_column = weight.chunk(2, dim=1)
+        rows, columns = linear(self.rows, of_row), linear(self.columns, of_column)
+        return patch_kv + (rows[:, :, None] + columns[:, None]).flatten(1, 2)
+
+
+def sine_position(padding: Tensor, dim: int, dtype: torch.dtype) -> SinePosition:
+    """Of the unpadded part of a map, which is its upper left: padding [B, H, W], C = dim."""
     channel = torch.arange(dim // 2, dtype=torch.float32, device=padding.device)
     period = 10000 ** (2 * channel.div(2, rounding_mode="floor") / (dim // 2))
 
-    def encode(position: Tensor) -> Tensor:
-        angle = position[..., None] / period  # [B, H, W, dim / 2]
-        return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
+    def encode(padding: Tensor) -> Tensor:
+        place = (~padding).float().cumsum(1)
+        place = place / (place[:, -1:] + 1e-6) * (2 * math.pi)
+        angle = place[..., None] / period  # [B, H or W, dim / 2]
+        sines = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1)
+        return sines.flatten(-2).to(dtype)
 
-    return torch.cat([encode(y), encode(x)], dim=-1).flatten(1, 2)
+    return SinePosition(encode(padding[:, :, 0]), encode(padding[:, 0]))
 
 
 def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
@@ -108,12 +124,12 @@ class ReconfiguredAttention(nn.Module):
         patches: Tensor,
         det: Tensor,
         grid: tuple[int, int],
-        positions: Tensor | None = None,
+        position: SinePosition | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """patches [B, H * W, C]; det [B, Q, C] with the [DET] position added; positions [B, H * W,
-        C] and padding [B, H * W] (True = padding) are given in stages whose [DET] tokens look at
-        the patches. Returns patches, then [DET] tokens: [B, H * W + Q, C].
+        """patches [B, H * W, C]; det [B, Q, C] with the [DET] position added; position and padding
+        [B, H * W] (True = padding) are given in stages whose [DET] tokens look at the patches.
+        Returns patches, then [DET] tokens: [B, H * W + Q, C].
         """
         batch, num_det, dim = det.shape
         # Padded places of a window hold a token of zeros, not masked, as released.
@@ -127,19 +143,16 @@ class ReconfiguredAttention(nn.Module):
             batch=batch,
             device=tokens.device,
         )
-        windows, det_qkv = deal(self.qkv(tokens), places)
+        qkv = self.qkv(tokens)
+        windows, det_qkv = deal(qkv, places)
         windows = attend_windows(windows, self._bias().to(windows.dtype), places)
 
-        seen = None if positions is None else self._seen(patches + positions)
+        seen = None
+        if position is not None:
+            # The released model adds the position before qkv: it is in the values as well.
+            seen = position.added_to(qkv[:, : patches.shape[1], dim:], self.qkv.weight[dim:])
         det_out = attend_det(det_qkv, seen, padding, self.num_heads)
         return self.proj(collect(windows, det_out, places))
-
-    def _seen(self, tokens: Tensor) -> Tensor:
-        """Patches [B, N, C] to the keys and values that [DET] tokens see of them, [B, N, 2 * C].
-        The released model adds the position before qkv: it is in the values as well.
-        """
-        dim = tokens.shape[-1]
-        return linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
 
     def _bias(self) -> Tensor:
         """Relative position bias [M, T, T]."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vidt.linear import Linear
 from vidt.mlp import Mlp
-from vidt.ram import ReconfiguredAttention, resize_padding, sine_position
+from vidt.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
 from vidt.variants import SWIN_VARIANTS as SWIN_VARIANTS
 from vidt.variants import SwinVariant
 
@@ -77,14 +77,14 @@ class Block(nn.Module):
         tokens: Tensor,
         det_pos: Tensor,
         grid: tuple[int, int],
-        positions: Tensor | None,
+        position: SinePosition | None,
         padding: Tensor | None,
     ) -> Tensor:
         """tokens [B, H * W + Q, C], patches first, so that one draw of drop path serves both kinds;
         det_pos [1, Q, pos_dim]; grid (H, W). Returns tokens of the same shape.
         """
         patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
-        attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, positions, padding)
+        attended = self.attn(patches, det + self.det_pos_linear(det_pos), grid, position, padding)
         tokens = _sum(tokens, self.drop_path(attended))
         return _sum(tokens, self.drop_path(self.mlp(self.norm2(tokens))))
 
@@ -129,14 +129,14 @@ class Stage(nn.Module):
         merging yet.
         """
         grid = (patches.shape[1], patches.shape[2])
-        positions = stage_padding = None
+        position = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, grid)
-            positions = sine_position(grid_padding, patches.shape[-1]).to(patches.dtype)
+            position = sine_position(grid_padding, patches.shape[-1], patches.dtype)
             stage_padding = grid_padding.flatten(1)
         tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H*W + Q, C]
         for block in self.blocks:
-            tokens = block(tokens, det_pos, grid, positions, stage_padding)
+            tokens = block(tokens, det_pos, grid, position, stage_padding)
         patches, det = tokens.split([grid[0] * grid[1], det.shape[1]], dim=1)
         return patches.unflatten(1, grid), det
 
