@@ -14,13 +14,12 @@ ROOT = Path(__file__).parent.parent
 # named here before it exists; one that exists must be named.
 _ORDER = {
     "vidt": """
-        variants arguments whole_file
-        tracing linear levels images canvas inputs batching drawing devices preprocessing
-        deformable_gather deformable_triton deformable_attention mlp dropout windows ram swin coat
-        config epff token_label decoder mask_drawing mask_vectors overlap matcher without_neck model
-        criterion
-        distillation coco_classes released weights_file published checkpoint pretrained convert
-        predictor onnx_detector loading onnx_half onnx_graph onnx_proof coco_map50 export
+        variants arguments whole_file tracing linear levels images canvas inputs batching drawing
+        devices preprocessing deformable_gather deformable_triton deformable_attention mlp dropout
+        windows window_attention ram swin coat config epff token_label decoder mask_drawing
+        mask_vectors overlap matcher without_neck model criterion distillation coco_classes
+        released weights_file published checkpoint pretrained convert predictor onnx_detector
+        loading onnx_half onnx_graph onnx_proof coco_map50 export
         """,
     "trainer": """
         wording settings config launch_check findings run_lengths masks samples classes json_stream

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vidt.dropout import drop
 from vidt.linear import Linear, linear
-from vidt.windows import MASKED, attend_windows, collect, deal, windows_of
+from vidt.window_attention import attend_windows, windows_at_once
+from vidt.windows import MASKED, collect, windows_of
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -141,18 +142,18 @@ class ReconfiguredAttention(nn.Module):
             num_det=num_det,
             num_heads=self.num_heads,
             batch=batch,
+            at_once=windows_at_once(tokens.device),
             device=tokens.device,
         )
         qkv = self.qkv(tokens)
-        windows, det_qkv = deal(qkv, places)
-        windows = attend_windows(windows, self._bias().to(windows.dtype), places)
+        attended, det_qkv = attend_windows(qkv, self._bias().to(qkv.dtype), places)
 
         seen = None
         if position is not None:
             # The released model adds the position before qkv: it is in the values as well.
             seen = position.added_to(qkv[:, : patches.shape[1], dim:], self.qkv.weight[dim:])
         det_out = attend_det(det_qkv, seen, padding, self.num_heads)
-        return self.proj(collect(windows, det_out, places))
+        return self.proj(collect(attended, det_out, places))
 
     def _bias(self) -> Tensor:
         """Relative position bias [M, T, T]."""

@@ -1,0 +1,169 @@
+"""Softmax attention inside each window of a token map (Swin, arXiv 2103.14030, equations 3 and 4).
+
+The CPU goes piece by piece, so that scores stay in the processor's cache. A GPU and graphs take all
+windows at once.
+
+Letters: as in `vidt.windows`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vidt.tracing import is_compiled, is_tracing
+from vidt.windows import Windows, apart_in, by_piece, deal, head_dim, of_det
+
+WINDOWS_AT_ONCE = 192  # of all heads, with scores of 2 MB; on a CPU
+
+
+def windows_at_once(device: torch.device) -> int | None:
+    """How many windows of single heads `attend_windows` wants in a piece there, None for all."""
+    return WINDOWS_AT_ONCE if device.type == "cpu" and not is_tracing() else None
+
+
+def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Deals queries, keys and values [B, N + Q + 1, 3 * C], as `vidt.windows.deal`, and attends in
+    each window.
+
+    bias [M, T, T] is added to the scores of every window. Returns rows for `collect`, [R, D], and
+    what was dealt to the [DET] tokens, [B, Q, 3 * C].
+    """
+    on_cpu = qkv.device.type == "cpu"
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if on_cpu and not traced and not torch.is_grad_enabled():
+        return _predict(qkv, bias, windows), of_det(qkv, windows)
+    dealt, det = deal(qkv, windows)
+    if on_cpu and not traced:
+        return _AttentionOnCPU.apply(dealt, bias, windows), det
+    attend = _attend_written_out if on_cpu and is_compiled() else _attend
+    (dealt,) = by_piece(dealt, windows, 3)
+    return attend(dealt, bias, _whole_mask(windows)).reshape(-1, dealt.shape[-1]), det
+
+
+def _attend(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """Windows and heads side by side as heads, so that one mask serves the whole batch: qkv [3, B,
+    M, W, T, D], bias [M, T, T] and mask [W, T, T] -> [B, M * W, T, D].
+    """
+    query, keys, values = qkv.flatten(2, 3).unbind(0)
+    mask = (bias[:, None] + mask).flatten(0, 1).to(query.dtype)  # [M*W, T, T]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def _attend_written_out(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """As `_attend`, for `torch.compile` on a CPU, which makes one loop of all that lies between the
+    products. Returns [B * M * W, T, D].
+    """
+    area, dim = qkv.shape[-2:]
+    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)
+    scores = (query * dim**-0.5) @ keys.mT
+    scores = scores.view(*qkv.shape[1:4], area, area) + bias[:, None] + mask
+    return scores.softmax(-1).view(-1, area, area) @ values
+
+
+def _whole_mask(windows: Windows) -> Tensor:
+    """`apart` with the zeros of the windows before: [W, T, T]."""
+    return F.pad(windows.apart, (0, 0, 0, 0, windows.count - len(windows.apart), 0))
+
+
+def _attend_in_piece(
+    qkv: Tensor, bias: Tensor, apart: Tensor, weights: Tensor, output: Tensor
+) -> None:
+    """Writes weights [1, B, M, W, T, T] and output [1, B, M, W, T, D] of a piece: qkv [3, B, M, W,
+    T, D], apart as `apart_in` gives it.
+    """
+    area, dim = qkv.shape[-2:]
+    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)
+    weights.copy_(bias[:, None])
+    scores = weights.view(-1, area, area)
+    torch.baddbmm(scores, query, keys.mT, alpha=dim**-0.5, out=scores)
+    if len(apart):
+        weights[..., -len(apart) :, :, :].add_(apart)
+    torch.softmax(scores, -1, out=scores)
+    torch.bmm(scores, values, out=output.view(-1, area, dim))
+
+
+def _predict(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Without a gradient nothing of a piece is kept: the next takes its memory."""
+    dim, area = head_dim(qkv, windows, 3), bias.shape[-1]
+    rows = qkv.reshape(-1, dim)
+    output = qkv.new_empty(len(windows.collect_back), dim)
+    tables, outputs = by_piece(windows.deal, windows, 3), by_piece(output, windows, 1)
+    most = max(table.numel() for table in tables)
+    dealt, weights = qkv.new_empty(most, dim), qkv.new_empty(most // 3, area)
+    for piece, table, into in zip(windows.pieces, tables, outputs, strict=True):
+        of_piece = dealt[: table.numel()]
+        torch.index_select(rows, 0, table.flatten(), out=of_piece)
+        _attend_in_piece(
+            of_piece.view(*table.shape, dim),
+            bias,
+            apart_in(piece, windows),
+            weights[: len(of_piece) // 3].view(1, *table.shape[1:], area),
+            into,
+        )
+    return output
+
+
+class _AttentionOnCPU(torch.autograd.Function):
+    """Scores in one buffer that is written in place.
+
+    PyTorch's own attention for the CPU is made for long sequences: on windows of 49 tokens it takes
+    about half as long again, and wants the mask of every window.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dealt: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+        """dealt [3 * R, D], bias [M, T, T] -> [R, D]."""
+        num_rows = len(dealt) // 3
+        output = dealt.new_empty(num_rows, dealt.shape[1])
+        weights = dealt.new_empty(num_rows, bias.shape[-1])
+        for piece, qkv, kept, into in zip(
+            windows.pieces,
+            by_piece(dealt, windows, 3),
+            by_piece(weights, windows, 1),
+            by_piece(output, windows, 1),
+            strict=True,
+        ):
+            _attend_in_piece(qkv, bias, apart_in(piece, windows), kept, into)
+        ctx.windows = windows
+        ctx.save_for_backward(dealt, weights)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        windows = ctx.windows
+        dealt, weights = ctx.saved_tensors
+        area = weights.shape[-1]
+        grads = torch.empty_like(dealt)
+        grad_bias = weights.new_zeros(windows.collect.shape[2], area, area)
+        for qkv, kept, grad_output, into in zip(
+            by_piece(dealt, windows, 3),
+            by_piece(weights, windows, 1),
+            by_piece(grad.contiguous(), windows, 1),
+            by_piece(grads, windows, 3),
+            strict=True,
+        ):
+            grad_scores = _write_gradients(qkv, kept[0], grad_output[0], into)
+            grad_bias += grad_scores.sum((0, 2))
+        return grads, grad_bias, None
+
+
+def _write_gradients(qkv: Tensor, weights: Tensor, grad: Tensor, into: Tensor) -> Tensor:
+    """Of a piece: qkv [3, B, M, W, T, D], weights [B, M, W, T, T] and grad [B, M, W, T, D]. Writes
+    the gradients of qkv, returns those of the scores, [B, M, W, T, T].
+    """
+    area, dim = qkv.shape[-2:]
+    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)
+    grad_query, grad_keys, grad_values = into.view(3, -1, area, dim).unbind(0)
+    shape, weights, grad = weights.shape, weights.view(-1, area, area), grad.view(-1, area, dim)
+    grad_scores = torch._softmax_backward_data(
+        torch.bmm(grad, values.mT), weights, -1, weights.dtype
+    )
+    torch.bmm(grad_scores, keys, out=grad_query)
+    torch.bmm(grad_scores.mT, query, out=grad_keys)
+    torch.bmm(weights.mT, grad, out=grad_values)
+    into[:2] *= dim**-0.5
+    return grad_scores.view(shape)
