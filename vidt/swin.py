@@ -33,8 +33,11 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C_in, H, W] -> [B, ceil(H / patch), ceil(W / patch), C]."""
-        height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
+        below, right = (-side % self.patch for side in images.shape[-2:])
+        if below or right:  # a padding of nothing would be a copy
+            images = F.pad(images, (0, right, 0, below))
+        # Channels last is how the norm, and its gradient, are going to read the map.
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
 
 
@@ -48,10 +51,12 @@ class Merging(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), out_dim]."""
-        height, width = patches.shape[1:3]
-        patches = F.pad(patches, (0, 0, 0, width % 2, 0, height % 2))
-        corners = [patches[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        below, right = (side % 2 for side in patches.shape[1:3])
+        if below or right:
+            patches = F.pad(patches, (0, 0, 0, right, 0, below))
+        squares = patches.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, 2, W/2, 2, C]
+        corners = squares.permute(0, 1, 3, 4, 2, 5).flatten(3)  # of a square column by column
+        return self.reduction(self.norm(corners))
 
     def merge_det(self, det: Tensor) -> Tensor:
         """det [B, Q, C] -> [B, Q, out_dim]."""
