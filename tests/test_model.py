@@ -1,14 +1,16 @@
 """What holds for every detector whatever its weights: shapes, gradients, precision, devices."""
 
 import dataclasses
+import itertools
 import math
 import re
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import Compare, blurred
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidt import SetCriterion, ViDT, ViDTConfig
@@ -16,7 +18,7 @@ from vidt.convert import imagenet_swin
 from vidt.model import build_detector
 from vidt.pretrained import TIMM_NAMES, added_by_vidt
 from vidt.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
-from vidt.swin import Block, SwinBody
+from vidt.swin import Block, Merging, SwinBody
 from vidt.variants import SWIN_VARIANTS
 from vidt.without_neck import ViDTWithoutNeck
 
@@ -165,18 +167,33 @@ def test_a_shift_changes_a_map_of_one_window() -> None:
     assert not torch.allclose(*out)
 
 
-def test_sine_position_counts_only_what_is_image() -> None:
-    """Rows and columns of the image run from just above 0 to 2 pi, whatever padding follows."""
-    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
-    padding[0, 2:] = True
-    padding[0, :, 3:] = True
-    position = sine_position(padding, 8, torch.float32)
-    alone = sine_position(padding[:, :2, :3], 8, torch.float32)
-    assert torch.allclose(position.rows[:, :2], alone.rows)
-    assert torch.allclose(position.columns[:, :3], alone.columns)
-    y = math.pi  # the first of two rows: half of the way; periods 1 and 100
-    by_hand = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100)]
-    assert torch.allclose(alone.rows[0, 0], torch.tensor(by_hand), atol=1e-5)
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)])
+def test_a_merging_takes_squares_column_by_column(size: tuple[int, int]) -> None:
+    """Upper left, lower left, upper right, lower right, as the released weights have them."""
+    merging = Merging(2, 8)
+    merging.norm = merging.reduction = nn.Identity()
+    patches = torch.randn(2, *size, 2)
+    merged = merging(patches)
+    whole = F.pad(patches, (0, 0, 0, size[1] % 2, 0, size[0] % 2))
+    assert merged.shape == (2, whole.shape[1] // 2, whole.shape[2] // 2, 8)
+    for place, (column, row) in enumerate(itertools.product((0, 1), (0, 1))):
+        corner = whole[:, row::2, column::2]
+        assert torch.equal(merged[..., 2 * place : 2 * place + 2], corner)
+
+
+@pytest.mark.parametrize("image", [(slice(0, 2), slice(0, 3)), (slice(1, 4), slice(2, 5))])
+def test_sine_position_counts_only_what_is_image(image: tuple[slice, slice]) -> None:
+    """As the released model, which counts in each row and column for itself."""
+    padding = torch.ones(2, 4, 6, dtype=torch.bool)
+    padding[(0, *image)] = False
+    padding[1] = False
+    y, x = (padding.logical_not().float().cumsum(axis) for axis in (1, 2))
+    y, x = (at / (at.amax(axis, keepdim=True) + 1e-6) for at, axis in ((y, 1), (x, 2)))
+    rows, columns = sine_position(padding, 8, torch.float32)
+    for at, ours in ((y, rows[:, :, None]), (x, columns[:, None])):
+        angle = at[..., None] * 2 * math.pi / torch.tensor([1, 1, 100, 100])
+        encoded = torch.where(torch.arange(4) % 2 == 0, angle.sin(), angle.cos())
+        assert torch.allclose(ours.expand(2, 4, 6, 4)[~padding], encoded[~padding], atol=1e-5)
 
 
 def test_position_is_added_to_the_patches() -> None:
@@ -190,7 +207,7 @@ def test_position_is_added_to_the_patches() -> None:
     placed = patches.clone()
     placed[..., :4] += rows[:, :, None]
     placed[..., 4:] += columns[:, None]
-    seen = SinePosition(rows, columns).added_to((patches @ weight.T).flatten(1, 2), weight)
+    seen = SinePosition(rows, columns).add_projected((patches @ weight.T).flatten(1, 2), weight)
     assert torch.allclose(seen, (placed @ weight.T).flatten(1, 2))
 
 

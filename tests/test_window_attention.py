@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.test_windows import AT_ONCE, BATCH, GRIDS, NUM_HEADS, random_tokens, windows
-from vidt.window_attention import _attend, _whole_mask, attend_windows
-from vidt.windows import Windows, by_piece, collect, deal
+from tests.test_windows import AT_ONCE, BATCH, GRIDS, NUM_DET, NUM_HEADS, random_tokens, windows
+from vidt.ram import ReconfiguredAttention
+from vidt.window_attention import _attend, at_once, attend_windows
+from vidt.windows import Windows, by_piece, collect, deal, whole_mask
 
 
 def random_bias(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +24,7 @@ def by_pytorch(tokens: Tensor, bias: Tensor, places: Windows) -> Tensor:
     """As `attended`, of all windows as one piece."""
     dealt, det = deal(tokens, places)
     (qkv,) = by_piece(dealt, places, 3)
-    rows = _attend(qkv, bias, _whole_mask(places)).reshape(-1, qkv.shape[-1])
+    rows = _attend(qkv, bias, whole_mask(places)).reshape(-1, qkv.shape[-1])
     return collect(rows, det.unflatten(-1, (3, -1))[:, :, 0], places)
 
 
@@ -75,3 +76,42 @@ def test_compiled_graphs_of_several_grids_hold_their_tables() -> None:
         mine, other = (torch.autograd.grad(each, tokens, along)[0] for each in (ours, theirs))
         assert torch.allclose(mine, other, atol=1e-5)
         assert windows(grid, 1) is windows(grid, 1)
+
+
+def test_half_precision_rounds_the_gradient_of_the_bias_once() -> None:
+    """Not once for each of the 45 pieces."""
+    tokens = random_tokens((9, 13), 4).bfloat16().requires_grad_()
+    bias = random_bias(torch.bfloat16)
+    along = torch.randn(BATCH, 9 * 13 + 2, NUM_HEADS * 4).bfloat16()
+    whole, pieces = (
+        torch.autograd.grad(attended(tokens, bias, windows((9, 13), 1, at_once)), bias, along)[0]
+        for at_once in (None, 1)
+    )
+    assert torch.allclose(pieces, whole, rtol=2**-7, atol=0)
+
+
+def test_no_images_give_no_tokens() -> None:
+    places = windows((4, 6), 1, 4, batch=0)
+    tokens = random_tokens((4, 6), 4)[:0].requires_grad_()
+    with torch.no_grad():
+        assert attended(tokens, random_bias(), places).shape == (0, 26, 8)
+    attended(tokens, random_bias(), places).sum().backward()
+
+
+def test_a_graph_takes_all_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small pieces are elsewhere: compiled and, as ONNX export does it, exported."""
+    monkeypatch.setattr("vidt.window_attention.AT_ONCE", 1)
+    assert at_once(torch.device("cpu")) == 1 and at_once(torch.device("cuda")) is None
+    attention = ReconfiguredAttention(16, 2, window=3, shift=1).eval()
+    patches, det = torch.randn(2, 35, 16), torch.randn(2, NUM_DET, 16)
+
+    class OfGrid(nn.Module):
+        def forward(self, patches: Tensor, det: Tensor) -> Tensor:
+            return attention(patches, det, (5, 7))
+
+    expected = OfGrid()(patches, det)
+    compiled = torch.compile(OfGrid(), backend="eager", fullgraph=True, dynamic=False)
+    assert torch.allclose(compiled(patches, det), expected, atol=1e-5)
+    with torch.no_grad():
+        exported = torch.export.export(OfGrid(), (patches, det)).module()
+        assert torch.allclose(exported(patches, det), expected, atol=1e-5)

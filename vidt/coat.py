@@ -80,19 +80,21 @@ class FactorizedAttention(nn.Module):
         grid: tuple[int, int],
     ) -> Tensor:
         """tokens [B, 1 + N, C], the class token first; det [B, Q, C] with the [DET] position added;
-        patches [B, N, C] as [DET] tokens see them, in stages where they do: there, position and
-        padding [B, N] (True = padding) are given. Returns tokens and det as [B, 1 + N + Q, C].
+        patches [B, N, C] without the convolutional position, which [DET] tokens do not see; their
+        own position and padding [B, N] (True = padding) are given in stages whose [DET] tokens
+        look at the patches. Returns tokens and det as [B, 1 + N + Q, C].
         """
         query, keys, values = split_heads(self.qkv(tokens), NUM_HEADS)
         context = keys.softmax(dim=2).mT @ values  # [B, M, D, D]
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
         # The class token has no place on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
-        seen = None
+        patch_kv = None
         if position is not None:
-            weight, bias = self.qkv.weight[det.shape[2] :], self.qkv.bias[det.shape[2] :]
-            seen = position.added_to(linear(patches, weight, bias), weight)
-        det_out = attend_det(self.qkv(det), seen, padding, NUM_HEADS)
+            dim = det.shape[2]
+            weight, bias = self.qkv.weight[dim:], self.qkv.bias[dim:]
+            patch_kv = position.add_projected(linear(patches, weight, bias), weight)
+        det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 

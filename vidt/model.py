@@ -90,7 +90,8 @@ class ViDT(nn.Module):
         *,
         detections_only: bool = False,
     ) -> dict[str, Any]:
-        """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded.
+        """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded: right of the
+        image and below it.
 
         Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1
         of the unpadded image), with iou_aware `pred_ious` [B, Q, 1] (before the sigmoid) and with

@@ -1,9 +1,10 @@
 """A detector as an ONNX graph: 8-bit pixels in, normalisation and, if wanted, decoding inside.
 
-Inputs: `images` uint8 [B, 3, H, W] RGB, `padding` bool [B, H, W], True where padded, and with
-decoding `sizes` int64 [B, 2], (height, width) of the original images. Outputs: `pred_logits`,
-`pred_boxes` and `pred_vectors` as the detector gives them; or decoded `scores`, `labels`, `boxes`
-(xyxy, pixels of the original image) and `mask_vectors`, best first.
+Inputs: `images` uint8 [B, 3, H, W] RGB, `padding` bool [B, H, W], True where padded, right of the
+picture and below it, and with decoding `sizes` int64 [B, 2], (height, width) of the original
+images. Outputs: `pred_logits`, `pred_boxes` and `pred_vectors` as the detector gives them; or
+decoded `scores`, `labels`, `boxes` (xyxy, pixels of the original image) and `mask_vectors`, best
+first.
 """
 
 import dataclasses

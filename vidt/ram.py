@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vidt.dropout import drop
 from vidt.linear import Linear, linear
-from vidt.window_attention import attend_windows, windows_at_once
+from vidt.window_attention import at_once, attend_windows
 from vidt.windows import MASKED, collect, windows_of
 
 
@@ -37,10 +37,12 @@ class SinePosition(NamedTuple):
     rows: Tensor  # [B, H, C / 2]
     columns: Tensor  # [B, W, C / 2]
 
-    def added_to(self, patch_kv: Tensor, weight: Tensor) -> Tensor:
-        """Keys and values of the patches as if the position had been added before their projection,
-        by `weight`, [2 * C, C]. What is linear may be added after it, where a row and a column cost
-        one product each. patch_kv [B, N, 2 * C] -> the same shape.
+    def add_projected(self, patch_kv: Tensor, weight: Tensor) -> Tensor:
+        """Keys and values of the patches as if the position had been added before their projection
+        by `weight`, [2 * C, C]: it is linear, so that H rows and W columns may go through it by
+        themselves, and not H * W places. patch_kv [B, N, 2 * C] -> the same shape.
+
+        The released model adds it there: the position is in the values as well.
         """
         of_row, of_column = weight.chunk(2, dim=1)
         rows, columns = linear(self.rows, of_row), linear(self.columns, of_column)
@@ -48,7 +50,9 @@ class SinePosition(NamedTuple):
 
 
 def sine_position(padding: Tensor, dim: int, dtype: torch.dtype) -> SinePosition:
-    """Of the unpadded part of a map, which is its upper left: padding [B, H, W], C = dim."""
+    """Of the unpadded part of a map, a rectangle: padding [B, H, W], C = dim. Padded places have a
+    position too, but nobody looks there.
+    """
     channel = torch.arange(dim // 2, dtype=torch.float32, device=padding.device)
     period = 10000 ** (2 * channel.div(2, rounding_mode="floor") / (dim // 2))
 
@@ -59,7 +63,7 @@ def sine_position(padding: Tensor, dim: int, dtype: torch.dtype) -> SinePosition
         sines = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1)
         return sines.flatten(-2).to(dtype)
 
-    return SinePosition(encode(padding[:, :, 0]), encode(padding[:, 0]))
+    return SinePosition(encode(padding.all(2)), encode(padding.all(1)))
 
 
 def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
@@ -142,17 +146,17 @@ class ReconfiguredAttention(nn.Module):
             num_det=num_det,
             num_heads=self.num_heads,
             batch=batch,
-            at_once=windows_at_once(tokens.device),
+            at_once=at_once(tokens.device),
             device=tokens.device,
         )
         qkv = self.qkv(tokens)
         attended, det_qkv = attend_windows(qkv, self._bias().to(qkv.dtype), places)
 
-        seen = None
+        patch_kv = None
         if position is not None:
-            # The released model adds the position before qkv: it is in the values as well.
-            seen = position.added_to(qkv[:, : patches.shape[1], dim:], self.qkv.weight[dim:])
-        det_out = attend_det(det_qkv, seen, padding, self.num_heads)
+            patch_kv = qkv[:, : patches.shape[1], dim:]
+            patch_kv = position.add_projected(patch_kv, self.qkv.weight[dim:])
+        det_out = attend_det(det_qkv, patch_kv, padding, self.num_heads)
         return self.proj(collect(attended, det_out, places))
 
     def _bias(self) -> Tensor:

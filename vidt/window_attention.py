@@ -3,7 +3,7 @@
 The CPU goes piece by piece, so that scores stay in the processor's cache. A GPU and graphs take all
 windows at once.
 
-Letters: as in `vidt.windows`.
+Letters: as in `vidt.windows`; b images and w windows of a piece.
 """
 
 from typing import Any
@@ -14,33 +14,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vidt.tracing import is_compiled, is_tracing
-from vidt.windows import Windows, apart_in, by_piece, deal, head_dim, of_det
+from vidt.windows import Windows, apart_in, by_piece, deal, of_det, whole_mask
 
-WINDOWS_AT_ONCE = 192  # of all heads, with scores of 2 MB; on a CPU
+AT_ONCE = 192  # scores of a window and head, in all 2 MB; on a CPU
 
 
-def windows_at_once(device: torch.device) -> int | None:
-    """How many windows of single heads `attend_windows` wants in a piece there, None for all."""
-    return WINDOWS_AT_ONCE if device.type == "cpu" and not is_tracing() else None
+def at_once(device: torch.device) -> int | None:
+    """What `attend_windows` wants to be made of windows there, see `windows_of`."""
+    return AT_ONCE if device.type == "cpu" and not is_tracing() else None
 
 
 def attend_windows(qkv: Tensor, bias: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Deals queries, keys and values [B, N + Q + 1, 3 * C], as `vidt.windows.deal`, and attends in
     each window.
 
-    bias [M, T, T] is added to the scores of every window. Returns rows for `collect`, [R, D], and
-    what was dealt to the [DET] tokens, [B, Q, 3 * C].
+    bias [M, T, T] is added to the scores of every window; windows were made with `at_once`. Returns
+    rows for `collect`, [R, D], and what was dealt to the [DET] tokens, [B, Q, 3 * C].
     """
-    on_cpu = qkv.device.type == "cpu"
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if on_cpu and not traced and not torch.is_grad_enabled():
-        return _predict(qkv, bias, windows), of_det(qkv, windows)
-    dealt, det = deal(qkv, windows)
-    if on_cpu and not traced:
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if qkv.device.type == "cpu" and not graph:
+        if not torch.is_grad_enabled():
+            return _predict(qkv, bias, windows), of_det(qkv, windows)
+        dealt, det = deal(qkv, windows)
         return _AttentionOnCPU.apply(dealt, bias, windows), det
-    attend = _attend_written_out if on_cpu and is_compiled() else _attend
-    (dealt,) = by_piece(dealt, windows, 3)
-    return attend(dealt, bias, _whole_mask(windows)).reshape(-1, dealt.shape[-1]), det
+    assert len(windows.pieces) == 1, "made with `at_once` for a CPU"
+    attend = _attend_written_out if qkv.device.type == "cpu" and is_compiled() else _attend
+    dealt, det = deal(qkv, windows)
+    dim = dealt.shape[-1]
+    split = dealt.view(3, -1, windows.num_heads, windows.count, windows.area, dim)
+    return attend(split, bias, whole_mask(windows)).reshape(-1, dim), det
 
 
 def _attend(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -54,24 +56,19 @@ def _attend(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
 
 def _attend_written_out(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """As `_attend`, for `torch.compile` on a CPU, which makes one loop of all that lies between the
-    products. Returns [B * M * W, T, D].
+    products.
     """
     area, dim = qkv.shape[-2:]
-    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)
+    query, keys, values = qkv.view(3, -1, area, dim).unbind(0)  # [B*M*W, T, D]
     scores = (query * dim**-0.5) @ keys.mT
     scores = scores.view(*qkv.shape[1:4], area, area) + bias[:, None] + mask
-    return scores.softmax(-1).view(-1, area, area) @ values
-
-
-def _whole_mask(windows: Windows) -> Tensor:
-    """`apart` with the zeros of the windows before: [W, T, T]."""
-    return F.pad(windows.apart, (0, 0, 0, 0, windows.count - len(windows.apart), 0))
+    return (scores.softmax(-1).view(-1, area, area) @ values).view(qkv.shape[1], -1, area, dim)
 
 
 def _attend_in_piece(
     qkv: Tensor, bias: Tensor, apart: Tensor, weights: Tensor, output: Tensor
 ) -> None:
-    """Writes weights [1, B, M, W, T, T] and output [1, B, M, W, T, D] of a piece: qkv [3, B, M, W,
+    """Of a piece: writes weights [1, b, M, w, T, T] and output [1, b, M, w, T, D]; qkv [3, b, M, w,
     T, D], apart as `apart_in` gives it.
     """
     area, dim = qkv.shape[-2:]
@@ -87,9 +84,9 @@ def _attend_in_piece(
 
 def _predict(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     """Without a gradient nothing of a piece is kept: the next takes its memory."""
-    dim, area = head_dim(qkv, windows, 3), bias.shape[-1]
+    dim, area = qkv.shape[-1] // (3 * windows.num_heads), windows.area
     rows = qkv.reshape(-1, dim)
-    output = qkv.new_empty(len(windows.collect_back), dim)
+    output = qkv.new_empty(len(windows.deal) // 3, dim)
     tables, outputs = by_piece(windows.deal, windows, 3), by_piece(output, windows, 1)
     most = max(table.numel() for table in tables)
     dealt, weights = qkv.new_empty(most, dim), qkv.new_empty(most // 3, area)
@@ -118,15 +115,15 @@ class _AttentionOnCPU(torch.autograd.Function):
         """dealt [3 * R, D], bias [M, T, T] -> [R, D]."""
         num_rows = len(dealt) // 3
         output = dealt.new_empty(num_rows, dealt.shape[1])
-        weights = dealt.new_empty(num_rows, bias.shape[-1])
-        for piece, qkv, kept, into in zip(
+        weights = dealt.new_empty(num_rows, windows.area)
+        for piece, qkv, of_piece, into in zip(
             windows.pieces,
             by_piece(dealt, windows, 3),
             by_piece(weights, windows, 1),
             by_piece(output, windows, 1),
             strict=True,
         ):
-            _attend_in_piece(qkv, bias, apart_in(piece, windows), kept, into)
+            _attend_in_piece(qkv, bias, apart_in(piece, windows), of_piece, into)
         ctx.windows = windows
         ctx.save_for_backward(dealt, weights)
         return output
@@ -136,24 +133,24 @@ class _AttentionOnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         windows = ctx.windows
         dealt, weights = ctx.saved_tensors
-        area = weights.shape[-1]
         grads = torch.empty_like(dealt)
-        grad_bias = weights.new_zeros(windows.collect.shape[2], area, area)
-        for qkv, kept, grad_output, into in zip(
+        exact = torch.promote_types(weights.dtype, torch.float32)  # for the sum over pieces
+        grad_bias = weights.new_zeros(windows.num_heads, windows.area, windows.area, dtype=exact)
+        for qkv, of_piece, grad_output, into in zip(
             by_piece(dealt, windows, 3),
             by_piece(weights, windows, 1),
             by_piece(grad.contiguous(), windows, 1),
             by_piece(grads, windows, 3),
             strict=True,
         ):
-            grad_scores = _write_gradients(qkv, kept[0], grad_output[0], into)
-            grad_bias += grad_scores.sum((0, 2))
-        return grads, grad_bias, None
+            grad_scores = _write_gradients(qkv, of_piece[0], grad_output[0], into)
+            grad_bias += grad_scores.sum((0, 2), dtype=exact)
+        return grads, grad_bias.to(weights.dtype), None
 
 
 def _write_gradients(qkv: Tensor, weights: Tensor, grad: Tensor, into: Tensor) -> Tensor:
-    """Of a piece: qkv [3, B, M, W, T, D], weights [B, M, W, T, T] and grad [B, M, W, T, D]. Writes
-    the gradients of qkv, returns those of the scores, [B, M, W, T, T].
+    """Of a piece: qkv [3, b, M, w, T, D], weights [b, M, w, T, T] and grad [b, M, w, T, D]. Writes
+    the gradients of qkv, returns those of the scores, [b, M, w, T, T].
     """
     area, dim = qkv.shape[-2:]
     query, keys, values = qkv.view(3, -1, area, dim).unbind(0)

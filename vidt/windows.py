@@ -24,6 +24,7 @@ MASKED = -100.0  # the released value; a masked key keeps a weight near e^-100 r
 class Piece(NamedTuple):
     """All heads of some windows of some images: what the attention is given at once."""
 
+    image: int  # the first
     images: int
     first: int  # of the windows of each of these images
     end: int
@@ -36,23 +37,26 @@ class Windows:
 
     A token is rows of D values, one for each part and head, parts being queries, keys and values,
     or the one that attention gives. Rows are copied once, straight to where the products of the
-    attention want them: piece after piece, each [parts, images, M, windows, T, D]. The tables say
-    where each is taken from.
+    attention want them: piece after piece, each [parts, images, M, windows, T], P in short. A table
+    holds the numbers of the rows that are to be copied: from tokens, which are counted through as
+    the shape says, or from P. Where nothing belongs, it names any row.
     """
 
     num_patches: int  # N
+    num_heads: int  # M
     count: int  # W
+    area: int  # T
     pieces: tuple[Piece, ...]
     apart: Tensor  # [number of the last windows, T, T] 0 or MASKED
-    deal: Tensor  # [3 * R] rows of [B, N + Q + 1, 3, M]; its last token is for padding
-    deal_back: Tensor  # [B, N + Q + 1, 3, M] rows of the pieces; any where no patch is
-    dealt_padding: Tensor  # [B, W * T - N, 3, M] rows of the pieces
-    collect: Tensor  # [B, N + Q, M] rows of the pieces; any where no patch is
-    collect_back: Tensor  # [R] rows of [B, N + Q, M]; any for padding
-    collected_padding: Tensor  # [B * (W * T - N) * M] rows of the pieces
+    deal: Tensor  # [3 * R] of tokens [B, N + Q + 1, 3, M]; the last of them is for padding
+    deal_back: Tensor  # [B, N + Q + 1, 3, M] of P; nothing but patches belongs
+    dealt_padding: Tensor  # [B, W * T - N, 3, M] of P
+    collect: Tensor  # [B, N + Q, M] of P; nothing but patches belongs
+    collect_back: Tensor  # [R] of tokens [B, N + Q, M]; nothing belongs into padding
+    collected_padding: Tensor  # [B * (W * T - N) * M] of P, int64, which alone may be filled by
 
 
-@kept(32)  # eight are one size of images: for 16 of 640 pixels, some 150 MB
+@kept(32)  # eight are one size of images: for 16 of 640 pixels, some 160 MB
 def windows_of(
     grid: tuple[int, int],
     window: int,
@@ -66,105 +70,108 @@ def windows_of(
 ) -> Windows:
     """The windows of a grid, zero padded right and below to whole ones, then shifted cyclically.
 
-    at_once: how many windows of single heads make a piece; None puts all into one.
+    at_once: how many scores [T, T] of a window and head a piece may have, but it has all heads of a
+    window at least; None puts all windows of all images into one.
     """
     height, width = grid
     num_patches = height * width
     num_tokens = num_patches + num_det
-    rows, columns = (-(-side // window) for side in grid)
+    down, across = (-(-side // window) for side in grid)
+    count, area = down * across, window**2
     tokens = torch.arange(num_patches, device=device).view(grid)
-    pad = (0, columns * window - width, 0, rows * window - height)
+    pad = (0, across * window - width, 0, down * window - height)
     tokens = F.pad(tokens, pad, value=num_tokens)
     if shift:
         tokens = tokens.roll((-shift, -shift), dims=(0, 1))
-    order = _order(rows, columns, device) if shift else slice(None)
+    order = _order(down, across, device) if shift else slice(None)
     source = _cut(tokens, window)[order].flatten()  # the token at each place
     by_token = source.argsort()  # not stable: ONNX knows no other, and padded places are alike
-    source, places, padded = (
+    source, places, padding = (
         each.int() for each in (source, by_token[:num_patches], by_token[num_patches:])
     )
-    pieces = _pieces(batch, rows * columns, num_heads, at_once)
+    pieces = _pieces(batch, count, num_heads, at_once)
+    images, windows = pieces[0].images, pieces[0].end
 
-    def steps(count: int, step: int, axis: int) -> Tensor:
+    def steps(number: int, step: int, axis: int) -> Tensor:
         """0, step, 2 * step ... along an axis of four."""
         shape = [1, 1, 1, 1]
-        shape[axis] = count
-        return (torch.arange(count, dtype=torch.int32, device=device) * step).view(shape)
+        shape[axis] = number
+        return (torch.arange(number, dtype=torch.int32, device=device) * step).view(shape)
 
-    def rows_of_tokens(source: Tensor, parts: int, num_tokens: int) -> Tensor:
-        """[parts, B, M, W * T]"""
+    def of_tokens(source: Tensor, parts: int, num_tokens: int) -> Tensor:
+        """Numbers of the rows of tokens [B, num_tokens, parts, M] in P."""
         image, head = steps(batch, num_tokens * parts * num_heads, 1), steps(num_heads, 1, 2)
-        return steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)
+        rows = steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)
+        in_pieces = [
+            rows[
+                :,
+                piece.image : piece.image + piece.images,
+                :,
+                piece.first * area : piece.end * area,
+            ].flatten()
+            for piece in pieces
+        ]
+        return torch.cat(in_pieces)
 
-    def rows_of_pieces(places: Tensor, parts: int) -> Tensor:
-        """[B, number of places, parts, M]"""
-        shape = parts, batch, num_heads, len(source)
-        numbers = torch.arange(math.prod(shape), dtype=torch.int32, device=device)
-        if len(pieces) > 1:
-            laid = _in_pieces(numbers.view(shape), pieces, window**2).long()
-            numbers = torch.empty_like(numbers).index_copy_(0, laid, numbers)
-        return numbers.view(shape).index_select(3, places).permute(1, 3, 0, 2)
+    def of_pieces(places: Tensor, parts: int) -> Tensor:
+        """Numbers of the rows of P at places of windows: [B, number of places, parts, M]."""
+        image, place = steps(batch, 1, 0), places.view(1, -1, 1, 1)
+        before = image // images * images  # images of pieces that came before
+        together = (batch - before).clamp(max=images)  # images of the piece
+        first = place // (windows * area) * (windows * area)
+        head = (count * area - first).clamp(max=windows * area)  # rows of a head
+        image_rows = num_heads * head
+        start = parts * num_heads * (before * (count * area) + together * first)
+        inside = (image - before) * image_rows + place - first
+        part = steps(parts, 1, 2) * (together * image_rows)
+        return start + inside + part + steps(num_heads, 1, 3) * head
 
     return Windows(
         num_patches=num_patches,
-        count=rows * columns,
+        num_heads=num_heads,
+        count=count,
+        area=area,
         pieces=pieces,
-        apart=_apart(rows, columns, window, shift, order, device),
-        deal=_in_pieces(rows_of_tokens(source, 3, num_tokens + 1), pieces, window**2),
-        deal_back=F.pad(rows_of_pieces(places, 3), (0, 0, 0, 0, 0, num_det + 1)),
-        dealt_padding=rows_of_pieces(padded, 3),
-        collect=F.pad(rows_of_pieces(places, 1)[:, :, 0], (0, 0, 0, num_det)),
-        collect_back=_in_pieces(
-            rows_of_tokens(source.clamp(max=num_tokens - 1), 1, num_tokens), pieces, window**2
-        ),
-        collected_padding=rows_of_pieces(padded, 1).flatten().long(),
+        apart=_apart(down, across, window, shift, order, device),
+        deal=of_tokens(source, 3, num_tokens + 1),
+        deal_back=F.pad(of_pieces(places, 3), (0, 0, 0, 0, 0, num_det + 1)),
+        dealt_padding=of_pieces(padding, 3),
+        collect=F.pad(of_pieces(places, 1)[:, :, 0], (0, 0, 0, num_det)),
+        collect_back=of_tokens(source.clamp(max=num_tokens - 1), 1, num_tokens),
+        collected_padding=of_pieces(padding, 1).flatten().long(),
     )
 
 
 def _pieces(batch: int, count: int, num_heads: int, at_once: int | None) -> tuple[Piece, ...]:
-    """Whole images where they are small enough, else windows of one, in equal pieces."""
-    if at_once is None:
-        return (Piece(batch, 0, count),)
-    size = max(at_once // num_heads, 1)  # windows
-    images = min(max(size // count, 1), batch)
-    windows = _even(count, size)
+    """Whole images where they are small enough, else windows of one. None is larger than the
+    first.
+    """
+    if at_once is None or batch == 0:
+        return (Piece(0, batch, 0, count),)
+    most = max(at_once // num_heads, 1)  # windows
+    images = max(min(most // count, batch), 1)
+    windows = math.ceil(count / math.ceil(count / most))
     return tuple(
-        Piece(min(images, batch - image), first, min(first + windows, count))
+        Piece(image, min(images, batch - image), first, min(first + windows, count))
         for image in range(0, batch, images)
         for first in range(0, count, windows)
     )
 
 
-def _even(count: int, most: int) -> int:
-    """The size of pieces of about one size, `most` at most."""
-    return math.ceil(count / math.ceil(count / most))
-
-
-def _in_pieces(table: Tensor, pieces: tuple[Piece, ...], area: int) -> Tensor:
-    """[parts, B, M, W * T] -> [parts * R], piece after piece."""
-    flat, image = [], 0
-    for piece in pieces:
-        images = table[:, image : image + piece.images]
-        flat.append(images[..., piece.first * area : piece.end * area].flatten())
-        if piece.end * area == table.shape[3]:
-            image += piece.images
-    return torch.cat(flat)
-
-
-def _order(rows: int, columns: int, device: torch.device) -> Tensor:
+def _order(down: int, across: int, device: torch.device) -> Tensor:
     """Windows row by row, but those of the last row and the last column at the end."""
-    numbers = torch.arange(rows * columns, device=device).view(rows, columns)
+    numbers = torch.arange(down * across, device=device).view(down, across)
     return torch.cat([numbers[:-1, :-1].flatten(), numbers[:-1, -1], numbers[-1]])
 
 
 def _cut(tokens: Tensor, window: int) -> Tensor:
     """A map of whole windows [H, W] -> [windows, T]."""
-    rows, columns = (side // window for side in tokens.shape)
-    return tokens.view(rows, window, columns, window).transpose(1, 2).reshape(rows * columns, -1)
+    down, across = (side // window for side in tokens.shape)
+    return tokens.view(down, window, across, window).transpose(1, 2).reshape(down * across, -1)
 
 
 def _apart(
-    rows: int, columns: int, window: int, shift: int, order: Any, device: torch.device
+    down: int, across: int, window: int, shift: int, order: Any, device: torch.device
 ) -> Tensor:
     """Keeps tokens apart that a shift brought together: [windows of the last row and column, T, T],
     0 or MASKED.
@@ -177,8 +184,8 @@ def _apart(
         end = count * window
         return (place >= end - window).long() + (place >= end - shift).long()
 
-    regions = region(rows)[:, None] * 3 + region(columns)
-    last = _cut(regions, window)[order][(rows - 1) * (columns - 1) :]
+    regions = region(down)[:, None] * 3 + region(across)
+    last = _cut(regions, window)[order][(down - 1) * (across - 1) :]
     return (last[:, None, :] != last[:, :, None]) * MASKED
 
 
@@ -195,7 +202,8 @@ def collect(attended: Tensor, det: Tensor, windows: Windows) -> Tensor:
     return _Collect.apply(attended, det, windows)
 
 
-# Functions, not methods: of a constant, `torch.compile` calls none.
+# What follows are no methods of `Windows`: `torch.compile` holds it as a constant, and of those it
+# calls none.
 
 
 def of_det(qkv: Tensor, windows: Windows) -> Tensor:
@@ -203,9 +211,9 @@ def of_det(qkv: Tensor, windows: Windows) -> Tensor:
     return qkv[:, windows.num_patches : -1]
 
 
-def head_dim(tokens: Tensor, windows: Windows, parts: int) -> int:
-    """D of tokens [*, parts * C]."""
-    return tokens.shape[-1] // (parts * windows.collect.shape[2])
+def whole_mask(windows: Windows) -> Tensor:
+    """`Windows.apart` with the zeros of the windows before: [W, T, T]."""
+    return F.pad(windows.apart, (0, 0, 0, 0, windows.count - len(windows.apart), 0))
 
 
 def apart_in(piece: Piece, windows: Windows) -> Tensor:
@@ -216,19 +224,18 @@ def apart_in(piece: Piece, windows: Windows) -> Tensor:
 
 def by_piece(rows: Tensor, windows: Windows, parts: int) -> list[Tensor]:
     """[parts * R, *] -> of each piece [parts, images, M, windows, T, *]."""
-    num_heads, area = windows.collect.shape[2], windows.apart.shape[-1]
-    sizes = [
-        parts * piece.images * num_heads * (piece.end - piece.first) * area
+    shapes = [
+        (parts, piece.images, windows.num_heads, piece.end - piece.first, windows.area)
         for piece in windows.pieces
     ]
+    pieces = rows.split([math.prod(shape) for shape in shapes])
     return [
-        of_piece.view(parts, piece.images, num_heads, -1, area, *rows.shape[1:])
-        for of_piece, piece in zip(rows.split(sizes), windows.pieces, strict=True)
+        piece.view(*shape, *rows.shape[1:]) for piece, shape in zip(pieces, shapes, strict=True)
     ]
 
 
-def pick_rows(of: Tensor, table: Tensor, dim: int) -> Tensor:
-    """Rows of D = dim values at the places of a table: [*, D]."""
+def _pick_rows(of: Tensor, table: Tensor, dim: int) -> Tensor:
+    """Rows of D = dim values, as a table says: [*, D]."""
     return of.reshape(-1, dim).index_select(0, table.flatten()).view(*table.shape, dim)
 
 
@@ -238,16 +245,17 @@ class _Deal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         ctx.windows = windows
-        return pick_rows(qkv, windows.deal, head_dim(qkv, windows, 3)), of_det(qkv, windows).clone()
+        dim = qkv.shape[-1] // (3 * windows.num_heads)
+        return _pick_rows(qkv, windows.deal, dim), of_det(qkv, windows).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_det: Tensor) -> tuple[Tensor, None]:
         windows = ctx.windows
         dim = grad.shape[-1]
-        grad_qkv = pick_rows(grad, windows.deal_back, dim).flatten(2)
+        grad_qkv = _pick_rows(grad, windows.deal_back, dim).flatten(2)
         grad_qkv[:, windows.num_patches : -1] = grad_det
-        grad_qkv[:, -1] = pick_rows(grad, windows.dealt_padding, dim).sum(1).flatten(1)
+        grad_qkv[:, -1] = _pick_rows(grad, windows.dealt_padding, dim).sum(1).flatten(1)
         return grad_qkv, None
 
 
@@ -255,7 +263,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, det: Tensor, windows: Windows) -> Tensor:
         ctx.windows = windows
-        output = pick_rows(attended, windows.collect, attended.shape[-1]).flatten(2)
+        output = _pick_rows(attended, windows.collect, attended.shape[-1]).flatten(2)
         output[:, windows.num_patches :] = det
         return output
 
@@ -263,6 +271,7 @@ class _Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         windows = ctx.windows
-        attended = pick_rows(grad, windows.collect_back, head_dim(grad, windows, 1))
+        dim = grad.shape[-1] // windows.num_heads
+        attended = _pick_rows(grad, windows.collect_back, dim)
         attended.index_fill_(0, windows.collected_padding, 0)
         return attended, grad[:, windows.num_patches :], None
