@@ -56,6 +56,70 @@ class Windows:
     collected_padding: Tensor  # [B * (W * T - N) * M] of P, int64, which alone may be filled by
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How P, the rows of all pieces, and the rows of tokens are counted through."""
+
+    batch: int
+    num_heads: int
+    count: int
+    area: int
+    pieces: tuple[Piece, ...]
+
+    def rows_of_tokens(self, source: Tensor, parts: int, num_tokens: int) -> Tensor:
+        """In the order of P, the rows that are there: [parts * R] of [B, num_tokens, parts, M].
+        source [W * T]: which token is at each place of an image's windows.
+        """
+        token = parts * self.num_heads
+        image = _steps(self.batch, num_tokens * token, 1, source.device)
+        part = _steps(parts, self.num_heads, 0, source.device)
+        head = _steps(self.num_heads, 1, 2, source.device)
+        rows = part + image + head + source * token  # [parts, B, M, W * T]
+        pieces = []
+        for piece in self.pieces:
+            of_images = rows[:, piece.image : piece.image + piece.images]
+            pieces.append(of_images[..., piece.first * self.area : piece.end * self.area].flatten())
+        return torch.cat(pieces)
+
+    def rows_of_pieces(self, places: Tensor, parts: int) -> Tensor:
+        """Which rows of P belong to places [n] of each image's windows: [B, n, parts, M]."""
+        device, heads = places.device, self.num_heads
+        # All pieces are as large as the first, but the last images and the last windows.
+        images, width = self.pieces[0].images, self.pieces[0].end * self.area
+        all_places = self.count * self.area
+        image, place = _steps(self.batch, 1, 0, device), places.view(1, -1, 1, 1)
+        first_image, first_place = image // images * images, place // width * width
+        num_images = (self.batch - first_image).clamp(max=images)  # in the piece
+        of_head = (all_places - first_place).clamp(max=width)  # rows in the piece
+        before = first_image * all_places + num_images * first_place  # rows of a head and part
+        row = parts * heads * before + (image - first_image) * heads * of_head
+        part = _steps(parts, 1, 2, device) * (num_images * heads * of_head)
+        return (row + place - first_place) + part + _steps(heads, 1, 3, device) * of_head
+
+
+def _steps(number: int, step: int, axis: int, device: torch.device) -> Tensor:
+    """0, step, 2 * step ... along an axis of four, int32."""
+    shape = [1, 1, 1, 1]
+    shape[axis] = number
+    return (torch.arange(number, dtype=torch.int32, device=device) * step).view(shape)
+
+
+def _pieces(batch: int, count: int, num_heads: int, at_once: int | None) -> tuple[Piece, ...]:
+    """Whole images where they are small enough, else windows of one. None is larger than the
+    first.
+    """
+    if at_once is None or batch == 0:
+        return (Piece(0, batch, 0, count),)
+    most = max(at_once // num_heads, 1)  # windows
+    images = max(min(most // count, batch), 1)
+    windows = math.ceil(count / math.ceil(count / most))
+    return tuple(
+        Piece(image, min(images, batch - image), first, min(first + windows, count))
+        for image in range(0, batch, images)
+        for first in range(0, count, windows)
+    )
+
+
 @kept(32)  # eight are one size of images: for 16 of 640 pixels, some 160 MB
 def windows_of(
     grid: tuple[int, int],
@@ -90,42 +154,7 @@ def windows_of(
         each.int() for each in (source, by_token[:num_patches], by_token[num_patches:])
     )
     pieces = _pieces(batch, count, num_heads, at_once)
-    images, windows = pieces[0].images, pieces[0].end
-
-    def steps(number: int, step: int, axis: int) -> Tensor:
-        """0, step, 2 * step ... along an axis of four."""
-        shape = [1, 1, 1, 1]
-        shape[axis] = number
-        return (torch.arange(number, dtype=torch.int32, device=device) * step).view(shape)
-
-    def of_tokens(source: Tensor, parts: int, num_tokens: int) -> Tensor:
-        """Numbers of the rows of tokens [B, num_tokens, parts, M] in P."""
-        image, head = steps(batch, num_tokens * parts * num_heads, 1), steps(num_heads, 1, 2)
-        rows = steps(parts, num_heads, 0) + image + head + source * (parts * num_heads)
-        in_pieces = [
-            rows[
-                :,
-                piece.image : piece.image + piece.images,
-                :,
-                piece.first * area : piece.end * area,
-            ].flatten()
-            for piece in pieces
-        ]
-        return torch.cat(in_pieces)
-
-    def of_pieces(places: Tensor, parts: int) -> Tensor:
-        """Numbers of the rows of P at places of windows: [B, number of places, parts, M]."""
-        image, place = steps(batch, 1, 0), places.view(1, -1, 1, 1)
-        before = image // images * images  # images of pieces that came before
-        together = (batch - before).clamp(max=images)  # images of the piece
-        first = place // (windows * area) * (windows * area)
-        head = (count * area - first).clamp(max=windows * area)  # rows of a head
-        image_rows = num_heads * head
-        start = parts * num_heads * (before * (count * area) + together * first)
-        inside = (image - before) * image_rows + place - first
-        part = steps(parts, 1, 2) * (together * image_rows)
-        return start + inside + part + steps(num_heads, 1, 3) * head
-
+    layout = _Layout(batch, num_heads, count, area, pieces)
     return Windows(
         num_patches=num_patches,
         num_heads=num_heads,
@@ -133,28 +162,12 @@ def windows_of(
         area=area,
         pieces=pieces,
         apart=_apart(down, across, window, shift, order, device),
-        deal=of_tokens(source, 3, num_tokens + 1),
-        deal_back=F.pad(of_pieces(places, 3), (0, 0, 0, 0, 0, num_det + 1)),
-        dealt_padding=of_pieces(padding, 3),
-        collect=F.pad(of_pieces(places, 1)[:, :, 0], (0, 0, 0, num_det)),
-        collect_back=of_tokens(source.clamp(max=num_tokens - 1), 1, num_tokens),
-        collected_padding=of_pieces(padding, 1).flatten().long(),
-    )
-
-
-def _pieces(batch: int, count: int, num_heads: int, at_once: int | None) -> tuple[Piece, ...]:
-    """Whole images where they are small enough, else windows of one. None is larger than the
-    first.
-    """
-    if at_once is None or batch == 0:
-        return (Piece(0, batch, 0, count),)
-    most = max(at_once // num_heads, 1)  # windows
-    images = max(min(most // count, batch), 1)
-    windows = math.ceil(count / math.ceil(count / most))
-    return tuple(
-        Piece(image, min(images, batch - image), first, min(first + windows, count))
-        for image in range(0, batch, images)
-        for first in range(0, count, windows)
+        deal=layout.rows_of_tokens(source, 3, num_tokens + 1),
+        deal_back=F.pad(layout.rows_of_pieces(places, 3), (0, 0, 0, 0, 0, num_det + 1)),
+        dealt_padding=layout.rows_of_pieces(padding, 3),
+        collect=F.pad(layout.rows_of_pieces(places, 1)[:, :, 0], (0, 0, 0, num_det)),
+        collect_back=layout.rows_of_tokens(source.clamp(max=num_tokens - 1), 1, num_tokens),
+        collected_padding=layout.rows_of_pieces(padding, 1).flatten().long(),
     )
 
 
