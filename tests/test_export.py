@@ -5,6 +5,7 @@ Each export takes seconds, so there are three, of different kinds, and most test
 
 import json
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,6 @@ from vidt.swin import SwinVariant
 
 # With shifted windows, which need two blocks.
 SWIN_VARIANTS["swin_test_shift"] = SwinVariant(24, (1, 2, 1, 1), (1, 2, 4, 8), 0.0)
-COAT_VARIANTS["coat_test"] = CoatVariant((16, 32, 64, 64), (1, 1, 1, 1))
 NAMES = ("red", "green", "blue")
 FRAME = (64, 80)
 # The frame itself, lower, narrower, and too high for it.
@@ -105,10 +105,12 @@ def plus(tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> Exporte
 
 
 @pytest.fixture(scope="module")
-def without_neck(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def without_neck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     """Another body, no neck, raw outputs, one picture at a time; proven on drawn pictures."""
-    config = small(backbone_name="coat_test", method="vidt_wo_neck")
-    return exported(weights_of(config, tmp_path_factory.mktemp("neckless")), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COAT_VARIANTS, "coat_test", CoatVariant((16, 32, 64, 64), (1, 1, 1, 1)))
+        config = small(backbone_name="coat_test", method="vidt_wo_neck")
+        yield exported(weights_of(config, tmp_path_factory.mktemp("neckless")), [])
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,20 @@ def test_sine_position_counts_only_what_is_image(image: tuple[slice, slice]) -> 
         assert torch.allclose(ours.expand(2, 4, 6, 4)[~padding], encoded[~padding], atol=1e-5)
 
 
+def test_sine_position_by_hand() -> None:
+    """Rows of the image run from just above 0 to 2 pi, whatever padding follows."""
+    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
+    padding[0, 2:] = True
+    padding[0, :, 3:] = True
+    position = sine_position(padding, 8, torch.float32)
+    alone = sine_position(padding[:, :2, :3], 8, torch.float32)
+    assert torch.allclose(position.rows[:, :2], alone.rows)
+    assert torch.allclose(position.columns[:, :3], alone.columns)
+    y = math.pi  # the first of two rows: half of the way; periods 1 and 100
+    by_hand = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100)]
+    assert torch.allclose(alone.rows[0, 0], torch.tensor(by_hand), atol=1e-5)
+
+
 def test_position_is_added_to_the_patches() -> None:
     """As released: to all channels of a patch, that of its row first, before keys and values are
     made of it.

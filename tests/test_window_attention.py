@@ -31,17 +31,19 @@ def by_pytorch(tokens: Tensor, bias: Tensor, places: Windows) -> Tensor:
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("at_once", AT_ONCE)
+@pytest.mark.parametrize("batch", [1, BATCH])
 def test_the_form_for_the_cpu_is_pytorchs_attention(
-    grid: tuple[int, int], shift: int, at_once: int | None
+    grid: tuple[int, int], shift: int, at_once: int | None, batch: int
 ) -> None:
     """In training and, to the last bit the same, in prediction."""
-    tokens, bias = random_tokens(grid, 4).requires_grad_(), random_bias()
+    tokens, bias = random_tokens(grid, 4, batch=batch).requires_grad_(), random_bias()
+    places = windows(grid, shift, at_once, batch)
     before = bias.clone()
-    ours = attended(tokens, bias, windows(grid, shift, at_once))
+    ours = attended(tokens, bias, places)
     assert torch.equal(bias, before)
     with torch.no_grad():
-        assert torch.equal(attended(tokens, bias, windows(grid, shift, at_once)), ours)
-    theirs = by_pytorch(tokens, bias, windows(grid, shift))
+        assert torch.equal(attended(tokens, bias, places), ours)
+    theirs = by_pytorch(tokens, bias, windows(grid, shift, batch=batch))
     assert torch.allclose(ours, theirs, atol=1e-5)
     along = torch.randn_like(ours)
     for mine, other in zip(
@@ -92,7 +94,7 @@ def test_half_precision_rounds_the_gradient_of_the_bias_once() -> None:
 
 def test_no_images_give_no_tokens() -> None:
     places = windows((4, 6), 1, 4, batch=0)
-    tokens = random_tokens((4, 6), 4)[:0].requires_grad_()
+    tokens = random_tokens((4, 6), 4, batch=0).requires_grad_()
     with torch.no_grad():
         assert attended(tokens, random_bias(), places).shape == (0, 26, 8)
     attended(tokens, random_bias(), places).sum().backward()

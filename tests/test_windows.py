@@ -40,9 +40,16 @@ def windows(
     )
 
 
-def random_tokens(grid: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_tokens(
+    grid: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32, batch: int = BATCH
+) -> Tensor:
     """Queries, keys and values of a batch, what padded places hold among them."""
-    return torch.randn(BATCH, grid[0] * grid[1] + NUM_DET + 1, 3 * NUM_HEADS * dim, dtype=dtype)
+    return torch.randn(batch, grid[0] * grid[1] + NUM_DET + 1, 3 * NUM_HEADS * dim, dtype=dtype)
+
+
+def queries_of(rows: Tensor, places: Windows) -> Tensor:
+    """Of the three parts that were dealt, the first: [3 * R, D] -> [R, D]."""
+    return torch.cat([each[0].flatten(0, 3) for each in by_piece(rows, places, 3)])
 
 
 def by_tokens(rows: Tensor, places: Windows, parts: int) -> Tensor:
@@ -92,8 +99,7 @@ def test_windows_hold_what_swin_puts_there(
     assert sorted(order) == list(range(places.count))
     assert torch.equal(ours, theirs[:, order]) and torch.equal(whole_mask(places), masks[order])
     assert torch.equal(det, tokens[:, -1 - NUM_DET : -1])
-    queries = torch.cat([each[0].flatten(0, 3) for each in by_piece(rows, places, 3)])
-    back = collect(queries, det.unflatten(-1, (3, -1))[:, :, 0], places)
+    back = collect(queries_of(rows, places), det.unflatten(-1, (3, -1))[:, :, 0], places)
     assert torch.equal(back, tokens[:, :-1].unflatten(-1, (3, -1))[:, :, 0])
 
 
@@ -132,12 +138,19 @@ def test_tokens_that_move_take_their_gradient_along(
     assert torch.autograd.gradcheck(lambda tokens: deal(tokens, places), tokens)
     assert torch.autograd.gradcheck(lambda *given: collect(*given, places), (attended, det))
 
+    rows, det_qkv = deal(tokens, places)
+    queries, det_queries = queries_of(rows, places), det_qkv.unflatten(-1, (3, -1))[:, :, 0]
+    back = collect(queries * queries.detach().cos(), det_queries, places)
+    (grad,) = torch.autograd.grad(back.square().sum(), tokens)
+    assert grad[:, :-1].unflatten(-1, (3, -1))[:, :, 0].abs().min() > 0
+
 
 def test_what_prediction_leaves_in_the_cache_serves_training() -> None:
     with torch.inference_mode():
         places = windows((4, 4), 1)
     assert windows((4, 4), 1) is places
     assert not any(each.is_inference() for each in vars(places).values() if torch.is_tensor(each))
+    deal(random_tokens((4, 4), 1).requires_grad_(), places)[0].sum().backward()
 
 
 def test_nothing_of_a_recording_is_kept() -> None:
