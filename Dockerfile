@@ -24,8 +24,8 @@ COPY ymir_adapter/templates/ /img-man/
 COPY docker/start.sh /usr/bin/start.sh
 # The weights are fetched by being used once.
 RUN mkdir -p "$TORCH_HOME" "$HF_HOME" \
-    && for body in $BODIES; do python3 -c "from vidt.model import ViDT, ViDTConfig; \
-from vidt.pretrained import load_imagenet; \
+    && for body in $BODIES; do python3 -c "from vidt.model.vidt import ViDT, ViDTConfig; \
+from vidt.weights.pretrained import load_imagenet; \
 load_imagenet(ViDT(ViDTConfig(backbone_name='$body')).backbone, '$body', 'imagenet')" || exit 1; done \
     && chmod -R a+rwX /opt/vidt/cache \
     && chmod -R a+rX /img-man /usr/bin/start.sh

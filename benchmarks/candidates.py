@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from trainer.shapes import write_shapes
+from trainer.data.shapes import write_shapes
 from vidt import Predictor, ViDT, ViDTConfig
-from vidt.checkpoint import WeightsInfo
-from vidt.preprocessing import Preprocessing
-from ymir_adapter.candidates import Search, algorithm_of, make_detector
-from ymir_adapter.environment import InputPaths, OutputPaths
-from ymir_adapter.parts import Part
-from ymir_adapter.task import CandidateSettings, Task
+from vidt.images.preprocessing import Preprocessing
+from vidt.weights.checkpoint import WeightsInfo
+from ymir_adapter.protocol.environment import InputPaths, OutputPaths
+from ymir_adapter.protocol.task import CandidateSettings, Task
+from ymir_adapter.tasks.candidates import Search, algorithm_of, make_detector
+from ymir_adapter.tasks.parts import Part
 
 WORK = ("infer", "entropy", "aldd", "cald")
 

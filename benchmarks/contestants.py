@@ -16,12 +16,12 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from laps import Contestant, Laps
-from trainer.config import TrainConfig
-from trainer.optim import make_ema, make_optimizer
+from trainer.loop.optim import make_ema, make_optimizer
+from trainer.settings.config import TrainConfig
 from vidt import ViDT, ViDTConfig
-from vidt.criterion import criterion_for
-from vidt.linear import pack, unpack
-from vidt.swin import SWIN_VARIANTS
+from vidt.losses.criterion import criterion_for
+from vidt.model.swin import SWIN_VARIANTS
+from vidt.ops.linear import pack, unpack
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, LEARNING, TRAINING = "forward", "learning", "training step"

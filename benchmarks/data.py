@@ -27,13 +27,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.augmentation import Augmentation
-from trainer.config import ConfigError, HelpRequested, TrainConfig, parse
-from trainer.data import PREFETCH, DetectionDataset, RunSampler, packed_batch, training_loader
-from trainer.datasets import read_datasets
-from trainer.samples import Sample, SampleTable
-from vidt.images import probe_image
-from vidt.preprocessing import Preprocessing
+from trainer.data.augmentation import Augmentation
+from trainer.data.load import read_datasets
+from trainer.data.loader import (
+    PREFETCH,
+    DetectionDataset,
+    RunSampler,
+    packed_batch,
+    training_loader,
+)
+from trainer.readers.samples import Sample, SampleTable
+from trainer.settings.config import ConfigError, HelpRequested, TrainConfig, parse
+from vidt.images.files import probe_image
+from vidt.images.preprocessing import Preprocessing
 
 ROUNDS = 5  # of the comparison; its ratio is their median
 OBJECTS = 14  # boxes on a photograph, as on BCCD's

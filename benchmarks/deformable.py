@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidt.deformable_attention import Form, deformable_attention, kernel_runs
+from vidt.ops.deformable_attention import Form, deformable_attention, kernel_runs
 
 STRIDES = (8, 16, 32, 64)
 HEADS, DIM, POINTS = 8, 32, 4

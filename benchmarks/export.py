@@ -24,12 +24,13 @@ import onnxruntime
 import torch
 from PIL import Image
 
-from vidt import Predictor, onnx_detector
-from vidt.checkpoint import load_model, save_weights
-from vidt.coco_map50 import CocoImages
-from vidt.export import export
-from vidt.images import read_image
-from vidt.onnx_proof import FULL, HALF, compare
+from vidt import Predictor
+from vidt.images.files import read_image
+from vidt.onnx import detector as onnx_detector
+from vidt.onnx.coco_map50 import CocoImages
+from vidt.onnx.export import export
+from vidt.onnx.proof import FULL, HALF, compare
+from vidt.weights.checkpoint import load_model, save_weights
 
 BATCHES = (1, 4)
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from contestants import OBJECTS, random_objects
 from data import measure
-from trainer.config import TrainConfig
-from trainer.samples import Sample, SampleTable
+from trainer.readers.samples import Sample, SampleTable
+from trainer.settings.config import TrainConfig
 
 PHOTOGRAPH = (480, 640)  # height, width: the most common ones in COCO
 PHOTOGRAPHS = 16

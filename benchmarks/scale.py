@@ -28,8 +28,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.read_coco import read_coco
-from trainer.samples import SampleTable
+from trainer.readers.coco import read_coco
+from trainer.readers.samples import SampleTable
 
 WORKERS = 4
 CLASSES = 80

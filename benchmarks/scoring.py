@@ -1,4 +1,4 @@
-"""Time to score detections: plain pycocotools, and `trainer.evaluation`, on the same ones.
+"""Time to score detections: plain pycocotools, and `trainer.scoring.evaluation`, on the same ones.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --images 500 --classes 20
@@ -20,10 +20,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trainer.evaluation import score_images, summarise
-from trainer.samples import SampleTable
-from trainer.scoring import STATS
-from vidt.predictor import Detections
+from trainer.readers.samples import SampleTable
+from trainer.scoring.average_precision import STATS
+from trainer.scoring.evaluation import score_images, summarise
+from vidt.predict.predictor import Detections
 
 OBJECTS = 7  # of an image, on average
 NEAR = 5  # detections of each object

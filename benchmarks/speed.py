@@ -35,7 +35,7 @@ from loader import loader_seconds
 from memory import EMPTY, Peaks, peak_memory
 from parts import count_flops, watched
 from results import HEADING, WORKS, Part, Row, make_parts, make_rows, parts_table
-from vidt.config import body_names
+from vidt.model.config import body_names
 
 BODIES = ("swin_nano", "swin_tiny")
 SIZES = ("1x512x512", "2x640x640")

@@ -15,9 +15,10 @@ from tiny_plus import with_masks
 from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
-from trainer.report import Progress
-from vidt import linear, mlp
-from vidt.model import ViDT, ViDTConfig
+from trainer.report.progress import Progress
+from vidt.model import mlp
+from vidt.model.vidt import ViDT, ViDTConfig
+from vidt.ops import linear
 
 Compare = Callable[[str, Tensor, Tensor, float], None]
 DIFFERENCE = "largest difference: "

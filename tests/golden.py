@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.matcher import Matches
-from vidt.model import ViDTConfig
+from vidt.losses.matcher import Matches
+from vidt.model.vidt import ViDTConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden" / "vidt"
 FIELDS = {"labels": "labels", "boxes": "boxes", "masks": "masks", "mask_boxes": "xyxy_boxes"}

@@ -13,12 +13,12 @@ import torch
 from conftest import Compare
 from torch import Tensor, nn
 
-from vidt.criterion import SetCriterion, criterion_for, prediction_levels, stack
-from vidt.matcher import Matches, matched_targets
-from vidt.model import build_detector
-from vidt.predictor import Detections, decode_top_k
-from vidt.released import released_name, released_vidt
-from vidt.without_neck import SoftmaxCriterion, decode_best_class
+from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stack
+from vidt.losses.matcher import Matches, matched_targets
+from vidt.model.vidt import build_detector
+from vidt.model.without_neck import SoftmaxCriterion, decode_best_class
+from vidt.predict.predictor import Detections, decode_top_k
+from vidt.weights.released import released_name, released_vidt
 
 # The folders of the golden data that hold results, and whose they are.
 FAMILIES = {

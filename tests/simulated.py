@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from tiny_runs import cpu
 
-from trainer.agreement import Agreement
-from trainer.evaluation import Evaluation, score_images, summarise
-from trainer.mistakes import diagnose
-from trainer.report import Progress
-from trainer.samples import Sample, SampleTable
-from trainer.worst_pictures import worst_pictures
+from trainer.loop.agreement import Agreement
+from trainer.readers.samples import Sample, SampleTable
+from trainer.report.progress import Progress
+from trainer.report.worst_pictures import worst_pictures
+from trainer.scoring.evaluation import Evaluation, score_images, summarise
+from trainer.scoring.mistakes import diagnose
 from vidt import Detections
 
 PER_EPOCH = 10  # steps

@@ -134,13 +134,13 @@ def test_imports_go_one_way(path: Path):
 @pytest.mark.parametrize(
     ("path", "code"),
     [
-        ("vidt/model.py", "import trainer.config"),
-        ("vidt/model.py", "from vidt import ViDT"),
-        ("vidt/model.py", "def f():\n    from vidt.criterion import SetCriterion"),
-        ("vidt/matcher.py", "from vidt import criterion"),
-        ("trainer/config.py", "from trainer import train"),
-        ("trainer/train.py", "from ymir_adapter.task import Task"),
-        ("vidt/__init__.py", "from trainer.config import TrainConfig"),
+        ("vidt/model/vidt.py", "import trainer.settings.config"),
+        ("vidt/model/vidt.py", "from vidt import ViDT"),
+        ("vidt/model/vidt.py", "def f():\n    from vidt.losses.criterion import SetCriterion"),
+        ("vidt/losses/matcher.py", "from vidt import criterion"),
+        ("trainer/settings/config.py", "from trainer import train"),
+        ("trainer/train.py", "from ymir_adapter.protocol.task import Task"),
+        ("vidt/__init__.py", "from trainer.settings.config import TrainConfig"),
     ],
 )
 def test_an_import_the_wrong_way_is_seen(path: str, code: str):
@@ -150,10 +150,10 @@ def test_an_import_the_wrong_way_is_seen(path: str, code: str):
 @pytest.mark.parametrize(
     ("path", "code"),
     [
-        ("trainer/train.py", "from vidt import ViDT\nfrom trainer.config import parse"),
-        ("vidt/criterion.py", "from vidt import matcher"),
-        ("vidt/__init__.py", "from vidt.model import ViDT"),
-        ("ymir_adapter/training.py", "from trainer.train import train\nimport vidt"),
+        ("trainer/train.py", "from vidt import ViDT\nfrom trainer.settings.config import parse"),
+        ("vidt/losses/criterion.py", "from vidt import matcher"),
+        ("vidt/__init__.py", "from vidt.model.vidt import ViDT"),
+        ("ymir_adapter/tasks/training.py", "from trainer.train import train\nimport vidt"),
     ],
 )
 def test_an_import_the_right_way_is_fine(path: str, code: str):

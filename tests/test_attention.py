@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vidt.decoder import SelfAttention, hide_noised
-from vidt.ram import attend
+from vidt.model.decoder import SelfAttention, hide_noised
+from vidt.model.ram import attend
 
 
 @pytest.mark.parametrize("num_noised", [0, 3])

@@ -25,19 +25,19 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
-from trainer.agreement import Agreement
-from trainer.augmentation import Augmentation, Geometry
-from trainer.data import (
+from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.loader import (
     DetectionDataset,
     noise_boxes,
     noised_batch,
     training_loader,
     unpacked,
 )
-from trainer.report import Progress
-from trainer.step import check_readable
-from vidt.images import read_image
-from vidt.preprocessing import Preprocessing
+from trainer.loop.agreement import Agreement
+from trainer.loop.step import check_readable
+from trainer.report.progress import Progress
+from vidt.images.files import read_image
+from vidt.images.preprocessing import Preprocessing
 
 RELEASED = Augmentation(sizes=(480, 800), max_size=1333)
 SMALL = Augmentation(

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.shapes import write_shapes
-from vidt.linear import Linear, onednn_runs
+from trainer.data.shapes import write_shapes
+from vidt.ops.linear import Linear, onednn_runs
 
 ROOT = Path(__file__).parent.parent
 

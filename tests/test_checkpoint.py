@@ -18,7 +18,9 @@ from tiny_runs import blurred
 from torch import Tensor
 
 from vidt import ViDT, ViDTConfig
-from vidt.checkpoint import (
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.vidt import build_detector
+from vidt.weights.checkpoint import (
     Unreachable,
     WeightsInfo,
     load_model,
@@ -29,10 +31,8 @@ from vidt.checkpoint import (
     save_weights,
     start_from,
 )
-from vidt.model import build_detector
-from vidt.preprocessing import Preprocessing
-from vidt.published import PUBLISHED, TEACHERS
-from vidt.released import to_released
+from vidt.weights.published import PUBLISHED, TEACHERS
+from vidt.weights.released import to_released
 
 NAMES = ("disc", "square", "star")
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidt import ViDTConfig
-from vidt.coat import Block, CoatBody
-from vidt.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
-from vidt.variants import COAT_VARIANTS
+from vidt.model.coat import Block, CoatBody
+from vidt.model.variants import COAT_VARIANTS
+from vidt.weights.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
 
 
 def body_of(name: str) -> CoatBody:

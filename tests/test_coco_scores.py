@@ -16,10 +16,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_runs import call
 
-from trainer.coco_scores import WORDS, box_scores, judge, mask_scores
-from trainer.command_evaluate import predict, read
-from trainer.prediction_formats import Found, run_lengths
-from vidt.onnx_detector import OnnxDetections
+from trainer.commands.evaluate import predict, read
+from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
+from trainer.scoring.prediction_formats import Found, run_lengths
+from vidt.onnx.detector import OnnxDetections
 
 NAMES = ("red", "green", "blue", "none of it")
 IDS = {"red": 7, "green": 900, "blue": 3}
@@ -270,7 +270,7 @@ def test_it_needs_neither_pytorch_nor_the_evaluator_of_pycocotools() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'pycocotools.cocoeval'): sys.modules[name] = None\n"
-        "import trainer.coco_scores, trainer.command_evaluate\n"
+        "import trainer.scoring.coco_scores, trainer.commands.evaluate\n"
     )
     done = call([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr

@@ -31,8 +31,8 @@ from tiny_runs import (
     write_coco,
 )
 
-from trainer import resume
-from trainer.report import COCO_NUMBERS
+from trainer.loop import resume
+from trainer.report.progress import COCO_NUMBERS
 from vidt.convert import to_theirs
 
 BCCD = ROOT.parent / "shared/data/bccd"

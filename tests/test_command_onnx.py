@@ -11,16 +11,16 @@ import pytest
 from tiny_runs import Learnt, call
 
 import vidt
-from trainer.command_line import main
+from trainer.commands.command_line import main
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("vidt.export")
+pytest.importorskip("vidt.onnx.export")
 
 WITHOUT_PYTORCH = """
 import sys
 for name in ("torch", "torchvision", "timm", "accelerate"):
     sys.modules[name] = None
-from trainer.command_line import main
+from trainer.commands.command_line import main
 sys.exit(main())
 """
 

@@ -21,18 +21,18 @@ from safetensors.torch import load_file
 from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 
 import vidt
-from trainer.command_info import in_words as info_in_words
-from trainer.command_line import COMMANDS, main
-from trainer.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
-from trainer.predictions import Read, predict_files, windows
-from trainer.report import COCO_NUMBERS
-from trainer.result_files import whole_text, write_result
-from vidt.batching import AHEAD, PENDING_BATCHES, reading_threads
-from vidt.checkpoint import WeightsInfo, load_weights, save_weights
-from vidt.config import METHODS, ViDTConfig
-from vidt.model import build_detector
-from vidt.onnx_detector import OnnxDetections
-from vidt.preprocessing import Preprocessing
+from trainer.commands.command_line import COMMANDS, main
+from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
+from trainer.commands.info import in_words as info_in_words
+from trainer.commands.predictions import Read, predict_files, windows
+from trainer.commands.result_files import whole_text, write_result
+from trainer.report.progress import COCO_NUMBERS
+from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.config import METHODS, ViDTConfig
+from vidt.model.vidt import build_detector
+from vidt.onnx.detector import OnnxDetections
+from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
 
 BCCD = ROOT.parent / "shared/data/bccd"
 Output = pytest.CaptureFixture[str]
@@ -51,7 +51,7 @@ def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
     """All of them in one process, in which PyTorch cannot be imported."""
     code = (
         "import sys, time; sys.modules['torch'] = None\n"
-        "from trainer.command_line import COMMANDS, main\n"
+        "from trainer.commands.command_line import COMMANDS, main\n"
         "def shown(words):\n"
         "    try: return main(words)\n"
         "    except SystemExit as end: return end.code\n"
@@ -302,8 +302,8 @@ def test_results_do_not_wait_for_a_full_window(
     photos: Path, monkeypatch: pytest.MonkeyPatch, wait: float, most: int
 ) -> None:
     """The first batch comes when it is there; where files are named slowly, what is there comes."""
-    monkeypatch.setattr("trainer.predictions.PATIENCE", 0.06 if wait else 60)
-    monkeypatch.setattr("vidt.batching.PATIENCE", 0.06 if wait else 60)
+    monkeypatch.setattr("trainer.commands.predictions.PATIENCE", 0.06 if wait else 60)
+    monkeypatch.setattr("vidt.images.batching.PATIENCE", 0.06 if wait else 60)
     taken = 0
 
     def named() -> Iterator[ImageFile]:
@@ -490,10 +490,10 @@ def test_export_hands_on_what_was_asked_for(
     asked: list[Any] = []
 
     def module(name: str) -> Namespace:
-        assert name == "vidt.export"
+        assert name == "vidt.onnx.export"
         return Namespace(export=lambda *given, **more: asked.append((given, more)) or report)
 
-    monkeypatch.setattr("trainer.command_export.import_module", module)
+    monkeypatch.setattr("trainer.commands.export.import_module", module)
     report = Namespace(ok=False, text=lambda: "differs", as_dict=lambda: {"ok": False})
     words = ["export", learnt.weights, tmp_path / "m.onnx", "--size", 64, 96, "--with-decode"]
     words += ["--dynamic", "batch,size", "--images", photos, "--report", tmp_path / "report.json"]
@@ -535,8 +535,8 @@ def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_
     """Those of the command line, which can be made again, are not forced onto it."""
     code = (
         "import os, pathlib, sys; sys.modules['torch'] = None\n"
-        "from trainer.result_files import write_result\n"
-        "from vidt.whole_file import write_whole\n"
+        "from trainer.commands.result_files import write_result\n"
+        "from vidt.atomic_write import write_whole\n"
         "path, forced, real = pathlib.Path(sys.argv[1]), [], os.fsync\n"
         "os.fsync = lambda number: (forced.append(path.exists()), real(number))\n"
         "write_result(path.with_name('result'), b'1')\n"

@@ -5,9 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import TrainConfig, help_text, parse, parse_or_exit, resolved, write_yaml
-from trainer.settings import ConfigError, HelpRequested, read_flags, settings_of
-from vidt.model import ViDTConfig
+from trainer.settings.config import (
+    TrainConfig,
+    help_text,
+    parse,
+    parse_or_exit,
+    resolved,
+    write_yaml,
+)
+from trainer.settings.flags import ConfigError, HelpRequested, read_flags, settings_of
+from vidt.model.vidt import ViDTConfig
 
 COCO = ["--dataset_file", "coco", "--coco_path", "somewhere"]
 FOUR_FILES = ["--train_json=a.json", "--train_images=a", "--val_json=b.json", "--val_images=b"]
@@ -211,7 +218,7 @@ def test_classes_are_left_to_the_data():
 
 def test_flag_before_file_before_recipe_before_default(tmp_path: Path):
     recipe = yaml.safe_load(
-        (Path(__file__).parent.parent / "trainer/recipes/shapes.yaml").read_text()
+        (Path(__file__).parent.parent / "trainer/settings/recipes/shapes.yaml").read_text()
     )
     settings = both([])
     assert settings["batch_size"] == recipe["batch_size"] != TrainConfig().batch_size

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidt import ViDTConfig
-from vidt.checkpoint import load_model, read_start
-from vidt.coco_classes import COCO_ROWS
 from vidt.convert import main
-from vidt.model import build_detector
-from vidt.preprocessing import Preprocessing
-from vidt.released import (
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.vidt import build_detector
+from vidt.weights.checkpoint import load_model, read_start
+from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.released import (
     imagenet_swin,
     name_in_released,
     released_config,
@@ -32,7 +32,7 @@ from vidt.released import (
     to_released,
     unread_tensors,
 )
-from vidt.weights_file import WeightsInfo, load_kept, load_weights, save_weights
+from vidt.weights.weights_file import WeightsInfo, load_kept, load_weights, save_weights
 
 VARIANTS = (
     "vidt_swin_nano",

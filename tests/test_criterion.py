@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from vidt import HungarianMatcher, SetCriterion
-from vidt.config import ViDTConfig
-from vidt.criterion import criterion_for
-from vidt.mask_vectors import encode_squares, square_masks
+from vidt.losses.criterion import criterion_for
+from vidt.losses.mask_vectors import encode_squares, square_masks
+from vidt.model.config import ViDTConfig
 
 LEVELS, QUERIES, CLASSES = 3, 6, 4
 

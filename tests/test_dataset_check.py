@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import dataset_check
-from trainer.dataset_check import BadDataset, check, clean
-from trainer.findings import MOST_OF_A_KIND, Finding, format_findings, write_findings
-from trainer.readers import read_coco
-from trainer.samples import Sample, SampleTable
-from vidt.images import read_image
+from trainer.data import dataset_check
+from trainer.data.dataset_check import BadDataset, check, clean
+from trainer.readers.coco import read_coco
+from trainer.readers.findings import MOST_OF_A_KIND, Finding, format_findings, write_findings
+from trainer.readers.samples import Sample, SampleTable
+from vidt.images.files import read_image
 
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 

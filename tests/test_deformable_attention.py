@@ -13,13 +13,13 @@ from conftest import Compare
 from test_benchmarks import run
 from torch import Tensor
 
-from vidt import deformable_gather
-from vidt.deformable_attention import (
+from vidt.ops import deformable_gather
+from vidt.ops.deformable_attention import (
     DeformableAttention,
     Form,
     deformable_attention,
 )
-from vidt.levels import level_table
+from vidt.ops.levels import level_table
 
 CORE_CASES = (
     "tiny_two_levels",

@@ -24,8 +24,8 @@ from test_deformable_attention import (
 )
 from torch import Tensor
 
-from vidt.deformable_attention import best_form, kernel_runs
-from vidt.levels import level_table
+from vidt.ops.deformable_attention import best_form, kernel_runs
+from vidt.ops.levels import level_table
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
@@ -57,7 +57,7 @@ def test_in_the_interpreter() -> None:
 @core_case
 def test_core(case: str, compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:  # one program after the other: let there be few
-        monkeypatch.setattr("vidt.deformable_triton.LANES", 4096)
+        monkeypatch.setattr("vidt.ops.deformable_triton.LANES", 4096)
     check_core(case, torch.float32, "kernel", torch.device(DEVICE), compare)
 
 
@@ -85,7 +85,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 @somewhere
 def test_operators_keep_the_rules_of_torch() -> None:
-    from vidt import deformable_triton
+    from vidt.ops import deformable_triton
 
     sampling = Sampling(batch=1, queries=2)
     value, locations, weights = sampling.tensors(torch.float32, DEVICE)
@@ -122,7 +122,7 @@ def test_compiles_for_a_gpu_that_is_elsewhere(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vidt import deformable_triton
+    from vidt.ops import deformable_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
     kernel = getattr(deformable_triton, name)
@@ -153,7 +153,7 @@ def test_memory_that_ran_out_says_nothing_of_the_kernel(monkeypatch: pytest.Monk
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr("vidt.deformable_triton.try_out", try_out)
+    monkeypatch.setattr("vidt.ops.deformable_triton.try_out", try_out)
     device = torch.device("cuda", 63)  # of which nothing is known yet
     with pytest.raises(torch.OutOfMemoryError):
         kernel_runs(device)

@@ -25,11 +25,11 @@ from tiny_runs import (
 )
 from torch import Tensor, nn
 
-from trainer.agreement import Agreement
-from trainer.report import Progress
-from trainer.start import load_teacher
+from trainer.loop.agreement import Agreement
+from trainer.loop.start import load_teacher
+from trainer.report.progress import Progress
 from vidt import ViDT, ViDTConfig
-from vidt.distillation import TokenMatching, token_distances
+from vidt.losses.distillation import TokenMatching, token_distances
 
 ROUNDING = 2e-5
 

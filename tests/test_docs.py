@@ -33,12 +33,12 @@ from tiny_runs import (
 )
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from trainer import command_line
-from trainer.config import parse
-from trainer.flags import plain
-from trainer.settings import HelpRequested
+from trainer.commands import command_line
+from trainer.commands.command_flags import plain
+from trainer.settings.config import parse
+from trainer.settings.flags import HelpRequested
 from vidt import convert
-from ymir_adapter import sandbox
+from ymir_adapter.sandbox import __main__ as sandbox
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = ("text", "json", "xml", "yaml")  # fences of what is looked at, not run
@@ -335,7 +335,7 @@ def known_flags() -> set[str]:
     parsers = [launch_command_parser(), torchrun_parser(), sandbox.make_parser()]
     for name in command_line.COMMANDS:
         if name != "train":
-            parsers.append(import_module(f"trainer.command_{name}").flags())
+            parsers.append(import_module(f"trainer.commands.{name}").flags())
     for parser in parsers:
         flags |= set(parser._option_string_actions)
     others = {"--kills", "--tag", "--build-arg", "--repeat", "--precision", "--logdir", "--check"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vidt.dropout import CHANCES, Dropout, drop
+from vidt.model.dropout import CHANCES, Dropout, drop
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.epff import EPFF, LevelProjections
+from vidt.model.epff import EPFF, LevelProjections
 
 CHANNELS, DIM = (8, 16, 24, 4), 32
 GRIDS = ((9, 13), (5, 7), (3, 4), (1, 1))

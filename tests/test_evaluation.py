@@ -17,15 +17,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_runs import NAMES, Learnt, cpu, random_pictures, write_split
 
-from trainer.agreement import Agreement
-from trainer.evaluation import Evaluation, evaluate, score_images, summarise
-from trainer.read_coco import read_coco
-from trainer.report import COCO_NUMBERS
-from trainer.samples import Sample, SampleTable
-from trainer.scoring import STATS
+from trainer.loop.agreement import Agreement
+from trainer.readers.coco import read_coco
+from trainer.readers.samples import Sample, SampleTable
+from trainer.report.progress import COCO_NUMBERS
+from trainer.scoring.average_precision import STATS
+from trainer.scoring.evaluation import Evaluation, evaluate, score_images, summarise
 from vidt import Detections, Predictor
-from vidt.checkpoint import load_model, load_weights
-from vidt.linear import Linear, onednn_runs
+from vidt.ops.linear import Linear, onednn_runs
+from vidt.weights.checkpoint import load_model, load_weights
 
 WITH_NEVER = (*NAMES, "never")  # a class that no picture shows
 IDS = (7, 900, 3, 12)

@@ -10,16 +10,16 @@ import torch
 from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest, run, settings
 from torch import Tensor, nn
 
-from trainer.data import Augmentation, noise_boxes, noised_batch
-from trainer.execution import (
+from trainer.data.loader import Augmentation, noise_boxes, noised_batch
+from trainer.loop.execution import (
     COMPILED_SHAPES,
     SIDES,
     checkpoint_activations,
     compiled,
     compiled_canvas,
 )
-from vidt.config import ViDTConfig
-from vidt.model import build_detector
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import build_detector
 
 SMALL = {
     "num_classes": 3,
@@ -142,7 +142,7 @@ def test_freed_memory_is_used_again() -> None:
     """Pages are touched for the first time once, not each time a tensor is made."""
     program = (
         "import resource, torch\n"
-        "from trainer.execution import keep_freed_memory\n"
+        "from trainer.loop.execution import keep_freed_memory\n"
         "{}\n"
         "for _ in range(3): torch.ones(2**24)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -17,20 +17,20 @@ from onnx import numpy_helper
 from PIL import Image
 from tiny_runs import SWIN_VARIANTS, Learnt, blurred
 
-import vidt.export
+import vidt.onnx.export
 from vidt import Predictor, ViDTConfig
-from vidt.checkpoint import WeightsInfo, load_weights, save_weights
-from vidt.coat import COAT_VARIANTS, CoatVariant
-from vidt.coco_map50 import CocoImages
-from vidt.export import ExportReport, export
-from vidt.model import build_detector
-from vidt.onnx_detector import OnnxDetections, OnnxDetector
-from vidt.onnx_graph import ExportedDetector
-from vidt.onnx_half import halved
-from vidt.onnx_proof import FULL, HALF, compare
-from vidt.predictor import Detections
-from vidt.preprocessing import Preprocessing, pad_batch, resize, to_pixels
-from vidt.swin import SwinVariant
+from vidt.images.preprocessing import Preprocessing, pad_batch, resize, to_pixels
+from vidt.model.coat import COAT_VARIANTS, CoatVariant
+from vidt.model.swin import SwinVariant
+from vidt.model.vidt import build_detector
+from vidt.onnx.coco_map50 import CocoImages
+from vidt.onnx.detector import OnnxDetections, OnnxDetector
+from vidt.onnx.export import ExportReport, export
+from vidt.onnx.graph import ExportedDetector
+from vidt.onnx.half import halved
+from vidt.onnx.proof import FULL, HALF, compare
+from vidt.predict.predictor import Detections
+from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
 
 # With shifted windows, which need two blocks.
 SWIN_VARIANTS["swin_test_shift"] = SwinVariant(24, (1, 2, 1, 1), (1, 2, 4, 8), 0.0)
@@ -252,7 +252,7 @@ def test_a_tiny_evaluation_size_still_has_a_frame(
     def graph_of(detector: object, info: object, frame: tuple[int, int], **how: bool) -> None:
         raise ValueError(f"frame {frame}")
 
-    monkeypatch.setattr(vidt.export, "make_graph", graph_of)
+    monkeypatch.setattr(vidt.onnx.export, "make_graph", graph_of)
     with pytest.raises(ValueError, match=r"frame \(16, 16\)"):
         export(tiny, tmp_path / "model.onnx")
 
@@ -279,7 +279,7 @@ def test_a_wrong_graph_is_rejected(
     broken = onnx.load(plus.file)
     (bias,) = (each for each in broken.graph.initializer if "class_embed.1.bias" in each.name)
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.1), bias.name))
-    monkeypatch.setattr(vidt.export, "make_graph", lambda *args, **kwargs: broken)
+    monkeypatch.setattr(vidt.onnx.export, "make_graph", lambda *args, **kwargs: broken)
     output = tmp_path / "model.onnx"
     output.write_bytes(b"of before")
     report = export(plus.weights, output, size=FRAME, images=files)
@@ -292,7 +292,7 @@ def test_a_wrong_graph_is_rejected(
 def test_a_full_disk_is_named_and_leaves_what_was_there(
     plus: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vidt.export, "make_graph", lambda *given, **how: onnx.load(plus.file))
+    monkeypatch.setattr(vidt.onnx.export, "make_graph", lambda *given, **how: onnx.load(plus.file))
     output = tmp_path / "model.onnx"
     output.write_bytes(b"of before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -397,7 +397,7 @@ NO_BOX = {"id": 1, "image_id": 1, "category_id": 4}
 def test_a_row_that_cannot_be_used_is_named_before_anything_is_exported(
     tmp_path: Path, more: dict, words: str, plus: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vidt.export, "make_graph", None)  # not callable: it is not come to
+    monkeypatch.setattr(vidt.onnx.export, "make_graph", None)  # not callable: it is not come to
     coco = coco_of_one(tmp_path, **more), tmp_path
     with pytest.raises(ValueError, match=words) as caught:
         export(plus.weights, tmp_path / "model.onnx", size=FRAME, coco=coco)

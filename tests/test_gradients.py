@@ -9,9 +9,9 @@ import torch
 from tiny_runs import cpu, furthest, gradients_of_step, run, settings, tables
 from torch import Tensor
 
-from trainer.data import RunSampler
-from trainer.report import Progress
-from vidt.criterion import SetCriterion
+from trainer.data.loader import RunSampler
+from trainer.report.progress import Progress
+from vidt.losses.criterion import SetCriterion
 
 ROUNDING = 2e-5  # of fp32 sums in another order, relative to the largest entry of a tensor
 LOSSES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidt.images import UnreadableImage, probe_image, probe_images, read_image
+from vidt.images.files import UnreadableImage, probe_image, probe_images, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about damaged metadata
 

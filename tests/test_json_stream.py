@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer import json_stream
-from trainer.json_stream import NotJSON, read_members
+from trainer.readers import json_stream
+from trainer.readers.json_stream import NotJSON, read_members
 
 # What looks like the border between two rows, and is none.
 TRICKY: dict[str, Any] = {

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import call, main_here, program
 
-from trainer.launch_check import asked_of_accelerate, require_processes
-from trainer.settings import ConfigError
+from trainer.loop.launch_check import asked_of_accelerate, require_processes
+from trainer.settings.flags import ConfigError
 
 ROOT = Path(__file__).parent.parent
 CONFIG_FILE = str(ROOT / "accelerate_config.yaml")
 PROBE = """
 import os
-from trainer.launch_check import asked_processes
+from trainer.loop.launch_check import asked_processes
 rank, precision = os.environ.get("RANK", "alone"), os.environ["ACCELERATE_MIXED_PRECISION"]
 os.write(1, f"probe {rank} {precision} {asked_processes()}\\n".encode())
 """

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import asked_of_onednn, needs_onednn
 from torch import Tensor, nn
 
-from vidt import ViDT, linear
-from vidt.linear import Linear, LinearGELU, pack, packed, unpack
+from vidt import ViDT
+from vidt.ops import linear
+from vidt.ops.linear import Linear, LinearGELU, pack, packed, unpack
 
 SHAPES = [(1, 3, 5), (7, 48, 144), (2, 50, 96, 384), (100, 768, 192), (300, 192, 7)]
 

@@ -12,9 +12,9 @@ from PIL import Image
 from tiny_runs import Learnt, call
 
 import vidt
-from vidt.batching import PENDING_BATCHES, Picture, equal_canvases, in_order, read_ahead
-from vidt.inputs import as_picture
-from vidt.predictor import Detections, Predictor
+from vidt.images.batching import PENDING_BATCHES, Picture, equal_canvases, in_order, read_ahead
+from vidt.images.inputs import as_picture
+from vidt.predict.predictor import Detections, Predictor
 
 SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64)]
 

@@ -14,15 +14,15 @@ from golden_compare import load
 from scipy.fft import dctn
 from torch import Tensor
 
-from vidt.mask_vectors import (
+from vidt.losses.mask_vectors import (
     decode_vectors,
     encode_squares,
     paste_squares,
     square_masks,
     zigzag,
 )
-from vidt.model import ViDTConfig
-from vidt.predictor import decode_for
+from vidt.model.vidt import ViDTConfig
+from vidt.predict.predictor import decode_for
 
 PLUS = "vidt_plus_swin_nano_300"
 BOXES = ("pred_logits", "pred_boxes")

@@ -21,31 +21,30 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import cpu, run, settings, tables
 from torch import Tensor
 
-from trainer.agreement import Agreement
-from trainer.augmentation import Augmentation
-from trainer.data import ROWS, DetectionDataset, collate, packed_batch, unpacked
-from trainer.evaluation import (
+from trainer.data.augmentation import Augmentation
+from trainer.data.loader import ROWS, DetectionDataset, collate, packed_batch, unpacked
+from trainer.data.shapes import write_shapes
+from trainer.loop.agreement import Agreement
+from trainer.readers.coco import coco_folder, read_coco
+from trainer.readers.masks import decode, encode
+from trainer.readers.run_lengths import areas_of, as_coco, read_segmentation
+from trainer.readers.samples import SampleTable
+from trainer.report.pictures import Comparison, compare
+from trainer.report.progress import COCO_NUMBERS
+from trainer.scoring.average_precision import STATS
+from trainer.scoring.evaluation import (
     evaluate,
     run_lengths,
     score_images,
     summarise,
     summarise_masks,
 )
-from trainer.masks import decode, encode
-from trainer.pictures import Comparison, compare
-from trainer.read_coco import read_coco
-from trainer.readers import coco_folder
-from trainer.report import COCO_NUMBERS
-from trainer.run_lengths import areas_of, as_coco, read_segmentation
-from trainer.samples import SampleTable
-from trainer.scoring import STATS
-from trainer.shapes import write_shapes
 from vidt import Predictor
-from vidt.drawing import class_colour
-from vidt.mask_vectors import encode_squares, square_masks
-from vidt.model import ViDTConfig, build_detector
-from vidt.predictor import Detections, MaskVectors
-from vidt.preprocessing import Preprocessing
+from vidt.images.drawing import class_colour
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses.mask_vectors import encode_squares, square_masks
+from vidt.model.vidt import ViDTConfig, build_detector
+from vidt.predict.predictor import Detections, MaskVectors
 
 SIZE = (30, 40)
 SQUARE = [4, 3, 20, 3, 20, 17, 4, 17]
@@ -359,7 +358,7 @@ def test_objects_without_masks_neither_help_nor_harm(tmp_path: Path) -> None:
 def test_drawn_in_parts_or_at_once(monkeypatch: pytest.MonkeyPatch, train_set: SampleTable) -> None:
     found = guesses(train_set.subset([0]), seed=1)[0]
     at_once = run_lengths(found)
-    monkeypatch.setattr("trainer.evaluation.MASK_PIXELS", 2 * 96 * 96)
+    monkeypatch.setattr("trainer.scoring.evaluation.MASK_PIXELS", 2 * 96 * 96)
     assert run_lengths(found) == at_once and len(at_once) == len(found.scores)
     assert found.masks is not None
     assert torch.equal(decode(at_once, (96, 96)), found.masks)

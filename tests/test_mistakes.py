@@ -6,9 +6,17 @@ import numpy as np
 import torch
 from simulated import evaluation_of, found_in, pictures_of
 
-from trainer.mistakes import CROWD, MOST_IMAGES, MOST_ROWS, NOTHING, Judged, condensed, judge
-from trainer.samples import Sample
-from trainer.worst_pictures import RIGHT, WRONG, caption, worst_pictures
+from trainer.readers.samples import Sample
+from trainer.report.worst_pictures import RIGHT, WRONG, caption, worst_pictures
+from trainer.scoring.mistakes import (
+    CROWD,
+    MOST_IMAGES,
+    MOST_ROWS,
+    NOTHING,
+    Judged,
+    condensed,
+    judge,
+)
 from vidt import Detections
 
 LEFT, MIDDLE, RIGHTMOST = [0, 0, 20, 20], [40, 0, 60, 20], [70, 0, 90, 20]

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import Learnt, environment, random_pictures, write_coco
 
-from trainer.command_line import main
-from vidt.checkpoint import load_weights, save_weights
+from trainer.commands.command_line import main
+from vidt.weights.checkpoint import load_weights, save_weights
 
 Make = Callable[[Path], object]
 # A mistake: the words after `vidt`, in which {name} is a path of the playground, and what the line
@@ -350,7 +350,7 @@ def test_standard_output_that_is_full() -> None:
 
 def script(*words: str, **more: object) -> subprocess.CompletedProcess:
     """The command in a process of its own, as the console script starts it."""
-    code = "import sys; from trainer.command_line import main; sys.exit(main())"
+    code = "import sys; from trainer.commands.command_line import main; sys.exit(main())"
     how: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
     return subprocess.run([sys.executable, "-c", code, *words], env=environment(), **how)
 
@@ -363,7 +363,7 @@ def test_in_a_process_of_its_own(words: str) -> None:
 
 def test_who_stops_listening_is_no_error(playground: Path) -> None:
     words = f"vidt check --coco_path {playground}/data | true; exit ${{PIPESTATUS[0]}}"
-    code = f"'{sys.executable}' -m trainer.command_line"
+    code = f"'{sys.executable}' -m trainer.commands.command_line"
     done = subprocess.run(
         ["bash", "-c", words.replace("vidt", code, 1)],
         env=environment(),

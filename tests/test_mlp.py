@@ -6,8 +6,9 @@ import torch
 from conftest import asked_of_onednn, needs_onednn
 from torch import Tensor, nn
 
-from vidt import linear, mlp
-from vidt.linear import pack
+from vidt.model import mlp
+from vidt.ops import linear
+from vidt.ops.linear import pack
 
 
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:

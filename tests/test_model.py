@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidt import SetCriterion, ViDT, ViDTConfig
 from vidt.convert import imagenet_swin
-from vidt.model import build_detector
-from vidt.pretrained import TIMM_NAMES, added_by_vidt
-from vidt.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
-from vidt.swin import Block, Merging, SwinBody
-from vidt.variants import SWIN_VARIANTS
-from vidt.without_neck import ViDTWithoutNeck
+from vidt.model.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
+from vidt.model.swin import Block, Merging, SwinBody
+from vidt.model.variants import SWIN_VARIANTS
+from vidt.model.vidt import build_detector
+from vidt.model.without_neck import ViDTWithoutNeck
+from vidt.weights.pretrained import TIMM_NAMES, added_by_vidt
 
 Targets = list[dict[str, Tensor]]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tiny_runs import last_checkpoint, run
 
-from trainer import resume
-from trainer.loss_log import NonFiniteLoss
-from trainer.report import Progress
-from vidt.criterion import SetCriterion
+from trainer.loop import resume
+from trainer.loop.loss_log import NonFiniteLoss
+from trainer.report.progress import Progress
+from vidt.losses.criterion import SetCriterion
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,14 +17,15 @@ from PIL import Image
 from tiny_runs import environment
 from torch import Tensor, nn
 
-from vidt import mask_drawing, mask_vectors
-from vidt.canvas import canvas_of, fitted_shape, framed
-from vidt.model import ViDTConfig
-from vidt.onnx_detector import FORMAT, OnnxDetector, _decoded
-from vidt.onnx_graph import ExportedDetector, make_graph
-from vidt.predictor import Predictor
-from vidt.preprocessing import Preprocessing
-from vidt.weights_file import WeightsInfo
+from vidt.images import mask_drawing
+from vidt.images.canvas import canvas_of, fitted_shape, framed
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses import mask_vectors
+from vidt.model.vidt import ViDTConfig
+from vidt.onnx.detector import FORMAT, OnnxDetector, _decoded
+from vidt.onnx.graph import ExportedDetector, make_graph
+from vidt.predict.predictor import Predictor
+from vidt.weights.weights_file import WeightsInfo
 
 NO_TORCH = """
 import sys
@@ -36,7 +37,7 @@ class Refusing:
 
 sys.meta_path.insert(0, Refusing())
 import numpy
-from vidt.onnx_detector import OnnxDetector
+from vidt.onnx.detector import OnnxDetector
 
 detector = OnnxDetector(sys.argv[1])
 found = detector.predict(sys.argv[2:4], threshold=0.0)
@@ -98,9 +99,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_without_torch(
-    file: Path, model: Predictor, pictures: list[Path], tmp_path: Path
-) -> None:
+def test_without_torch(file: Path, model: Predictor, pictures: list[Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(NO_TORCH)
     words = [sys.executable, str(script), str(file), *map(str, pictures), str(tmp_path)]
@@ -249,7 +248,7 @@ def test_boxes_end_where_the_picture_does(
         decoded = _decoded(*given)
         return decoded | {"boxes": 3 * decoded["boxes"] - np.float32(90)}
 
-    monkeypatch.setattr("vidt.onnx_detector._decoded", wider)
+    monkeypatch.setattr("vidt.onnx.detector._decoded", wider)
     detector = OnnxDetector(file)
     size = np.array([90, 60, 90, 60])
     ((_, raw),) = detector.stream(pictures[:1], clip=False)

@@ -8,9 +8,9 @@ import torch
 from tiny_runs import argv, differences, end_of, last_checkpoint, run
 
 import trainer.train
-from trainer import resume
-from trainer.report import Progress
-from vidt.model import ViDT
+from trainer.loop import resume
+from trainer.report.progress import Progress
+from vidt.model.vidt import ViDT
 
 MESSAGES = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),

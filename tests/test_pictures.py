@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.pictures import (
+from trainer.readers.samples import Sample, SampleTable
+from trainer.report.pictures import (
     Array,
     Comparison,
     compare,
@@ -17,9 +18,8 @@ from trainer.pictures import (
     save_picture,
     truth_beside_prediction,
 )
-from trainer.samples import Sample, SampleTable
-from vidt.drawing import LONGEST_NAME, class_colour, class_text
-from vidt.predictor import Detections
+from vidt.images.drawing import LONGEST_NAME, class_colour, class_text
+from vidt.predict.predictor import Detections
 
 NAMES = ["rectangle", "ellipse", "triangle"]
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"

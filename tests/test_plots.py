@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import environment
 
-from trainer.plots import (
+from trainer.report.plots import (
     NUM_SERIES,
     Axes,
     Series,

@@ -9,11 +9,11 @@ from conftest import Compare
 from PIL import Image
 
 from vidt import Detections, Predictor, ViDT, decode_top_k
-from vidt.checkpoint import WeightsInfo, save_weights
-from vidt.images import UnreadableImage
-from vidt.linear import Linear, onednn_runs, unpack
-from vidt.predictor import MaskVectors
-from vidt.preprocessing import Preprocessing
+from vidt.images.files import UnreadableImage
+from vidt.images.preprocessing import Preprocessing
+from vidt.ops.linear import Linear, onednn_runs, unpack
+from vidt.predict.predictor import MaskVectors
+from vidt.weights.checkpoint import WeightsInfo, save_weights
 
 SIZES = [(60, 80), (80, 60), (60, 80), (200, 40), (60, 80), (33, 47)]
 

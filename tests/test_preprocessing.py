@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from vidt.preprocessing import (
+from vidt.images.preprocessing import (
     Preprocessing,
     canvas_batches,
     pad_batch,

@@ -11,9 +11,9 @@ from conftest import Compare
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidt.pretrained import TIMM_NAMES, URLS, added_by_vidt, load_imagenet
-from vidt.swin import SwinBody
-from vidt.variants import SWIN_VARIANTS
+from vidt.model.swin import SwinBody
+from vidt.model.variants import SWIN_VARIANTS
+from vidt.weights.pretrained import TIMM_NAMES, URLS, added_by_vidt, load_imagenet
 
 
 def body_of(name: str) -> SwinBody:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.coco_file import read_coco_file
-from trainer.findings import MOST_OF_A_KIND, format_findings, write_findings
-from trainer.readers import coco_folder, read_coco, read_voc, read_yolo
+from trainer.readers.coco import coco_folder, read_coco
+from trainer.readers.coco_file import read_coco_file
+from trainer.readers.findings import MOST_OF_A_KIND, format_findings, write_findings
+from trainer.readers.voc import read_voc
+from trainer.readers.yolo import read_yolo
 
 
 def write_image(path: Path, height: int = 20, width: int = 40, **options: Any) -> None:

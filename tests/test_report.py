@@ -14,9 +14,9 @@ from simulated import events_of_a_run, pictures_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from trainer.console import Console, duration, score_table
-from trainer.report import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out
-from vidt.whole_file import write_whole
+from trainer.report.console import Console, duration, score_table
+from trainer.report.progress import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out
+from vidt.atomic_write import write_whole
 
 TOTAL = 40
 

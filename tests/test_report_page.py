@@ -20,26 +20,26 @@ from simulated import (
 )
 from tiny_runs import Learnt, argv, cpu, main_here
 
-from trainer import page_curves
-from trainer.config import parse, resolved
-from trainer.findings import Finding
-from trainer.page_run import MOST_FINDINGS, findings_section
-from trainer.plots import Series
-from trainer.report import CsvLog, Progress
-from trainer.report_page import (
+from trainer.readers.findings import Finding
+from trainer.readers.run_lengths import rectangle
+from trainer.readers.samples import SampleTable
+from trainer.report import page_curves
+from trainer.report.page import (
     FIRST_AFTER,
     ReportPage,
     RunFacts,
     render_training,
     write_evaluation_page,
 )
-from trainer.run_history import History
-from trainer.run_lengths import rectangle
-from trainer.samples import SampleTable
-from vidt.config import ViDTConfig
+from trainer.report.page_run import MOST_FINDINGS, findings_section
+from trainer.report.plots import Series
+from trainer.report.progress import CsvLog, Progress
+from trainer.report.run_history import History
+from trainer.settings.config import parse, resolved
+from vidt.model.config import ViDTConfig
 
 NAMES = ("cat", "dog", "bird")
-HOSTILE = "<script>alert(1)</script> & \"it's\" $x^2$ \x07"
+HOSTILE = '<script>alert(1)</script> & "it\'s" $x^2$ \x07'
 RESULTS = {"classes", "confusion", "sizes", "worst"}
 ALWAYS = {"data", "findings", "settings", "time"}
 MOST_BYTES = 3_000_000

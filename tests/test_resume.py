@@ -21,9 +21,9 @@ from tiny_runs import (
     write_coco,
 )
 
-from trainer import resume
-from trainer.report import Progress
-from trainer.stopping import Stopped
+from trainer.loop import resume
+from trainer.loop.stopping import Stopped
+from trainer.report.progress import Progress
 
 Scores = dict[int, dict[str, float]]
 # Three steps an epoch, two epochs. Dropout is on, as by default, and the body drops paths.

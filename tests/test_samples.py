@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.samples import Sample, SampleTable
+from trainer.readers.samples import Sample, SampleTable
 
 
 def make_samples() -> list[Sample]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import resume
-from trainer.resume import RunState, find, load, save
+from trainer.loop import resume
+from trainer.loop.resume import RunState, find, load, save
 
 SIZE = 50_000  # numbers in a checkpoint
 

@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from tiny_runs import cpu, last_checkpoint, run, settings
 from torch import nn
 
-from trainer import resume
-from trainer.clock import Clock
-from trainer.config import TrainConfig
-from trainer.optim import (
+from trainer.loop import resume
+from trainer.loop.clock import Clock
+from trainer.loop.optim import (
     learning_rate,
     make_ema,
     make_optimizer,
     parameter_groups,
     set_learning_rate,
 )
-from trainer.report import Progress
+from trainer.report.progress import Progress
+from trainer.settings.config import TrainConfig
 from vidt import ViDT, ViDTConfig
-from vidt.model import build_detector
+from vidt.model.vidt import build_detector
 
 
 def test_learning_rate_by_hand() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated import evaluation_of, found_in, nothing_in, pictures_of
 
-from trainer.scores import MOST_POINTS, Hits, curve, pooled
+from trainer.scoring.scores import MOST_POINTS, Hits, curve, pooled
 
 
 def hits(scores: list[float], right: list[int], num_truths: int) -> Hits:

@@ -11,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from trainer.scoring import (
+from trainer.scoring.average_precision import (
     Found,
     Matches,
     Objects,

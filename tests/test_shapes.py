@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from trainer.dataset_check import check
-from trainer.readers import coco_folder, read_coco
-from trainer.shapes import CLASS_NAMES, draw_picture, write_shapes
+from trainer.data.dataset_check import check
+from trainer.data.shapes import CLASS_NAMES, draw_picture, write_shapes
+from trainer.readers.coco import coco_folder, read_coco
 
 
 def contents(folder: Path) -> dict[str, bytes]:

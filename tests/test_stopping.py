@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, command, environment, program, published
 
-from trainer.resume import find
-from trainer.stopping import SAME_REQUEST, Stopped, StopRequest
+from trainer.loop.resume import find
+from trainer.loop.stopping import SAME_REQUEST, Stopped, StopRequest
 
 TIMEOUT = 120.0
 
@@ -76,9 +76,9 @@ def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
 STUBBORN = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import trainer.stopping
-trainer.stopping.SAME_REQUEST = 0.2
-with trainer.stopping.StopRequest():
+import trainer.loop.stopping
+trainer.loop.stopping.SAME_REQUEST = 0.2
+with trainer.loop.stopping.StopRequest():
     print("ready", flush=True)
     while True:
         time.sleep(0.01)

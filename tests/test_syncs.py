@@ -21,18 +21,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.agreement import Agreement
-from trainer.config import TrainConfig
-from trainer.loss_log import LossLog
-from trainer.optim import make_ema, make_optimizer
-from trainer.step import agree_on, gradients
-from vidt.checkpoint import WeightsInfo
-from vidt.config import ViDTConfig
-from vidt.criterion import criterion_for
-from vidt.distillation import TokenMatching
-from vidt.model import build_detector
-from vidt.predictor import Predictor
-from vidt.preprocessing import Preprocessing
+from trainer.loop.agreement import Agreement
+from trainer.loop.loss_log import LossLog
+from trainer.loop.optim import make_ema, make_optimizer
+from trainer.loop.step import agree_on, gradients
+from trainer.settings.config import TrainConfig
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses.criterion import criterion_for
+from vidt.losses.distillation import TokenMatching
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import build_detector
+from vidt.predict.predictor import Predictor
+from vidt.weights.checkpoint import WeightsInfo
 
 DEVICE = torch.device("meta")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

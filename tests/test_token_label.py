@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.token_label import (
+from vidt.model.token_label import (
     TokenHead,
     inside,
     object_masks,

@@ -20,10 +20,10 @@ from tiny_runs import (
     write_coco,
 )
 
-from trainer import resume
-from trainer.report import COCO_NUMBERS, Progress
+from trainer.loop import resume
+from trainer.report.progress import COCO_NUMBERS, Progress
 from trainer.train import train
-from vidt.checkpoint import load_weights
+from vidt.weights.checkpoint import load_weights
 
 
 def test_four_pictures_are_learnt(learnt: Learnt) -> None:

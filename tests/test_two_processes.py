@@ -37,10 +37,10 @@ from tiny_runs import (
 )
 from two_processes import LOSSES, VALIDATION, step_gradients, training
 
-from trainer.agreement import Agreement
-from trainer.evaluation import evaluate
-from trainer.resume import find
-from vidt.checkpoint import load_model
+from trainer.loop.agreement import Agreement
+from trainer.loop.resume import find
+from trainer.scoring.evaluation import evaluate
+from vidt.weights.checkpoint import load_model
 
 ROUNDING = 2e-5
 TIMEOUT = 240.0  # seconds for all scenes on a busy machine; a hang would last for hours

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_windows import AT_ONCE, BATCH, GRIDS, NUM_DET, NUM_HEADS, random_tokens, windows
-from vidt.ram import ReconfiguredAttention
-from vidt.window_attention import _attend, at_once, attend_windows
-from vidt.windows import Windows, by_piece, collect, deal, whole_mask
+from vidt.model.ram import ReconfiguredAttention
+from vidt.model.window_attention import _attend, at_once, attend_windows
+from vidt.model.windows import Windows, by_piece, collect, deal, whole_mask
 
 
 def random_bias(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,7 +102,7 @@ def test_no_images_give_no_tokens() -> None:
 
 def test_a_graph_takes_all_windows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small pieces are elsewhere: compiled and, as ONNX export does it, exported."""
-    monkeypatch.setattr("vidt.window_attention.AT_ONCE", 1)
+    monkeypatch.setattr("vidt.model.window_attention.AT_ONCE", 1)
     assert at_once(torch.device("cpu")) == 1 and at_once(torch.device("cuda")) is None
     attention = ReconfiguredAttention(16, 2, window=3, shift=1).eval()
     patches, det = torch.randn(2, 35, 16), torch.randn(2, NUM_DET, 16)

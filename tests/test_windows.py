@@ -7,7 +7,7 @@ from timm.models.swin_transformer import window_partition
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from vidt.windows import (
+from vidt.model.windows import (
     MASKED,
     Piece,
     Windows,

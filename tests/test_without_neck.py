@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_runs import run as train_here
 
 from vidt import Predictor, ViDTConfig
-from vidt.without_neck import SoftmaxCriterion, ViDTWithoutNeck
+from vidt.model.without_neck import SoftmaxCriterion, ViDTWithoutNeck
 
 
 def test_a_step_is_the_sum_of_its_portions() -> None:

@@ -26,14 +26,14 @@ from ymir_task import (
     write_index,
 )
 
-from trainer.findings import Finding
-from trainer.samples import SampleTable
-from vidt.images import read_image
-from ymir_adapter.annotations import AnnotationReader
-from ymir_adapter.ark import read_ark_files
-from ymir_adapter.columns import MOST_NOTES, Classes, Columns, Notes
-from ymir_adapter.dataset import candidates, locate, read_index, read_split, read_tables
-from ymir_adapter.errors import Code, TaskError
+from trainer.readers.findings import Finding
+from trainer.readers.samples import SampleTable
+from vidt.images.files import read_image
+from ymir_adapter.dataset.annotations import AnnotationReader
+from ymir_adapter.dataset.ark import read_ark_files
+from ymir_adapter.dataset.columns import MOST_NOTES, Classes, Columns, Notes
+from ymir_adapter.dataset.tables import candidates, locate, read_index, read_split, read_tables
+from ymir_adapter.protocol.errors import Code, TaskError
 
 EXPECTED = [  # of SHOTS: xyxy, continuous
     ([[2, 3, 12, 13], [10, 10, 21, 20]], [0, 1]),
@@ -527,7 +527,7 @@ def test_no_picture_can_be_read(
     tmp_path: Path, split: str, listed: int, monkeypatch: pytest.MonkeyPatch
 ):
     """However many of the pictures have a finding of their own."""
-    monkeypatch.setattr("trainer.findings.MOST_OF_A_KIND", listed)
+    monkeypatch.setattr("trainer.readers.findings.MOST_OF_A_KIND", listed)
     tree = make_tree(tmp_path, train=MANY, val=tuple(Shot(f"v{n}.png") for n in range(2)))
     for path in (tree.input / "assets").glob("m*" if split == "train" else "v*"):
         path.write_bytes(b"junk")

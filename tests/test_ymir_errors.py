@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.config import parse
-from trainer.dataset_check import BadDataset
-from trainer.loss_log import NonFiniteLoss
-from trainer.out_of_memory import OutOfMemory
-from trainer.step import smaller_portions
-from vidt.checkpoint import Unreachable, UnusableWeights, load_model, local_weights
-from vidt.images import UnreadableImage, read_image
-from ymir_adapter.errors import (
+from trainer.data.dataset_check import BadDataset
+from trainer.loop.loss_log import NonFiniteLoss
+from trainer.loop.out_of_memory import OutOfMemory
+from trainer.loop.step import smaller_portions
+from trainer.settings.config import parse
+from vidt.images.files import UnreadableImage, read_image
+from vidt.weights.checkpoint import Unreachable, UnusableWeights, load_model, local_weights
+from ymir_adapter.protocol.errors import (
     LONGEST_LINE,
     Code,
     TaskError,

@@ -24,15 +24,15 @@ import pytest
 import yaml
 from tiny_runs import ROOT, random_pictures, write_coco
 
-from trainer.read_coco import read_coco
-from ymir_adapter.sandbox_tree import Request, Tree, make_tree
-from ymir_adapter.task import (
+from trainer.readers.coco import read_coco
+from ymir_adapter.protocol.task import (
     TEMPLATE,
     CandidateSettings,
     candidate_settings,
     read_task,
     training_settings,
 )
+from ymir_adapter.sandbox.tree import Request, Tree, make_tree
 
 TEMPLATES = ROOT / "ymir_adapter/templates"
 DOCKERFILE = ROOT / "Dockerfile"

@@ -15,17 +15,17 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import NAMES, Learnt, cpu, draw, random_pictures, swapped, write_split
 from ymir_candidates import Results, candidate_task, run_here
 
-from trainer.agreement import Agreement
-from trainer.evaluation import evaluate
-from trainer.read_coco import read_coco
-from vidt.checkpoint import WeightsInfo, load_model, save_weights
-from vidt.config import ViDTConfig
-from vidt.model import ViDT, build_detector
-from vidt.predictor import Predictor
-from vidt.preprocessing import Preprocessing
-from ymir_adapter.candidates import PARTS
-from ymir_adapter.errors import Code, TaskError
-from ymir_adapter.infer import (
+from trainer.loop.agreement import Agreement
+from trainer.readers.coco import read_coco
+from trainer.scoring.evaluation import evaluate
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import ViDT, build_detector
+from vidt.predict.predictor import Predictor
+from vidt.weights.checkpoint import WeightsInfo, load_model, save_weights
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.tasks.candidates import PARTS
+from ymir_adapter.tasks.inference import (
     PENDING_BATCHES,
     READ_AHEAD,
     Detector,
@@ -343,8 +343,8 @@ def test_progress_never_falls_and_ends_at_one(
     class Listener:
         update = staticmethod(told.append)
 
-    from ymir_adapter import candidates
-    from ymir_adapter.task import read_task
+    from ymir_adapter.protocol.task import read_task
+    from ymir_adapter.tasks import candidates
 
     candidates.search_candidates(read_task(tree.env_file), Listener(), cpu())  # type: ignore[arg-type]
     assert told == sorted(told) and told[-1] == 1.0

@@ -20,8 +20,8 @@ import yaml
 from kill_program import run_kills
 from ymir_runs import TIMEOUT, Tree, processes_with, start, training_task, wait_until_gone
 
-from vidt.checkpoint import load_weights
-from ymir_adapter.task import read_task
+from vidt.weights.checkpoint import load_weights
+from ymir_adapter.protocol.task import read_task
 
 EPOCHS = 14  # more than the stages that are kept
 # A detector that learns its four pictures fast and badly: the best stage is seldom the last.

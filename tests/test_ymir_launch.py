@@ -18,9 +18,9 @@ import yaml
 from tiny_runs import ROOT, environment
 from ymir_runs import processes_with, wait_until_gone
 
-from ymir_adapter.errors import Code, TaskError
 from ymir_adapter.launch import launch_command, rank_environment, require_devices
-from ymir_adapter.task import Task, read_task
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.protocol.task import Task, read_task
 
 TIMEOUT = 120.0  # seconds, for a busy machine
 GONE_WITHIN = 60.0  # seconds, after which whatever is still there counts as left behind

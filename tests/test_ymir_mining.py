@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ymir_adapter.mining import (
+from ymir_adapter.protocol.task import ALGORITHMS
+from ymir_adapter.tasks.mining import (
     BASE,
     DECIMALS,
     FLOORS,
@@ -31,7 +32,6 @@ from ymir_adapter.mining import (
     views,
     weighted,
 )
-from ymir_adapter.task import ALGORITHMS
 
 LN2 = math.log(2)
 

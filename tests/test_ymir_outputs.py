@@ -14,9 +14,14 @@ import torch
 import yaml
 from ymir_task import PROTOCOLS, Tree, make_tree
 
-from vidt.predictor import Detections
-from ymir_adapter.monitor import HEARTBEAT, LONGEST_MESSAGE, MOST_LINES, Monitor
-from ymir_adapter.outputs import LATEST_STAGES, DetectionWriter, TrainingResult, write_ranking
+from vidt.predict.predictor import Detections
+from ymir_adapter.protocol.monitor import HEARTBEAT, LONGEST_MESSAGE, MOST_LINES, Monitor
+from ymir_adapter.protocol.outputs import (
+    LATEST_STAGES,
+    DetectionWriter,
+    TrainingResult,
+    write_ranking,
+)
 
 fork = multiprocessing.get_context("fork")
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from ymir_candidates import Results, candidate_task, complaints, run_by_two, run_here
 from ymir_runs import CHECKER
 
-from vidt.checkpoint import WeightsInfo, load_weights, save_weights
-from vidt.model import ViDT, ViDTConfig
-from vidt.predictor import Predictor
-from vidt.preprocessing import Preprocessing
-from ymir_adapter.candidates import Search, make_detector
-from ymir_adapter.errors import Code, TaskError
-from ymir_adapter.mining import FLOORS
-from ymir_adapter.parts import Part, Parts
-from ymir_adapter.task import candidate_settings, read_task
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.vidt import ViDT, ViDTConfig
+from vidt.predict.predictor import Predictor
+from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.protocol.task import candidate_settings, read_task
+from ymir_adapter.tasks.candidates import Search, make_detector
+from ymir_adapter.tasks.mining import FLOORS
+from ymir_adapter.tasks.parts import Part, Parts
 
 ALGORITHMS = tuple(FLOORS)
 

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from tiny_runs import ROOT, environment, random_pictures, write_coco
 
-from trainer.read_coco import read_coco
-from trainer.samples import SampleTable
-from ymir_adapter import sandbox
-from ymir_adapter.dataset import candidates, read_tables
-from ymir_adapter.sandbox_tree import Request, Tree, make_tree, task_settings
-from ymir_adapter.task import read_task
+from trainer.readers.coco import read_coco
+from trainer.readers.samples import SampleTable
+from ymir_adapter.dataset.tables import candidates, read_tables
+from ymir_adapter.protocol.task import read_task
+from ymir_adapter.sandbox import __main__ as sandbox
+from ymir_adapter.sandbox.tree import Request, Tree, make_tree, task_settings
 
 CHECKER = ROOT.parent / "shared/tools/check_ymir_out.py"
 TINY = (

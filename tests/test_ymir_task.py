@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from test_checkpoint import released_names
 from ymir_task import NAMES, PROTOCOLS, Tree, make_tree
 
-from trainer.config import parse, resolved
-from vidt.checkpoint import WeightsInfo, save_weights
-from vidt.model import ViDT, ViDTConfig
-from vidt.preprocessing import Preprocessing
-from ymir_adapter.environment import DEFAULT_ENV_FILE
-from ymir_adapter.errors import Code, TaskError
-from ymir_adapter.task import (
+from trainer.settings.config import parse, resolved
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.vidt import ViDT, ViDTConfig
+from vidt.weights.checkpoint import WeightsInfo, save_weights
+from ymir_adapter.protocol.environment import DEFAULT_ENV_FILE
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.protocol.task import (
     CandidateSettings,
     Task,
     candidate_settings,

@@ -27,14 +27,14 @@ from ymir_runs import (
     wait_until_gone,
 )
 
-from trainer.report import Progress
-from vidt.checkpoint import load_weights
-from vidt.model import ViDT
-from ymir_adapter import training
-from ymir_adapter.errors import Code, diagnose, first_failure, write_failure
-from ymir_adapter.monitor import Monitor
-from ymir_adapter.outputs import TrainingResult
-from ymir_adapter.task import read_task
+from trainer.report.progress import Progress
+from vidt.model.vidt import ViDT
+from vidt.weights.checkpoint import load_weights
+from ymir_adapter.protocol.errors import Code, diagnose, first_failure, write_failure
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.outputs import TrainingResult
+from ymir_adapter.protocol.task import read_task
+from ymir_adapter.tasks import training
 
 OTHER_NAMES = ("blue", "violet", "red")
 needs_checker = pytest.mark.skipif(

@@ -9,8 +9,8 @@ import torch
 from tiny_runs import NAMES, blurred
 
 from vidt import ViDT, ViDTConfig
-from vidt.checkpoint import WeightsInfo, save_weights
-from vidt.preprocessing import Preprocessing
+from vidt.images.preprocessing import Preprocessing
+from vidt.weights.checkpoint import WeightsInfo, save_weights
 
 PLUS = "--epff --iou_aware --token_label --with_vector --n_keep 16 --gt_mask_len 32"
 

@@ -21,21 +21,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trainer.train
-from trainer import resume
-from trainer.agreement import Agreement, sum_gradients
-from trainer.config import TrainConfig, parse
-from trainer.data import Augmentation, DetectionDataset
-from trainer.datasets import read_datasets
-from trainer.evaluation import Evaluation
-from trainer.report import Progress
-from trainer.samples import SampleTable
-from trainer.start import load_teacher
-from trainer.step import agree_on, gradients, micro_batches
+from trainer.data.load import read_datasets
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.loop import resume
+from trainer.loop.agreement import Agreement, sum_gradients
+from trainer.loop.start import load_teacher
+from trainer.loop.step import agree_on, gradients, micro_batches
+from trainer.readers.samples import SampleTable
+from trainer.report.progress import Progress
+from trainer.scoring.evaluation import Evaluation
+from trainer.settings.config import TrainConfig, parse
 from trainer.train import train
-from vidt.criterion import criterion_for
-from vidt.model import ViDTConfig, build_detector
-from vidt.preprocessing import Preprocessing
-from vidt.variants import SWIN_VARIANTS, SwinVariant
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses.criterion import criterion_for
+from vidt.model.variants import SWIN_VARIANTS, SwinVariant
+from vidt.model.vidt import ViDTConfig, build_detector
 
 ROOT = Path(__file__).parent.parent
 Model = TypeVar("Model", bound=nn.Module)

@@ -26,14 +26,14 @@ from tiny_runs import (
 )
 
 import trainer.train
-from trainer.agreement import Agreement
-from trainer.dataset_check import BadDataset
-from trainer.evaluation import evaluate
-from trainer.report import Progress
-from trainer.stopping import Stopped
-from vidt.checkpoint import load_model
-from vidt.criterion import SetCriterion
-from vidt.model import ViDT
+from trainer.data.dataset_check import BadDataset
+from trainer.loop.agreement import Agreement
+from trainer.loop.stopping import Stopped
+from trainer.report.progress import Progress
+from trainer.scoring.evaluation import evaluate
+from vidt.losses.criterion import SetCriterion
+from vidt.model.vidt import ViDT
+from vidt.weights.checkpoint import load_model
 
 LOSSES = {"plain": "", "denoising": "--denoising 9"}
 PORTIONS = {"plain": 1, "denoising": 2}

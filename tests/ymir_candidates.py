@@ -19,9 +19,9 @@ from tiny_runs import NAMES, ROOT, cpu, environment
 from ymir_runs import CHECKER, TIMEOUT, Tree
 
 from trainer.train import make_accelerator
-from ymir_adapter.candidates import search_candidates
-from ymir_adapter.monitor import Monitor
-from ymir_adapter.task import read_task
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.task import read_task
+from ymir_adapter.tasks.candidates import search_candidates
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ymir_adapter.__main__ import main
-from ymir_adapter.errors import Code, TaskError
 from ymir_adapter.launch import run_rank
-from ymir_adapter.monitor import Monitor
-from ymir_adapter.task import Task
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.task import Task
 
 FOREVER = 300.0
 

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ymir_adapter.task import Task, read_task
+from ymir_adapter.protocol.task import Task, read_task
 
 PROTOCOLS = (None, "1.0.0", "1.1.0")
 FORMATS = ("ark", "voc", "coco")

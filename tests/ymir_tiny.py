@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from tiny_runs import swapped
 
-from vidt.model import ViDT
+from vidt.model.vidt import ViDT
 from ymir_adapter.launch import run_rank
-from ymir_adapter.training import train_task
+from ymir_adapter.tasks.training import train_task
 
 FAULTS = {
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

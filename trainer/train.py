@@ -23,26 +23,23 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, se
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from trainer import resume as checkpoints
-from trainer.agreement import PATIENCE, Agreement, sum_gradients
-from trainer.clock import Clock
-from trainer.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
-from trainer.console import Console, score_table
-from trainer.data import Augmentation, DetectionDataset, steps_per_epoch
-from trainer.datasets import read_datasets, read_validation, told
-from trainer.evaluation import Evaluation, Interrupted, evaluate
-from trainer.execution import checkpoint_activations, compiled, compiled_canvas, keep_freed_memory
-from trainer.findings import format_findings
-from trainer.history import history
-from trainer.launch_check import refuse_split_models, require_processes
-from trainer.loss_log import LossLog, NonFiniteLoss
-from trainer.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
-from trainer.pictures import compare, comparisons, save_picture, truth_beside_prediction
-from trainer.report import CsvLog, Progress, Report, TensorBoard, fan_out
-from trainer.report_page import PAGE_NAME, page_of_training, write_evaluation_page
-from trainer.resume import RunState
-from trainer.samples import SampleTable
-from trainer.start import (
+from trainer.data.load import read_datasets, read_validation, told
+from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.loop import resume as checkpoints
+from trainer.loop.agreement import PATIENCE, Agreement, sum_gradients
+from trainer.loop.clock import Clock
+from trainer.loop.execution import (
+    checkpoint_activations,
+    compiled,
+    compiled_canvas,
+    keep_freed_memory,
+)
+from trainer.loop.history import history
+from trainer.loop.launch_check import refuse_split_models, require_processes
+from trainer.loop.loss_log import LossLog, NonFiniteLoss
+from trainer.loop.optim import learning_rate, make_ema, make_optimizer, set_learning_rate
+from trainer.loop.resume import RunState
+from trainer.loop.start import (
     find_checkpoint,
     load_detector,
     load_start,
@@ -50,15 +47,23 @@ from trainer.start import (
     require_files,
     restore,
 )
-from trainer.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
-from trainer.stopping import Stopped, StopRequest
-from trainer.wording import counted
-from trainer.worst_pictures import worst_pictures
-from vidt.checkpoint import WeightsInfo, save_weights
-from vidt.config import ViDTConfig
-from vidt.criterion import criterion_for
-from vidt.model import build_detector
-from vidt.preprocessing import Preprocessing
+from trainer.loop.step import agree_on, check_readable, gradients, micro_batches, smaller_portions
+from trainer.loop.stopping import Stopped, StopRequest
+from trainer.readers.findings import format_findings
+from trainer.readers.samples import SampleTable
+from trainer.report.console import Console, score_table
+from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
+from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
+from trainer.report.progress import CsvLog, Progress, Report, TensorBoard, fan_out
+from trainer.report.worst_pictures import worst_pictures
+from trainer.scoring.evaluation import Evaluation, Interrupted, evaluate
+from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
+from trainer.settings.wording import counted
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses.criterion import criterion_for
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import build_detector
+from vidt.weights.checkpoint import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
 
@@ -73,7 +78,7 @@ def train(
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Trains a detector and returns the metrics of its best evaluation (keys as in
-    `trainer.report`).
+    `trainer.report.progress`).
 
     train_set and val_set share their class names; model_fields are those of `ViDTConfig`. report is
     called on the main process only. Writes `best.safetensors`, `last.safetensors`, `checkpoints/`,

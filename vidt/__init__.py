@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidt.criterion import SetCriterion
     from vidt.loading import load
-    from vidt.matcher import HungarianMatcher
-    from vidt.model import ViDT, ViDTConfig
-    from vidt.predictor import Detections, Predictor, decode_top_k
+    from vidt.losses.criterion import SetCriterion
+    from vidt.losses.matcher import HungarianMatcher
+    from vidt.model.vidt import ViDT, ViDTConfig
+    from vidt.predict.predictor import Detections, Predictor, decode_top_k
 
 __all__ = [
     "Detections",
@@ -31,13 +31,13 @@ __all__ = [
     "load",
 ]
 _HOMES = {
-    "Detections": "predictor",
-    "HungarianMatcher": "matcher",
-    "Predictor": "predictor",
-    "SetCriterion": "criterion",
-    "ViDT": "model",
-    "ViDTConfig": "config",
-    "decode_top_k": "predictor",
+    "Detections": "predict.predictor",
+    "HungarianMatcher": "losses.matcher",
+    "Predictor": "predict.predictor",
+    "SetCriterion": "losses.criterion",
+    "ViDT": "model.vidt",
+    "ViDTConfig": "model.config",
+    "decode_top_k": "predict.predictor",
     "load": "loading",
 }
 

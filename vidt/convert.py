@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from vidt.arguments import OneLineParser
-from vidt.checkpoint import read_released
-from vidt.model import build_detector
-from vidt.released import (
+from vidt.atomic_write import whole_file
+from vidt.model.vidt import build_detector
+from vidt.weights.checkpoint import read_released
+from vidt.weights.released import (
     imagenet_swin,
     released_config,
     released_name,
@@ -22,7 +23,7 @@ from vidt.released import (
     to_released,
     unread_tensors,
 )
-from vidt.weights_file import (
+from vidt.weights.weights_file import (
     UnusableWeights,
     WeightsInfo,
     fill_strictly,
@@ -32,7 +33,6 @@ from vidt.weights_file import (
     read_pickled,
     save_weights,
 )
-from vidt.whole_file import whole_file
 
 __all__ = [
     "imagenet_swin",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidt.predictor import Predictor
+    from vidt.predict.predictor import Predictor
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ONNX = ".onnx"
@@ -38,8 +38,8 @@ def load(
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:
-        from vidt.devices import usable_device
-        from vidt.predictor import Predictor
+        from vidt.predict.devices import usable_device
+        from vidt.predict.predictor import Predictor
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{path} needs {error.name}, which is not here; install it, or export the weights to "
@@ -60,7 +60,7 @@ def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) 
     if compile:
         raise ValueError(f"compile is for PyTorch; {path} is run by onnxruntime")
     try:
-        detector = import_module("vidt.onnx_detector").OnnxDetector
+        detector = import_module("vidt.onnx.detector").OnnxDetector
         return detector(path, device=device or "cpu")
     except ImportError as error:
         raise ValueError(

@@ -8,10 +8,10 @@ import sys
 import time
 import traceback
 
-from ymir_adapter.errors import Code, Failure, diagnose
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
-from ymir_adapter.outputs import Monitor
-from ymir_adapter.task import Task, read_identity, read_task
+from ymir_adapter.protocol.errors import Code, Failure, diagnose
+from ymir_adapter.protocol.outputs import Monitor
+from ymir_adapter.protocol.task import Task, read_identity, read_task
 
 
 def main(module: str | None = None) -> int:
@@ -34,7 +34,7 @@ def main(module: str | None = None) -> int:
 
 
 def module_of(task: Task) -> str:
-    return "ymir_adapter.training" if task.run_training else "ymir_adapter.candidates"
+    return "ymir_adapter.tasks.training" if task.run_training else "ymir_adapter.tasks.candidates"
 
 
 def report(failure: Failure, monitor: Monitor) -> None:

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import yaml
 
-from ymir_adapter.errors import Code, Failure, TaskError, first_failure, write_failure
-from ymir_adapter.outputs import Monitor
-from ymir_adapter.task import Task, read_task
+from ymir_adapter.protocol.errors import Code, Failure, TaskError, first_failure, write_failure
+from ymir_adapter.protocol.outputs import Monitor
+from ymir_adapter.protocol.task import Task, read_task
 
 FAILURES = "VIDT_FAILURES"  # variable: where ranks leave their failures, and their signs of life
 CPU_PROCESSES = "VIDT_CPU_PROCESSES"  # variable: ranks of a task without GPUs, 1 if not set

@@ -1,0 +1,160 @@
+"""`vidt check`: the look at a dataset that every training begins with, and nothing else."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.command_flags import Flags, UsageError, check_result, count, say, share
+from trainer.commands.image_files import SUFFIXES
+from trainer.commands.result_files import write_result
+from trainer.readers.findings import Finding, format_findings
+from trainer.settings.config import COCO_FILES, DATASETS, TrainConfig
+from trainer.settings.wording import counted
+
+SUMMARY = """
+Looks at every annotation and at the header of every image, and says what is wrong with them and
+what a training would do about it: boxes dropped or clipped, images left out, classes without
+examples, images that are in both splits. Seconds, not hours; nothing is changed.
+"""
+EXAMPLES = """
+examples:
+  vidt check --coco_path data/coco
+  vidt check --train_json train.json --train_images images --val_json val.json --val_images images
+  vidt check --yolo_path data/yolo --json
+  vidt check --voc_path data/voc --out findings.json
+
+as JSON: usable (would a training begin?), error (why not), splits (images, boxes and boxes of each
+class), classes, findings (kind, severity, action, detail, source, file, image_id, annotation_id,
+count).
+
+exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
+"""
+DATASET_SUFFIXES = (*SUFFIXES, ".txt", ".xml", ".yaml", ".yml")
+HELP_OF = {
+    "coco_path": "folder with annotations/instances_{train,val}2017.json, train2017/, val2017/",
+    "voc_path": "folder of a Pascal VOC dataset",
+    "yolo_path": "folder of a YOLO dataset, or its yaml file",
+    "train_json": "COCO file to train on",
+    "train_images": "folder of its images",
+    "val_json": "COCO file to validate on",
+    "val_images": "folder of its images",
+}
+
+
+def flags() -> Flags:
+    parser = Flags("check", SUMMARY, EXAMPLES)
+    for name, text in HELP_OF.items():
+        parser.add_argument(f"--{name}", metavar="PATH", help=text)
+    parser.add_argument(
+        "--det_token_num",
+        type=count,
+        default=100,
+        metavar="N",
+        help="the most objects that will be found in an image (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max_bad_fraction",
+        type=share,
+        default=TrainConfig.max_bad_fraction,
+        metavar="S",
+        help="share of unusable images that a training bears (default %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file too")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Raises ValueError and OSError with one line for the user."""
+    given = flags().read(argv)
+    config = settings(vars(given))
+    check_result("--out", given.out, read_files(config, given.out))
+    # Here, not above: seconds that help does not spend.
+    from trainer.data.dataset_check import BadDataset
+    from trainer.data.load import read_datasets
+
+    failure: BadDataset | None = None
+    findings: list[Finding]
+    tables: list[Any] = []
+    try:
+        train, val, findings = read_datasets(
+            config, num_queries=given.det_token_num, num_classes=None
+        )
+        tables = [train, val]
+    except BadDataset as error:
+        failure, findings = error, error.findings
+    facts = {
+        "usable": failure is None,
+        "error": str(failure) if failure else None,
+        "classes": list(tables[0].class_names) if tables else [],
+        "splits": [_split(table) for table in tables],
+        "findings": [asdict(finding) for finding in findings],
+    }
+    text = json.dumps(facts, indent=1)
+    say(text if given.json else in_words(facts, findings))
+    if given.out is not None:
+        write_result(given.out, text.encode())
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def settings(given: dict[str, Any]) -> TrainConfig:
+    """The part of a training's settings that says where the data is."""
+    paths = {name: given[name] for name in HELP_OF if given[name] is not None}
+    kinds = [name for name in DATASETS if f"{name}_path" in paths]
+    if any(name in paths for name in COCO_FILES):
+        kinds.append("coco")
+    if not kinds:
+        four = ", ".join(f"--{name}" for name in COCO_FILES)
+        raise UsageError(
+            f"no dataset is named; give --coco_path, --voc_path, --yolo_path, or {four}"
+        )
+    if len(kinds) > 1:
+        both = " and ".join(f"--{name}" for name in paths)
+        raise UsageError(f"{both}: check one dataset at a time")
+    share = given["max_bad_fraction"]
+    return TrainConfig(dataset_file=kinds[0], max_bad_fraction=share, **paths)
+
+
+def read_files(config: TrainConfig, out: Path | None) -> list[Path]:
+    """The dataset's files that `out` could be: those that are named, those of COCO's layout, and
+    `out` itself where it lies among images and labels and looks like one.
+    """
+    files = [Path(each) for each in (config.train_json, config.val_json) if each]
+    folders = [Path(each) for each in (config.train_images, config.val_images) if each]
+    if config.coco_path:
+        files += (Path(config.coco_path) / "annotations").glob("instances_*.json")
+    for each in (config.coco_path, config.voc_path, config.yolo_path):
+        if each:
+            folders.append(Path(each).parent if Path(each).is_file() else Path(each))
+    if out is not None and out.exists() and out.suffix.lower() in DATASET_SUFFIXES:
+        inside = any(folder.resolve() in out.resolve().parents for folder in folders)
+        files += [out] if inside else []
+    return files
+
+
+def _split(table: Any) -> dict[str, Any]:
+    labels = table.labels.bincount(minlength=len(table.class_names)).tolist()
+    return {
+        "source": table.source,
+        "images": len(table),
+        "boxes": len(table.labels),
+        "boxes_by_class": dict(zip(table.class_names, labels, strict=True)),
+    }
+
+
+def in_words(facts: dict[str, Any], findings: list[Finding]) -> str:
+    lines = [
+        f"{each['source']}: {counted(each['images'], 'image')}, "
+        f"{counted(each['boxes'], 'box', 'boxes')}"
+        for each in facts["splits"]
+    ]
+    width = max((len(name) for name in facts["classes"]), default=0)
+    for name in facts["classes"]:
+        numbers = "  ".join(f"{each['boxes_by_class'][name]:>8}" for each in facts["splits"])
+        lines.append(f"  {name:<{width}}  {numbers}")
+    lines.append(format_findings(findings) if findings else "nothing was found to be wrong")
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""`vidt export`: weights to an ONNX model, which is held to them before it is called done."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from trainer.commands.command_flags import Flags, UsageError, check_result, say, side
+from trainer.commands.image_files import ImageFiles
+from trainer.commands.result_files import write_result
+
+SUMMARY = """
+Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and proves it: the model
+is checked, both detectors look at the same images, and the report says how far they differ. Class
+names and the preparation of pictures ride in the model, so that vidt predict and vidt evaluate take
+it.
+"""
+EXAMPLES = """
+examples:
+  vidt export output/best.safetensors model.onnx
+  vidt export output/best.safetensors model.onnx --size 640 640 --images photos/
+  vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
+  vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
+
+exit code: 0 exported, and both agree; 1 they do not, and the report says where; 2 a mistake that
+the line "error: ..." names. --with-decode and --with_decode mean the same.
+"""
+AXES = ("batch", "size")
+
+
+def flags() -> Flags:
+    parser = Flags("export", SUMMARY, EXAMPLES)
+    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="weights to export")
+    parser.add_argument("output", metavar="MODEL", type=Path, help="the .onnx file to write")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=side,
+        metavar=("H", "W"),
+        help="height and width of the pictures that it takes; default: of the weights, square",
+    )
+    parser.add_argument(
+        "--dynamic",
+        default="",
+        metavar="AXES",
+        help="batch: it takes any number of pictures at once (size is refused); default: one",
+    )
+    parser.add_argument("--fp16", action="store_true", help="half precision: half the file")
+    parser.add_argument(
+        "--with_decode",
+        action="store_true",
+        help="the model gives boxes, labels and scores instead of the detector's raw outputs",
+    )
+    proof = parser.add_argument_group("what it is proven on")
+    proof.add_argument(
+        "--images", nargs="+", default=[], metavar="PATH", help="files or folders; default: noise"
+    )
+    proof.add_argument("--json", type=Path, metavar="FILE", help="COCO file: map50 of both")
+    proof.add_argument("--coco_images", type=Path, metavar="DIR", help="folder of its images")
+    proof.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Raises ValueError and OSError with one line for the user."""
+    given = flags().read(argv)
+    dynamic = tuple(word for word in given.dynamic.split(",") if word)
+    unknown = [word for word in dynamic if word not in AXES]
+    if unknown:
+        raise UsageError(f"--dynamic {given.dynamic}: {unknown[0]} is neither batch nor size")
+    if (given.json is None) != (given.coco_images is None):
+        raise UsageError("--json and --coco_images: give both, or neither")
+    if given.output.suffix != ".onnx":
+        raise UsageError(f"MODEL {given.output}: name it something.onnx")
+    if not given.weights.is_file():
+        raise UsageError(f"WEIGHTS {given.weights}: no such file")
+    if given.output.is_dir() or not given.output.absolute().parent.is_dir():
+        raise UsageError(f"MODEL {given.output}: there is no folder for it")
+    images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]
+    read = [given.weights, *images, *([given.json] if given.json else [])]
+    check_result("MODEL", given.output, read)
+    check_result("--report", given.report, [*read, given.output])
+    try:
+        export = import_module("vidt.onnx.export").export
+    except ImportError as error:
+        raise UsageError(
+            f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
+        ) from None
+    report = export(
+        given.weights,
+        given.output,
+        size=tuple(given.size) if given.size else None,
+        dynamic=dynamic,
+        half=given.fp16,
+        with_decode=given.with_decode,
+        images=images,
+        coco=(given.json, given.coco_images) if given.json else None,
+    )
+    say(report.text())
+    if given.report is not None:
+        write_result(given.report, json.dumps(report.as_dict(), indent=1).encode())
+    return 0 if report.ok else 1

@@ -1,0 +1,138 @@
+"""`vidt info`: what a weights file, or an exported model, says of itself."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trainer.commands.command_flags import Flags, UsageError, say
+from trainer.settings.wording import counted
+
+SUMMARY = """
+Shows what is in a weights file: which detector it is, its classes, how pictures are prepared for
+it, how it scored, and how it was trained. Takes our .safetensors, the released .pth files, and
+exported .onnx models.
+"""
+EXAMPLES = """
+examples:
+  vidt info output/best.safetensors
+  vidt info output/best.safetensors --json
+  vidt info model.onnx
+
+exit code: 0 done, 2 a mistake that the line "error: ..." names.
+"""
+MAIN_METRICS = ("map50", "map", "map75", "map_small", "map_medium", "map_large", "segm_map")
+
+
+def flags() -> Flags:
+    parser = Flags("info", SUMMARY, EXAMPLES)
+    parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Raises ValueError and OSError with one line for the user."""
+    given = flags().read(argv)
+    path = Path(given.weights)
+    if path.is_dir():
+        raise UsageError(f"WEIGHTS {path} is a folder; name the weights file in it")
+    if not path.is_file():
+        raise UsageError(f"WEIGHTS {path}: no such file")
+    facts = _facts_of_onnx(path) if path.suffix == ".onnx" else _facts_of_weights(path)
+    say(json.dumps(facts, indent=1) if given.json else in_words(facts))
+    return 0
+
+
+def _facts_of_weights(path: Path) -> dict[str, Any]:
+    from vidt.weights.checkpoint import load_model
+
+    model, info = load_model(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "config": asdict(info.config),
+        "class_names": list(info.class_names),
+        "preprocessing": asdict(info.preprocessing) | {"max_size": info.preprocessing.max_size},
+        "metrics": info.metrics,
+        "training": info.training,
+    }
+
+
+def _facts_of_onnx(path: Path) -> dict[str, Any]:
+    """All that the exporter wrote into the model's metadata; values that are JSON, read."""
+    try:
+        onnxruntime = import_module("onnxruntime")
+    except ImportError:
+        raise UsageError(
+            f"{path} needs onnxruntime, which is not here; pip install onnxruntime"
+        ) from None
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has an exception of its own for everything
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{path} cannot be read as an ONNX model: {reason}") from None
+    metadata = session.get_modelmeta().custom_metadata_map
+    shapes = {each.name: list(map(str, each.shape)) for each in session.get_inputs()}
+    outputs = {each.name: list(map(str, each.shape)) for each in session.get_outputs()}
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "inputs": shapes,
+        "outputs": outputs,
+        **{name: _read(value) for name, value in sorted(metadata.items())},
+    }
+
+
+def _read(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """A page: what matters first, the rest as names and values."""
+    lines = [f"{facts['file']}: {facts['bytes'] / 2**20:.1f} MiB"]
+    if "parameters" in facts:
+        lines[0] += f", {facts['parameters'] / 1e6:.2f} M parameters"
+    names = facts.get("class_names", [])
+    if isinstance(names, list):
+        lines += [f"classes ({len(names)}): {', '.join(map(str, names))}"]
+    metrics = facts.get("metrics") or {}
+    if metrics:
+        scored = {name: metrics.get(name, -1.0) for name in MAIN_METRICS}
+        shown = (f"{name} {value:.3f}" for name, value in scored.items() if value >= 0)
+        lines += [f"scores when it was saved: {', '.join(shown)}"]
+    training = dict(facts.get("training") or {})
+    if training:
+        lines += ["", "training", *_in_words_of_training(training)]
+    for part in ("config", "preprocessing", "inputs", "outputs"):
+        if isinstance(facts.get(part), Mapping):
+            lines += ["", part, *_pairs(facts[part])]
+    if training.get("settings"):
+        lines += ["", "training settings", *_pairs(training["settings"])]
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _in_words_of_training(training: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"  {name:<12} {each['source']}: {counted(each['images'], 'image')}, "
+        f"{counted(each['boxes'], 'box', 'boxes')}"
+        for name, each in training.get("data", {}).items()
+    ]
+    known = {"epochs_done": "epochs", "steps_done": "steps", "date": "saved", "version": "vidt"}
+    shown = {text: training[name] for name, text in known.items() if name in training}
+    return [*lines, *(f"  {text:<12} {value}" for text, value in shown.items())]
+
+
+def _pairs(values: Mapping[str, Any]) -> list[str]:
+    width = max(map(len, values), default=0)
+    return [f"  {name:<{width}}  {_shown(value)}" for name, value in values.items()]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

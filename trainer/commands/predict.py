@@ -1,0 +1,339 @@
+"""`vidt predict`: pictures with boxes, and what was found as JSON, COCO results, YOLO or CSV."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.commands.command_flags import Flags, UsageError, add_detector_flags, note, share
+from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
+from trainer.commands.predictions import Predicted, predict_files
+from trainer.commands.result_files import whole_text, write_result
+from trainer.scoring.prediction_formats import (
+    Format,
+    Found,
+    coco_format,
+    csv_format,
+    json_format,
+    text_format,
+    yolo_text,
+)
+from vidt.images.batching import read_ahead, reading_threads
+from vidt.images.drawing import draw_detections
+from vidt.loading import load
+
+SUMMARY = """
+Finds objects in images: in files, in folders with all that is in them, in patterns, or in the
+files that standard input lists, a line each. Writes the images with boxes drawn on them, and what
+was found as figures: class, score from 0 to 1, and corners in pixels of the original image. Results
+come in the order of the images, as they are ready: a million images take no more memory than a
+hundred. What cannot be read is skipped, and named in the end. Images are taken as they are stored,
+not turned as their EXIF says; training and evaluation turn one where its annotated size says so.
+"""
+EXAMPLES = """
+examples:
+  vidt predict best.safetensors street.jpg
+      prints a line for each object
+  vidt predict best.safetensors photos/ --out found
+      found/ gets the pictures with boxes, and predictions.json
+  vidt predict best.safetensors 'photos/**/*.jpg' --out found --yolo --no_pictures
+      a text file for each image in found/labels/
+  find /data -name '*.jpg' | vidt predict best.safetensors - --csv > found.csv
+  vidt predict model.onnx photos/ --out found
+      an exported model: run by onnxruntime, without PyTorch
+
+what is written (without --out, to standard output):
+  --json   predictions.json: for each image file, height, width, detections (label, name, score,
+           box [x1, y1, x2, y2], mask as COCO's run lengths where the model has masks), or error
+  --coco   predictions.coco.json: COCO's results. The image id is the file's name without its
+           ending, as a number where it is one; the category id is that of the training data
+           where the weights tell it, else the label + 1
+  --csv    predictions.csv: a row for each object
+  --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
+Where two images would have one file, the later one's is named a.png.txt, or with a number, a-2.png.
+
+exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
+143 stopped by Ctrl-C and SIGTERM: what was finished is written.
+"""
+FORMATS = {
+    "json": "all that was found, as JSON (what --out writes unless told otherwise)",
+    "coco": "COCO's results, for COCO's own scoring",
+    "yolo": "a text file for each image, as YOLO has them",
+    "csv": "a table, a row for each object",
+}
+FILES = {
+    "json": "predictions.json",
+    "coco": "predictions.coco.json",
+    "csv": "predictions.csv",
+}
+NAMED = 3  # images that could not be read and are named in the end
+PICTURE_KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+
+
+def flags() -> Flags:
+    parser = Flags("predict", SUMMARY, EXAMPLES)
+    parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="files, folders, patterns in quotes, or - for a list of files on standard input",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--threshold",
+        type=share,
+        default=0.3,
+        metavar="S",
+        help="lowest score that counts, 0 to 1 (default %(default)s)",
+    )
+    kinds = parser.add_mutually_exclusive_group()
+    for name, text in FORMATS.items():
+        kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
+    parser.add_argument("--no_pictures", action="store_true", help="with --out: draw nothing")
+    add_detector_flags(parser, batch_size=8)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Raises ValueError and OSError with one line for the user, KeyboardInterrupt when stopped."""
+    given = flags().read(argv)
+    with _stoppable():
+        return _predict(given)
+
+
+def _predict(given: Any) -> int:
+    check_output(given.out, given.format)
+    files = ImageFiles(given.images, sys.stdin, avoid=given.out)
+    detector = load(
+        given.weights, device=given.device, precision=given.precision, compile=given.compile
+    )
+    kind = given.format or ("json" if given.out else None)
+    with Results(given.out, kind, detector, given, pictures=not given.no_pictures) as results:
+        with tqdm(
+            total=files.count() if sys.stderr.isatty() else None,
+            unit="image",
+            disable=not sys.stderr.isatty(),
+            file=sys.stderr,
+        ) as bar:
+            predicted = predict_files(
+                detector,
+                files,
+                threshold=given.threshold,
+                batch_size=given.batch_size,
+            )
+            done: Iterable[Predicted] = _placed(predicted, results)
+            if results.pictures:
+                # Drawing and writing them takes as long as detecting: let threads do it meanwhile.
+                done = read_ahead(done, results.draw, reading_threads())
+            for each in done:
+                results.add(each)
+                bar.update()
+        if not results.images and results.skipped:
+            raise NothingRead(
+                f"none of {results.skipped} images could be read; the first: {results.reasons[0]}"
+            )
+        if not results.images:
+            raise UsageError(f"IMAGES {' '.join(given.images)}: there is no image in it")
+    for line in results.summary():
+        note(line)
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end the command as Ctrl-C does."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While entered, SIGTERM raises `Terminated`; in the main thread alone, as Python has it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class NothingRead(ValueError):
+    """Images were named, and none of them could be read."""
+
+    exit_code = 1
+
+
+def check_output(out: Path | None, kind: str | None) -> None:
+    if out is None and kind == "yolo":
+        raise UsageError("--yolo writes a file for each image; say where: --out DIR")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+
+
+def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Predicted]:
+    """Each under a name that no other has; what could not be read takes none. Raises UsageError
+    where a drawn picture would take its original's place.
+    """
+    distinct = DistinctFiles(results.written)
+    for each in predicted:
+        if each.picture is None:
+            yield each
+            continue
+        file = distinct.place(each.file)
+        target = results.picture_path(file)
+        if target is not None and os.path.realpath(target) == os.path.realpath(file.path):
+            raise UsageError(
+                f"--out {results.out} would overwrite {file.path}; name another folder"
+            )
+        yield replace(each, file=file)
+
+
+class Results:
+    """Where predictions go: files of `out`, or standard output without it."""
+
+    def __init__(
+        self, out: Path | None, kind: str | None, detector: Any, given: Any, *, pictures: bool
+    ) -> None:
+        self.out, self.kind, self.names = out, kind, tuple(detector.class_names)
+        self.pictures = pictures and out is not None
+        self.images = self.skipped = self.boxes = 0
+        self.reasons: list[str] = []  # of the first few that could not be read
+        self._format = format_of(kind, detector, given)
+        self._is_new = out is not None and not out.exists()
+        self._open_files = ExitStack()
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """What was begun is finished, after Ctrl-C too, and taken back after a failure."""
+        if exception[0] is None or issubclass(exception[0], KeyboardInterrupt):
+            with self._open_files:
+                if self._file is not None and self._format is not None:
+                    self._file.write(self._format.end(self.images + self.skipped))
+            return
+        self._open_files.__exit__(*exception)
+        if self._is_new and self.out is not None and self.out.is_dir():
+            with suppress(OSError):  # not empty: whole pictures may stay
+                self.out.rmdir()
+
+    def picture_path(self, file: ImageFile) -> Path | None:
+        """Where an image goes with its boxes: under its name, as JPEG unless that says PNG."""
+        if not self.pictures or self.out is None:
+            return None
+        name = file.name
+        if os.path.splitext(name)[1].lower() not in PICTURE_KINDS:
+            name += ".jpg"
+        return self.out / name
+
+    def labels_path(self, file: ImageFile) -> Path | None:
+        """Where an image's own text file goes."""
+        if self.kind != "yolo" or self.out is None:
+            return None
+        name = Path(file.name)
+        stem = name.name if file.has_twin else name.stem
+        return self.out / "labels" / name.with_name(f"{stem}.txt")
+
+    def written(self, file: ImageFile) -> list[str]:
+        """The files that are an image's own."""
+        paths = (self.picture_path(file), self.labels_path(file))
+        return [str(path) for path in paths if path is not None]
+
+    def draw(self, predicted: Predicted) -> Predicted:
+        """Writes the picture with its boxes, if pictures are wanted. For many threads."""
+        path = self.picture_path(predicted.file)
+        if path is None or predicted.picture is None:
+            return predicted
+        found = predicted.detections
+        masks = found.masks
+        picture = draw_detections(
+            predicted.picture,
+            np.asarray(found.boxes, np.float64).reshape(-1, 4),
+            predicted.found.labels,
+            predicted.found.scores,
+            self.names,
+            None if masks is None else np.asarray(masks),
+        )
+        encoded = io.BytesIO()
+        picture.save(encoded, PICTURE_KINDS[path.suffix.lower()], quality=90)
+        write_result(path, encoded.getvalue())
+        return predicted
+
+    def add(self, predicted: Predicted) -> None:
+        """In the order of the images."""
+        found, number = predicted.found, self.images + self.skipped
+        if found.problem:
+            self.skipped += 1
+            self.reasons += [found.problem][: NAMED - len(self.reasons)]
+        if self._format is not None:
+            if self._file is None:
+                self._file = self._opened()
+                self._file.write(self._format.begin())
+            self._file.write(self._format.record(number, found))
+            if self.out is None:  # whoever reads it has it at once
+                self._file.flush()
+        if found.problem:
+            return
+        self.images += 1
+        self.boxes += len(found.labels)
+        path = self.labels_path(predicted.file)
+        if path is not None:
+            self._write_labels(path, predicted.found)
+
+    def summary(self) -> list[str]:
+        """Lines for people: what was done, and what was not."""
+        where = f"; results in {self.out}" if self.out else ""
+        lines = [f"{self.images} images, {self.boxes} objects{where}"]
+        if self.skipped:
+            lines.append(f"skipped {self.skipped} that cannot be read:")
+            lines += [f"  {reason}" for reason in self.reasons]
+        if self.skipped > len(self.reasons):
+            lines.append(f"  and {self.skipped - len(self.reasons)} more")
+        return lines
+
+    def _opened(self) -> TextIO:
+        if self.out is None or self.kind is None:
+            return self._open_files.enter_context(_standard_output())
+        return self._open_files.enter_context(whole_text(self.out / FILES[self.kind]))
+
+    def _write_labels(self, path: Path, found: Found) -> None:
+        assert self.out is not None
+        write_result(path, yolo_text(found).encode())
+        if self.images == 1:
+            names = "".join(f"{name}\n" for name in self.names)
+            write_result(self.out / "classes.txt", names.encode("utf-8", "backslashreplace"))
+
+
+def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:
+    """None where every image has a file of its own."""
+    names = list(detector.class_names)
+    if kind == "coco":
+        return coco_format(getattr(detector, "category_ids", range(1, len(names) + 1)))
+    if kind == "json":
+        about = {"weights": str(given.weights), "threshold": given.threshold, "class_names": names}
+        return json_format(about)
+    return {"csv": csv_format(), None: text_format()}.get(kind)
+
+
+@contextmanager
+def _standard_output() -> Iterator[TextIO]:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    yield sys.stdout
+    sys.stdout.flush()

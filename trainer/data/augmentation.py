@@ -1,0 +1,183 @@
+"""What becomes of a training picture: the released recipe of mirroring, cropping and resizing,
+drawn once and applied to pixels, boxes and masks alike.
+
+Boxes are xyxy in pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.settings.config import TrainConfig
+from vidt.images.preprocessing import GRANULE, resize, resized_shape
+
+RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation size
+RELEASED_LADDER = (480, 800)  # short sides drawn from, in steps of 16
+RELEASED_CROP_RESIZE = (400, 500, 600)  # short sides before a crop
+RELEASED_CROP = (384, 600)  # sides of the crop
+# A picture is decoded at a fraction of its size if at least so many times as large as it is needed.
+# The antialiased resize then still averages over pixels, and what differs from decoding it whole is
+# less than what another resampling filter would make of it: 0.1 to 0.35 of 255 on average, at most
+# 6, measured on photographs. Evaluation and prediction decode all.
+SPARE = 2
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The released recipe: flip; then half the time resize, half the time resize, crop and
+    resize.
+    """
+
+    sizes: tuple[int, ...]
+    max_size: int
+    flip: bool = True
+    crop: bool = True
+    crop_resize: tuple[int, ...] = RELEASED_CROP_RESIZE
+    crop_range: tuple[int, int] = RELEASED_CROP
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "Augmentation":
+        """Released scales in proportion to eval_size, unless train_sizes and train_max_size say
+        otherwise.
+        """
+        ratio = config.eval_size / RELEASED_EVAL_SIZE
+        low, high = (max(round(side * ratio / GRANULE), 1) * GRANULE for side in RELEASED_LADDER)
+        return cls(
+            sizes=config.train_sizes or tuple(range(low, high + 1, GRANULE)),
+            max_size=config.train_max_size or config.eval_size * 1333 // RELEASED_EVAL_SIZE,
+            flip=config.flip,
+            crop=config.crop,
+            crop_resize=tuple(max(round(side * ratio), GRANULE) for side in RELEASED_CROP_RESIZE),
+            crop_range=(round(RELEASED_CROP[0] * ratio), round(RELEASED_CROP[1] * ratio)),
+        )
+
+    def draw(self, size: tuple[int, int], random: np.random.Generator) -> "Geometry":
+        """What becomes of a picture of `size` (height, width) this time."""
+        flip = self.flip and random.random() < 0.5
+        area, crop = size, None
+        if self.crop and random.random() < 0.5:
+            before = resized_shape(*size, _one_of(self.crop_resize, random))
+            crop = Crop(before, *self._crop_area(before, random))
+            area = crop.height, crop.width
+        shape = resized_shape(*area, _one_of(self.sizes, random), self.max_size)
+        return Geometry(size, flip, crop, shape)
+
+    def _crop_area(
+        self, size: tuple[int, int], random: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width inside a picture of `size`."""
+        low, high = self.crop_range
+        height, width = (int(random.integers(min(low, side), min(high, side) + 1)) for side in size)
+        top = int(random.integers(0, size[0] - height + 1))
+        left = int(random.integers(0, size[1] - width + 1))
+        return top, left, height, width
+
+
+def _one_of(sizes: tuple[int, ...], random: np.random.Generator) -> int:
+    return sizes[int(random.integers(len(sizes)))]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture, in pixels, after it was resized to `before` (height, width)."""
+
+    before: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def area(self) -> tuple[int, int, int, int]:
+        return self.top, self.left, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One drawing of an augmentation, the same for pixels, boxes and masks: mirror, crop, resize
+    from `size` to `shape`, both (height, width).
+    """
+
+    size: tuple[int, int]
+    flip: bool
+    crop: Crop | None
+    shape: tuple[int, int]
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """(height, width) at which the picture may be decoded, or larger."""
+        height, width = self.crop.before if self.crop else self.shape
+        return SPARE * height, SPARE * width
+
+    def on_image(self, image: Image.Image) -> Image.Image:
+        """image: of `size`, or of a half, a quarter or an eighth of it, rounded up.
+
+        Mirrored last, when it is smallest. Of a picture that is cropped no more is resized than the
+        crop shows.
+        """
+        fraction = round(self.size[0] / image.height)
+        height, width = self.size[0] / fraction, self.size[1] / fraction
+        if self.crop:
+            image = resize(image, self.crop.area[2:], self._crop_box(height, width))
+            height, width = image.height, image.width
+        image = resize(image, self.shape, (0, 0, width, height))
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+
+    def _crop_box(self, height: float, width: float) -> tuple[float, float, float, float]:
+        """The crop in the picture as it was decoded, xyxy: before it was resized and mirrored."""
+        assert self.crop is not None
+        crop, (before_height, before_width) = self.crop, self.crop.before
+        left = before_width - crop.left - crop.width if self.flip else crop.left
+        down, right = height / before_height, width / before_width
+        return (
+            left * right,
+            crop.top * down,
+            min((left + crop.width) * right, width),
+            min((crop.top + crop.height) * down, height),
+        )
+
+    def on_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [N, 4] xyxy pixels to those of which a crop leaves something, and which these are:
+        bool [N].
+        """
+        moved = boxes.numpy().copy()  # NumPy takes a fraction of PyTorch's time for so few numbers
+        kept: np.ndarray = np.ones(len(moved), np.bool_)
+        size = self.size
+        if self.flip:
+            moved[:, [2, 0]] = size[1] - moved[:, [0, 2]]
+        if self.crop:
+            crop, size = self.crop, (self.crop.height, self.crop.width)
+            moved = _scaled(moved, self.size, crop.before)
+            moved -= np.array([crop.left, crop.top] * 2, moved.dtype)
+            moved = moved.clip(0, np.array([crop.width, crop.height] * 2, moved.dtype))
+            kept = np.all(moved[:, 2:] > moved[:, :2], axis=1)
+            moved = moved[kept]
+        return torch.from_numpy(_scaled(moved, size, self.shape)), torch.from_numpy(kept)
+
+    def on_masks(self, masks: Tensor) -> Tensor:
+        """Masks [N, *size] to [N, *shape]: each pixel is the one that its centre came from."""
+        rows, columns = (torch.arange(side) for side in self.size)
+        if self.flip:
+            columns = columns.flip(0)
+        if self.crop:
+            top, left, height, width = self.crop.area
+            rows = _nearest(rows, self.crop.before[0])[top : top + height]
+            columns = _nearest(columns, self.crop.before[1])[left : left + width]
+        rows, columns = _nearest(rows, self.shape[0]), _nearest(columns, self.shape[1])
+        # Masks lie column by column: whole columns are picked, then whole rows.
+        picked = masks.transpose(1, 2).index_select(1, columns).transpose(1, 2).contiguous()
+        return picked.index_select(1, rows)
+
+
+def _scaled(boxes: np.ndarray, before: tuple[int, int], after: tuple[int, int]) -> np.ndarray:
+    """Boxes xyxy of a picture resized from `before` to `after`, both (height, width)."""
+    ratios = [after[1] / before[1], after[0] / before[0]]
+    return boxes * np.array(ratios * 2, boxes.dtype)
+
+
+def _nearest(places: Tensor, length: int) -> Tensor:
+    """An axis resized to `length`: of each new pixel the place that its centre falls on."""
+    return places[(2 * torch.arange(length) + 1) * len(places) // (2 * length)]

@@ -1,0 +1,287 @@
+"""Look a dataset over before training: repair what can be, leave out what cannot, name it all.
+
+Image files are only opened for their headers, so that this takes seconds. Damage that the header
+and the end of a file do not show is met when the image is decoded, in the loader.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.box_check import judge_boxes
+from trainer.readers.findings import Finding, Severity, fold, listed
+from trainer.readers.samples import SampleTable
+from trainer.settings.wording import counted
+from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_images
+
+# Rounding in annotation tools leaves boxes that stick out by less than this many pixels.
+_ROUNDING = 1.0
+
+
+class BadDataset(ValueError):
+    """A dataset that cannot be trained on; `findings` say why at length."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]) -> None:
+        super().__init__(message)
+        self.findings = list(findings)
+
+
+def clean(
+    table: SampleTable, *, max_bad_fraction: float = 0.05
+) -> tuple[SampleTable, list[Finding]]:
+    """The samples that can be used, with boxes inside their images, and all that was found.
+
+    Images that are missing, unreadable or of another size than annotated are removed, boxes that
+    are not finite, have no area or lie outside their image are dropped, others clipped.
+
+    Raises BadDataset if the removed images are more than `max_bad_fraction` of all, or all.
+    """
+    cleaned, _, findings = _clean(table, max_bad_fraction)
+    return cleaned, findings
+
+
+def check(
+    train: SampleTable,
+    val: SampleTable,
+    *,
+    num_queries: int,
+    max_bad_fraction: float = 0.05,
+) -> tuple[SampleTable, SampleTable, list[Finding]]:
+    """Both splits as `clean` gives them, and all that was found in each and between them.
+
+    `num_queries` is the number of [DET] tokens, the most objects that can be found in an image.
+
+    Raises BadDataset as `clean` does, or if there is no box to learn from.
+    """
+    assert train.class_names == val.class_names, "read the validation set with train.class_names"
+    train, train_headers, findings = _clean(train, max_bad_fraction)
+    try:
+        val, val_headers, val_findings = _clean(val, max_bad_fraction)
+    except BadDataset as error:
+        raise BadDataset(str(error), findings + error.findings) from error
+    findings += val_findings
+    for table in (train, val):
+        findings += _crowded_images(table, num_queries)
+    findings += _classes_without_boxes(train, val)
+    findings += fold(_shared_images(train, train_headers, val, val_headers))
+    if bool(train.crowd.all()):
+        raise BadDataset(f"{train.source}: no image has a box to learn from", findings)
+    return train, val, findings
+
+
+def _clean(
+    table: SampleTable, max_bad_fraction: float
+) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
+    table, headers, findings = _usable_images(table, max_bad_fraction)
+    findings += _mode_findings(table, headers)
+    table, box_findings = _clean_boxes(table)
+    findings += box_findings
+    findings += _images_without_boxes(table)
+    findings += _crowd_boxes(table)
+    return table, headers, findings
+
+
+def _usable_images(
+    table: SampleTable, max_bad_fraction: float
+) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
+    sizes = table.sizes.tolist()
+    kept_sizes: list[tuple[int, int]] = []
+    kept: list[int] = []
+    headers: list[ImageHeader] = []
+
+    def examined() -> Iterator[Finding]:
+        for index, header in enumerate(probe_images(table.paths())):
+            finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
+            if size is not None and isinstance(header, ImageHeader):
+                kept.append(index)
+                headers.append(header)
+                kept_sizes.append(size)
+            if finding:
+                yield finding
+
+    findings = fold(examined())
+    num_bad = len(table) - len(kept)
+    if not kept or num_bad > max_bad_fraction * len(table):
+        bad = [finding for finding in findings if finding.action == "removed"]
+        raise BadDataset(
+            f"{table.source}: {num_bad} of {counted(len(table), 'image')} cannot be used, more "
+            f"than --max_bad_fraction {max_bad_fraction:g} allows; the first: {bad[0].detail}",
+            findings,
+        )
+    table = replace(table.subset(kept), sizes=torch.tensor(kept_sizes))
+    return table, headers, findings
+
+
+def _examine(
+    table: SampleTable, index: int, header: ImageHeader | UnreadableImage, size: tuple[int, int]
+) -> tuple[Finding | None, tuple[int, int] | None]:
+    """What to say about an image, and the (height, width) to read it at; None to remove it."""
+
+    def finding(kind: str, severity: Severity, action: str, detail: str) -> Finding:
+        return _image_finding(table, index, kind, severity, action, detail)
+
+    path = table.path(index)
+    if isinstance(header, UnreadableImage):
+        kind = "unreadable image" if os.path.exists(path) else "missing image"
+        return finding(kind, "error", "removed", str(header)), None
+    if size == (0, 0):
+        detail = "the annotations give no size: that of the file is used"
+        return finding("size not annotated", "info", "kept", detail), header.size
+    try:
+        turn = find_turn(path, header.size, header.orientation, size)
+    except ValueError as error:
+        return finding("size mismatch", "error", "removed", str(error)), None
+    note = f"EXIF orientation {header.orientation}"
+    if turn is not None:
+        return finding("EXIF-rotated image", "info", "turned", f"{note}, as annotated"), size
+    if header.orientation == 1:
+        return None, size
+    if header.orientation >= 5 and size[0] != size[1]:
+        detail = f"{note} not applied: the annotations have the size of the stored pixels"
+        return finding("EXIF-rotated image", "info", "kept as stored", detail), size
+    detail = f"{note} not applied: the size does not tell whether the annotations assume it"
+    return finding("EXIF-rotated image", "warning", "kept as stored", detail), size
+
+
+def _image_finding(
+    table: SampleTable, index: int, kind: str, severity: Severity, action: str, detail: str = ""
+) -> Finding:
+    return Finding(
+        kind=kind,
+        severity=severity,
+        action=action,
+        detail=detail,
+        source=table.source,
+        file=table.path(index),
+        image_id=int(table.image_ids[index]),
+    )
+
+
+def _mode_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Finding]:
+    return fold(
+        _image_finding(table, index, kind, "info", "converted to RGB", f"mode {header.mode}")
+        for index, header in enumerate(headers)
+        if (kind := _mode_kind(header.mode))
+    )
+
+
+def _mode_kind(mode: str) -> str:
+    """Kind of finding for a Pillow mode, "" for plain RGB."""
+    if mode.startswith("I") or mode == "F":
+        return "image of more than 8 bits"
+    if mode in ("L", "1"):
+        return "grey image"
+    if mode == "P":
+        return "palette image"
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return "image with alpha"
+    return "" if mode == "RGB" else "image in another colour model"
+
+
+def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
+    sizes = table.sizes[table.box_owners].numpy()
+    judged = judge_boxes(table.boxes.numpy(), table.areas.numpy(), sizes)
+    finite, empty, outside = judged.finite, judged.empty, judged.outside
+    far, near = judged.excess >= _ROUNDING, judged.excess < _ROUNDING
+    sticks_out = judged.usable & (judged.excess > 0)
+    faults: tuple[tuple[np.ndarray, str, Severity, str], ...] = (
+        (~finite, "box with NaN or infinity", "warning", "dropped"),
+        (finite & empty, "degenerate box", "warning", "dropped"),
+        (finite & ~empty & outside, "box outside the image", "warning", "dropped"),
+        (sticks_out & far, "box beyond the image", "warning", "clipped"),
+        (sticks_out & near, "box beyond the image by rounding", "info", "clipped"),
+    )
+    findings: list[Finding] = []
+    for where, kind, severity, action in faults:
+        findings += _box_findings(table, torch.from_numpy(where), kind, severity, action)
+    boxes, areas = torch.from_numpy(judged.boxes), torch.from_numpy(judged.areas)
+    table = replace(table, boxes=boxes, areas=areas)
+    return table.keep_boxes(torch.from_numpy(judged.usable)), findings
+
+
+def _box_findings(
+    table: SampleTable, where: Tensor, kind: str, severity: Severity, action: str
+) -> list[Finding]:
+    owners = table.box_owners
+
+    def finding(row: int) -> Finding:
+        owner = int(owners[row])
+        corners = ", ".join(f"{value:g}" for value in table.boxes[row].tolist())
+        height, width = table.sizes[owner].tolist()
+        detail = f"corners [{corners}] in {width} x {height}"
+        of_image = _image_finding(table, owner, kind, severity, action, detail)
+        return replace(of_image, annotation_id=int(table.annotation_ids[row]))
+
+    return listed(where.nonzero().squeeze(1).tolist(), finding)
+
+
+def _images_without_boxes(table: SampleTable) -> list[Finding]:
+    indices = (table.box_counts == 0).nonzero().squeeze(1).tolist()
+    kind = "image without boxes"
+    return listed(indices, lambda index: _image_finding(table, index, kind, "info", "kept"))
+
+
+def _crowd_boxes(table: SampleTable) -> list[Finding]:
+    action = "ignored in training, honoured in scoring"
+    return _box_findings(table, table.crowd, "crowd box", "info", action)
+
+
+def _crowded_images(table: SampleTable, num_queries: int) -> list[Finding]:
+    counts = torch.bincount(table.box_owners[~table.crowd], minlength=len(table))
+
+    def finding(index: int) -> Finding:
+        kind = "more boxes than [DET] tokens"
+        detail = f"{counts[index]} boxes, but --det_token_num {num_queries}"
+        return _image_finding(table, index, kind, "warning", "kept", detail)
+
+    return listed((counts > num_queries).nonzero().squeeze(1).tolist(), finding)
+
+
+def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding]:
+    findings = []
+    for split, table in (("training", train), ("validation", val)):
+        counts = torch.bincount(table.labels[~table.crowd], minlength=len(table.class_names))
+        for name, count in zip(table.class_names, counts.tolist(), strict=True):
+            if not count:
+                kind = f"class without {split} boxes"
+                findings.append(Finding(kind, "warning", "kept", name, table.source))
+    return findings
+
+
+def _shared_images(
+    train: SampleTable,
+    train_headers: list[ImageHeader],
+    val: SampleTable,
+    val_headers: list[ImageHeader],
+) -> Iterator[Finding]:
+    """Validation images that are training images too, by path or by content."""
+    train_of_path = {os.path.realpath(path): index for index, path in enumerate(train.paths())}
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, header in enumerate(train_headers):
+        alike.setdefault(header.fingerprint, []).append(index)
+
+    @cache
+    def by_content(fingerprint: tuple[int, int]) -> dict[bytes, int]:
+        """The first training image of each content among those of a fingerprint."""
+        return {_digest(train.path(i)): i for i in reversed(alike[fingerprint])}
+
+    for index, (path, header) in enumerate(zip(val.paths(), val_headers, strict=True)):
+        twin = train_of_path.get(os.path.realpath(path))
+        # Whole files are read only where the sizes and the last bytes agree, each of them once.
+        if twin is None and header.fingerprint in alike:
+            twin = by_content(header.fingerprint).get(_digest(path))
+        if twin is not None:
+            detail = f"same as {train.path(twin)}, image {int(train.image_ids[twin])} of training"
+            kind = "image in both training and validation"
+            yield _image_finding(val, index, kind, "warning", "kept", detail)
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.blake2b(Path(path).read_bytes()).digest()

@@ -1,0 +1,112 @@
+"""Which files a run's settings name, read and checked: settings in, sample tables and findings
+out.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from trainer.data.dataset_check import BadDataset, check, clean
+from trainer.data.shapes import write_shapes
+from trainer.readers.coco import coco_folder, read_coco
+from trainer.readers.findings import Finding, format_findings, write_findings
+from trainer.readers.samples import SampleTable
+from trainer.readers.voc import read_voc
+from trainer.readers.yolo import read_yolo
+from trainer.settings.config import TrainConfig
+from trainer.settings.wording import counted
+
+# Of "train" or "val", class names to keep to, and whether masks are asked for.
+Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
+SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
+
+logger = get_logger(__name__)
+
+
+def reader_of(config: TrainConfig) -> Reader:
+    """A function that reads one split; only COCO's files can have masks."""
+    if config.val_json is not None:
+        files = {
+            "train": (config.train_json, config.train_images),
+            "val": (config.val_json, config.val_images),
+        }
+        return lambda split, names, masks: read_coco(*files[split], names, masks=masks)  # type: ignore[arg-type]
+    if config.dataset_file == "voc":
+        return lambda split, names, masks: read_voc(str(config.voc_path), split, names)
+    if config.dataset_file == "yolo":
+        return lambda split, names, masks: read_yolo(str(config.yolo_path), split, names)
+    root = config.coco_path
+    if config.dataset_file == "shapes":
+        root = str(write_shapes(SHAPES_CACHE.expanduser()))
+    return lambda split, names, masks: read_coco(*coco_folder(str(root), split), names, masks=masks)
+
+
+def read_datasets(
+    config: TrainConfig,
+    *,
+    num_queries: int,
+    num_classes: int | None,
+    masks: bool = False,
+    token_label: bool = False,
+) -> tuple[SampleTable, SampleTable, list[Finding]]:
+    """Training and validation samples that can be used, and all that was found wrong with them.
+    With `masks`, those of both are read; `token_label` takes those of the training samples, if
+    there are any.
+
+    Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to
+    learn from, `masks` and no object that has one, or a number of classes that is not the given
+    one.
+    """
+    read = reader_of(config)
+    train, findings = read("train", None, masks or token_label)
+    if masks and train.masks is None:
+        raise ValueError(
+            f"{train.source}: no object has a mask to learn from; leave --with_vector out"
+        )
+    found = len(train.class_names)
+    if num_classes is not None and num_classes != found:
+        raise ValueError(
+            f"--num_classes {num_classes}, but {train.source} has "
+            f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
+            "leave the flag out"
+        )
+    val, val_findings = read("val", train.class_names, masks)
+    train, val, checked = check(
+        train, val, num_queries=num_queries, max_bad_fraction=config.max_bad_fraction
+    )
+    return train, val, [*findings, *val_findings, *checked]
+
+
+def read_validation(
+    config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
+) -> tuple[SampleTable, list[Finding]]:
+    """The validation samples alone, labelled by the class names of a weights file. Raises as
+    `read_datasets`, but for masks.
+    """
+    val, findings = reader_of(config)("val", class_names, masks)
+    val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
+    return val, [*findings, *checked]
+
+
+def told(
+    output: Path, read: Callable[[], tuple[SampleTable, SampleTable, list[Finding]]]
+) -> tuple[SampleTable, SampleTable]:
+    """Both splits as they are read, told to the log; findings in words there and, at greater
+    length, in `findings.csv` of the output folder, also those of a dataset that is refused.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        train_set, val_set, findings = read()
+    except BadDataset as error:
+        write_findings(output / "findings.csv", error.findings)
+        logger.info(format_findings(error.findings))
+        raise
+    write_findings(output / "findings.csv", findings)
+    for table in (train_set, val_set):
+        boxes = counted(len(table.labels), "box", "boxes")
+        logger.info(f"{table.source}: {counted(len(table), 'image')}, {boxes}")
+    logger.info(f"classes: {', '.join(train_set.class_names)}")
+    if findings:
+        logger.info(f"{format_findings(findings)}\nall findings are in {output / 'findings.csv'}")
+    return train_set, val_set

@@ -1,0 +1,289 @@
+"""Samples to batches: pictures, their targets, and the order in which a run sees its images.
+
+Every random number comes from (seed, epoch, image): a run does not depend on the number of workers,
+and any step can be made again from nothing but its number.
+
+Boxes are xyxy in pixels inside this file, and cxcywh in 0..1 of the unpadded image in what leaves
+it.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainer.data.augmentation import Augmentation, Geometry
+from trainer.readers.masks import decode
+from trainer.readers.run_lengths import RunLengths
+from trainer.readers.samples import Sample, SampleTable
+from trainer.settings.config import TrainConfig
+from vidt.images.files import read_image
+from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
+
+PREFETCH = 4  # batches that each worker holds ready
+ROWS = ("labels", "boxes", "noised_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
+NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
+
+
+class DetectionDataset(Dataset):
+    """Training pictures and their targets, addressed by (epoch, index).
+
+    A picture that cannot be read is replaced by the next one that can, and marked in `unreadable`,
+    which all workers share; the caller decides how many are too many.
+    """
+
+    def __init__(
+        self,
+        samples: SampleTable,
+        augmentation: Augmentation,
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        noised_queries: int = 0,
+    ) -> None:
+        self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
+        self.seed, self.noised_queries = seed, noised_queries
+        self.reported = 0  # unreadable pictures that the caller has spoken of
+        self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
+        `image_id` and, if asked for, `noised_boxes` [copies * N, 4]. Where the table has masks,
+        `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of them, and `has_mask` [N] bool:
+        False for an object without, whose `masks` are empty.
+
+        Raises ValueError only if no picture of the dataset can be read.
+        """
+        sample, geometry, image, random = self._read_from(*key)
+        objects = ~sample.crowd  # crowd regions are for scoring
+        pixel_boxes, kept = geometry.on_boxes(sample.boxes[objects])
+        boxes = _relative(pixel_boxes, geometry.shape)
+        labels = sample.labels[objects][kept]
+        target = {"labels": labels, "boxes": boxes, "image_id": sample.image_id}
+        if sample.masks is not None:
+            rows = objects.nonzero()[kept, 0].tolist()
+            target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
+        if self.noised_queries:
+            target["noised_boxes"] = noise_boxes(boxes, self.noised_queries, random)
+        return {"image": to_pixels(geometry.on_image(image)), "target": target}
+
+    def _read_from(
+        self, epoch: int, wanted: int
+    ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
+        """The picture at `wanted`, or the next that can be read, what is to become of it, and the
+        generator after it has said so.
+        """
+        for offset in range(len(self.samples)):
+            index = (wanted + offset) % len(self.samples)
+            sample = self.samples[index]
+            random = np.random.default_rng((self.seed, epoch, wanted))
+            geometry = self.augmentation.draw(sample.size, random)
+            try:
+                image = read_image(sample.path, sample.size, at_least=geometry.needed)
+                return sample, geometry, image, random
+            except ValueError as error:  # damaged, gone, or no longer the size that was checked
+                self.unreadable[index] = True
+                last = error
+        raise last
+
+
+def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes [N, 4] xyxy pixels of a picture of `size` (height, width) to cxcywh in 0..1."""
+    corners = boxes.numpy()
+    low, high = corners[:, :2], corners[:, 2:]
+    scale = np.array([size[1], size[0]] * 2, corners.dtype)
+    return torch.from_numpy(np.concatenate([(low + high) / 2, high - low], axis=1) / scale)
+
+
+def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> dict[str, Tensor]:
+    """What a target says of the masks in boxes [N, 4], xyxy in pixels after the augmentation."""
+    return {
+        "masks": geometry.on_masks(decode(masks, geometry.size)),
+        "mask_boxes": boxes,
+        "has_mask": torch.tensor([bool(mask) for mask in masks], dtype=torch.bool),
+    }
+
+
+def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Tensor:
+    """As many whole copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box
+    moved by up to NOISE half sizes and its sides changed by up to NOISE: [copies * N, 4].
+    """
+    copies = max(queries // max(len(boxes), 1), 1)
+    places = boxes.numpy()
+    noise = random.uniform(-NOISE, NOISE, (copies, *places.shape)).astype(places.dtype)
+    reach = np.concatenate([places[:, 2:] / 2, places[:, 2:]], axis=1)
+    noised = (places + noise * reach).clip(np.float32(1e-3), np.float32(1))
+    return torch.from_numpy(noised.reshape(-1, 4))
+
+
+def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
+    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the
+    middle. N is `queries`, or a multiple where an image has more objects than that: there shall be
+    few shapes to compile. None without.
+    """
+    if "noised_boxes" not in targets[0]:
+        return None
+    boxes = pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
+    return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % queries), value=0.5)
+
+
+class EvaluationDataset(Dataset):
+    """Validation pictures as they are evaluated and predicted; None where one cannot be read."""
+
+    def __init__(self, samples: SampleTable, preprocessing: Preprocessing) -> None:
+        self.samples, self.preprocessing = samples, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
+        """(index, image uint8 [3, h, w])."""
+        sample = self.samples[index]
+        try:
+            return index, self.preprocessing.pixels(read_image(sample.path, sample.size))
+        except ValueError:
+            return index, None
+
+
+class RunSampler(Sampler):
+    """The micro-batches of a whole run, from any optimiser step on, as lists of (epoch, index).
+
+    Each epoch is a permutation of its own, filled up from its own start to whole optimiser steps. A
+    step's images are the same however many processes and micro-batches share them.
+    """
+
+    def __init__(
+        self, num_images: int, *, step_images: int, micro_batch: int, seed: int, steps: range
+    ) -> None:
+        self.num_images, self.step_images, self.micro_batch = num_images, step_images, micro_batch
+        self.seed, self.steps = seed, steps
+        self.batch_size, self.drop_last = micro_batch, False  # Accelerate reads both
+
+    def __len__(self) -> int:
+        return len(self.steps) * (self.step_images // self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = steps_per_epoch(self.num_images, self.step_images)
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in self.steps:
+            epoch, position = divmod(step, per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self._order(epoch, per_epoch * self.step_images), epoch
+            images = order[position * self.step_images : (position + 1) * self.step_images]
+            for start in range(0, self.step_images, self.micro_batch):
+                yield [(epoch, int(index)) for index in images[start : start + self.micro_batch]]
+
+    def _order(self, epoch: int, length: int) -> np.ndarray:
+        permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        return np.resize(permutation, length)
+
+
+def steps_per_epoch(num_images: int, step_images: int) -> int:
+    """Optimiser steps that show every image at least once."""
+    return -(-num_images // step_images)
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`images` uint8 [B, 3, H, W], `padding` [B, H, W] bool (True = padding), `targets`: a list of
+    B dictionaries.
+    """
+    images, padding = pad_batch([item["image"] for item in items])
+    return {"images": images, "padding": padding, "targets": [item["target"] for item in items]}
+
+
+def packed_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As `collate`, on its way from a loader's process: the targets' tensors that ROWS names are
+    joined over the images, for each costs a file handle and a copy to the device. Masks differ in
+    size and stay apart. `unpacked` undoes it.
+    """
+    batch = collate(items)
+    targets = batch["targets"]
+    rows = {
+        name: (torch.cat([t[name] for t in targets]), [len(t[name]) for t in targets])
+        for name in ROWS
+        if name in targets[0]
+    }
+    rest = [{name: each for name, each in t.items() if name not in rows} for t in targets]
+    return {**batch, "targets": (rows, rest)}
+
+
+def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch that `collate` made; the targets' tensors are views."""
+    rows, rest = batch["targets"]
+    parts = {name: joined.split(counts) for name, (joined, counts) in rows.items()}
+    targets = [
+        {**each, **{name: of_images[image] for name, of_images in parts.items()}}
+        for image, each in enumerate(rest)
+    ]
+    return {**batch, "targets": targets}
+
+
+def evaluation_batch(
+    items: Sequence[tuple[int, Tensor | None]],
+) -> tuple[list[int], Tensor | None, Tensor | None]:
+    """Of the pictures that could be read: indices, images uint8 [B, 3, H, W] and padding [B, H, W]
+    bool; None for both if there are none.
+    """
+    readable = [(index, image) for index, image in items if image is not None]
+    if not readable:
+        return [], None, None
+    indices, images = zip(*readable, strict=True)
+    return [*indices], *pad_batch(images)
+
+
+def training_loader(
+    dataset: DetectionDataset,
+    config: TrainConfig,
+    *,
+    num_processes: int,
+    micro_batch: int,
+    steps: range,
+) -> DataLoader:
+    """Micro-batches (see `packed_batch`) of all processes for the given optimiser steps;
+    `Accelerator.prepare` deals them out in turn.
+    """
+    sampler = RunSampler(
+        len(dataset),
+        step_images=config.batch_size * num_processes,
+        micro_batch=micro_batch,
+        seed=config.seed,
+        steps=steps,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.num_workers,
+        collate_fn=packed_batch,
+        prefetch_factor=PREFETCH if config.num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # Else the loader would draw its workers' seed from the generator that drives dropout.
+        generator=torch.Generator().manual_seed(config.seed),
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the step in hand still needs its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def pad_to(batch: dict[str, Any], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images and padding of a batch, grown right and below to the (height, width) of the whole
+    step.
+    """
+    images, padding = batch["images"], batch["padding"]
+    right, below = canvas[1] - images.shape[3], canvas[0] - images.shape[2]
+    if right == 0 and below == 0:
+        return images, padding
+    grow = (0, right, 0, below)
+    return torch.nn.functional.pad(images, grow), torch.nn.functional.pad(padding, grow, value=True)

@@ -1,0 +1,1 @@
+"""The parts of the training loop: optimiser, one step, agreement, resume, signals."""

@@ -1,0 +1,107 @@
+"""Optimiser, learning rate as a pure function of the step, and the moving average of the
+weights.
+"""
+
+import math
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from trainer.settings.config import TrainConfig
+
+# Tables and tokens that are looked up rather than multiplied: decay would only pull them to zero.
+TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table")
+
+
+# What decides where a query looks. The position table is small (std 0.02) and passes a norm, so a
+# step of the common size redraws all places at once; Deformable DETR (arXiv 2010.04159, appendix
+# A.4) slows its projections to places down to a tenth.
+PLACING = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
+
+# The inputs of a matrix whose rate --lr_fan_in_power leaves alone: those of most in the decoder.
+COMMON_FAN_IN = 256
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    placing_mult: float = 1.0,
+    body_mult: float = 1.0,
+    fan_in_power: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Matrices with weight decay; norms, biases, tokens and position tables without. (The released
+    recipe also decays the head's biases and norms; that is not kept.)
+
+    `lr_mult` of a group is its rate relative to the run's: placing_mult for PLACING, body_mult for
+    all else of the body, either times (COMMON_FAN_IN / n) ** fan_in_power for a matrix with n
+    inputs. Adam moves each weight by about its rate, so an output that sums n of them moves n times
+    that: one rate for all is too high for wide layers and too low for narrow ones. For hidden
+    matrices the power is 1 by theory (Tensor Programs V, arXiv 2203.03466, table 3); 0 is one rate
+    for all. A depthwise filter's inputs do not grow with the width.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        bare = parameter.ndim < 2 or parts[-1] in TABLES
+        mult = body_mult if "backbone" in parts else 1.0
+        if any(part in PLACING for part in parts):
+            mult = placing_mult
+        depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
+        if not bare and not depthwise:
+            mult *= (COMMON_FAN_IN / parameter[0].numel()) ** fan_in_power
+        groups.setdefault((0.0 if bare else weight_decay, mult), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_mult": mult}
+        for (decay, mult), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = False) -> AdamW:
+    """AdamW; its learning rate is set before every step by `set_learning_rate`.
+
+    scaled: a loss scaler (fp16) will step it. Fused, AdamW then leaves the weights alone inside its
+    kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
+    """
+    groups = parameter_groups(
+        model,
+        config.weight_decay,
+        placing_mult=config.lr_linear_proj_mult,
+        body_mult=config.lr_backbone_mult,
+        fan_in_power=config.lr_fan_in_power,
+    )
+    betas = (0.9, config.adam_beta2)
+    return AdamW(groups, lr=config.lr, betas=betas, fused=not scaled, foreach=scaled)
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine or a line from lr to min_lr over the rest of the run, per
+    optimiser step.
+
+    A function of the step alone: nothing to save, nothing that a resumed or a multi-process run
+    could count wrongly.
+    """
+    warmup = min(config.warmup_steps, total_steps // 3)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    left = 1 - done if config.sched == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (config.lr - config.min_lr) * left
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """`rate` times each group's `lr_mult`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_mult"]
+
+
+def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
+    """timm's average, with its warm-up: it follows closely at first, so a short run has a useful
+    average too.
+
+    Must be made before Accelerate prepares the model: a copy of a prepared model would call the
+    original's forward.
+    """
+    return ModelEmaV3(model, decay=decay, use_warmup=True)

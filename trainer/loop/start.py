@@ -1,0 +1,182 @@
+"""What a run starts from: random weights, an ImageNet body, another run's weights, or a checkpoint
+of its own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+
+from trainer.loop import resume as checkpoints
+from trainer.loop.agreement import Agreement
+from trainer.loop.resume import RunState
+from trainer.settings.config import TrainConfig
+from vidt.losses.distillation import TokenMatching, require_pair
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import ViDT, build_detector
+from vidt.model.without_neck import ViDTWithoutNeck
+from vidt.weights.checkpoint import (
+    UnusableWeights,
+    WeightsInfo,
+    load_model,
+    local_weights,
+    read_start,
+    start_from,
+)
+from vidt.weights.pretrained import load_imagenet
+from vidt.weights.published import TEACHERS
+from vidt.weights.weights_file import fill_strictly
+
+logger = get_logger(__name__)
+
+BODIES = ("imagenet", "none")  # what --pre_trained names that is no file
+
+
+def require_files(config: TrainConfig) -> None:
+    """Raises ValueError if a file of weights that the run will read is not there: it is read only
+    after the data, which can take long.
+    """
+    files = {"--distil_model_path": config.distil_model_path, "--load_from": config.load_from}
+    if config.resume is None and config.load_from is None and config.pre_trained not in BODIES:
+        files["--pre_trained"] = config.pre_trained
+    for flag, source in files.items():
+        if source is None or "://" in source or Path(source).is_file():
+            continue
+        what = "a folder" if Path(source).is_dir() else "no such file"
+        words = f"{', '.join(BODIES)} or " if flag == "--pre_trained" else ""
+        raise ValueError(f"{flag} {source}: {what}; give {words}the path of a weights file")
+
+
+def load_start(
+    model: ViDT | ViDTWithoutNeck,
+    config: TrainConfig,
+    class_names: tuple[str, ...],
+    agreement: Agreement,
+) -> None:
+    """Fills a fresh model: a whole detector where --load_from is given, else the body.
+
+    The main process fetches and reads, the others get the tensors from it. Raises ValueError on
+    all of them.
+    """
+
+    def load() -> None:
+        if config.load_from is None:
+            load_imagenet(model.backbone, model.config.backbone_name, config.pre_trained)
+            return
+        transfer = start_from(model, local_weights(config.load_from), class_names)
+        logger.info(f"started from {config.load_from}; classes {transfer}")
+
+    agreement.on_main(load)
+    agreement.copy_from_main(model.state_dict().values())
+
+
+def load_teacher(
+    config: TrainConfig, student: ViDTConfig, accelerator: Accelerator, agreement: Agreement
+) -> TokenMatching | None:
+    """The frozen detector that --distil_model or --distil_model_path names, on this process's
+    device and in the run's precision; None without either.
+
+    The main process fetches and reads it. Raises ValueError on all of them, also for a teacher that
+    this student cannot learn from.
+    """
+    published = TEACHERS[config.distil_model] if config.distil_model else None
+    source = config.distil_model_path or (published.url if published else None)
+    if source is None:
+        return None
+    loaded: list[nn.Module] = []
+
+    def load() -> ViDTConfig:
+        tensors, theirs, _ = read_start(local_weights(source, "--distil_model_path"))
+        if published and theirs.backbone_name != published.backbone_name:
+            raise UnusableWeights(
+                f"{source} has backbone_name {theirs.backbone_name}; --distil_model "
+                f"{config.distil_model} has {published.backbone_name}"
+            )
+        require_pair(student, theirs, source)
+        teacher = build_detector(theirs)
+        fill_strictly(teacher, tensors, source)
+        loaded.append(teacher)
+        logger.info(f"distils from {source}: {theirs.backbone_name}")
+        return theirs
+
+    theirs = agreement.on_main(load)
+    teacher = loaded[0] if loaded else build_detector(theirs)
+    agreement.copy_from_main(teacher.state_dict().values())
+    prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
+    return TokenMatching(prepared, distil_loss_coef=config.distil_loss_coef)
+
+
+def load_detector(
+    source: str, agreement: Agreement, dec_layers: int | None = None
+) -> tuple[nn.Module, WeightsInfo]:
+    """A detector as it was saved, from a file or a URL, with its first dec_layers decoder layers or
+    all; read by the main process, the same on all.
+
+    Raises ValueError on all of them.
+    """
+    loaded: list[nn.Module] = []
+
+    def load() -> WeightsInfo:
+        model, info = load_model(local_weights(source), dec_layers=dec_layers)
+        loaded.append(model)
+        return info
+
+    info = agreement.on_main(load)
+    model = loaded[0] if loaded else build_detector(info.config)
+    agreement.copy_from_main(model.state_dict().values())
+    return model, info
+
+
+def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
+    """What to resume from, the same on every process; None for a fresh run.
+
+    Raises ValueError if --resume names a place without a whole checkpoint.
+    """
+    if config.resume is None:
+        aside = agreement.on_main(lambda: checkpoints.set_aside(Path(config.output_dir)))
+        if aside is not None:
+            logger.warning(
+                f"{config.output_dir} holds a run already: this one starts anew, and that one is "
+                f"put into {aside} in place of what was there; to go on with that one pass "
+                f"--resume --output_dir {aside}"
+            )
+        return None
+    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
+    found = agreement.on_main(lambda: checkpoints.find(wanted))
+    path, passed_over = found
+    for line in passed_over:
+        logger.warning(f"passed over: {line}")
+    if path is None and (passed_over or config.resume != "auto"):
+        raise ValueError(
+            f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
+        )
+    if path is None:
+        logger.info(f"nothing to resume in {wanted}: a fresh run")
+    return path
+
+
+def restore(
+    path: Path,
+    fresh: RunState,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Any,
+    accelerator: Accelerator,
+) -> RunState:
+    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on
+    from.
+    """
+    state, tensors = checkpoints.load(path)
+    for line in checkpoints.changed_settings(state, fresh):
+        logger.warning(line)
+    checkpoints.restore_tensors(tensors, model, ema, optimizer)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    asked = ("batch_size", "n_iter_to_acc")
+    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
+        state.n_iter_to_acc = fresh.n_iter_to_acc  # else what memory allowed still holds
+    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
+    state.settings = fresh.settings
+    return state

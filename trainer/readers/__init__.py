@@ -1,0 +1,1 @@
+"""Datasets on disk (COCO, Pascal VOC, YOLO) to the sample table."""

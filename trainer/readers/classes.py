@@ -1,0 +1,61 @@
+"""A dataset's own classes to contiguous labels, matched by name."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.readers.findings import Finding
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """`label_of` maps the dataset's own ids to labels, -1 where the class is not to be learnt.
+
+    `category_ids[label]` is the own id, -1 for a class that the dataset does not have.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    label_of: Mapping[int, int]
+
+
+def match_classes(
+    source: str, own_names: Mapping[int, str], class_names: Sequence[str] | None
+) -> ClassMatch:
+    """Match own ids and names to `class_names`; without it all are taken, in the order of ids.
+
+    Raises ValueError if there is no class, if two have the same name, or if a name is not one line.
+    """
+    if not own_names:
+        raise ValueError(f"{source}: no classes are named")
+    own_ids = sorted(own_names)
+    names = tuple(own_names[own_id] for own_id in own_ids) if class_names is None else class_names
+    for where, given in ((source, own_names.values()), ("class_names", names)):
+        twice = [name for name, times in Counter(given).items() if times > 1]
+        broken = [name for name in given if len(name.splitlines()) > 1]
+        if broken:
+            raise ValueError(f"{where}: class name {broken[0]!r} is not one line; rename it")
+        if twice:
+            raise ValueError(f"{where}: class name {twice[0]!r} is used twice; names must differ")
+    id_of = {own_names[own_id]: own_id for own_id in own_ids}
+    label_of_name = {name: label for label, name in enumerate(names)}
+    return ClassMatch(
+        names=tuple(names),
+        category_ids=tuple(id_of.get(name, -1) for name in names),
+        label_of={own_id: label_of_name.get(own_names[own_id], -1) for own_id in own_ids},
+    )
+
+
+def foreign_class_findings(source: str, names: Iterable[str]) -> list[Finding]:
+    """One finding for each class that is not to be learnt, given the class of each such box."""
+    return [
+        Finding(
+            kind="class not trained",
+            severity="warning",
+            action="dropped",
+            detail=f"boxes of class {name!r}, which is not among the classes to learn",
+            source=source,
+            count=count,
+        )
+        for name, count in Counter(names).items()
+    ]

@@ -1,0 +1,165 @@
+"""A COCO file as columns, each annotation with its image, its label, and why it is left out if it
+is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
+
+Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
+`trainer.data.box_check` judges them.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.readers.classes import ClassMatch, match_classes
+from trainer.readers.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
+from trainer.readers.json_stream import NotJSON, read_members
+from trainer.readers.run_lengths import RunLengths, read_segmentation
+
+# Why an annotation is left out, in the order in which it is asked.
+UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(5)
+
+
+@dataclass(frozen=True, eq=False)
+class CocoFile:
+    """N images and M annotations; `source` names the file in messages."""
+
+    path: str
+    source: str
+    own_names: dict[int, str]  # the file's classes by its own category ids
+    classes: ClassMatch
+    images: ImageColumns
+    annotations: Annotations
+    odd: dict[int, Row]  # first annotations with something else than numbers, by place
+    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 for none that is known
+    labels: np.ndarray  # int64 [M], -1 for a class that is not asked for, -2 for an unknown one
+    faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
+
+
+def read_coco_file(
+    json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
+) -> CocoFile:
+    """Labels follow the sorted category ids, or `class_names`, which are matched with the file's.
+
+    Raises ValueError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
+    an image id or category name twice.
+    """
+    images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
+    _read(json_path, images, annotations, categories)
+    own_names = _category_names(json_path, categories)
+    classes = match_classes(str(json_path), own_names, class_names)
+    _require_images(json_path, images)
+    columns = annotations.joined()
+    owners = _owners(columns, images.ids)
+    labels = _labels(columns, classes)
+    faulty = [owners < 0, labels == -2, columns.no_box, labels == -1]
+    return CocoFile(
+        path=str(json_path),
+        source=os.path.basename(json_path),
+        own_names=own_names,
+        classes=classes,
+        images=images,
+        annotations=columns,
+        odd=annotations.odd,
+        owners=owners,
+        labels=labels,
+        faults=np.select(faulty, list(range(len(faulty))), default=NO_FAULT),
+    )
+
+
+def _read(
+    json_path: str | os.PathLike[str],
+    images: ImageColumns,
+    annotations: AnnotationColumns,
+    categories: list[Row],
+) -> None:
+    add = {"images": images.add, "annotations": annotations.add, "categories": categories.extend}
+    missing = dict.fromkeys(add)
+    try:
+        for key, rows in read_members(json_path):
+            if key not in add:
+                continue
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                missing = {key: None}
+                break
+            add[key](rows)
+            missing.pop(key, None)
+    except OSError as error:
+        raise ValueError(f"{json_path}: cannot be read ({error.strerror})") from error
+    except NotJSON as error:
+        raise ValueError(f"{json_path}: not JSON ({error})") from error
+    for key in missing:
+        raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+    if not images.num_rows:
+        raise ValueError(f'{json_path}: empty dataset: its list "images" has no entry')
+
+
+def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for category in categories:
+        own_id, name = category.get("id"), category.get("name")
+        if not isinstance(own_id, int) or not isinstance(name, str) or own_id in names:
+            raise ValueError(
+                f"{json_path}: category {category} needs a name and an integer id of its own"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # half of a character that JSON writes as two
+            raise ValueError(
+                f"{json_path}: category {category} has a name that is no text"
+            ) from None
+        names[own_id] = name
+    return names
+
+
+def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> None:
+    """Raises ValueError if no image can be used, or two have the same id."""
+    repeated = images.repeated()
+    if repeated:
+        own_id, first, second = repeated
+        raise ValueError(
+            f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
+        )
+    if not images.ids:
+        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
+
+
+def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
+    """The image, 0..N-1, of each annotation, -1 for none that is known: int64 [M]."""
+    ids = np.array(image_ids, np.int64)
+    order = ids.argsort()
+    places = np.searchsorted(ids, annotations.image_ids, sorter=order)
+    owners = order[places.clip(max=len(ids) - 1)]
+    known = (ids[owners] == annotations.image_ids) & ~annotations.no_image
+    return np.where(known, owners, -1)
+
+
+def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
+    """-1 for a class that is not asked for, -2 for an unknown category: int64 [M]."""
+    used, places = np.unique(annotations.category_ids, return_inverse=True)
+    labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
+    return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
+
+
+def read_masks(
+    file: CocoFile, keep: np.ndarray, sizes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, RunLengths, str]]:
+    """Of the annotations where `keep`, bool [M], holds: row, run lengths, b"" for none, and what is
+    wrong with them if something is. sizes: (height, width) of each image, (0, 0) if not known.
+
+    The file is read a second time: before, sizes of images that come later in it were not known.
+    """
+    row = -1
+    for key, part in read_members(file.path):
+        for annotation in part if key == "annotations" else ():
+            row += 1
+            if not keep[row]:
+                continue
+            segmentation, size = annotation.get("segmentation"), sizes[int(file.owners[row])]
+            if segmentation and size == (0, 0):
+                yield row, b"", "the annotations do not give the size of its image"
+                continue
+            try:
+                yield row, read_segmentation(segmentation, size), ""
+            except ValueError as error:
+                yield row, b"", str(error)

@@ -1,0 +1,270 @@
+"""How a run is followed: `Progress`, the one seam to the outside, and the files kept from it.
+
+The trainer calls `report(progress)` on the main process only. A reporter is any callable that takes
+a `Progress`; the console is in `trainer.report.console`, the drawing of pictures in
+`trainer.report.pictures`.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.report.plots import as_picture, confusion_table
+from trainer.scoring.mistakes import Diagnosis, condensed
+from trainer.scoring.scores import ScoreCurve
+from vidt.atomic_write import write_whole
+
+COCO_NUMBERS = (
+    *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+
+NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
+Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
+Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One moment of a run. What `metrics` holds depends on `event`:
+
+    - "start": nothing. `step` is 0, or the step that the run resumes from; sent once.
+    - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr` (more groups as
+      `lr/NAME`), `grad_norm`, `images_per_second`, `memory_gib`.
+    - "evaluating": nothing; scoring has begun, or goes on (`fraction` moves).
+    - "evaluation": the names in `COCO_NUMBERS`, for masks with `segm_` before them, `ap/CLASS` and
+      `ap50/CLASS`; -1 or NaN where the validation set has no such objects.
+    - "saved": nothing.
+    - "end": the numbers of the best evaluation, and its epoch as `best_epoch`. May be empty.
+    """
+
+    event: Event
+    fraction: float  # share of the whole run that is done: 0..1, never falls
+    epoch: int  # index of the epoch under way, from 0; people are shown epoch + 1
+    step: int  # optimiser steps done
+    total_steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    total_epochs: int = 0  # 0: not known
+    message: str = ""  # one line for people, shown as it is
+    weights: Path | None = None  # the weights file that belongs to "evaluation", "saved" or "end"
+    best: bool = False  # this evaluation is the best so far
+    pictures: Sequence[Image.Image] = ()  # validation pictures with their boxes drawn
+    diagnosis: Diagnosis | None = None  # of an "evaluation"
+    worst: Sequence[Pair] = ()  # its worst images drawn, in the order of the diagnosis
+
+
+Report = Callable[[Progress], None]
+
+
+def fan_out(*reports: Report) -> Report:
+    """One report that calls all of them, in order."""
+
+    def report(progress: Progress) -> None:
+        for each in reports:
+            each(progress)
+
+    return report
+
+
+def is_score(value: float) -> bool:
+    """False for -1 and NaN, by which pycocotools and we say: no such objects, nothing to score."""
+    return not math.isnan(value) and value >= 0
+
+
+def class_names_in(metrics: Mapping[str, float]) -> list[str]:
+    """The classes that an evaluation scored, in its order."""
+    return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
+
+
+def as_jpeg(picture: Image.Image, *, quality: int) -> bytes:
+    encoded = io.BytesIO()
+    picture.convert("RGB").save(encoded, "JPEG", quality=quality, optimize=True)
+    return encoded.getvalue()
+
+
+class CsvLog:
+    """`metrics.csv`: a row per evaluation, with the mean of the loss terms reported since the last.
+
+    Epochs count from 1, as on the console; an empty cell means: nothing to score. A resumed run
+    first drops the rows that lie beyond the step it resumes from, a fresh run drops all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, str]] | None = None  # None until the first event
+        self._losses: dict[str, list[float]] = {}
+        self._rates: dict[str, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        """Raises ValueError if a resumed run finds a file that is not ours."""
+        if self._rows is None:
+            self._rows = self._read_rows(progress.step)
+            if self.path.exists():
+                self._write()
+        if progress.event == "step":
+            self._remember(progress.metrics)
+        elif progress.event == "evaluation":
+            row = self._row(progress)
+            # A run killed between scoring and saving scores the same step again.
+            self._rows = [old for old in self._rows if old["step"] != row["step"]] + [row]
+            self._write()
+
+    def _read_rows(self, last_step: int) -> list[dict[str, str]]:
+        if last_step == 0 or not self.path.exists():
+            return []
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: cannot continue this file, it has no readable column 'step'; "
+                "move it away and resume again"
+            ) from error
+
+    def _remember(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if name.startswith("loss"):
+                self._losses.setdefault(name, []).append(float(value))
+            elif name.split("/")[0] == "lr":
+                self._rates[name] = float(value)
+
+    def _row(self, progress: Progress) -> dict[str, str]:
+        row = {"epoch": str(progress.epoch + 1), "step": str(progress.step)}
+        row |= {name: f"{sum(all_) / len(all_):.6g}" for name, all_ in self._losses.items()}
+        row |= {name: f"{rate:.6g}" for name, rate in self._rates.items()}
+        self._losses.clear()
+        scores = progress.metrics
+        order = dict.fromkeys((*COCO_NUMBERS, *scores))  # ours first, whatever else after
+        shown = {name: float(scores.get(name, math.nan)) for name in order}
+        return row | {name: f"{x:.6g}" if is_score(x) else "" for name, x in shown.items()}
+
+    def _write(self) -> None:
+        rows = self._rows or []
+        text = io.StringIO(newline="")
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, columns or ["epoch", "step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue().encode())
+
+
+class TensorBoard:
+    """TensorBoard events: `train/` (losses; those of inner decoder layers in `train_inner/`),
+    `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`, `val_ap50/`,
+    `val_f1/` and `val_threshold/` (the highest F1 and the score that gives it), `pictures/`,
+    `worst/`, `confusion`, and under PR CURVES `precision_recall/`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._writer: SummaryWriter | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._writer is None:
+            # What a killed run wrote beyond its last checkpoint is hidden, so that no curve
+            # doubles back. A fresh run in a used folder hides all of it.
+            purge_step = progress.step + 1 if progress.step else 0
+            self._writer = SummaryWriter(str(self.directory), purge_step=purge_step)
+        if progress.event == "step":
+            for name, value in progress.metrics.items():
+                self._writer.add_scalar(_step_tag(name), float(value), progress.step)
+        elif progress.event == "evaluation":
+            self._add_evaluation(self._writer, progress)
+        elif progress.event == "end":
+            self.close()
+
+    def close(self) -> None:
+        """Write out what is buffered; harmless when repeated."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @staticmethod
+    def _add_evaluation(writer: SummaryWriter, progress: Progress) -> None:
+        for name, value in progress.metrics.items():
+            if is_score(float(value)):
+                writer.add_scalar(_score_tag(name), float(value), progress.step)
+        for number, picture in enumerate(progress.pictures):
+            _add_picture(writer, f"pictures/{number:02d}", picture, progress.step)
+        for number, pair in enumerate(progress.worst):
+            _add_picture(writer, f"worst/{number:02d}", _side_by_side(pair), progress.step)
+        if progress.diagnosis is not None:
+            _add_diagnosis(writer, progress.diagnosis, progress.step)
+        writer.flush()
+
+
+def _step_tag(name: str) -> str:
+    if name.startswith("loss"):
+        return f"train_inner/{name}" if re.search(r"_\d+$", name) else f"train/{name}"
+    return f"run/{name}"
+
+
+def _score_tag(name: str) -> str:
+    return f"val_{name}" if name.startswith(("ap/", "ap50/")) else f"val/{name}"
+
+
+def _add_diagnosis(writer: SummaryWriter, diagnosis: Diagnosis, step: int) -> None:
+    for curve in (*diagnosis.curves, diagnosis.together):
+        if curve.best is not None:
+            writer.add_scalar(f"val_f1/{curve.name}", curve.best.f1, step)
+            writer.add_scalar(f"val_threshold/{curve.name}", curve.best.threshold, step)
+    for curve in (*diagnosis.main_curves, diagnosis.together):
+        if len(curve.thresholds) and curve.num_truths:
+            right, false, missed, precision, recall = _counts_by_threshold(curve)
+            writer.add_pr_curve_raw(
+                f"precision_recall/{curve.name}",
+                right,
+                false,
+                np.zeros_like(right),  # boxes that are rightly not found cannot be counted
+                missed,
+                precision,
+                recall,
+                step,
+                NUM_THRESHOLDS,
+            )
+    picture = as_picture(confusion_table(*condensed(diagnosis)))
+    _add_picture(writer, "confusion", picture, step)
+
+
+def _counts_by_threshold(curve: ScoreCurve) -> tuple[np.ndarray, ...]:
+    """Right and false boxes, missed ones, precision and recall at evenly spaced thresholds from 0
+    to 1, each [NUM_THRESHOLDS].
+    """
+    thresholds = np.linspace(0, 1, NUM_THRESHOLDS)
+    place = np.searchsorted(-curve.thresholds, -thresholds, side="right")  # boxes kept begin here
+    precision = np.concatenate([[1.0], curve.precision])[place]
+    recall = np.concatenate([[0.0], curve.recall])[place]
+    right = (recall * curve.num_truths).round()
+    false = (right / np.maximum(precision, 1e-9) - right).round()
+    return right, false, curve.num_truths - right, precision, recall
+
+
+def _side_by_side(pair: Pair) -> Image.Image:
+    sheet = Image.new("RGB", (pair[0].width + pair[1].width + 4, pair[0].height), "#ffffff")
+    sheet.paste(pair[0], (0, 0))
+    sheet.paste(pair[1], (pair[0].width + 4, 0))
+    return sheet
+
+
+def _add_picture(writer: SummaryWriter, tag: str, picture: Image.Image, step: int) -> None:
+    summary = Summary(value=[_picture_value(tag, picture)])
+    writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
+
+
+def _picture_value(tag: str, picture: Image.Image) -> Summary.Value:
+    """As JPEG: SummaryWriter.add_image makes PNG, about twice the size for photographs."""
+    image = Summary.Image(
+        height=picture.height,
+        width=picture.width,
+        colorspace=3,
+        encoded_image_string=as_jpeg(picture, quality=85),
+    )
+    return Summary.Value(tag=tag, image=image)

@@ -1,0 +1,66 @@
+"""What a run has been through so far, for its page: losses and speed of this start, evaluations of
+all starts, and where the time went.
+"""
+
+import csv
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer.report.progress import Progress
+
+
+@dataclass
+class History:
+    """Fed by `Progress`. Of a run that was resumed, `steps` begin where it was."""
+
+    clock: Callable[[], float] = time.monotonic  # seconds
+    first_step: int = 0
+    steps: list[int] = field(default_factory=list)  # of the log lines
+    numbers: dict[str, list[float]] = field(default_factory=dict)  # of each log line, by name
+    seconds_evaluating: float = 0.0
+    num_evaluations: int = 0
+    last: Progress | None = None
+    _began: float | None = None
+    _evaluating_since: float | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._began is None:
+            self._began, self.first_step = self.clock(), progress.step
+        if progress.event == "evaluating" and self._evaluating_since is None:
+            self._evaluating_since = self.clock()
+        if progress.event == "evaluation":
+            self.num_evaluations += 1
+            if self._evaluating_since is not None:
+                self.seconds_evaluating += self.clock() - self._evaluating_since
+                self._evaluating_since = None
+        if progress.event == "step":
+            self._note_step(progress.step, progress.metrics)
+        self.last = progress
+
+    @property
+    def seconds(self) -> float:
+        """Since this start."""
+        return 0.0 if self._began is None else self.clock() - self._began
+
+    def of(self, name: str) -> list[float]:
+        return self.numbers.get(name, [])
+
+    def _note_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name in {*self.numbers, *metrics}:  # equally long, whatever a line holds
+            column = self.numbers.setdefault(name, [math.nan] * len(self.steps))
+            column.append(float(metrics.get(name, math.nan)))
+        self.steps.append(step)
+
+
+def evaluations_in(path: Path) -> list[dict[str, float]]:
+    """The rows of `metrics.csv`, those of earlier starts too; NaN where a cell is empty."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: float(value) if value else math.nan for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]

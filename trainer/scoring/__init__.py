@@ -1,0 +1,1 @@
+"""COCO's numbers, confusions, and the evaluation of a model."""

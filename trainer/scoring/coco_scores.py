@@ -1,0 +1,187 @@
+"""COCO's numbers of what a detector found on the images of a COCO file, without PyTorch.
+
+Boxes are judged as `trainer.data.dataset_check` judges them and scored by
+`trainer.scoring.average_precision`, so that a score here is that of a training run: dropped without
+area or outside their image, clipped where they stick out.
+
+N images, M objects, D detections.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from trainer.data.box_check import judge_boxes
+from trainer.readers.coco_file import (
+    FOREIGN_CLASS,
+    MALFORMED_BOX,
+    NO_FAULT,
+    UNKNOWN_CATEGORY,
+    UNKNOWN_IMAGE,
+    CocoFile,
+    read_masks,
+)
+from trainer.readers.run_lengths import areas_of, as_coco, rectangle
+from trainer.scoring.average_precision import (
+    STATS,
+    Found,
+    Objects,
+    accumulate,
+    class_numbers,
+    coco_numbers,
+    match,
+    overlap_of_boxes,
+    xywh,
+)
+from trainer.scoring.mask_overlap import overlap_of_masks
+from trainer.scoring.prediction_formats import Found as Prediction
+
+# The numbers in words, in COCO's order.
+WORDS = dict(
+    zip(
+        STATS,
+        (
+            "AP, mean over IoU 0.50 to 0.95",
+            "AP at IoU 0.50",
+            "AP at IoU 0.75",
+            "AP of small objects, below 32 x 32",
+            "AP of medium objects",
+            "AP of large objects, above 96 x 96",
+            "AR with 1 box per image",
+            "AR with 10 boxes per image",
+            "AR with 100 boxes per image",
+            "AR of small objects",
+            "AR of medium objects",
+            "AR of large objects",
+        ),
+        strict=True,
+    )
+)
+_LEFT_OUT = {
+    UNKNOWN_IMAGE: "of an unknown image",
+    UNKNOWN_CATEGORY: "of an unknown category",
+    MALFORMED_BOX: "whose box is not four numbers",
+    FOREIGN_CLASS: "of a class that the weights do not know",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """The objects that count, and why others do not: how many of each reason.
+
+    `rows` are their places among the file's annotations, `image` the places of their images,
+    0..N-1; boxes are xyxy in pixels, clipped.
+    """
+
+    rows: np.ndarray  # int64 [M]
+    image: np.ndarray  # int64 [M]
+    labels: np.ndarray  # int64 [M]
+    boxes: np.ndarray  # float32 [M, 4]
+    areas: np.ndarray  # float32 [M]
+    crowd: np.ndarray  # bool [M]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def judge(file: CocoFile, found: Mapping[int, Prediction]) -> Judged:
+    """The objects of the images that something was looked for in: those in `found`, by place.
+    Where the file does not say how large an image is, its picture does.
+    """
+    sizes = np.array(_sizes(file, found), np.float64)
+    sizes[sizes == 0] = np.inf
+    rows = np.flatnonzero(file.faults == NO_FAULT)
+    image = file.owners[rows]
+    annotations = file.annotations
+    judged = judge_boxes(annotations.boxes[rows], annotations.areas[rows], sizes[image])
+    left_out = Counter(dict.fromkeys(_LEFT_OUT.values(), 0))
+    for fault, words in _LEFT_OUT.items():
+        left_out[words] += int((file.faults == fault).sum())
+    left_out[_LEFT_OUT[MALFORMED_BOX]] += int((~judged.finite).sum())
+    left_out["whose box has no area in its image"] = int((judged.finite & ~judged.usable).sum())
+    looked_at = np.isin(image, list(found))
+    which = judged.usable & looked_at
+    return Judged(
+        rows=rows[which],
+        image=image[which],
+        labels=file.labels[rows][which],
+        boxes=judged.boxes[which],
+        areas=judged.areas[which],
+        crowd=annotations.crowd[rows][which],
+        left_out={words: count for words, count in left_out.items() if count},
+    )
+
+
+def box_scores(
+    file: CocoFile, truth: Judged, found: Mapping[int, Prediction], names: Sequence[str]
+) -> dict[str, float]:
+    """The twelve numbers, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
+    things, boxes = _detections(file, found)
+    overlap = overlap_of_boxes(boxes, xywh(truth.boxes), truth.crowd)
+    scores = accumulate([match(_objects(file, truth), things, overlap, len(names))])
+    return coco_numbers(scores) | class_numbers(scores, names)
+
+
+def mask_scores(
+    file: CocoFile, truth: Judged, found: Mapping[int, Prediction], names: Sequence[str]
+) -> tuple[dict[str, float], int]:
+    """The twelve numbers of masks, as `segm_map50` and so on, and how many objects have a mask that
+    is unusable; no numbers if the detector gives no masks, or no object has any.
+    """
+    if not any(each.masks for each in found.values()):
+        return {}, 0
+    keep = np.zeros(len(file.faults), np.bool_)
+    keep[truth.rows] = True
+    sizes = _sizes(file, found)
+    read = list(read_masks(file, keep, sizes))
+    unusable = sum(bool(problem) for _, _, problem in read)
+    present = np.array([bool(mask) for _, mask, _ in read], np.bool_)
+    if not present.any():
+        return {}, unusable
+    true_masks = [
+        as_coco(mask or rectangle(box, sizes[image]), sizes[image])
+        for (_, mask, _), box, image in zip(
+            read, truth.boxes.tolist(), truth.image.tolist(), strict=True
+        )
+    ]
+    # Where an object has no mask nothing is right or wrong: its box is a crowd region.
+    crowd = truth.crowd | ~present
+    objects = replace(_objects(file, truth), crowd=crowd)
+    things, _ = _detections(file, found)
+    entries = [
+        as_coco(mask.encode(), each.size) for each in found.values() for mask in each.masks or ()
+    ]
+    things = replace(things, area=np.array(areas_of(entries), np.float64))
+    overlap = overlap_of_masks(entries, true_masks, crowd)
+    numbers = coco_numbers(accumulate([match(objects, things, overlap, len(names))]))
+    return {f"segm_{name}": number for name, number in numbers.items()}, unusable
+
+
+def _sizes(file: CocoFile, found: Mapping[int, Prediction]) -> list[tuple[int, int]]:
+    """(height, width) of each image; (0, 0) where neither the file nor a picture tells."""
+    sizes = enumerate(file.images.sizes)
+    return [
+        found[place].size if size == (0, 0) and place in found else size for place, size in sizes
+    ]
+
+
+def _order(file: CocoFile) -> np.ndarray:
+    """Each image's place by id, int64 [N]: COCO looks at equal scores in this order."""
+    return np.argsort(np.argsort(np.array(file.images.ids, np.int64)))
+
+
+def _objects(file: CocoFile, truth: Judged) -> Objects:
+    areas = truth.areas.astype(np.float64)
+    return Objects(_order(file)[truth.image], truth.labels, areas, truth.crowd)
+
+
+def _detections(file: CocoFile, found: Mapping[int, Prediction]) -> tuple[Found, np.ndarray]:
+    """What was found, and the boxes [D, 4] xywh."""
+    counts = [len(each.labels) for each in found.values()]
+    image = np.repeat(_order(file)[np.array(list(found), np.int64)], counts)
+    labels = np.concatenate([np.zeros(0, np.int64), *(each.labels for each in found.values())])
+    scores = np.concatenate([np.zeros(0), *(each.scores for each in found.values())])
+    corners = np.concatenate([np.zeros((0, 4)), *(each.boxes for each in found.values())])
+    boxes = xywh(corners.astype(np.float32))
+    areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
+    return Found(image, labels.astype(np.int64), areas, scores), boxes

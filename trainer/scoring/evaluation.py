@@ -1,0 +1,270 @@
+"""COCO metrics of a model on a table of samples, shared among processes; every image is scored
+exactly once.
+
+The result does not depend on the number of processes or on the batch size: images are resized to
+canvases of their own, only equal canvases share a batch, and per-image scores are put back into the
+order of the table before they are summed up.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trainer.data.loader import (
+    PREFETCH,
+    EvaluationDataset,
+    evaluation_batch,
+    leave_signals_to_the_parent,
+)
+from trainer.loop.agreement import Agreement
+from trainer.loop.out_of_memory import OutOfMemory, is_out_of_memory
+from trainer.readers.masks import encode
+from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
+from trainer.readers.samples import SampleTable
+from trainer.report.progress import COCO_NUMBERS
+from trainer.scoring.average_precision import (
+    Found,
+    Matches,
+    Objects,
+    Scores,
+    accumulate,
+    class_numbers,
+    coco_numbers,
+    match,
+    overlap_of_boxes,
+    xywh,
+)
+from trainer.scoring.mask_overlap import overlap_of_masks
+from trainer.scoring.mistakes import Diagnosis, diagnose
+from vidt.images.preprocessing import Preprocessing, canvas_batches
+from vidt.ops.linear import packed
+from vidt.predict.predictor import Detections, decode_for, on_cpu
+
+MASK_PIXELS = 2**26  # drawn at once, of all masks together
+
+
+class Interrupted(Exception):
+    """A stop was asked for while evaluating, by `signum`; raised on every process alike."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name (-1 where there is nothing to score) and this process's detections by index
+    of the sample; their masks too, if masks were scored.
+    """
+
+    metrics: dict[str, float]
+    detections: dict[int, Detections]
+    unreadable: int
+    diagnosis: Diagnosis
+    masks: dict[int, list[RunLengths]] = field(default_factory=dict)
+
+
+def evaluate(
+    model: nn.Module,
+    samples: SampleTable,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    agreement: Agreement,
+    *,
+    batch_size: int,
+    num_workers: int,
+    tick: Callable[[float], None] = lambda fraction: None,
+    stop: Callable[[], int] = lambda: 0,
+) -> Evaluation:
+    """Predicts this process's share, scores it, and puts all shares together. Masks are scored if
+    the samples have any and the model predicts them.
+
+    tick gets the share of the work that is done, 0..1. stop is asked between batches; if any
+    process is told to, all raise Interrupted.
+    """
+    canvases = [preprocessing.canvas(height, width) for height, width in samples.sizes.tolist()]
+    batches = canvas_batches(canvases, batch_size)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    dataset = EvaluationDataset(samples, preprocessing)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=mine,
+        num_workers=num_workers,
+        collate_fn=evaluation_batch,
+        prefetch_factor=PREFETCH if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+    predicts_masks = accelerator.unwrap_model(model).config.with_vector
+    scores_masks = predicts_masks and samples.masks is not None
+    detections: dict[int, Detections] = {}
+    masks: dict[int, list[RunLengths]] = {}
+    signum = 0
+    exact = accelerator.mixed_precision == "no"
+    with packed(model) if exact else nullcontext():
+        for done, (indices, pixels, padding) in enumerate(loader):
+            found = {}
+            if indices:
+                images, padding = send_to_device((pixels, padding), accelerator.device, True)
+                images = preprocessing.normalise(images, padding)
+                predicted = predict(model, images, padding, samples.sizes[indices], accelerator)
+                found = dict(zip(indices, predicted, strict=True))
+            if scores_masks:
+                masks |= {index: run_lengths(each) for index, each in found.items()}
+            detections |= {index: replace(each, mask_vectors=None) for index, each in found.items()}
+            tick((done + 1) / len(mine))
+            if signum := stop():
+                break
+    signum = int(agreement.gather(signum).max())
+    if signum:
+        raise Interrupted(signum)
+    indices = sorted(index for batch in mine for index in batch)
+    shares = agreement.gather_objects(score_images(samples, indices, detections))
+    metrics = summarise(samples, shares)
+    diagnosis = diagnose(samples, indices, detections, masks, shares, agreement)
+    if scores_masks:
+        shares = agreement.gather_objects(score_images(samples, indices, detections, masks))
+        metrics |= summarise_masks(shares)
+    unreadable = int(agreement.gather(len(indices) - len(detections))[:, 0].sum())
+    return Evaluation(metrics, detections, unreadable, diagnosis, masks)
+
+
+def predict(
+    model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
+) -> list[Detections]:
+    """Detections of a batch, on the CPU, in pixels of the original images; sizes [B, 2] are theirs,
+    (height, width). Where memory does not suffice, half of the batch at a time.
+
+    Raises OutOfMemory when one image is too much.
+    """
+    try:
+        return _predict(model, images, padding, sizes, accelerator)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out here nothing holds on to the tensors of the attempt any more.
+    half = len(images) // 2
+    if not half:
+        height, width = images.shape[-2:]
+        raise OutOfMemory(
+            f"out of memory with one image of {height} x {width} pixels at evaluation; lower "
+            "--eval_size, or choose a smaller --backbone_name"
+        )
+    clear_device_cache(garbage_collection=True)
+    parts = [
+        predict(model, images[part], padding[part], sizes[part], accelerator)
+        for part in (slice(half), slice(half, None))
+    ]
+    return [*parts[0], *parts[1]]
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
+) -> list[Detections]:
+    training = model.training
+    model.eval()
+    try:
+        with accelerator.autocast():
+            outputs = model(images, padding, detections_only=True)
+    finally:
+        model.train(training)
+    decode = decode_for(accelerator.unwrap_model(model).config)
+    return on_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
+
+
+def run_lengths(found: Detections) -> list[RunLengths]:
+    """The masks of detections on the CPU, drawn a few at a time: those of a large picture take a
+    gigabyte.
+    """
+    assert found.mask_vectors is not None
+    height, width = found.mask_vectors.size
+    at_once = max(MASK_PIXELS // (height * width), 1)
+    parts = [found[start : start + at_once] for start in range(0, len(found.scores), at_once)]
+    return [mask for part in parts for mask in encode(part.masks)]  # type: ignore[arg-type]
+
+
+def score_images(
+    samples: SampleTable,
+    indices: list[int],
+    detections: dict[int, Detections],
+    masks: dict[int, list[RunLengths]] | None = None,
+) -> Matches:
+    """What became of the detections of some samples, by boxes or, where given, by masks."""
+    truth = samples.subset(indices)
+    image = np.asarray(indices, np.int64)[truth.box_owners.numpy()]
+    found, boxes = _found(samples, [index for index in indices if index in detections], detections)
+    crowd, areas = truth.crowd.numpy(), truth.areas.numpy().astype(np.float64)
+    overlap = overlap_of_boxes(boxes, xywh(truth.boxes.numpy()), crowd)
+    if masks is not None:
+        # Where an object has no mask nothing is right or wrong: its box is a crowd region.
+        crowd = crowd | ~truth.masks.present.numpy()  # type: ignore[union-attr]
+        entries = _mask_entries(samples, found.image, masks)
+        found = replace(found, area=np.array(areas_of(entries), np.float64))
+        overlap = overlap_of_masks(entries, _true_masks(truth), crowd)
+    objects = Objects(image, truth.labels.numpy(), areas, crowd)
+    return match(objects, found, overlap, len(samples.class_names))
+
+
+def summarise(samples: SampleTable, shares: list[Matches]) -> dict[str, float]:
+    """All twelve COCO numbers, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
+    scores = accumulate(shares)
+    return _map50_first(scores) | class_numbers(scores, samples.class_names)
+
+
+def summarise_masks(shares: list[Matches]) -> dict[str, float]:
+    """The twelve COCO numbers of masks: `segm_map50` and so on."""
+    return {f"segm_{name}": number for name, number in _map50_first(accumulate(shares)).items()}
+
+
+def _map50_first(scores: Scores) -> dict[str, float]:
+    numbers = coco_numbers(scores)
+    return {name: numbers[name] for name in COCO_NUMBERS}
+
+
+def _found(
+    samples: SampleTable, indices: list[int], detections: dict[int, Detections]
+) -> tuple[Found, np.ndarray]:
+    """The detections of samples, and their boxes [D, 4] xywh, clipped to the images as the platform
+    and every file of results have them.
+    """
+    own = [detections[index] for index in indices]
+    counts = torch.tensor([len(each.scores) for each in own], dtype=torch.int64)
+    image = torch.tensor(indices, dtype=torch.int64).repeat_interleave(counts)
+    corners = torch.cat([torch.zeros(0, 4), *(each.boxes for each in own)])
+    limits = samples.sizes[image].flip(1).repeat(1, 2)
+    boxes = xywh(torch.minimum(corners.clamp(min=0), limits).numpy())
+    labels = torch.cat([image[:0], *(each.labels for each in own)])
+    scores = torch.cat([corners[:0, 0], *(each.scores for each in own)])
+    areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
+    return Found(image.numpy(), labels.numpy(), areas, scores.double().numpy()), boxes
+
+
+def _mask_entries(
+    samples: SampleTable, image: np.ndarray, masks: dict[int, list[RunLengths]]
+) -> list[dict[str, Any]]:
+    """The masks of detections, as pycocotools takes them; image [D] is theirs."""
+    indices = list(dict.fromkeys(image.tolist()))
+    sizes = samples.sizes[indices].tolist()
+    return [
+        as_coco(mask, (height, width))
+        for index, (height, width) in zip(indices, sizes, strict=True)
+        for mask in masks[index]
+    ]
+
+
+def _true_masks(truth: SampleTable) -> list[dict[str, Any]]:
+    return [
+        as_coco(mask or rectangle(box, sample.size), sample.size)
+        for sample in truth
+        for mask, box in zip(sample.masks or (), sample.boxes.tolist(), strict=True)
+    ]

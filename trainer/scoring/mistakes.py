@@ -1,0 +1,192 @@
+"""What a detector takes for what, and the images on which it errs most.
+
+Boxes count from the threshold of their class that gives the highest F1. A found box is first held
+to the true boxes of its own class (at IoU 0.5, the surest first, as pycocotools does it), then to
+those of other classes that are left: that is a confusion. K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from trainer.loop.agreement import Agreement
+from trainer.readers.run_lengths import RunLengths
+from trainer.readers.samples import Sample, SampleTable
+from trainer.scoring.average_precision import Matches
+from trainer.scoring.scores import ScoreCurve, curve, hits_of, pooled
+from trainer.settings.wording import counted
+from vidt.predict.predictor import Detections
+
+MIN_IOU = 0.5
+MOST_IMAGES = 12  # of the worst
+MOST_CURVES = 6  # more lines of one picture cannot be told apart
+MOST_ROWS = 12  # of a table of confusions
+NO_THRESHOLD = 0.3  # for a class of which nothing right was found at any
+NOTHING = -1  # a found box where nothing is; a true box that was missed
+CROWD = -2  # neither right nor wrong
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One image of the table: the m found boxes that count, and what became of the n true ones."""
+
+    index: int
+    found: Detections  # m
+    found_as: Tensor  # int64 [m], the true class of each found box, or NOTHING, or CROWD
+    truth_as: Tensor  # int64 [n], what each true box was taken for, or NOTHING, or CROWD
+    num_missed: int
+    num_false: int
+    num_confused: int
+    masks: Sequence[RunLengths] | None = None  # of the m found
+
+    @property
+    def num_mistakes(self) -> int:
+        return self.num_missed + self.num_false + self.num_confused
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What an evaluation tells beyond its numbers; the same on every process."""
+
+    class_names: tuple[str, ...]  # K
+    curves: tuple[ScoreCurve, ...]  # K
+    main: tuple[int, ...]  # the classes with the most true boxes, as many as can be told apart
+    rest: ScoreCurve | None  # the other classes with one threshold; None: there are no others
+    together: ScoreCurve  # all classes with one threshold
+    confusion: np.ndarray  # int64 [K + 1, K + 1], true by found; last: nothing there, not found
+    worst: tuple[Judged, ...]  # most mistakes first; none without any
+
+    @property
+    def main_curves(self) -> list[ScoreCurve]:
+        return [self.curves[label] for label in self.main]
+
+
+def diagnose(
+    samples: SampleTable,
+    indices: Sequence[int],
+    detections: Mapping[int, Detections],
+    masks: Mapping[int, Sequence[RunLengths]],
+    shares: Sequence[Matches],
+    agreement: Agreement,
+) -> Diagnosis:
+    """Of this process's images, by index, and the matches by boxes of all processes."""
+    names = samples.class_names
+    hits = hits_of(shares, len(names))
+    curves = tuple(curve(name, each) for name, each in zip(names, hits, strict=True))
+    best = [each.best.threshold if each.best else NO_THRESHOLD for each in curves]
+    thresholds = torch.tensor(best, dtype=torch.float64)
+    confusion = np.zeros((len(names) + 1, len(names) + 1), np.int64)
+    worst: list[Judged] = []
+    for index in indices:
+        sample = samples[index]
+        judged = judge(sample, index, detections.get(index), masks.get(index), thresholds)
+        _count(confusion, sample, judged)
+        if judged.num_mistakes and index in detections:
+            worst = _worst([*worst, judged])
+    parts = agreement.gather_objects((confusion, worst))
+    by_size = np.argsort([-each.num_truths for each in hits], kind="stable").tolist()
+    main, others = by_size[:MOST_CURVES], by_size[MOST_CURVES:]
+    name = f"the other {counted(len(others), 'class', 'classes')}"
+    return Diagnosis(
+        class_names=names,
+        curves=curves,
+        main=tuple(main),
+        rest=curve(name, pooled([hits[label] for label in others])) if others else None,
+        together=curve("all classes", pooled(hits)),
+        confusion=sum((part for part, _ in parts), np.zeros_like(confusion)),
+        worst=tuple(_worst([judged for _, part in parts for judged in part])),
+    )
+
+
+def condensed(diagnosis: Diagnosis) -> tuple[np.ndarray, list[str], list[str]]:
+    """The table of confusions with at most MOST_ROWS classes, the others summed up, and the names
+    of its rows (true) and columns (found).
+    """
+    table, names = diagnosis.confusion, diagnosis.class_names
+    totals = table[:-1].sum(1) + table[:, :-1].sum(0)
+    shown = np.sort(np.argsort(-totals, kind="stable")[:MOST_ROWS])
+    group = np.full(len(table), len(shown))
+    group[shown] = np.arange(len(shown))
+    num_others = len(names) - len(shown)
+    group[-1] = len(shown) + (num_others > 0)
+    small = np.zeros((group[-1] + 1,) * 2, np.int64)
+    np.add.at(small, (group[:, None], group), table)
+    labels = [names[label] for label in shown] + [f"{num_others} others"] * (num_others > 0)
+    return small, [*labels, "nothing there"], [*labels, "not found"]
+
+
+def judge(
+    sample: Sample,
+    index: int,
+    found: Detections | None,
+    masks: Sequence[RunLengths] | None,
+    thresholds: Tensor,
+) -> Judged:
+    """thresholds [K] are those from which boxes of a class count; found None: unreadable image."""
+    if found is None:
+        found = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    keep = found.scores.double() >= thresholds[found.labels]
+    if masks is not None:
+        masks = [masks[row] for row in keep.nonzero().flatten().tolist()]
+    found = found[keep]
+    boxes = clip_boxes_to_image(found.boxes, sample.size)
+    found_as, truth_as = _matched(sample, boxes, found.labels)
+    same = found_as == found.labels
+    return Judged(
+        index=index,
+        found=found,
+        found_as=found_as,
+        truth_as=truth_as,
+        num_missed=int((truth_as == NOTHING).sum()),
+        num_false=int((found_as == NOTHING).sum()),
+        num_confused=int((~same & (found_as >= 0)).sum()),
+        masks=masks,
+    )
+
+
+def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`found_as` and `truth_as` of boxes, the surest first."""
+    overlaps = box_iou(boxes.double(), sample.boxes.double())  # [m, n]
+    own = labels[:, None] == sample.labels
+    free = ~sample.crowd
+    found_as = torch.full((len(boxes),), NOTHING)
+    truth_as = torch.where(sample.crowd, CROWD, NOTHING)
+    for allowed in (own, ~own):
+        for row in (found_as == NOTHING).nonzero().flatten().tolist():
+            candidates = overlaps[row] * (free & allowed[row])
+            column = int(candidates.argmax()) if len(candidates) else 0
+            if len(candidates) and candidates[column] >= MIN_IOU:
+                found_as[row], truth_as[column] = sample.labels[column], labels[row]
+                free[column] = False
+    if bool(sample.crowd.any()):
+        inside = _share_inside(boxes, sample.boxes[sample.crowd]) >= MIN_IOU
+        inside &= own[:, sample.crowd]
+        found_as[inside.any(1) & (found_as == NOTHING)] = CROWD
+    return found_as, truth_as
+
+
+def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Of each box's area, what lies in each region: [m, regions]."""
+    low = torch.maximum(boxes[:, None, :2], regions[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], regions[:, 2:])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-9)
+    return (high - low).clamp(min=0).prod(2) / areas[:, None]
+
+
+def _count(confusion: np.ndarray, sample: Sample, judged: Judged) -> None:
+    """Adds an image's true and found boxes to the table."""
+    last = len(confusion) - 1
+    truth, taken_for = sample.labels.numpy(), judged.truth_as.numpy()
+    counts = taken_for != CROWD
+    columns = np.where(taken_for == NOTHING, last, taken_for)
+    np.add.at(confusion, (truth[counts], columns[counts]), 1)
+    false = judged.found.labels.numpy()[(judged.found_as == NOTHING).numpy()]
+    np.add.at(confusion, (np.full(len(false), last), false), 1)
+
+
+def _worst(judged: list[Judged]) -> list[Judged]:
+    return sorted(judged, key=lambda each: (-each.num_mistakes, each.index))[:MOST_IMAGES]

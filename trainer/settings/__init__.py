@@ -1,0 +1,1 @@
+"""Settings: dataclasses to flags, YAML and help."""

@@ -1,0 +1,419 @@
+"""Settings of a training run and its command line.
+
+Every setting has one owner: architecture in `vidt.ViDTConfig` (saved with the weights),
+optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. Flags, YAML
+keys and help text are read off the fields of the two dataclasses: a new field is a new flag. Of a
+setting given more than once, the first of these counts: flag, `--config` file, the dataset's recipe
+(`recipes/<dataset_file>.yaml`), default of the dataclass.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.settings.flags import (
+    ConfigError,
+    HelpRequested,
+    help_lines,
+    read_flags,
+    read_yaml,
+    settings_of,
+)
+from vidt.model.config import ViDTConfig
+from vidt.weights.published import TEACHERS
+
+DATASETS = ("shapes", "coco", "voc", "yolo")
+WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
+SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
+SCHEDULES = ("cosine", "linear")
+COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
+# What people look for among the flags, and what has it.
+ELSEWHERE = {
+    "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
+    "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
+}
+ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
+# Settings that say where something lies on this machine.
+PLACES = (
+    *COCO_FILES,
+    *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+)
+
+
+def _help(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation and data of a run. Raises ConfigError for values that no run can have."""
+
+    dataset_file: str = field(
+        default="shapes", metadata=_help("which dataset: shapes, coco, voc or yolo", group="Data")
+    )
+    coco_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder with annotations/instances_{train,val}2017.json, train2017/, val2017/"
+        ),
+    )
+    voc_path: str | None = field(default=None, metadata=_help("folder of a Pascal VOC dataset"))
+    yolo_path: str | None = field(default=None, metadata=_help("folder of a YOLO dataset"))
+    train_json: str | None = field(default=None, metadata=_help("COCO file to train on"))
+    train_images: str | None = field(
+        default=None, metadata=_help("folder of the images that train_json names")
+    )
+    val_json: str | None = field(default=None, metadata=_help("COCO file to validate on"))
+    val_images: str | None = field(
+        default=None, metadata=_help("folder of the images that val_json names")
+    )
+    num_workers: int = field(
+        default=2, metadata=_help("processes that load images, for each training process")
+    )
+    max_bad_fraction: float = field(
+        default=0.05,
+        metadata=_help("share of damaged images that is skipped; with more the run ends"),
+    )
+    check: bool = field(default=False, metadata=_help("only check the dataset"))
+
+    flip: bool = field(
+        default=True, metadata=_help("mirror images at random", group="Augmentation")
+    )
+    crop: bool = field(
+        default=True, metadata=_help("crop images at random before they are resized")
+    )
+    train_sizes: tuple[int, ...] | None = field(
+        default=None,
+        metadata=_help(
+            "short sides drawn from, pixels; None: the released ladder scaled to eval_size"
+        ),
+    )
+    train_max_size: int | None = field(
+        default=None,
+        metadata=_help("longest long side, pixels; None: the released one scaled to eval_size"),
+    )
+
+    epochs: int = field(
+        default=50, metadata=_help("passes over the training images", group="Optimisation")
+    )
+    max_steps: int | None = field(
+        default=None, metadata=_help("optimiser steps after which the run ends")
+    )
+    batch_size: int = field(default=2, metadata=_help("images per process and optimiser step"))
+    n_iter_to_acc: int = field(
+        default=1, metadata=_help("micro-batches into which batch_size is split")
+    )
+    lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
+    lr_linear_proj_mult: float = field(
+        default=1.0,
+        metadata=_help("rate, relative to lr, of the weights that say where queries look"),
+    )
+    lr_backbone_mult: float = field(
+        default=1.0, metadata=_help("rate, relative to lr, of the body, its [DET] tokens included")
+    )
+    lr_fan_in_power: float = field(
+        default=0.0,
+        metadata=_help(
+            "rate, relative to lr, of a matrix with n inputs is (256 / n) to this power; "
+            "0: one rate for all"
+        ),
+    )
+    min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
+    sched: str = field(
+        default="cosine", metadata=_help("way from lr down to min_lr: " + " or ".join(SCHEDULES))
+    )
+    weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
+    adam_beta2: float = field(
+        default=0.999, metadata=_help("decay of AdamW's average of squared gradients")
+    )
+    warmup_steps: int = field(
+        default=200, metadata=_help("steps of warm-up, at most a third of the run")
+    )
+    clip_max_norm: float = field(
+        default=0.1, metadata=_help("largest norm of the gradients; 0: not clipped")
+    )
+    denoising: int = field(
+        default=0,
+        metadata=_help("extra queries per image that mend boxes near the truth; 0: none"),
+    )
+    ema: bool = field(
+        default=True, metadata=_help("keep a moving average of the weights and evaluate it")
+    )
+    ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
+    seed: int = field(default=42, metadata=_help("seed of all random numbers"))
+
+    compile: bool = field(
+        default=False,
+        metadata=_help(
+            "train through torch.compile; batches are padded to few sizes", group="Execution"
+        ),
+    )
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata=_help("less memory for a third more time: activations are computed twice"),
+    )
+
+    eval_size: int = field(
+        default=640,
+        metadata=_help(
+            "short side at evaluation and prediction, pixels; with --eval: that of the weights",
+            group="Evaluation",
+        ),
+    )
+    eval_batch_size: int | None = field(
+        default=None, metadata=_help("images per process and batch; None: batch_size")
+    )
+    eval_interval: int = field(default=1, metadata=_help("epochs between evaluations"))
+    patience: int = field(
+        default=0,
+        metadata=_help("evaluations without a better map50 before the run ends; 0: never"),
+    )
+    eval: bool = field(default=False, metadata=_help("only evaluate"))
+
+    pre_trained: str = field(
+        default="imagenet",
+        metadata=_help("weights of the body: imagenet, none or a file", group="Weights and state"),
+    )
+    load_from: str | None = field(
+        default=None, metadata=_help("weights to start from: a file or a URL")
+    )
+    distil_model: str | None = field(
+        default=None,
+        metadata=_help("teacher to distil from: " + ", ".join(TEACHERS)),
+    )
+    distil_model_path: str | None = field(
+        default=None,
+        metadata=_help("weights of the teacher: a file or a URL; None: the published ones"),
+    )
+    distil_loss_coef: float = field(default=4.0, metadata=_help("weight of following a teacher"))
+    resume: str | None = field(
+        default=None,
+        metadata=_help(
+            "state to go on from: a folder, or auto (as the bare flag)", bare="auto", saved=False
+        ),
+    )
+    save_interval: int = field(default=1, metadata=_help("epochs between resumable checkpoints"))
+    save_steps: int = field(
+        default=0, metadata=_help("save also every so many optimiser steps; 0: never")
+    )
+    keep: int = field(default=2, metadata=_help("resumable checkpoints that are kept"))
+
+    output_dir: str = field(
+        default="output", metadata=_help("folder of the results", group="Output")
+    )
+    tensorboard_dir: str | None = field(
+        default=None, metadata=_help("folder of the event files; None: output_dir/tensorboard")
+    )
+    log_interval: int = field(default=10, metadata=_help("steps between log lines"))
+    config: str | None = field(
+        default=None, metadata=_help("YAML file that gives any of these settings", saved=False)
+    )
+
+    def __post_init__(self) -> None:
+        if self.train_sizes is not None:
+            object.__setattr__(self, "train_sizes", tuple(self.train_sizes))
+        _check_alone(self)
+        _check_together(self)
+
+
+_AT_LEAST = {
+    **dict.fromkeys(("epochs", "max_steps", "batch_size", "n_iter_to_acc", "eval_batch_size"), 1),
+    **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
+    **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
+    **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
+    **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
+}
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value}; it must be {expected}")
+
+
+def _check_alone(config: TrainConfig) -> None:
+    """Each value by itself. Every comparison is one that nan fails."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        _require(value is None or value >= least, name, value, f"{least} or more")
+    datasets = f"one of {', '.join(DATASETS)}"
+    _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
+    size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
+    _require(own or size >= SMALLEST_SIZE, "eval_size", size, f"{SMALLEST_SIZE} or more")
+    _require(config.lr > 0, "lr", config.lr, "above 0")
+    for name in ("lr_linear_proj_mult", "lr_backbone_mult"):
+        mult = getattr(config, name)
+        _require(0 <= mult < math.inf, name, mult, "0 or more")
+    power = config.lr_fan_in_power
+    _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
+    schedules = f"one of {', '.join(SCHEDULES)}"
+    _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
+    _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
+    _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
+    coef = config.distil_loss_coef
+    _require(0 < coef < math.inf, "distil_loss_coef", coef, "above 0")
+    teachers = f"one of {', '.join(TEACHERS)}"
+    known = config.distil_model is None or config.distil_model in TEACHERS
+    _require(known, "distil_model", config.distil_model, teachers)
+    share = config.max_bad_fraction
+    _require(0 <= share <= 1, "max_bad_fraction", share, "from 0 to 1")
+    sizes = config.train_sizes
+    _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
+    for size in sizes or ():
+        _require(size >= SMALLEST_SIZE, "train_sizes", size, f"{SMALLEST_SIZE} or more")
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Values that must suit one another."""
+    if config.load_from is not None and config.resume is not None:
+        raise ConfigError("cannot load from and resume at the same time")
+    _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
+    whole = config.batch_size % config.n_iter_to_acc == 0
+    divisor = f"a divisor of batch_size, {config.batch_size}"
+    _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
+    for name in DATASETS[1:]:
+        if getattr(config, f"{name}_path") is not None and config.dataset_file != name:
+            raise ConfigError(
+                f"{name}_path is for dataset_file {name}; it is {config.dataset_file}"
+            )
+    needed, number = (COCO_FILES[2:], "both") if config.eval else (COCO_FILES, "all four")
+    given = [name for name in COCO_FILES if getattr(config, name) is not None]
+    missing = [name for name in needed if name not in given]
+    if given and missing:
+        raise ConfigError(f"{given[0]} is given without {', '.join(missing)}; give {number}")
+    if given and config.dataset_file != "coco":
+        raise ConfigError(f"{given[0]} is for dataset_file coco; it is {config.dataset_file}")
+
+
+def _check_data_path(config: TrainConfig) -> None:
+    """A dataset that is not ours must have been told where its files are."""
+    flag = f"{config.dataset_file}_path"
+    if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
+        return
+    files = " or " + ", ".join(COCO_FILES) if config.dataset_file == "coco" else ""
+    raise ConfigError(f"dataset_file {config.dataset_file} has no files; give {flag}{files}")
+
+
+_TRAIN = settings_of(TrainConfig)
+_MODEL = settings_of(ViDTConfig)
+# The one architectural value that the data can tell; None stands for "not given".
+_MODEL["num_classes"] = replace(_MODEL["num_classes"], optional=True, default=None)
+_ALL = {**_TRAIN, **_MODEL}
+assert len(_ALL) == len(_TRAIN) + len(_MODEL), "a setting has two owners"
+
+
+def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, dict[str, Any]]:
+    """Flags to a run's settings and the fields of its ViDTConfig.
+
+    `num_classes` among the latter is None unless it was given: the data tells it; so is, with
+    --eval, `dec_layers`: the weights tell it. With `own_data` the caller brings the samples, so no
+    recipe is applied and no path is asked for.
+    Raises ConfigError for anything wrong and HelpRequested for `--help`.
+    """
+    given = given_settings(argv)
+    if any(given.get(name) is not None for name in COCO_FILES):
+        given.setdefault("dataset_file", "coco")
+    for name in DATASETS:
+        if given.get(f"{name}_path") is not None:
+            given.setdefault("dataset_file", name)
+    if given.get("eval"):
+        given.setdefault("eval_size", WEIGHTS_OWN)
+        given.setdefault("dec_layers", None)
+    if not own_data:
+        given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
+    config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
+    model = {name: given.get(name, setting.default) for name, setting in _MODEL.items()}
+    _check_model(model)
+    if not own_data:
+        _check_data_path(config)
+    return config, model
+
+
+def given_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings given as flags or in the file of `--config`, and no defaults. Raises as `parse`
+    for flags and values that cannot be read.
+    """
+    given = read_flags(argv, _ALL, ELSEWHERE)
+    if given.get("config") is not None:
+        read = _read_config(given["config"])
+        if given.get("resume") is not None:
+            read.pop("load_from", None)  # where the run once started from is in its checkpoint
+        given = {**read, **given}
+    return given
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} cannot be read: it is not text") from None
+    nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
+    return read_yaml(text, nestable, path)
+
+
+def _read_recipe(dataset_file: str) -> dict[str, Any]:
+    """What a dataset is trained with unless told otherwise; empty for one without a recipe."""
+    if dataset_file not in DATASETS:  # reported with the other values
+        return {}
+    recipe = resources.files("trainer.settings") / "recipes" / f"{dataset_file}.yaml"
+    if not recipe.is_file():
+        return {}
+    return read_yaml(recipe.read_text(encoding="utf-8"), _ALL, str(recipe))
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    """What ViDTConfig refuses is refused now; its defaults stand for what is told later."""
+    try:
+        ViDTConfig(**{name: value for name, value in model.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def parse_or_exit(argv: Sequence[str] | None = None) -> tuple[TrainConfig, dict[str, Any]]:
+    """`parse` for a program: a user's error ends it with one line and code 2, `--help` with 0."""
+    try:
+        return parse(sys.argv[1:] if argv is None else argv)
+    except HelpRequested:
+        sys.stdout.write(help_text())
+        sys.exit(0)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def help_text() -> str:
+    """All flags by group, with defaults and descriptions."""
+    lines = [
+        "Flags are taken with - and _. One that is True or False may stand bare or as --no-NAME.",
+        "First counts the flag, then --config FILE, the dataset's recipe, the defaults shown.",
+        *help_lines(_TRAIN),
+        "",
+        "Architecture:",
+        *help_lines(_MODEL),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run as YAML values, except those that say how it was started this time."""
+    owned = [name for name, setting in _TRAIN.items() if setting.metadata.get("saved", True)]
+    values = {name: getattr(config, name) for name in owned} | {
+        name: model[name] for name in _MODEL
+    }
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
+    """Writes the file with which `--config` repeats the run."""
+    text = yaml.safe_dump(resolved(config, model), sort_keys=False)
+    Path(path).write_text(
+        f"# All settings of a run: --config THIS_FILE repeats it.\n{text}", encoding="utf-8"
+    )

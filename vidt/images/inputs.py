@@ -1,0 +1,118 @@
+"""What people hand to a detector, as pictures: files, Pillow images, arrays and tensors.
+
+Without PyTorch: a tensor is known by its type's name and read through NumPy.
+"""
+
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from vidt.images.files import as_rgb, read_image
+
+# A path, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]. See `as_picture`.
+ImageLike: TypeAlias = Any
+
+
+def as_picture(image: ImageLike) -> Image.Image:
+    """One image as an RGB picture, a copy or not.
+
+    - `str` or path: a file, as it is stored, whatever its EXIF says of its orientation
+    - Pillow image of any mode
+    - NumPy array: uint8 [H, W, 3] RGB, [H, W, 4] RGBA (alpha is dropped), [H, W] or [H, W, 1] grey;
+      uint16 [H, W]; or the same shapes in float, from 0 to 1
+    - PyTorch tensor: [3, H, W] or [1, H, W], uint8, or float from 0 to 1; on any device
+
+    Raises `vidt.images.files.UnreadableImage` for a file, ValueError for an array or tensor of
+    another shape, type or range, TypeError for anything else.
+    """
+    if isinstance(image, str | PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, "array", "height x width, or height x width x 3 (RGB)")
+    if _is_tensor(image):
+        return _from_tensor(image)
+    raise TypeError(
+        f"an image is a path, a Pillow image, an array or a tensor; this is {type(image).__name__}"
+    )
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is one image, and not several of them: an array or tensor of four axes holds
+    several.
+    """
+    if isinstance(images, str | PathLike | Image.Image):
+        return True
+    return (isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim < 4
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError for a threshold that no score has."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+
+
+def rows_of(which: Any, count: int) -> Any:
+    """An index into `count` rows; one that is a whole number as the slice of that one row. Raises
+    IndexError where there is no such row, by which a loop over them ends.
+    """
+    if isinstance(which, bool) or not hasattr(which, "__index__") or getattr(which, "ndim", None):
+        return which
+    number = range(count)[which]
+    return slice(number, number + 1)
+
+
+def remembered(image: ImageLike) -> ImageLike:
+    """What to keep of an image in order to show it again: the path of a file, else the image."""
+    return Path(image) if isinstance(image, str) else image
+
+
+def picture_of(kept: ImageLike, given: ImageLike = None) -> Image.Image:
+    """The picture to draw detections on: of the image that is given, else of the one that was kept
+    with them. Raises ValueError if there is neither, else as `as_picture`.
+    """
+    image = kept if given is None else given
+    if image is None:
+        raise ValueError("these detections do not know their image; pass it to plot(image)")
+    return as_picture(image)
+
+
+def _is_tensor(image: object) -> bool:
+    return type(image).__module__.partition(".")[0] == "torch" and hasattr(image, "detach")
+
+
+def _from_tensor(tensor: Any) -> Image.Image:
+    shape = tuple(tensor.shape)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(
+            f"tensor of shape {shape}; it must be 3 x height x width (RGB), or 1 x height x width"
+        )
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # NumPy has no bfloat16
+    return _from_array(tensor.permute(1, 2, 0).numpy(), "tensor", "3 x height x width")
+
+
+def _from_array(array: np.ndarray, what: str, expected: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(f"{what} of shape {array.shape}; it must be {expected}")
+    if not array.size:
+        raise ValueError(f"{what} of shape {array.shape} has no pixels")
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
+            raise ValueError(
+                f"{what} of floats from {array.min():g} to {array.max():g}; they must be from 0 to "
+                "1, or uint8"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
+        raise ValueError(f"{what} of {array.dtype}; it must be uint8, or floats from 0 to 1")
+    return as_rgb(Image.fromarray(np.ascontiguousarray(array)))

@@ -1,0 +1,67 @@
+"""Instance masks from their vectors as `vidt.losses.mask_vectors` draws them, for detectors that
+run without torch. See there for what a vector is; a test holds the two together.
+
+Letters: n objects, K numbers of a vector, S side of the square, H x W image.
+"""
+
+import numpy as np
+
+
+def decode_vectors(vectors: np.ndarray, side: int) -> np.ndarray:
+    """Vectors [n, K] to squares, bool [n, S, S]: where the cosines' sum is in the upper half of its
+    range.
+    """
+    cells = _zigzag(side)[: vectors.shape[1]]
+    spectrum = np.zeros((len(vectors), side, side))
+    spectrum[:, cells // side, cells % side] = vectors
+    place = np.arange(side) + 0.5
+    waves = np.cos(np.pi / side * np.arange(side)[:, None] * place) * (2 / side) ** 0.5
+    waves[0] /= 2**0.5
+    heights = waves.T @ spectrum @ waves
+    middle = (heights.max((1, 2), keepdims=True) + heights.min((1, 2), keepdims=True)) / 2
+    return heights > middle
+
+
+def _zigzag(side: int) -> np.ndarray:
+    """The cells of a square, row by row numbered 0..S*S-1, by frequency: [S * S]."""
+    row, column = np.indices((side, side))
+    diagonal = row + column
+    along = np.where(diagonal % 2 == 0, column, row)
+    return (diagonal * side + along).ravel().argsort()
+
+
+def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Squares [n, S, S] drawn into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W].
+
+    Interpolated linearly; of a box that sticks out of the image, what is inside it.
+    """
+    pasted = np.zeros((len(squares), *size), bool)
+    for image, square, box in zip(pasted, squares.astype(np.float32), boxes.tolist(), strict=True):
+        left, top, right, bottom = box
+        rows, columns = pixels_within(top, bottom, size[0]), pixels_within(left, right, size[1])
+        drawn = _stretched(square, top, bottom, rows)  # [rows, S]
+        drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
+        image[rows.start : rows.stop, columns.start : columns.stop] = (drawn >= 0.5).T
+    return pasted
+
+
+def pixels_within(low: float, high: float, length: int) -> range:
+    """Of an axis of `length` pixels, those whose centres may lie from low to high; none if NaN."""
+    if not low < high:
+        return range(0)
+    start = min(max(low - 1, 0), length)
+    return range(int(start), int(max(min(high + 1, length), start)))
+
+
+def _stretched(square: np.ndarray, low: float, high: float, pixels: range) -> np.ndarray:
+    """Cells [S, X], stretched along S from low to high, at the centres of `pixels`: interpolated
+    between the centres of cells, zero beyond. [pixels, X].
+    """
+    side = len(square)
+    centres = np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5)
+    place = (centres - np.float32(low)) / np.float32(max(high - low, 1e-6)) * side + 0.5
+    place = place.clip(0, side + 1).astype(np.float32)
+    before = np.minimum(np.floor(place), side)
+    bordered = np.pad(square, ((1, 1), (0, 0)))
+    lower, upper = bordered[before.astype(int)], bordered[before.astype(int) + 1]
+    return lower + (upper - lower) * (place - before)[:, None]

@@ -1,0 +1,105 @@
+"""From a picture to the tensor that the detector sees: the one definition of resize, normalisation
+and padding.
+
+Training, its evaluation, prediction and export all come through here, and the settings travel with
+the weights. A picture is 8-bit pixels until it lies where the detector computes: a quarter of the
+memory and of the way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vidt.images.canvas import (
+    GRANULE,
+    canvas_batches,
+    canvas_of,
+    longest_side,
+    resize,
+    resized_shape,
+)
+
+__all__ = ["GRANULE", "Preprocessing", "canvas_batches", "pad_batch", "resize", "resized_shape"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures are made ready for evaluation and prediction; saved with the weights. Raises
+    ValueError for what no picture can be made ready with.
+    """
+
+    eval_size: int = 800
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.eval_size < 1:
+            raise ValueError(f"eval_size is {self.eval_size}; it must be 1 or more")
+        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; they must be three numbers each, of std "
+                "above 0"
+            )
+
+    @property
+    def max_size(self) -> int:
+        """Longest side, in the released proportion to the short one."""
+        return longest_side(self.eval_size)
+
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that an image of this size is brought to; depends on that image
+        alone.
+        """
+        return canvas_of(height, width, self.eval_size)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB picture -> [3, h, w] float32, resized to its canvas and normalised."""
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB picture -> uint8 [3, h, w], resized to its canvas."""
+        return to_pixels(resize(image, self.canvas(image.height, image.width)))
+
+    def normalise(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
+        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] holds. A new
+        tensor: what is given stays as it is, floats of 0 to 255 too.
+        """
+        mean, std = (_per_channel(each, images.device) for each in (self.mean, self.std))
+        values = images.to(torch.float32, copy=True).mul_(1 / 255).sub_(mean).div_(std)
+        return values if padding is None else values.masked_fill_(padding.unsqueeze(-3), 0.0)
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1]; copied to a device once, since each copy would have to be waited for."""
+    with torch.inference_mode(False):  # kept, and so met by calls that compute gradients
+        return torch.tensor(values, device=device)[:, None, None]
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 [3, H, W]."""
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    for plane, band in zip(planes, image.split(), strict=True):  # quicker than to turn [H, W, 3]
+        plane[...] = np.asarray(band)
+    return torch.from_numpy(planes)
+
+
+def pad_batch(
+    images: Sequence[Tensor], canvas: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images [3, h, w] of any sizes -> images [B, 3, H, W], zero padded right and below, and
+    padding [B, H, W] bool, True where padded. H x W is `canvas`, or the largest height and
+    width.
+    """
+    height, width = canvas or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
+    for index, image in enumerate(images):
+        batch[index, :, : image.shape[1], : image.shape[2]] = image
+        padding[index, : image.shape[1], : image.shape[2]] = False
+    return batch, padding

@@ -1,0 +1,1 @@
+"""What a training minimises: matcher, criterion, mask vectors, distillation."""

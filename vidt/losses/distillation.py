@@ -1,0 +1,79 @@
+"""Distillation by token matching (ViDT, arXiv 2110.03921): a student's tokens are drawn to those
+of a frozen teacher.
+
+Differs from the released code in what a batch is: there the root is taken of the distances' mean
+over the images that a GPU holds, here image by image. So a step's loss does not depend on how its
+images are dealt out; with one image the two agree.
+
+Letters: B images, Q [DET] tokens, C channels, D + 1 prediction levels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidt.model.config import ViDTConfig
+
+# In these a teacher and its student must agree, or their tokens do not stand for the same things.
+SHARED = ("method", "det_token_num", "reduced_dim", "dec_layers", "epff")
+SMALLEST = 1e-12  # a student that is its teacher: the root has no slope at 0
+
+
+def token_distances(student: dict[str, Any], teacher: dict[str, Any]) -> Tensor:
+    """[B], float32: how far the `distil_tokens` of two detectors are apart, per image.
+
+    The sum, over the projected maps [B, C, H, W], the projected [DET] tokens [B, Q, C] and the
+    prediction levels [D + 1, B, Q, C], of the mean length of the difference of two tokens.
+    """
+    maps = zip(student["patch_token"], teacher["patch_token"], strict=True)
+    distances = [_lengths(ours, theirs, dim=1).flatten(1).mean(1) for ours, theirs in maps]
+    distances += _lengths(_det_tokens(student), _det_tokens(teacher), dim=-1).mean(2).unbind()
+    return torch.stack(distances).sum(0)
+
+
+def _det_tokens(tokens: dict[str, Any]) -> Tensor:
+    """The body's and those of each prediction level: [D + 2, B, Q, C]."""
+    return torch.cat([tokens["body_det_token"][None], tokens["neck_det_token"]])
+
+
+def _lengths(ours: Tensor, theirs: Tensor, *, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(ours.float() - theirs.detach().float(), dim=dim)
+
+
+def require_pair(student: ViDTConfig, teacher: ViDTConfig, source: str) -> None:
+    """Raises ValueError, naming the first flag, for a teacher that this student cannot learn
+    from.
+    """
+    if teacher.method != "vidt":
+        raise ValueError(f"the teacher {source} has method {teacher.method}; choose one with vidt")
+    for name in SHARED:
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher {source} has {name} {theirs}, this run {ours}; pass --{name} {theirs}"
+            )
+
+
+class TokenMatching:
+    """A frozen teacher and the weighted loss term of following it.
+
+    `teacher` is called as a `ViDT` is: it may be one that was prepared for a device and a
+    precision.
+    """
+
+    def __init__(self, teacher: nn.Module, *, distil_loss_coef: float = 4.0) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.distil_loss_coef = distil_loss_coef
+
+    def __call__(
+        self, images: Tensor, padding: Tensor, outputs: dict[str, Any], num_images: float
+    ) -> dict[str, Tensor]:
+        """images [B, 3, H, W] and padding [B, H, W] that the student's `outputs` are of; num_images
+        normalises: all that make one optimiser step. Returns `loss_distil`.
+        """
+        with torch.no_grad():
+            wanted = self.teacher(images, padding)["distil_tokens"]
+        distances = token_distances(outputs["distil_tokens"], wanted)
+        roots = distances.clamp(min=SMALLEST).sqrt()
+        return {"loss_distil": self.distil_loss_coef * roots.sum() / num_images}

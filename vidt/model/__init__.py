@@ -1,0 +1,1 @@
+"""The detector: configuration, backbones, attention, decoder, heads."""

@@ -1,0 +1,140 @@
+"""What a detector is built from: the configuration that is saved with its weights, and the table
+of bodies.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vidt.model.variants import COAT_VARIANTS, SWIN_VARIANTS
+
+if TYPE_CHECKING:
+    from vidt.model.coat import CoatBody
+    from vidt.model.swin import SwinBody
+
+METHODS = ("vidt", "vidt_wo_neck")
+NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # only a neck can carry them
+NUM_LEVELS = 4  # strides 8, 16, 32 and 64
+
+
+def body_names() -> list[str]:
+    """All values of `backbone_name`."""
+    return [*SWIN_VARIANTS, *COAT_VARIANTS]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ViDTConfig:
+    """Architecture of a detector; saved with its weights. Fields bear the released flags' names.
+
+    Raises ValueError for a value that no detector can be built from.
+    """
+
+    method: str = _setting("vidt", "which detector of the family: " + ", ".join(METHODS))
+    backbone_name: str = _setting("swin_nano", "body: " + ", ".join(body_names()))
+    num_classes: int = _setting(80, "classes; on the command line taken from the data")
+    det_token_num: int = _setting(100, "[DET] tokens: the most objects found in an image")
+    reduced_dim: int = _setting(256, "channels of the decoder")
+    pos_dim: int = _setting(256, "channels of the [DET] tokens' position table")
+    dec_layers: int = _setting(6, "decoder layers")
+    nheads: int = _setting(8, "attention heads of the decoder")
+    dim_feedforward: int = _setting(1024, "hidden channels of the decoder's MLPs")
+    dec_n_points: int = _setting(4, "points that a head samples on each level")
+    num_feature_levels: int = _setting(NUM_LEVELS, "levels of the pyramid; 4 is the only one")
+    cross_indices: tuple[int, ...] = _setting((3,), "stages whose [DET] tokens see the patches")
+    dropout: float = _setting(0.1, "dropout in the decoder")
+    aux_loss: bool = _setting(True, "supervise every decoder layer, not only the last")
+    with_box_refine: bool = _setting(True, "each decoder layer refines the boxes of the one before")
+    epff: bool = _setting(False, "ViDT+: fuse the levels of the pyramid before the decoder")
+    iou_aware: bool = _setting(False, "ViDT+: predict how well each box fits")
+    token_label: bool = _setting(False, "ViDT+: classify every place of the pyramid in training")
+    token_label_shift: bool = _setting(
+        True, "of token_label: a column for any object before the classes; False: as released"
+    )
+    with_vector: bool = _setting(False, "ViDT+: predict instance masks")
+    n_keep: int = _setting(256, "numbers that describe a mask")
+    gt_mask_len: int = _setting(128, "side of the square in which masks are described, pixels")
+    vector_hidden_dim: int = _setting(256, "hidden channels of the mask head")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cross_indices", tuple(self.cross_indices))
+        require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        require(
+            self.backbone_name in body_names(),
+            "backbone_name",
+            self.backbone_name,
+            f"one of {', '.join(body_names())}",
+        )
+        for name in NECK_PARTS:
+            allowed = self.method == "vidt" or not getattr(self, name)
+            require(allowed, name, getattr(self, name), f"False with method {self.method}")
+        for name in (
+            "num_classes",
+            "det_token_num",
+            "pos_dim",
+            "nheads",
+            "dim_feedforward",
+            "dec_n_points",
+            "n_keep",
+            "gt_mask_len",
+            "vector_hidden_dim",
+        ):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.dec_layers >= 0, "dec_layers", self.dec_layers, "0 or more")
+        require(
+            self.num_feature_levels == NUM_LEVELS,
+            "num_feature_levels",
+            self.num_feature_levels,
+            "4",
+        )
+        step = math.lcm(32, self.nheads)  # GroupNorm has 32 groups
+        require(
+            self.reduced_dim > 0 and self.reduced_dim % step == 0,
+            "reduced_dim",
+            self.reduced_dim,
+            f"a multiple of {step}",
+        )
+        cells = self.gt_mask_len**2
+        require(
+            self.n_keep <= cells, "n_keep", self.n_keep, f"at most gt_mask_len squared, {cells}"
+        )
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
+        require(
+            all(0 <= stage <= 3 for stage in self.cross_indices),
+            "cross_indices",
+            self.cross_indices,
+            "stages from 0 to 3",
+        )
+
+    @property
+    def token_columns(self) -> int:
+        """Columns of the token label: the released ones have no column for class 0."""
+        return self.num_classes + int(self.token_label_shift)
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {expected}")
+
+
+def build_body(config: ViDTConfig) -> "SwinBody | CoatBody":
+    """The body named in the configuration. Its forward takes images and padding and returns the
+    maps of strides 8, 16, 32 and, for method vidt, 64, the [DET] tokens [B, Q, channels of stride
+    32] and their position table [1, Q, pos_dim]; `num_channels` are the maps' channels.
+    """
+    # Here, not above: a command line's help is made of this file and must not wait for PyTorch.
+    from vidt.model.coat import CoatBody
+    from vidt.model.swin import SwinBody
+
+    settings: dict[str, Any] = {
+        "det_token_num": config.det_token_num,
+        "pos_dim": config.pos_dim,
+        "cross_indices": config.cross_indices,
+        "pyramid": config.method == "vidt",
+    }
+    if config.backbone_name in SWIN_VARIANTS:
+        return SwinBody(SWIN_VARIANTS[config.backbone_name], **settings)
+    return CoatBody(COAT_VARIANTS[config.backbone_name], **settings)

@@ -1,0 +1,155 @@
+"""Token labels of ViDT+ (arXiv 2204.07962, section 3.2): every place of the pyramid learns which
+classes it shows. The branch helps training only; boxes do not depend on it.
+
+Columns are a foreground indicator and the classes: class c in column c + 1 (shift), or as released
+in column c, where the indicator takes the place of class 0.
+
+Letters: B batch, H x W padded image, h x w a level's grid, C channels, K columns, n objects of an
+image.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+from vidt.ops.linear import Linear
+
+MARGIN = 0.01  # places nearer than this to the image's edge, relative to its size, show nothing
+
+
+class TokenHead(nn.Module):
+    """Logits of the columns at every place of every level."""
+
+    def __init__(self, dim: int, columns: int) -> None:
+        super().__init__()
+        self.enc_output = Linear(dim, dim)
+        self.enc_output_norm = nn.LayerNorm(dim)
+        self.token_embed = Linear(dim, columns)
+        for linear in (self.enc_output, self.token_embed):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.constant_(self.token_embed.bias, -math.log(99))
+
+    def forward(self, maps: list[Tensor], paddings: list[Tensor]) -> list[Tensor]:
+        """maps [B, C, h, w] and paddings [B, h, w] of each level -> logits [B, h, w, K] of each."""
+        return [
+            self._logits((level * inside(padding)[:, None]).permute(0, 2, 3, 1))
+            for level, padding in zip(maps, paddings, strict=True)
+        ]
+
+    def _logits(self, places: Tensor) -> Tensor:
+        return self.token_embed(self.enc_output_norm(self.enc_output(places)))
+
+
+def inside(padding: Tensor) -> Tensor:
+    """padding [B, h, w] -> [B, h, w], True where a place is part of the image and off its edge."""
+    off_edge = [
+        _off_edge(length, valid)
+        for length, valid in zip(padding.shape[1:], _valid_sizes(padding), strict=True)
+    ]
+    return ~padding & off_edge[0][:, :, None] & off_edge[1][:, None, :]
+
+
+def _off_edge(length: int, valid: Tensor) -> Tensor:
+    centre = (torch.arange(length, device=valid.device) + 0.5) / valid[:, None]
+    return (centre > MARGIN) & (centre < 1 - MARGIN)
+
+
+def _valid_sizes(padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, [B] each, that are image, by the first column and row."""
+    return (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)
+
+
+def token_label_losses(
+    logits: list[Tensor],
+    padding: Tensor,
+    targets: list[dict[str, Tensor]],
+    *,
+    shift: bool,
+    focal_alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss, summed over levels and images. logits as of `TokenHead`; padding [B, H,
+    W] of the images; targets with `labels`, `boxes` and, where known, `masks`.
+    """
+    truths = token_truth(padding, targets, logits, shift=shift)
+    focal, dice = [], []
+    for level, truth in zip(logits, truths, strict=True):
+        found, wanted = level.float().flatten(1, 2), truth.flatten(1, 2)  # [B, h * w, K]
+        focal.append(sigmoid_focal_loss(found, wanted, focal_alpha, 2.0).mean(1).sum())
+        dice.append(dice_loss(found.sigmoid(), wanted).sum())
+    return torch.stack(focal).sum(), torch.stack(dice).sum()
+
+
+def dice_loss(probability: Tensor, truth: Tensor) -> Tensor:
+    """[B]: of each image, 1 - twice the overlap over the sum, both smoothed by 1."""
+    overlap = (probability * truth).sum((1, 2))
+    total = probability.sum((1, 2)) + truth.sum((1, 2))
+    return 1 - (2 * overlap + 1) / (total + 1)
+
+
+@torch.no_grad()
+def token_truth(
+    padding: Tensor, targets: list[dict[str, Tensor]], logits: list[Tensor], *, shift: bool
+) -> list[Tensor]:
+    """What the logits of each level should be as probabilities: [B, h, w, K]."""
+    canvas = (padding.shape[1], padding.shape[2])
+    grids = [(level.shape[1], level.shape[2]) for level in logits]
+    sizes = torch.stack(_valid_sizes(padding), dim=1)
+    images = [
+        shown_columns(
+            object_masks(target, canvas, size),
+            target["labels"] + int(shift),
+            logits[0].shape[-1],
+            grids,
+        )
+        for target, size in zip(targets, sizes, strict=True)
+    ]
+    return [torch.stack(levels).permute(0, 2, 3, 1) for levels in zip(*images, strict=True)]
+
+
+def object_masks(target: dict[str, Tensor], canvas: tuple[int, int], size: Tensor) -> Tensor:
+    """[n, *canvas] bool: each object's mask, or the rectangle of its box (cxcywh in 0..1 of size,
+    which is (height, width)) where it has none.
+    """
+    x0, y0, x1, y1 = box_convert(target["boxes"], "cxcywh", "xyxy").T[:, :, None]
+    y, x = (torch.arange(side, device=size.device) + 0.5 for side in canvas)
+    y, x = y / size[0], x / size[1]
+    rows, columns = (y >= y0) & (y < y1), (x >= x0) & (x < x1)  # [n, H] and [n, W]
+    rectangles = rows[:, :, None] & columns[:, None, :]
+    if "masks" not in target:
+        return rectangles
+    masks = target["masks"]
+    masks = F.pad(masks, (0, canvas[1] - masks.shape[2], 0, canvas[0] - masks.shape[1]))
+    return torch.where(has_masks(target)[:, None, None], masks, rectangles)
+
+
+def has_masks(target: dict[str, Tensor]) -> Tensor:
+    """[n] bool: which objects have a mask; all if there are masks and nothing else is said."""
+    every = torch.full_like(target["labels"], "masks" in target, dtype=torch.bool)
+    return target.get("has_mask", every) & every
+
+
+def shown_columns(
+    masks: Tensor, columns: Tensor, num_columns: int, grids: list[tuple[int, int]]
+) -> list[Tensor]:
+    """The share of every cell that each column covers: [K, h, w] of each grid. masks [n, H, W]
+    bool; columns [n], that of each object's class. Earlier objects cover later ones.
+    """
+    if len(masks) == 0:
+        return [masks.new_zeros((num_columns, *grid), dtype=torch.float32) for grid in grids]
+    # Which classes these are only the device knows, and to draw every class at full size would take
+    # gigabytes: what is seen of each object is drawn, or of each class where classes are fewer.
+    every = torch.arange(min(len(masks), num_columns), device=masks.device)
+    shown, owner = masks.view(torch.uint8).max(0)  # the first of those that are there
+    drawn_as, places = (owner, columns) if len(masks) <= num_columns else (columns[owner], every)
+    drawn = ((drawn_as == every[:, None, None]) & shown.bool()).float()
+    truths = []
+    for grid in grids:
+        # Class 0 has no column as released.
+        shares = F.adaptive_avg_pool2d(drawn, grid) * (places != 0)[:, None, None]
+        truth = drawn.new_zeros((num_columns, *grid)).index_add(0, places, shares)
+        truth[0] = shares.sum(0)
+        truths.append(truth)
+    return truths

@@ -1,0 +1,178 @@
+"""ViDT: a Swin body that carries [DET] tokens and an encoder-free deformable decoder (arXiv
+2110.03921).
+
+Module names follow the released checkpoints where they are free to choose; `vidt.convert` maps the
+rest.
+
+Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim, L levels, D
+decoder layers.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidt.model.config import ViDTConfig, build_body, require
+from vidt.model.decoder import DeformableDecoder, MLPHead, box_head
+from vidt.model.epff import EPFF, LevelProjections, projection
+from vidt.model.ram import resize_padding
+from vidt.model.token_label import TokenHead
+from vidt.model.without_neck import ViDTWithoutNeck
+from vidt.ops.linear import Linear
+
+
+def _classifier(dim: int, num_classes: int) -> nn.Linear:
+    """Every class starts at probability 0.01 (focal loss, arXiv 1708.02002, section 4.1)."""
+    linear = Linear(dim, num_classes)
+    nn.init.constant_(linear.bias, -math.log(99))
+    return linear
+
+
+def _vector_head(dim: int, config: ViDTConfig) -> MLPHead:
+    """Starts from vectors of nothing but zeros."""
+    head = MLPHead(dim, config.vector_hidden_dim, config.n_keep)
+    for parameter in head.layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+def build_detector(config: ViDTConfig) -> "ViDT | ViDTWithoutNeck":
+    """The detector of `config.method`, with `.config`, at its initial weights."""
+    return ViDT(config) if config.method == "vidt" else ViDTWithoutNeck(config)
+
+
+class ViDT(nn.Module):
+    """Images to class logits and boxes of a fixed number of queries."""
+
+    def __init__(self, config: ViDTConfig) -> None:
+        super().__init__()
+        require(config.method == "vidt", "method", config.method, "vidt for ViDT(config)")
+        self.config = config
+        self._heads = {"pred_logits": "class_embed"}  # output -> the heads that predict it
+        dim = config.reduced_dim
+        self.backbone = build_body(config)
+        pyramid = EPFF if config.epff else LevelProjections
+        self.input_proj = pyramid(self.backbone.num_channels, dim)
+        self.tgt_proj = projection(self.backbone.num_channels[-2], dim)
+        self.query_pos_proj = projection(config.pos_dim, dim)
+        self.decoder = DeformableDecoder(
+            dim,
+            num_layers=config.dec_layers,
+            num_heads=config.nheads,
+            num_levels=config.num_feature_levels,
+            num_points=config.dec_n_points,
+            dim_feedforward=config.dim_feedforward,
+            dropout=config.dropout,
+        )
+        # With refinement every prediction level has heads of its own; without, all share one.
+        num_heads = config.dec_layers + 1 if config.with_box_refine else 1
+        self.class_embed = nn.ModuleList(
+            _classifier(dim, config.num_classes) for _ in range(num_heads)
+        )
+        self.bbox_embed = nn.ModuleList(
+            box_head(dim, size_bias=0.0 if level else -2.0) for level in range(num_heads)
+        )
+        if config.iou_aware:
+            self._heads["pred_ious"] = "iou_embed"
+            self.iou_embed = nn.ModuleList(MLPHead(dim, dim, 1) for _ in range(num_heads))
+        if config.with_vector:  # one head for all levels, always
+            self._heads["pred_vectors"] = "vector_embed"
+            self.vector_embed = nn.ModuleList([_vector_head(dim, config)])
+        self.token_head = TokenHead(dim, config.token_columns) if config.token_label else None
+
+    def forward(
+        self,
+        images: Tensor,
+        padding: Tensor,
+        noised_boxes: Tensor | None = None,
+        *,
+        detections_only: bool = False,
+    ) -> dict[str, Any]:
+        """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded: right of the
+        image and below it.
+
+        Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1
+        of the unpadded image), with iou_aware `pred_ious` [B, Q, 1] (before the sigmoid) and with
+        with_vector `pred_vectors` [B, Q, n_keep]. With aux_loss `aux_outputs`: the same of each
+        earlier prediction level, first to last. With token_label `enc_tokens`: `pred_logits`, one
+        [B, h, w, columns] per level, and `padding` as it was given. `distil_tokens` for a student:
+        `patch_token`, one map [B, C, h, w] per level, `body_det_token` [B, Q, C] and
+        `neck_det_token` [D + 1, B, Q, C].
+
+        noised_boxes [B, N, 4] (cxcywh), in training only: extra queries that start there; what
+        becomes of them is in `denoising_outputs`, per decoder layer.
+
+        detections_only: the `pred_*` alone, for who predicts; the rest costs time.
+        """
+        maps, det, det_pos = self.backbone(images, padding)
+        maps = self.input_proj(maps)  # from here on in the decoder's order of levels
+        paddings = [resize_padding(padding, (level.shape[2], level.shape[3])) for level in maps]
+        det = self._project_tokens(self.tgt_proj, det)
+        query_pos = self._project_tokens(self.query_pos_proj, det_pos)
+        query_pos = query_pos.expand(images.shape[0], -1, -1)
+        states, boxes = self.decoder(
+            det,
+            query_pos,
+            maps,
+            paddings,
+            self._per_level(self.bbox_embed),
+            self.config.with_box_refine,
+            noised_boxes,
+        )
+        heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
+        start = len(states) - 1 if detections_only else 0
+        predictions = [
+            {"pred_boxes": boxes[level]}
+            | {name: _in_full_precision(each[level], states[level]) for name, each in heads.items()}
+            for level in range(start, len(states))
+        ]
+        num_det = self.config.det_token_num
+        found, mended = predictions, []
+        if noised_boxes is not None:
+            parts = [_split_queries(level, num_det) for level in predictions]
+            found, mended = [first for first, _ in parts], [rest for _, rest in parts]
+        outputs: dict[str, Any] = dict(found[-1])
+        if detections_only:
+            return outputs
+        outputs["distil_tokens"] = {
+            "patch_token": maps,
+            "body_det_token": det,
+            "neck_det_token": torch.stack([state[:, :num_det] for state in states]),
+        }
+        if self.config.aux_loss:
+            outputs["aux_outputs"] = found[:-1]
+        if self.token_head is not None:
+            logits = self.token_head(maps, paddings)
+            outputs["enc_tokens"] = {"pred_logits": logits, "padding": padding}
+        if noised_boxes is not None:
+            outputs["denoising_outputs"] = mended[1:]
+        return outputs
+
+    @staticmethod
+    def _project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
+        """[B, Q, C_in] -> [B, Q, C]; the norm's statistics run over all tokens of an image."""
+        return projection(tokens.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+
+    def _per_level(self, heads: nn.ModuleList) -> list[nn.Module]:
+        levels = self.config.dec_layers + 1
+        return list(heads) if len(heads) == levels else [heads[0]] * levels
+
+
+def _in_full_precision(head: nn.Module, state: Tensor) -> Tensor:
+    """Logits of half precision are off by a tenth, and the head costs nothing."""
+    with torch.autocast(state.device.type, enabled=False):
+        return head(state.to(next(head.parameters()).dtype)).float()
+
+
+def _split_queries(
+    level: dict[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is predicted of the first `count` queries, and of the rest."""
+    parts = {
+        name: tensor.split([count, tensor.shape[1] - count], dim=1)
+        for name, tensor in level.items()
+    }
+    first, rest = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
+    return first, rest

@@ -1,0 +1,299 @@
+"""An exported detector, run by onnxruntime: pictures to boxes without torch.
+
+What the graph needs to be told, and the names of the classes, ride in its metadata. Every picture
+is brought to the graph's one size, its frame: a picture whose canvas is the frame is treated
+exactly as by `vidt.predict.predictor.Predictor`, a smaller canvas is padded right and below (and
+the detector told so), a larger one is shrunk into the frame first.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from vidt.images.canvas import canvas_of, fitted_shape, framed
+from vidt.images.drawing import draw_detections
+from vidt.images.inputs import (
+    ImageLike,
+    as_picture,
+    check_threshold,
+    is_one,
+    picture_of,
+    remembered,
+    rows_of,
+)
+from vidt.images.mask_drawing import decode_vectors, paste_squares
+
+FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
+TOP_K = 100  # detections per image, the released constant
+DECODINGS = ("top_k", "best_class")
+
+
+@dataclass(frozen=True)
+class OnnxInfo:
+    """What a model says of itself; each field is an entry of its metadata, written as JSON."""
+
+    class_names: tuple[str, ...]
+    eval_size: (
+        int  # that the canvas of a picture follows from, as `vidt.images.canvas.canvas_of` says
+    )
+    frame: tuple[int, int]  # (height, width) of what the graph takes
+    decoding: str  # of raw outputs: the best (query, class) pairs, or each query's best class
+    mask_side: int  # of the square that a mask vector describes
+
+    @classmethod
+    def of(cls, metadata: dict[str, str], source: object) -> "OnnxInfo":
+        """Raises ValueError, naming the source, if the metadata are not ours."""
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
+            )
+        try:
+            values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
+            names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
+            info = cls(class_names=names, frame=frame, **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} has metadata that cannot be read: {error!r}") from error
+        if info.decoding not in DECODINGS:
+            raise ValueError(f"{source} wants decoding {info.decoding}; known: {DECODINGS}")
+        return info
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxDetections:
+    """What was found in one image, best first."""
+
+    scores: np.ndarray  # float32 [N] in 0..1
+    labels: np.ndarray  # int64 [N]
+    boxes: np.ndarray  # float32 [N, 4] xyxy, pixels of the original image, clipped to it
+    class_names: tuple[str, ...]  # of the detector: those of all labels
+    size: tuple[int, int]  # (height, width) of the original image
+    mask_vectors: np.ndarray | None = None  # [N, n_keep]; None: the detector gives no masks
+    mask_side: int = 0
+    source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
+    mask_boxes: np.ndarray | None = None  # [N, 4] that the masks fill; None: `boxes`
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection; [N]."""
+        return [self.class_names[label] for label in self.labels]
+
+    @property
+    def masks(self) -> np.ndarray | None:
+        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Drawn
+        anew each time: take only what is needed, as by `above`, first.
+        """
+        if self.mask_vectors is None:
+            return None
+        squares = decode_vectors(self.mask_vectors, self.mask_side)
+        boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
+        return paste_squares(squares, boxes, self.size)
+
+    def plot(self, image: ImageLike = None) -> Image.Image:
+        """A copy of the image that they were found in, or of the given one, RGB and of its size,
+        with boxes, names, scores and masks drawn on it.
+
+        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        can no longer be read.
+        """
+        return draw_detections(
+            picture_of(self.source, image),
+            self.boxes,
+            self.labels.tolist(),
+            self.scores.tolist(),
+            self.class_names,
+            self.masks,
+        )
+
+    def above(self, threshold: float) -> "OnnxDetections":
+        """Those that score at least `threshold`."""
+        return self[self.scores >= threshold]
+
+    def clipped(self) -> "OnnxDetections":
+        """The same with boxes that end where the picture does. Masks stay as they are."""
+        height, width = self.size
+        boxes = self.boxes.clip(0, np.array([width, height, width, height], self.boxes.dtype))
+        mask_boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
+        return replace(self, boxes=boxes, mask_boxes=mask_boxes)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, which: int | slice | np.ndarray) -> "OnnxDetections":
+        """Those of a slice, an index or a mask; of a whole number, that one alone."""
+        which = rows_of(which, len(self))
+        vectors, mask_boxes = self.mask_vectors, self.mask_boxes
+        return replace(
+            self,
+            scores=self.scores[which],
+            labels=self.labels[which],
+            boxes=self.boxes[which],
+            mask_vectors=None if vectors is None else vectors[which],
+            mask_boxes=None if mask_boxes is None else mask_boxes[which],
+        )
+
+
+class OnnxDetector:
+    """An exported detector with its class names. May be used by several threads at once."""
+
+    def __init__(
+        self, path: str | Path, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """device: "cpu", "cuda" or "cuda:1"; the latter need the GPU build of onnxruntime. threads:
+        of an operation on the CPU; None: one for each core. On a machine that does other work too
+        fewer are faster: they wait for each other.
+
+        Raises ValueError, in one line that names the file, for one that is no model of ours, and
+        for a device that this onnxruntime does not know.
+        """
+        self._session = _session(Path(path), device, threads)
+        self.info = OnnxInfo.of(self._session.get_modelmeta().custom_metadata_map, path)
+        self.class_names, self.frame = self.info.class_names, self.info.frame
+        inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        if set(inputs) - {"sizes"} != {"images", "padding"}:
+            raise ValueError(f"{path} takes {', '.join(inputs)}; expected images and padding")
+        if tuple(inputs["images"][2:]) != self.frame:
+            raise ValueError(
+                f"{path} takes pictures of {inputs['images'][2:]}, its metadata say {self.frame}"
+            )
+        self._takes_sizes = "sizes" in inputs
+        batch = inputs["images"][0]  # a name where any number will do
+        self.batch: int | None = batch if isinstance(batch, int) else None
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        threshold: float = 0.3,
+        batch_size: int = 1,
+    ) -> OnnxDetections | list[OnnxDetections]:
+        """What is in one image, or a list of it for several, in their order.
+
+        images: what `vidt.images.inputs.as_picture` takes (a path, a Pillow image, an array), or
+        several. threshold: the lowest score that is kept. batch_size: images computed together, at
+        most; a model exported for one batch size computes in that one, whatever is asked for.
+
+        Returns `OnnxDetections`; boxes are clipped to the image.
+
+        Raises `vidt.images.files.UnreadableImage` for a damaged file, ValueError or TypeError for
+        what is no image, ValueError for a threshold that no score has.
+        """
+        check_threshold(threshold)
+        if is_one(images):
+            return self._detect([images])[0].clipped().above(threshold)
+        found = self.stream(images, batch_size=batch_size)
+        return [detections.above(threshold) for _, detections in found]
+
+    def stream(
+        self, images: Iterable[ImageLike], *, batch_size: int = 1, clip: bool = True
+    ) -> Iterator[tuple[int, OnnxDetections]]:
+        """(index, detections), in order; pictures are opened batch by batch. Boxes are clipped to
+        their picture, unless `clip` is False.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        numbered = enumerate(images)
+        while batch := list(islice(numbered, self.batch or batch_size)):
+            found = self._detect([image for _, image in batch])
+            for (index, _), detections in zip(batch, found, strict=True):
+                yield index, detections.clipped() if clip else detections
+
+    def shape_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that a picture of this size has in the frame; the rest is padding."""
+        return fitted_shape(canvas_of(*size, self.info.eval_size), self.frame)
+
+    def _detect(self, sources: list[ImageLike]) -> list[OnnxDetections]:
+        pictures = [as_picture(source) for source in sources]
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        rows = len(pictures) if self.batch is None else self.batch
+        images = np.zeros((rows, 3, *self.frame), np.uint8)
+        padding = np.zeros((rows, *self.frame), bool)  # a row without a picture is a black one
+        for row, (picture, size) in enumerate(zip(pictures, sizes, strict=True)):
+            shape = self.shape_of(size)
+            images[row] = framed(picture, shape, self.frame)
+            padding[row, shape[0] :] = True
+            padding[row, :, shape[1] :] = True
+        feeds = {"images": images, "padding": padding}
+        all_sizes = np.ones((rows, 2), np.int64)
+        all_sizes[: len(sizes)] = sizes
+        if self._takes_sizes:
+            feeds["sizes"] = all_sizes
+        names = [each.name for each in self._session.get_outputs()]
+        outputs = dict(zip(names, self._session.run(None, feeds), strict=True))
+        if not self._takes_sizes:
+            outputs = _decoded(outputs, all_sizes, self.info.decoding)
+        vectors = outputs.get("mask_vectors")
+        return [
+            OnnxDetections(
+                outputs["scores"][row],
+                outputs["labels"][row],
+                outputs["boxes"][row],
+                self.class_names,
+                size,
+                None if vectors is None else vectors[row],
+                self.info.mask_side,
+                remembered(sources[row]),
+            )
+            for row, size in enumerate(sizes)
+        ]
+
+
+def _session(path: Path, device: str, threads: int | None) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a model that vidt export wrote")
+    kind, _, number = device.partition(":")
+    providers: dict[str, list[Any]] = {
+        "cpu": ["CPUExecutionProvider"],
+        "cuda": [("CUDAExecutionProvider", {"device_id": number or "0"}), "CPUExecutionProvider"],
+    }
+    if kind not in providers or (number and not number.isdecimal()):
+        raise ValueError(f"device is {device}; it must be cpu, cuda or cuda:N")
+    available = onnxruntime.get_available_providers()
+    if kind == "cuda" and "CUDAExecutionProvider" not in available:
+        raise ValueError(
+            f"device is {device}, but this onnxruntime has only {', '.join(available)}; pip "
+            "install onnxruntime-gpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0  # 0 leaves it to onnxruntime
+    options.log_severity_level = 3  # errors; warnings are about the graph, not for users
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers[kind])
+    except Exception as error:  # onnxruntime has a class of its own for each failure, no base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as an ONNX model: {reason}") from error
+
+
+def _decoded(
+    outputs: dict[str, np.ndarray], sizes: np.ndarray, decoding: str
+) -> dict[str, np.ndarray]:
+    """Raw outputs [B, Q, ...] as `vidt.predict.predictor.decode_for` decodes them; sizes [B, 2]."""
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    if decoding == "best_class":
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities = (powers / powers.sum(-1, keepdims=True))[..., :-1]
+        all_scores, all_labels = probabilities.max(-1), probabilities.argmax(-1)
+        order = np.argsort(-all_scores, axis=1, kind="stable")
+        query, labels = order, np.take_along_axis(all_labels, order, 1)
+    else:
+        sigmoid = np.exp(-np.logaddexp(0, -logits))
+        all_scores = sigmoid.reshape(len(logits), -1)  # [B, Q * K]
+        order = np.argsort(-all_scores, axis=1, kind="stable")[:, :TOP_K]
+        query, labels = np.divmod(order, logits.shape[-1])
+    centre, extent = np.split(np.take_along_axis(boxes, query[..., None], 1), 2, axis=-1)
+    corners = np.concatenate([centre - extent / 2, centre + extent / 2], axis=-1)
+    scale = sizes[:, None, [1, 0, 1, 0]].astype(np.float32)
+    decoded = {
+        "scores": np.take_along_axis(all_scores, order, 1),
+        "labels": labels.astype(np.int64),
+        "boxes": corners * scale,
+    }
+    if "pred_vectors" in outputs:
+        decoded["mask_vectors"] = np.take_along_axis(outputs["pred_vectors"], query[..., None], 1)
+    return decoded

@@ -1,0 +1,255 @@
+"""Export to ONNX that is proven before it is called done: the exported detector, as
+`OnnxDetector` runs it, is held to the trained one on pictures, and on a dataset if there is one.
+
+A model that is off by more than LIMITS allow does not get its name: it is left as NAME.rejected.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vidt.atomic_write import naming, unfinished
+from vidt.images.canvas import GRANULE, whole_granules
+from vidt.images.files import probe_image, read_image
+from vidt.onnx.coco_map50 import CocoImages
+from vidt.onnx.detector import OnnxDetector
+from vidt.onnx.graph import ExportedDetector, make_graph
+from vidt.onnx.proof import (
+    FULL,
+    HALF,
+    PROOF_BATCH,
+    SAME_BOX,
+    SHOWN,
+    Differences,
+    Limits,
+    compare,
+    found_in_frame,
+)
+from vidt.predict.predictor import Predictor
+from vidt.weights.checkpoint import load_model
+
+DYNAMIC = ("batch",)
+NUM_DRAWN = 6  # pictures that are drawn where none are given
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and how far it is from the detector that it was exported from."""
+
+    file: str  # the model; NAME.rejected if it is not `ok`
+    bytes: int
+    frame: tuple[int, int]  # (height, width) that the model takes
+    half: bool
+    dynamic: tuple[str, ...]
+    decoded: bool
+    num_pictures: int
+    drawn: bool  # whether the pictures were drawn, since none were given
+    differences: Differences
+    limits: Limits
+    map50: float | None = None  # of the trained detector; None: no dataset was given
+    onnx_map50: float | None = None
+    evaluated_map50: float | None = None  # of the trained one where no picture is made to fit
+    failures: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = [*self._what(), *self._how_far()]
+        if self.differences.num_reshaped:
+            lines.append(
+                f"note: evaluation brings {self.differences.num_reshaped} of these "
+                f"{self.num_pictures} pictures to another size; here they are padded, or shrunk to "
+                "fit, on both sides alike"
+            )
+        verdict = "exported" if self.ok else f"REJECTED: {'; '.join(self.failures)}"
+        return "\n".join([*lines, verdict])
+
+    def _what(self) -> list[str]:
+        kind = "half precision" if self.half else "single precision"
+        batch = "any batch" if "batch" in self.dynamic else "one picture at a time"
+        output = "scores, labels and boxes" if self.decoded else "raw outputs"
+        height, width = self.frame
+        return [
+            f"{self.file}: {self.bytes / 2**20:.1f} MiB, {kind}",
+            f"takes pictures of height {height} and width {width}, {batch}; gives {output}",
+            "passes onnx's checker",
+        ]
+
+    def _how_far(self) -> list[str]:
+        limits, seen = self.limits, self.differences
+        pictures = "drawn pictures (none were given)" if self.drawn else "pictures"
+        lines = [
+            f"held to the detector in PyTorch on {self.num_pictures} {pictures}:",
+            f"  scores differ by at most {seen.scores:.1e}; allowed {limits.scores:g}",
+            f"  boxes differ by at most {seen.boxes:.1e} of the picture; allowed {limits.boxes:g}",
+            *(
+                [f"  masks differ in at most {seen.masks:.2%}; allowed {limits.masks:.0%}"]
+                if seen.masks is not None
+                else []
+            ),
+            f"  {seen.matched:.2%} of {seen.num_shown} detections that score {SHOWN} or more are "
+            f"found again at IoU {SAME_BOX}; required {limits.matched:.0%}",
+        ]
+        if self.map50 is not None and self.onnx_map50 is not None:
+            lines.append(
+                f"  map50 {self.onnx_map50:.4f}, in PyTorch {self.map50:.4f}; may differ by "
+                f"{limits.map50:g}"
+            )
+        if self.evaluated_map50 is not None:
+            score = self.evaluated_map50
+            lines.append(f"  map50 in PyTorch where every picture has its own size {score:.4f}")
+        return lines
+
+
+def export(
+    weights: Path,
+    output: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    dynamic: tuple[str, ...] = (),
+    half: bool = False,
+    with_decode: bool = False,
+    images: Sequence[Path] = (),
+    coco: tuple[Path, Path] | None = None,
+) -> ExportReport:
+    """Writes a detector as an ONNX model and proves it. Needs onnx, onnxscript and onnxruntime.
+
+    size: (height, width) of the pictures that the model takes, in multiples of 16; None: what
+    evaluation brings most of `images` (else of the dataset's) to, and without any a square of the
+    evaluation size. dynamic: ("batch",) for a model that takes any number of pictures at once.
+    half: half precision where it costs little. with_decode: the model gives boxes, scores and
+    labels; else the detector's outputs. images: to compare on; none: some are drawn. coco: (file,
+    folder of images) of a dataset in COCO's layout; map50 of both is compared.
+
+    Nobody ever sees half a file under `output`. Raises ValueError in one line for weights that
+    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
+    OSError in one line for a file that cannot be written.
+    """
+    _check(output, size, dynamic)
+    model, info = load_model(weights)
+    predictor = Predictor(model, info)
+    dataset = CocoImages(*coco, info.class_names) if coco else None
+    pictures = _Pictures(images)
+    files = images or (dataset.files if dataset else ())
+    frame = size or _common_canvas(files, predictor)
+    graph = make_graph(
+        ExportedDetector(predictor.model, info.preprocessing, decode=with_decode),
+        info,
+        frame,
+        dynamic_batch="batch" in dynamic,
+        half=half,
+    )
+    written, limits = graph.SerializeToString(), HALF if half else FULL
+    with unfinished(output) as temporary:
+        with naming(output), temporary.open("wb") as file:
+            file.write(written)
+            file.flush()
+            os.fsync(file.fileno())
+        detector = OnnxDetector(temporary)
+        differences = compare(predictor, detector, pictures, limits)
+        scores = _scores(predictor, detector, dataset) if dataset else None
+        failures = tuple(_failures(differences, scores, limits))
+        named = output.with_name(f"{output.name}.rejected") if failures else output
+        with naming(named):
+            temporary.replace(named)
+    return ExportReport(
+        file=str(named),
+        bytes=len(written),
+        frame=frame,
+        half=half,
+        dynamic=tuple(dynamic),
+        decoded=with_decode,
+        num_pictures=len(pictures),
+        drawn=not images,
+        differences=differences,
+        limits=limits,
+        map50=scores and scores[0],
+        onnx_map50=scores and scores[1],
+        evaluated_map50=scores and scores[2],
+        failures=failures,
+    )
+
+
+def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...]) -> None:
+    if "size" in dynamic:
+        raise ValueError(
+            "dynamic size: a graph has one size here; export one for each (--size H W) or rely on "
+            "padding"
+        )
+    for axis in dynamic:
+        if axis not in DYNAMIC:
+            raise ValueError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
+    for side in size or ():
+        if side < GRANULE or side % GRANULE:
+            raise ValueError(
+                f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
+            )
+    if not output.parent.is_dir():
+        raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
+
+
+class _Pictures:
+    """Those to compare on, opened when they are needed: given files, or drawn."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files) or NUM_DRAWN
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        if self.files:
+            return map(read_image, self.files)
+        return map(_drawn, range(NUM_DRAWN))
+
+
+def _drawn(seed: int) -> Image.Image:
+    """Coarse noise of many colours, of a common shape; not quite flat anywhere."""
+    generator = np.random.default_rng(seed)
+    width, height = ((640, 480), (480, 640), (500, 500))[seed % 3]
+    coarse = generator.integers(0, 256, (9, 12, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, int]:
+    preprocessing = predictor.preprocessing
+    canvases = Counter(preprocessing.canvas(*probe_image(file).size) for file in files)
+    square = whole_granules(preprocessing.eval_size)
+    return max(canvases, key=lambda canvas: canvases[canvas], default=(square, square))
+
+
+def _scores(
+    predictor: Predictor, detector: OnnxDetector, dataset: CocoImages
+) -> tuple[float, float, float | None]:
+    """map50 of the detector and of what was exported from it, both in the frame of the latter; and
+    of the detector as it is evaluated, if that is not the same.
+    """
+    mine = dataset.map50(found_in_frame(predictor, detector, dataset.pictures()))
+    found = detector.stream(dataset.pictures(), batch_size=PROOF_BATCH, clip=False)
+    theirs = dataset.map50(each for _, each in found)
+    canvases = {predictor.preprocessing.canvas(*size) for size in dataset.sizes}
+    if canvases <= {detector.frame}:
+        return mine, theirs, None
+    return mine, theirs, dataset.map50(predictor([each])[0] for each in dataset.pictures())
+
+
+def _failures(
+    differences: Differences,
+    scores: tuple[float, float, float | None] | None,
+    limits: Limits,
+) -> Iterator[str]:
+    yield from differences.failures(limits)
+    if scores and not abs(scores[0] - scores[1]) <= limits.map50:
+        yield f"map50 is {scores[1]:.4f} instead of {scores[0]:.4f}"

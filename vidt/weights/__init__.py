@@ -1,0 +1,1 @@
+"""Weights files: ours, the released ones, and what is published where."""

@@ -1,0 +1,245 @@
+"""From a weights file, of ours or released, to a model: whole, with fewer decoder layers, or as the
+start of another run.
+"""
+
+import dataclasses
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import ViDT, build_detector
+from vidt.model.without_neck import ViDTWithoutNeck
+from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.published import Unreachable, local_weights
+from vidt.weights.released import TOKEN_CLASSES, fitting, released_config, released_vidt
+from vidt.weights.weights_file import (
+    UnusableWeights,
+    WeightsInfo,
+    fill_strictly,
+    is_ours,
+    load_weights,
+    read_info,
+    read_pickled,
+    read_pickled_file,
+    save_weights,
+)
+
+__all__ = [
+    "HeadTransfer",
+    "Unreachable",
+    "UnusableWeights",
+    "WeightsInfo",
+    "load_model",
+    "load_weights",
+    "local_weights",
+    "read_info",
+    "read_pickled",
+    "read_released",
+    "read_start",
+    "save_weights",
+    "start_from",
+]
+
+logger = logging.getLogger(__name__)
+
+# Heads that may be in a file and not in the run that starts from it, or the other way round: they
+# have no part in finding boxes. Their settings count only where both have them.
+OPTIONAL_HEADS = {
+    "iou_aware": ("iou_embed.", ()),
+    "token_label": ("token_head.", ()),
+    "with_vector": ("vector_embed.", ("n_keep", "gt_mask_len", "vector_hidden_dim")),
+}
+# What two detectors may differ in and still share weights.
+INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift")
+# What a detector without neck has no use for.
+OF_THE_NECK = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
+
+
+@dataclass(frozen=True)
+class HeadTransfer:
+    """Classes of a fine-tuned model whose head rows came from the file, were left behind, or start
+    afresh; and what else of the file was left out, or is not in it.
+    """
+
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = (("kept", self.kept), ("dropped", self.dropped), ("new", self.new))
+        classes = [f"{name} {len(rows)}: {', '.join(rows) or '-'}" for name, rows in parts]
+        return "; ".join([*classes, *self.notes])
+
+
+def load_model(
+    path: str | Path, *, dec_layers: int | None = None
+) -> tuple[ViDT | ViDTWithoutNeck, WeightsInfo]:
+    """A detector as it was saved, by us or by the released code; with `dec_layers`, without the
+    decoder layers above, which the log then names. Raises UnusableWeights naming the file.
+    """
+    tensors, info = load_weights(path) if is_ours(path) else _released_weights(path)
+    if dec_layers is not None and dec_layers != info.config.dec_layers:
+        tensors, config, note = with_fewer_layers(tensors, info.config, dec_layers, path)
+        info = dataclasses.replace(info, config=config)
+        logger.info(f"{path}: {note}")
+    model = build_detector(info.config)
+    fill_strictly(model, tensors, path)
+    return model, info
+
+
+def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    tensors, info = read_released(path)
+    if not info.class_names:
+        raise UnusableWeights(
+            f"{path} does not name its {info.config.num_classes} classes; give them to "
+            f"python -m vidt.convert {path} OUT.safetensors --class_names a,b,..."
+        )
+    return tensors, info
+
+
+def with_fewer_layers(
+    tensors: dict[str, Tensor], config: ViDTConfig, dec_layers: int, source: object
+) -> tuple[dict[str, Tensor], ViDTConfig, str]:
+    """The weights without the top decoder layers and the heads above them, the configuration of
+    what is left, and words on it. Raises UnusableWeights if there are not that many layers.
+    """
+    if config.method != "vidt" or not 0 <= dec_layers <= config.dec_layers:
+        layers = config.dec_layers if config.method == "vidt" else "no"
+        raise UnusableWeights(f"{source} has {layers} decoder layers; --dec_layers {dec_layers}")
+
+    def above(name: str) -> bool:
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        head = re.match(r"(?:class|bbox|iou|vector)_embed\.(\d+)\.", name)
+        return bool((layer and int(layer[1]) >= dec_layers) or (head and int(head[1]) > dec_layers))
+
+    dropped = [name for name in tensors if above(name)]
+    note = (
+        f"left out decoder layers {dec_layers + 1} to {config.dec_layers} and the heads above "
+        f"them, {len(dropped)} tensors"
+    )
+    left = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
+    return left, dataclasses.replace(config, dec_layers=dec_layers), note
+
+
+def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
+    """Weights to fine-tune from: tensors under our names, their configuration and, where known,
+    class names (COCO's for the released files).
+
+    Takes our own files and the released `.pth` files; told apart by content.
+    """
+    tensors, info = load_weights(path) if is_ours(path) else read_released(path)
+    return tensors, info.config, info.class_names or None
+
+
+def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """A released `.pth` file: tensors under our names, and what it says of itself. What leaves no
+    trace in tensors, the size of evaluation among it, is as in its `args`. Class names are COCO's
+    for 91 classes unless the file has its own; none where it has not.
+
+    Raises UnusableWeights naming the file and what it holds that a released detector does not.
+    """
+    file = read_pickled_file(path)
+    names = file.class_names
+    try:
+        config = released_config(file.tensors, file.settings)
+        tensors = released_vidt(file.tensors, config)
+        preprocessing = Preprocessing(**fitting(Preprocessing, file.settings))
+        if names and len(names) != config.num_classes:
+            raise ValueError(f"it names {len(names)} classes and has {config.num_classes}")
+    except (KeyError, ValueError) as error:
+        raise UnusableWeights(
+            f"{path} is not a ViDT checkpoint that can be started from: {error}"
+        ) from error
+    if not names and config.num_classes == len(COCO_ROWS):
+        names = COCO_ROWS
+    return tensors, WeightsInfo(config, names, preprocessing, file.metrics)
+
+
+def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
+    """Loads weights for fine-tuning into `model`; class rows by name, everything else strictly but
+    for decoder layers above the model's and heads that one of the two does not have.
+
+    Raises UnusableWeights where the architectures differ, naming the first flag that does.
+    """
+    tensors, config, names = read_start(path)
+    wanted, fresh, notes = model.config, model.state_dict(), []
+    assert isinstance(wanted, ViDTConfig)
+    if wanted.method == config.method == "vidt" and wanted.dec_layers < config.dec_layers:
+        tensors, config, note = with_fewer_layers(tensors, config, wanted.dec_layers, path)
+        notes.append(note)
+    _require_same(config, wanted, path)
+    for flag, (prefix, _) in OPTIONAL_HEADS.items():
+        if getattr(config, flag) and not getattr(wanted, flag):
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+            notes.append(f"left out the heads of {flag}")
+        elif getattr(wanted, flag) and not getattr(config, flag):
+            tensors |= {name: t for name, t in fresh.items() if name.startswith(prefix)}
+            notes.append(f"the heads of {flag} start afresh")
+    rows = _matching_rows(names, class_names, config.num_classes)
+    for name in tensors:
+        pairs = _row_pairs(name, rows, wanted, config)
+        if pairs is not None and tensors[name] is not fresh.get(name):
+            tensors[name] = _merged(fresh[name], tensors[name], pairs)
+    fill_strictly(model, tensors, path)
+    kept = tuple(class_names[row] for row in rows)
+    return HeadTransfer(
+        kept=kept,
+        dropped=tuple(name for name in names or () if name not in class_names),
+        new=tuple(name for name in class_names if name not in kept),
+        notes=tuple(notes),
+    )
+
+
+def _require_same(theirs: ViDTConfig, ours: ViDTConfig, path: str | Path) -> None:
+    indifferent = {*INDIFFERENT, *OPTIONAL_HEADS}
+    for flag, (_, settings) in OPTIONAL_HEADS.items():
+        if not (getattr(theirs, flag) and getattr(ours, flag)):
+            indifferent |= set(settings)
+    if theirs.method == ours.method != "vidt":
+        indifferent |= set(OF_THE_NECK)
+    for name in [setting.name for setting in dataclasses.fields(ViDTConfig)]:
+        value, wanted = getattr(theirs, name), getattr(ours, name)
+        if name not in indifferent and value != wanted:
+            raise UnusableWeights(
+                f"{path} has {name} {value}, this run {wanted}; pass --{name} {value}"
+            )
+
+
+def _matching_rows(
+    names: tuple[str, ...] | None, class_names: tuple[str, ...], rows: int
+) -> dict[int, int]:
+    """Our class row -> the file's. A file without names serves its rows only where their number is
+    ours.
+    """
+    if names is None:
+        return {row: row for row in range(rows)} if rows == len(class_names) else {}
+    return {ours: names.index(name) for ours, name in enumerate(class_names) if name in names}
+
+
+def _row_pairs(
+    name: str, rows: dict[int, int], ours: ViDTConfig, theirs: ViDTConfig
+) -> dict[int, int] | None:
+    """Our row -> the file's for a tensor whose first axis is the class; None for any other."""
+    if re.match(r"class_embed\.\d+\.", name):
+        return rows
+    if name.startswith("class_embed.layers.2."):  # without neck: a softmax, background last
+        return {**rows, ours.num_classes: theirs.num_classes}
+    if name.startswith(TOKEN_CLASSES):
+        # Row 0 stands for any object; without a shift it does so in class 0's place.
+        first, their_first = int(ours.token_label_shift), int(theirs.token_label_shift)
+        pairs = {row + first: their + their_first for row, their in rows.items()}
+        return {0: 0, **{row: their for row, their in pairs.items() if row and their}}
+    return None
+
+
+def _merged(fresh: Tensor, tensor: Tensor, pairs: dict[int, int]) -> Tensor:
+    merged = fresh.clone()
+    for ours, theirs in pairs.items():
+        merged[ours] = tensor[theirs]
+    return merged

@@ -1,0 +1,1 @@
+"""The platform's index and annotation files to the sample table."""

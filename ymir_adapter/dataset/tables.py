@@ -1,0 +1,218 @@
+"""The platform's index files, and the annotations that they name, to sample tables.
+
+Nothing is taken on trust, and nothing ends a task as long as something is left to learn from: each
+line that cannot be used is left out and noted.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.dataset_check import BadDataset, check
+from trainer.readers.findings import Finding
+from trainer.readers.samples import SampleTable
+from ymir_adapter.dataset.annotations import AnnotationReader
+from ymir_adapter.dataset.columns import Columns, Notes, Status
+from ymir_adapter.protocol.errors import Code, TaskError
+from ymir_adapter.protocol.task import Task
+
+BLANKS = " \t\r\n\v\f\ufeff"  # around a line; blanks inside belong to the path
+FILES_AT_ONCE = 512  # of one thread
+THREADS = 8  # they wait for the disk, or for the network behind it
+NOT_TOLD = "size not annotated"  # of every image: sizes are those of the stored pixels
+
+
+def read_index(path: Path, root: Path) -> list[tuple[str, str]]:
+    """Image and annotation file of each line; a path that is not absolute is below `root`, and ""
+    stands for no annotation file.
+
+    Raises TaskError if there is no such file, or no line in it.
+    """
+    prefix = os.fspath(root)
+    return [
+        (_below(prefix, image), _below(prefix, rest[0]) if rest and rest[0] else "")
+        for image, *rest in _rows(path)
+    ]
+
+
+def candidates(task: Task) -> list[str]:
+    """The images of a mining or inference task as the index spells them, each once, in its order.
+
+    Raises TaskError as `read_index`.
+    """
+    images = (row[0].strip(BLANKS) for row in _rows(task.input.candidate_index_file))
+    return list(dict.fromkeys(images))
+
+
+def locate(task: Task, asset: str) -> str:
+    """The file to open for an asset of the index. Links are not followed: what is reported is
+    what the platform wrote.
+    """
+    return _below(os.fspath(task.input.root_dir), asset)
+
+
+def read_tables(
+    task: Task,
+    *,
+    num_queries: int,
+    max_bad_fraction: float = 1.0,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> tuple[SampleTable, SampleTable, list[Finding]]:
+    """Training and validation samples that can be used, and all that was found wrong with them.
+
+    `num_queries` is the number of [DET] tokens. `progress` is told the share of annotation files
+    that was read. Raises TaskError if nothing is left to learn from or to score with.
+    """
+    paths = (task.input.training_index_file, task.input.val_index_file)
+    lines = [_training_lines(task, path) for path in paths]
+    share = len(lines[0]) / (len(lines[0]) + len(lines[1]))
+    reader = AnnotationReader(task.class_names)
+    train = read_split(paths[0].name, lines[0], reader, lambda f: progress(f * share))
+    val = read_split(paths[1].name, lines[1], reader, lambda f: progress(share + f * (1 - share)))
+    _require_annotations(task, train, scored=False)
+    _require_annotations(task, val, scored=True)
+    findings = [*train.findings, *val.findings]
+    try:
+        train_set, val_set, checked = check(
+            train.table, val.table, num_queries=num_queries, max_bad_fraction=max_bad_fraction
+        )
+    except BadDataset as error:
+        raise _as_task_error(error, train, val) from error
+    return train_set, val_set, findings + [one for one in checked if one.kind != NOT_TOLD]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was read of an index: images whose annotations could be read, or are not there."""
+
+    table: SampleTable
+    findings: list[Finding]
+    num_lines: int
+    statuses: Counter[Status]
+
+
+def read_split(
+    source: str,
+    lines: Sequence[tuple[str, str]],
+    reader: AnnotationReader,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Split:
+    """The lines of an index as a table; image ids are the numbers of the lines that say anything.
+
+    An image without an annotation file is one without objects; one whose file cannot be read is
+    left out, for nobody knows what is in it.
+    """
+    columns, notes, statuses = Columns(), Notes(source), bytearray()
+
+    def read(start: int) -> tuple[Columns, Notes, bytes]:
+        some, said = Columns(), Notes(source)
+        ends = reader.read(start, lines[start : start + FILES_AT_ONCE], some, said)
+        return some, said, bytes(ends)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for some, said, ends in pool.map(read, range(0, len(lines), FILES_AT_ONCE)):
+            columns.extend(some)
+            notes.merge(said)
+            statuses += ends
+            progress(len(statuses) / len(lines))
+    counts = Counter(Status(status) for status in statuses)
+    missing = statuses.find(Status.MISSING)
+    if missing >= 0:
+        first = lines[missing][1] or f"none named for {lines[missing][0]}"
+        notes.backgrounds(counts[Status.MISSING], f"no annotation file: {first}")
+    table = _table(source, lines, columns, np.frombuffer(statuses, np.uint8), reader)
+    return Split(table, notes.findings(), len(lines), counts)
+
+
+def _table(
+    source: str,
+    lines: Sequence[tuple[str, str]],
+    columns: Columns,
+    statuses: np.ndarray,
+    reader: AnnotationReader,
+) -> SampleTable:
+    """Sizes are left open: `check` takes those of the files, which are the stored pixels."""
+    kept = statuses <= Status.MISSING
+    boxes = np.frombuffer(columns.boxes, np.float64).reshape(-1, 4)
+    place = np.cumsum(kept) - 1  # of a line among those that are kept
+    return SampleTable.from_columns(
+        source=source,
+        class_names=reader.classes.names,
+        category_ids=range(1, reader.classes.count + 1),
+        paths=[image for (image, _), keep in zip(lines, kept.tolist(), strict=True) if keep],
+        image_ids=np.flatnonzero(kept) + 1,
+        sizes=np.zeros((int(kept.sum()), 2), np.int64),
+        owners=place[np.frombuffer(columns.owners, np.int64)],
+        boxes=boxes,
+        labels=np.frombuffer(columns.labels, np.int64),
+        areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+        crowd=np.frombuffer(columns.crowd, np.bool_),
+        annotation_ids=np.arange(1, len(boxes) + 1),
+    )
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    """The fields of each line that has any. Bytes that are no UTF-8 survive as surrogates."""
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise TaskError(Code.DATASET, f"{path} cannot be read: {error.strerror}") from error
+    rows = (line.strip(BLANKS) for line in text.split("\n"))
+    empty = True
+    for row in rows:
+        if row:
+            empty = False
+            yield row.split("\t")
+    if empty:
+        raise TaskError(Code.DATASET, f"{path} names no image; choose a dataset that has some")
+
+
+def _below(root: str, path: str) -> str:
+    return path if path.startswith("/") or not path else os.path.join(root, path)
+
+
+def _training_lines(task: Task, path: Path) -> list[tuple[str, str]]:
+    """Without annotations the platform exports an empty index: the key then tells why."""
+    try:
+        return read_index(path, task.input.root_dir)
+    except TaskError as error:
+        raise TaskError(error.code, f"{error}{_exported(task)}") from error
+
+
+def _exported(task: Task) -> str:
+    given = task.config.get("export_format")
+    return f" (export_format is {given!r}; det-ark:raw is what works best)" if given else ""
+
+
+def _require_annotations(task: Task, split: Split, *, scored: bool) -> None:
+    """Raises TaskError if no image is left, or if there is nothing to learn from."""
+    if split.statuses[Status.READ] or (scored and split.statuses[Status.MISSING]):
+        return
+    first = split.findings[0]
+    reason = f"{first.file} {first.detail}".strip()
+    if split.statuses[Status.UNKNOWN]:
+        raise TaskError(Code.CONFIG, f"{split.table.source}: no annotations to use: {reason}")
+    raise TaskError(
+        Code.DATASET,
+        f"{split.table.source}: none of {split.num_lines} images has annotations that can be "
+        f"read; the first: {reason}{_exported(task)}",
+    )
+
+
+def _as_task_error(error: BadDataset, train: Split, val: Split) -> TaskError:
+    """Which of the platform's codes a refused dataset has, and the first reason."""
+    for split in (train, val):
+        name, total = split.table.source, len(split.table)
+        gone = [one for one in error.findings if one.action == "removed" and one.source == name]
+        if sum(one.count for one in gone) >= total:
+            message = f"{name}: none of {total} images can be read; the first: {gone[0].detail}"
+            return TaskError(Code.IMAGE_FORMAT, message)
+    left_out = [one for one in train.findings if one.action == "dropped"]
+    count = sum(one.count for one in left_out)
+    hint = f"; {count} were left out, the first: {left_out[0].line()}" if left_out else ""
+    return TaskError(Code.DATASET, f"{error}{hint}")

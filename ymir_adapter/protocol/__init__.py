@@ -1,0 +1,1 @@
+"""The platform's contract: task and settings in; monitor, results and errors out."""

@@ -1,0 +1,277 @@
+"""What the platform reads back: training result, mining ranking and inference JSON.
+
+Every file is replaced by a rename once it is whole: a kill at any instant leaves the old one or the
+new one, and every weights file that a result names is there. The monitor is in `monitor`.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from vidt.atomic_write import write_whole
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.task import Task
+
+if TYPE_CHECKING:
+    from vidt.predict.predictor import Detections
+
+__all__ = ["DetectionWriter", "Monitor", "TrainingResult", "write_ranking"]
+
+logger = logging.getLogger(__name__)
+
+LATEST_STAGES = 10  # kept beside the best one
+MAP, MAR = "map50", "mar_100"  # the trainer's names of what the platform calls mAP and mAR
+
+
+class TrainingResult:
+    """`result.yaml` and the weights that it names, of a platform with stages or, for old ones,
+    flat with the best weights alone.
+
+    A run in a folder that has a result already replaces it with its first stage; with `resumed` it
+    goes on with the stages that are there.
+    """
+
+    def __init__(self, task: Task, *, resumed: bool = False) -> None:
+        self.folder = task.output.models_dir
+        self.path = task.output.training_result_file
+        self.has_stages = task.has_stages
+        listed = self._read()
+        self._stale: set[Path] = {file for stage in listed.values() for file in stage["paths"]}
+        whole = {
+            name: one for name, one in listed.items() if all(p.is_file() for p in one["paths"])
+        }
+        self._stages: dict[str, dict[str, Any]] = whole if resumed else {}
+
+    @property
+    def best(self) -> str | None:
+        """The stage with the highest mAP; of equal ones the latest."""
+        stages = self._stages.values()
+        ranked = [(one["mAP"], one["timestamp"], at) for at, one in enumerate(stages)]
+        return list(self._stages)[max(ranked)[2]] if ranked else None
+
+    def add(self, stage_name: str, weights: Path, metrics: Mapping[str, float]) -> None:
+        """Takes a copy of an evaluated epoch's weights under the stage's own name, rewrites the
+        result, and only then removes files that it names no longer.
+
+        metrics are those of `trainer.report.progress`; what could not be scored (-1, NaN) counts 0.
+        `weights` may be replaced afterwards, but must not be written to in place.
+        """
+        assert stage_name.isidentifier() and stage_name != "attachments", stage_name
+        latest = max((stage["timestamp"] for stage in self._stages.values()), default=0)
+        file_name = f"{stage_name}{weights.suffix}"
+        place = self.folder / stage_name / file_name if self.has_stages else self.folder / file_name
+        self._stages.pop(stage_name, None)  # an epoch that is scored again is the latest
+        self._stages[stage_name] = {
+            "stage_name": stage_name,
+            "files": [file_name],
+            "timestamp": max(int(time.time()), latest),
+            "mAP": _unit(metrics.get(MAP, 0.0)),
+            **({"mAR": _unit(metrics[MAR])} if MAR in metrics else {}),
+            "paths": [place],
+        }
+        best = self.best
+        latest_names = list(self._stages)[-LATEST_STAGES:]
+        if not self.has_stages:  # all files of a flat result are packed together
+            latest_names = []
+        kept = {n: one for n, one in self._stages.items() if n in latest_names or n == best}
+        dropped = [one for name, one in self._stages.items() if name not in kept]
+        self._stages = kept
+        if stage_name in kept:
+            _copy_whole(weights, place)
+        self._stale |= {file for stage in dropped for file in stage["paths"]}
+        write_whole(self.path, yaml.safe_dump(self._content(), sort_keys=False).encode())
+        self._remove_stale()
+
+    def _content(self) -> dict[str, Any]:
+        assert self.best is not None
+        best = self._stages[self.best]
+        if not self.has_stages:
+            return {"model": best["files"], "map": best["mAP"]}
+        stages = {
+            name: {key: value for key, value in stage.items() if key != "paths"}
+            for name, stage in self._stages.items()
+        }
+        return {
+            "best_stage_name": self.best,
+            "mAP": best["mAP"],
+            "model_stages": stages,
+            # Scored as COCO does: the hundred best boxes of an image, without a threshold.
+            "evaluate_config": {"iou_thr": 0.5, "conf_thr": 0.0},
+        }
+
+    def _remove_stale(self) -> None:
+        named = {file for stage in self._stages.values() for file in stage["paths"]}
+        for file in self._stale - named:
+            file.unlink(missing_ok=True)
+            if file.parent != self.folder:
+                with contextlib.suppress(OSError):  # somebody else's file is in it
+                    file.parent.rmdir()
+        self._stale = set()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Stages of the result that is there, in its order; none if there is none of ours."""
+        try:
+            content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+            if not self.has_stages:
+                (file,) = content["model"]
+                name, score = Path(file).stem, float(content["map"])
+                row = {"stage_name": name, "files": [file], "timestamp": 0, "mAP": score}
+                return {name: {**row, "paths": [self.folder / file]}}
+            return {
+                name: {**stage, "paths": [self.folder / name / file for file in stage["files"]]}
+                for name, stage in content["model_stages"].items()
+            }
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+            return {}
+
+
+def write_ranking(path: Path, ranked: Iterable[tuple[str, float]]) -> None:
+    """`result.tsv`: assets as the index spells them, with scores, the most informative first.
+
+    Raises ValueError for a score that is not finite or higher than the one before.
+    """
+    lines = []
+    last = math.inf
+    for asset, score in ranked:
+        if not (math.isfinite(score) and score <= last):
+            raise ValueError(f"{asset}: score {score} after {last}; a ranking goes down")
+        last = score
+        lines.append(f"{asset}\t{float(score)!r}\n")
+    write_whole(path, "".join(lines).encode("utf-8", "surrogateescape"))
+
+
+class DetectionWriter:
+    """`infer-result.json`, written image by image under a temporary name; `close` puts it in place.
+
+    As a context manager it is closed at the end, or discarded after an exception.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.path = task.output.infer_result_file
+        self.key = "boxes" if task.has_stages else "annotations"
+        self.wanted = frozenset(task.class_names)
+        self.count = 0
+        self._names: set[str] = set()
+        self._unfinished = self.path.with_name(f".{self.path.name}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = open(self._unfinished, "w", encoding="utf-8")  # noqa: SIM115
+        self._file.write('{"detection": {')
+
+    def __enter__(self) -> "DetectionWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._file.close()
+            self._unfinished.unlink(missing_ok=True)
+
+    def add(
+        self,
+        asset: str,
+        size: tuple[int, int] | None,
+        class_names: Sequence[str],
+        detections: "Detections | None",
+    ) -> None:
+        """One image: `size` is (height, width) of its stored pixels, None if it cannot be read;
+        `class_names` are those of the weights, by label. Classes that the task does not name are
+        left out. Of two assets with one base name the platform sees one: the first.
+        """
+        name = os.path.basename(asset)
+        if name in self._names:
+            logger.warning(f"{asset}: another image has this file name; its boxes are left out")
+            return
+        self._names.add(name)
+        boxes = []
+        if size is not None and detections is not None:
+            boxes = _boxes(size, class_names, detections, self.wanted)
+        self._file.write("," * (self.count > 0) + f"\n{_json(name)}: {_json({self.key: boxes})}")
+        self.count += 1
+
+    def close(self) -> None:
+        """Finishes the document and puts it in place."""
+        self._file.write("\n}}\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._unfinished.replace(self.path)
+
+
+def _boxes(
+    size: tuple[int, int],
+    class_names: Sequence[str],
+    detections: "Detections",
+    wanted: frozenset[str],
+) -> list[dict[str, Any]]:
+    """Whole pixels, inside the image, best first. The platform's parser refuses any other."""
+    height, width = size
+    scores = detections.scores.double().tolist()
+    rows = zip(scores, detections.labels.tolist(), detections.boxes.double().tolist(), strict=True)
+    found = []
+    for score, label, corners in sorted(rows, key=lambda row: -row[0]):
+        if not all(math.isfinite(number) for number in (score, *corners)):
+            continue
+        x1, x2 = (min(max(round(x), 0), width) for x in corners[::2])
+        y1, y2 = (min(max(round(y), 0), height) for y in corners[1::2])
+        if x2 > x1 and y2 > y1 and class_names[label] in wanted:
+            found.append(
+                {
+                    "box": {"x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1},
+                    "class_name": class_names[label],
+                    "score": min(max(score, 0.0), 1.0),
+                }
+            )
+    return found
+
+
+def _json(value: object) -> str:
+    """As UTF-8; names that are no text (bytes of another encoding) in ASCII escapes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if _is_text(text) else json.dumps(value, allow_nan=False)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unit(value: float) -> float:
+    """A plain number from 0 to 1; -1 and NaN say that there was nothing to score."""
+    value = float(value)
+    return min(value, 1.0) if value > 0 else 0.0
+
+
+def _copy_whole(source: Path, place: Path) -> None:
+    """Under a temporary name, flushed, then renamed; a second name of the same file where the file
+    system allows, since the trainer never writes to a file in place.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = place.with_name(f".{place.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(source, unfinished)
+    except OSError:
+        shutil.copyfile(source, unfinished)
+    unfinished.chmod(0o644)
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(place)

@@ -1,0 +1,340 @@
+"""The platform's task description: `env.yaml` and `config.yaml` as typed values, and the trainer's
+settings that follow from them.
+
+Nothing here imports torch before settings or weights are asked for: the process that only starts
+others must be quick to say what is wrong.
+"""
+
+import logging
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ymir_adapter.protocol.environment import (
+    DEFAULT_ENV_FILE,
+    InputPaths,
+    OutputPaths,
+    read_environment,
+    read_identity,
+    read_mapping,
+)
+from ymir_adapter.protocol.errors import Code, TaskError, one_line
+from ymir_adapter.protocol.values import is_given, to_bool, to_float, to_int, to_list, to_text
+
+if TYPE_CHECKING:
+    from trainer.settings.config import TrainConfig
+
+__all__ = [
+    "DEFAULT_ENV_FILE",
+    "CandidateSettings",
+    "InputPaths",
+    "OutputPaths",
+    "Task",
+    "candidate_settings",
+    "pick_weights",
+    "read_identity",
+    "read_task",
+    "to_bool",
+    "to_float",
+    "to_int",
+    "to_list",
+    "to_text",
+    "training_settings",
+]
+
+logger = logging.getLogger(__name__)
+
+STAGES_SINCE = (1, 0, 0)
+DETECTION = 2  # the platform's object_type
+ALGORITHMS = ("random", "entropy", "cald", "aldd")
+# Key of the training template, the trainer's flag, and how to read a value.
+TEMPLATE = {
+    "method": ("method", to_text),
+    "backbone_name": ("backbone_name", to_text),
+    "pre_trained": ("pre_trained", to_text),
+    "epochs": ("epochs", to_int),
+    "learning_rate": ("lr", to_float),
+    "batch_size_per_gpu": ("batch_size", to_int),
+    "num_workers_per_gpu": ("num_workers", to_int),
+    "eval_size": ("eval_size", to_int),
+    "weight_save_interval": ("save_interval", to_int),
+}
+
+
+# Flags of the trainer that say where data are.
+DATA_FLAGS = (
+    *("dataset_file", "coco_path", "voc_path", "yolo_path"),
+    *("train_json", "train_images", "val_json", "val_images"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `gpu_ids` is empty on the CPU; `protocol` (0, 0, 0) where env.yaml names none."""
+
+    task_id: str
+    protocol: tuple[int, int, int]
+    run_training: bool
+    run_mining: bool
+    run_infer: bool
+    input: InputPaths
+    output: OutputPaths
+    config: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    gpu_ids: tuple[int, ...]
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the platform knows model stages, and calls the boxes of a result `boxes`."""
+        return self.protocol >= STAGES_SINCE
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """The weights files that the task was given, whatever is in them; one that is not where
+        the task says may lie directly in `models_dir`, as packages of old platforms do.
+        """
+        keys = (
+            ("pretrained_model_params", "pretrained_model_paths")
+            if self.run_training
+            else ("model_params_path",)
+        )
+        key = next((key for key in keys if is_given(self.config, key)), None)
+        values = [] if key is None else _paths(key, self.config[key])
+        return tuple(self._found(self.input.root_dir / value) for value in values)
+
+    def _found(self, path: Path) -> Path:
+        flat = self.input.models_dir / path.name
+        return flat if not path.is_file() and flat.is_file() else path
+
+
+@dataclass(frozen=True)
+class CandidateSettings:
+    """Settings of mining and inference. No default is zero or false but where a missing key means
+    just that: the web forms leave such values out.
+
+    `conf_threshold`: focal scores of a detector like ours are low; 0.1 keeps what a person would
+    want to see and drops most of the 100 guesses that every image has. Scoring by AP wants 0.005.
+    """
+
+    conf_threshold: float = 0.1
+    batch_size_per_gpu: int = 8
+    num_workers_per_gpu: int = 2
+    mining_algorithm: str = "entropy"  # one look at each image, so inference can share it
+    class_balance: bool = False
+    seed: int = 42
+
+
+def read_task(path: str | Path | None = None) -> Task:
+    """The task of `env.yaml`: `path`, else the file that DEFAULT_ENV_FILE_PATH names.
+
+    Raises TaskError naming the file and key.
+    """
+    environment = read_environment(path)
+    config = _read_config(environment.input.config_file)
+    if is_given(config, "object_type"):
+        kind = to_int("object_type", config["object_type"])
+        if kind != DETECTION:
+            message = f"object_type is {kind}; this image is for detection, {DETECTION}, only"
+            raise TaskError(Code.OBJECT_TYPE, message)
+    return Task(
+        **vars(environment),
+        config=config,
+        class_names=_class_names(config),
+        gpu_ids=_gpu_ids(config),
+    )
+
+
+def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
+    """The trainer's settings and the fields of its ViDTConfig.
+
+    `args_options` holds flags of the trainer and wins over the template. Raises TaskError.
+    """
+    from trainer.settings.config import given_settings, parse
+    from trainer.settings.flags import ConfigError
+
+    words = _option_words(task.config)
+    try:
+        own = given_settings(words)
+        base = {flag: value for flag, value in _base_settings(task).items() if flag not in own}
+        if not {"load_from", "resume"} & set(own):
+            weights = pick_weights(task)
+            base |= {} if weights is None else {"load_from": str(weights)}
+        for mode in ("check", "eval"):
+            if own.get(mode):
+                raise TaskError(Code.CONFIG, f"args_options: --{mode} trains nothing; leave it out")
+        for flag in DATA_FLAGS:
+            if own.get(flag) is not None:
+                message = f"args_options: --{flag}; the platform says which data, leave it out"
+                raise TaskError(Code.CONFIG, message)
+        if own.get("with_vector"):
+            message = "args_options: --with_vector needs masks, which this executor does not read"
+            raise TaskError(Code.CONFIG, message)
+        config, fields = parse(
+            [*(f"--{flag}={value}" for flag, value in base.items()), *words], own_data=True
+        )
+    except ConfigError as error:
+        raise TaskError(Code.CONFIG, _in_template_words(one_line(error))) from error
+    if fields["num_classes"] not in (None, len(task.class_names)):
+        raise TaskError(
+            Code.CONFIG,
+            f"args_options: --num_classes {fields['num_classes']}, but class_names has "
+            f"{len(task.class_names)} entries; leave the flag out",
+        )
+    return config, {**fields, "num_classes": len(task.class_names)}
+
+
+def candidate_settings(task: Task) -> CandidateSettings:
+    """Settings of mining and inference, from either template. Raises TaskError."""
+    values: dict[str, Any] = {}
+    readers = {
+        "conf_threshold": to_float,
+        "batch_size_per_gpu": to_int,
+        "num_workers_per_gpu": to_int,
+        "mining_algorithm": to_text,
+        "class_balance": to_bool,
+        "seed": to_int,
+    }
+    for key, read in readers.items():
+        if is_given(task.config, key):
+            values[key] = read(key, task.config[key])
+    settings = CandidateSettings(**values | _lowered(values, "mining_algorithm"))
+    algorithms = f"one of {', '.join(ALGORITHMS)}"
+    _require(0 <= settings.conf_threshold <= 1, settings, "conf_threshold", "from 0 to 1")
+    _require(settings.batch_size_per_gpu >= 1, settings, "batch_size_per_gpu", "1 or more")
+    _require(settings.num_workers_per_gpu >= 0, settings, "num_workers_per_gpu", "0 or more")
+    _require(0 <= settings.seed < 2**32, settings, "seed", "from 0 to 4294967295")
+    _require(settings.mining_algorithm in ALGORITHMS, settings, "mining_algorithm", algorithms)
+    return settings
+
+
+def pick_weights(task: Task) -> Path | None:
+    """The file among `task.weights` that this detector can start from, told by its content: one of
+    ours (of several the one that scored best), else, for training, one that the predecessor wrote.
+
+    None if training was given no weights. Raises TaskError if none is given otherwise, if a file
+    is missing, or if none can be used.
+    """
+    from vidt.weights.checkpoint import UnusableWeights, read_info, read_start
+
+    listed = task.weights
+    if not listed:
+        if task.run_training:
+            return None
+        raise TaskError(Code.MODEL, "model_params_path names no weights; choose a trained model")
+    present = [path for path in listed if path.is_file()]
+    if not present:
+        raise TaskError(Code.MODEL, f"{listed[0]} does not exist; choose another model")
+    scores: dict[Path, float] = {}
+    reasons = []
+    for path in present:
+        try:
+            score = read_info(path).metrics.get("map50", -1.0)
+            scores[path] = score if math.isfinite(score) else -1.0
+        except UnusableWeights as error:
+            reasons.append(one_line(error))
+    if scores:
+        best = max(scores, key=lambda path: scores[path])
+        if len(scores) > 1:
+            logger.info(f"{len(scores)} weights files; {best} has the best map50, {scores[best]}")
+        return best
+    for path in present if task.run_training else ():
+        try:
+            read_start(path)
+            return path
+        except UnusableWeights as error:
+            reasons.append(one_line(error))
+    raise TaskError(Code.MODEL, f"no weights of this detector were given: {reasons[-1]}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """`config.yaml` over the defaults of the file that its `code_config` names, if any."""
+    config = read_mapping(path)
+    if not is_given(config, "code_config"):
+        return config
+    defaults = read_mapping(Path(to_text("code_config", config["code_config"])))
+    return defaults | config
+
+
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if not is_given(config, "class_names"):
+        raise TaskError(Code.CONFIG, "class_names is missing; it must name one class or more")
+    value = config["class_names"]
+    whole = isinstance(value, str) and not value.strip().startswith("[")
+    entries = [value] if whole else to_list("class_names", value)
+    names = [str(entry) for entry in entries]  # YAML makes numbers of `1` and truth of `yes`
+    if not names or not all(isinstance(entry, str | int | float) for entry in entries):
+        raise TaskError(Code.CONFIG, f"class_names is {value!r}; it must be a list of names")
+    twice = [name for name in names if names.count(name) > 1 or not name.strip()]
+    if twice:
+        raise TaskError(
+            Code.CONFIG, f"class_names has {twice[0]!r}; names must be there once, and not blank"
+        )
+    return tuple(names)
+
+
+def _gpu_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Numbers of GPUs, counted from 0 inside the container; the command line may only count."""
+    if config.get("gpu_id") is None:
+        count = to_int("gpu_count", config["gpu_count"]) if is_given(config, "gpu_count") else 0
+        return tuple(range(count))
+    ids = tuple(to_int("gpu_id", part) for part in to_list("gpu_id", config["gpu_id"]))
+    if len(set(ids)) < len(ids) or any(number < 0 for number in ids):
+        value = config["gpu_id"]
+        message = f"gpu_id is {value!r}; it must be different numbers, 0 or more, such as 0,1"
+        raise TaskError(Code.CONFIG, message)
+    return ids
+
+
+def _paths(key: str, value: object) -> list[str]:
+    """One path, or a list; a path may have commas."""
+    whole = isinstance(value, str) and not value.strip().startswith("[")
+    parts = [value] if whole else to_list(key, value)
+    return [to_text(key, part) for part in parts if part is not None and str(part).strip()]
+
+
+def _option_words(config: Mapping[str, Any]) -> list[str]:
+    if not is_given(config, "args_options"):
+        return []
+    text = to_text("args_options", config["args_options"])
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise TaskError(Code.CONFIG, f"args_options is {text!r}: {error}") from error
+
+
+def _base_settings(task: Task) -> dict[str, Any]:
+    """What the template and the platform say, by the trainer's names. Damaged images never end a
+    task as long as one is left. The trainer's own files are no result: the platform deletes them.
+    """
+    given = {
+        flag: read(key, task.config[key])
+        for key, (flag, read) in TEMPLATE.items()
+        if is_given(task.config, key)
+    }
+    return {
+        **given,
+        "max_bad_fraction": 1.0,
+        "output_dir": task.output.root_dir / "training",
+        "tensorboard_dir": task.output.tensorboard_dir,
+    }
+
+
+def _in_template_words(message: str) -> str:
+    """The trainer's complaint about a setting under the name that the template has for it."""
+    for key, (flag, _) in TEMPLATE.items():
+        message = re.sub(rf"^(--)?{flag} is ", f"{key} is ", message)
+    return message
+
+
+def _lowered(values: Mapping[str, Any], key: str) -> dict[str, str]:
+    return {key: values[key].lower()} if key in values else {}
+
+
+def _require(condition: bool, settings: CandidateSettings, key: str, expected: str) -> None:
+    if not condition:
+        value = getattr(settings, key)
+        raise TaskError(Code.CONFIG, f"{key} is {value}; it must be {expected}")

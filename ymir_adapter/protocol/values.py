@@ -1,0 +1,92 @@
+"""What a web form or a YAML file holds, to numbers and words: one explicit rule for each kind.
+
+Forms send `'True'`, `'1e-4'`, `'[1, 2]'` and `'8'` for values that were typed; YAML itself reads
+`1e-4` as text. None, and text of nothing but blanks, count as not given: see `is_given`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ymir_adapter.protocol.errors import Code, TaskError
+
+_TRUTH = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+def is_given(values: Mapping[str, Any], key: str) -> bool:
+    """False for a key that is absent, null (a cleared number field) or blank text."""
+    value = values.get(key)
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+def to_int(key: str, value: object) -> int:
+    """8, 8.0, "8" and "8.0" are 8; truth values and fractions are not whole numbers."""
+    number = _number(value)
+    if number is None or number != int(number):
+        raise _refused(key, value, "a whole number")
+    return int(number)
+
+
+def to_float(key: str, value: object) -> float:
+    """1e-4 and "1e-4" are numbers; nan, infinity and truth values are not."""
+    number = _number(value)
+    if number is None:
+        raise _refused(key, value, "a number")
+    return float(number)
+
+
+def to_bool(key: str, value: object) -> bool:
+    """True, 1, and the words true, yes, on, 1 in any case; likewise for False."""
+    word = str(int(value)) if isinstance(value, float) and value in (0, 1) else str(value)
+    truth = _TRUTH.get(word.strip().lower())
+    if truth is None or isinstance(value, list | tuple | dict):
+        raise _refused(key, value, "True or False")
+    return truth
+
+
+def to_text(key: str, value: object) -> str:
+    """Text without blanks around it; numbers and truth values as Python writes them."""
+    if not isinstance(value, str | int | float) or not str(value).strip():
+        raise _refused(key, value, "text")
+    return str(value).strip()
+
+
+def to_list(key: str, value: object) -> list[Any]:
+    """A list; text such as `[1, 2]` or `1, 2`; one value alone is a list of one."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise _refused(key, value, "a list")
+    text = str(value).strip()
+    if not text.startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        loaded = None
+    if not isinstance(loaded, list):
+        raise _refused(key, value, "a list such as [1, 2]")
+    return loaded
+
+
+def _number(value: object) -> int | float | None:
+    """None for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+    return number if math.isfinite(number) else None
+
+
+def _refused(key: str, value: object, expected: str) -> TaskError:
+    return TaskError(Code.CONFIG, f"{key} is {value!r}; it must be {expected}")

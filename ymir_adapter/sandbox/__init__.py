@@ -1,0 +1,1 @@
+"""The platform, played by a program."""

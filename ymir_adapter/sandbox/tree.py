@@ -1,0 +1,367 @@
+"""The folders that the platform would hand to a container, made from COCO data: `ymir_adapter`'s
+view of the world, from the other side.
+
+Names are hashes of the content, in folders named by their last two characters. The platform counts
+whole pixels and writes inclusive corners: a box from x1 to x2 becomes `x1, x2 - 1`. Before protocol
+1.1.0 ark lines have five fields, and weights lie flat.
+
+Left as it is, however wrong: what is read here must look as it does on the platform.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from trainer.readers.samples import Sample, SampleTable
+
+TASKS = ("training", "mining", "infer", "mining+infer")
+PROTOCOLS = ("none", "1.0.0", "1.1.0")
+EXPORT_FORMATS = {"ark": "det-ark:raw", "voc": "det-voc:raw", "coco": "coco:raw"}
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}  # told by content, as the platform does
+TASK_ID = "sandbox"
+STAGE = "default_best_stage"  # the platform's name for weights of an unknown stage
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where things are, below `root`."""
+
+    root: Path
+
+    @property
+    def input(self) -> Path:
+        return self.root / "in"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "out"
+
+    @property
+    def env_file(self) -> Path:
+        return self.input / "env.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.output / "ymir-executor-out.log"
+
+    @property
+    def monitor(self) -> Path:
+        return self.output / "monitor.txt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user of the platform would choose in its forms."""
+
+    task: str = "training"
+    protocol: str = "1.1.0"
+    export_format: str = "ark"
+    class_names: tuple[str, ...] = ()
+    weights: tuple[Path, ...] = ()
+    gpus: int = 0
+    settings: Mapping[str, str] | None = None  # of the template, as typed
+
+    @property
+    def is_2x(self) -> bool:
+        """Whether a platform of today asks, or one from before 2.0."""
+        return self.protocol == "1.1.0"
+
+    @property
+    def runs(self) -> dict[str, bool]:
+        return {f"run_{name}": name in self.task.split("+") for name in TASKS[:3]}
+
+
+def make_tree(root: Path, request: Request, splits: Mapping[str, SampleTable]) -> Tree:
+    """Writes `root/in` and `root/out`. `splits` are "train" and "val", or "candidate".
+
+    Raises ValueError, in one line, if one of the two is there already or a setting cannot be sent.
+    """
+    tree = Tree(root)
+    if request.protocol == "none" and request.export_format != "ark":
+        raise ValueError(
+            f"--export-format {request.export_format}: a platform without a protocol version knows "
+            "only ark"
+        )
+    for folder in (tree.input, tree.output):
+        if folder.exists():
+            raise ValueError(f"{folder} is there already; remove it or choose another folder")
+    settings = task_settings(request)
+    models = tree.input / "models"
+    for folder in (models, tree.input / "assets", tree.input / "annotations"):
+        folder.mkdir(parents=True)
+    weights = [copy_weights(path, models, request.is_2x) for path in request.weights]
+    pictures = {split: copy_assets(table, tree) for split, table in splits.items()}
+    indices = {split: write_index(tree, split, pictures[split], request) for split in pictures}
+    if request.export_format == "coco" and request.task == "training":
+        write_coco(tree.input / "annotations", pictures, request.class_names)
+    write_yaml(tree.env_file, environment(tree, request, indices))
+    write_yaml(tree.input / "config.yaml", {**settings, **injected(request, weights)})
+    make_output(tree, request)
+    return tree
+
+
+def task_settings(request: Request) -> dict[str, Any]:
+    """The template(s) of the task as a web form sends them: a number where the template has one,
+    else text; a cleared number is null in training; training leaves out empty text, the others
+    everything that is zero or empty.
+
+    Raises ValueError for text where the template has a number.
+    """
+    names = request.task.split("+")
+    values = {key: value for name in names for key, value in read_template(name).items()}
+    for key, typed in (request.settings or {}).items():
+        values[key] = _as_form(key, typed, values.get(key))
+    if "training" in names:
+        values["export_format"] = EXPORT_FORMATS[request.export_format]
+        return {key: value for key, value in values.items() if value != ""}
+    return {key: value for key, value in values.items() if value}
+
+
+def read_template(name: str) -> dict[str, Any]:
+    """The form of a task, "training", "mining" or "infer", with its defaults."""
+    path = Path(__file__).with_name("templates") / f"{name}-template.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _as_form(key: str, typed: str, default: object) -> object:
+    if isinstance(default, str | bool):
+        return typed
+    if typed == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(typed)
+        except ValueError:
+            continue
+    if isinstance(default, int | float):
+        raise ValueError(f"--set {key}={typed}: the form takes only a number here, as {default}")
+    return typed
+
+
+def injected(request: Request, weights: Sequence[Path]) -> dict[str, Any]:
+    """The keys of `config.yaml` that no user sees."""
+    values: dict[str, Any] = {
+        "task_id": TASK_ID,
+        "class_names": list(request.class_names),
+        "gpu_count": request.gpus,
+        "gpu_id": ",".join(str(number) for number in range(request.gpus)),
+    }
+    if request.is_2x:
+        values["object_type"] = 2
+    if request.task != "training":
+        values |= {name: request.runs[name] for name in ("run_infer", "run_mining")}
+    if weights:
+        training = request.task == "training"
+        key = "pretrained_model_params" if training else "model_params_path"
+        values[key] = [str(path) for path in weights]
+    return values
+
+
+def environment(tree: Tree, request: Request, indices: Mapping[str, Path]) -> dict[str, Any]:
+    """`env.yaml`, with this tree's paths in place of /in and /out."""
+    inputs, outputs = tree.input, tree.output
+    names = {"train": "training_index_file", "val": "val_index_file"}
+    index_files = {names.get(split, f"{split}_index_file"): indices[split] for split in indices}
+    values: dict[str, Any] = {
+        "task_id": TASK_ID,
+        **request.runs,
+        "input": {
+            "root_dir": inputs,
+            "assets_dir": inputs / "assets",
+            "annotations_dir": inputs / "annotations",
+            "models_dir": inputs / "models",
+            **dict.fromkeys((*names.values(), "candidate_index_file"), ""),
+            **index_files,
+            "config_file": inputs / "config.yaml",
+        },
+        "output": {
+            "root_dir": outputs,
+            "models_dir": outputs / "models",
+            "tensorboard_dir": outputs / "tensorboard",
+            "training_result_file": outputs / "models" / "result.yaml",
+            "mining_result_file": outputs / "result.tsv",
+            "infer_result_file": outputs / "infer-result.json",
+            "monitor_file": tree.monitor,
+        },
+    }
+    if request.protocol != "none":
+        values["protocol_version"] = request.protocol
+    if request.is_2x:
+        values["output"]["executor_log_file"] = tree.log
+        values["manifest_file"] = "/img-man/manifest.yaml"
+    for side in ("input", "output"):
+        values[side] = {name: str(path) for name, path in values[side].items()}
+    return values
+
+
+def make_output(tree: Tree, request: Request) -> None:
+    """`out` as it stands before a start: two folders, a first record, all open to any user."""
+    for name in ("models", "tensorboard"):
+        (tree.output / name).mkdir(parents=True)
+    tree.log.touch()
+    if request.task == "training":
+        (tree.output / "tensorboard" / "executor.log").symlink_to(tree.log)
+    tree.monitor.write_text(f"{TASK_ID}\t{time.time():.6f}\t0.00\t1\n", encoding="utf-8")
+    for path in (tree.output, *tree.output.rglob("*")):
+        path.chmod(0o777)
+
+
+def copy_weights(path: Path, models: Path, is_2x: bool) -> Path:
+    """Where the task will find a copy of a weights file."""
+    target = (models / STAGE if is_2x else models) / path.name
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+    return target
+
+
+def copy_assets(table: SampleTable, tree: Tree) -> dict[Path, Sample]:
+    """The images of a table, copied. One that is there twice counts once: the platform knows images
+    by their content.
+    """
+    pictures: dict[Path, Sample] = {}
+    for sample in table:
+        pictures.setdefault(copy_asset(Path(sample.path), tree.input / "assets"), sample)
+    return pictures
+
+
+def copy_asset(path: Path, assets: Path) -> Path:
+    """The place of an image among the assets. Raises ValueError if it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    target = assets / digest[-2:] / f"{digest}.{_extension(path)}"
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(content)
+    return target
+
+
+def _extension(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            return EXTENSIONS.get(str(image.format), "unknown")
+    except OSError:  # a damaged file is handed on: let the task meet it
+        return "unknown"
+
+
+def write_index(tree: Tree, split: str, pictures: Mapping[Path, Sample], request: Request) -> Path:
+    """The index file of a split, and the annotation files that it names."""
+    index = tree.input / f"{split}-index.tsv"
+    with index.open("w", encoding="utf-8") as file:
+        for asset, sample in pictures.items():
+            columns = [asset]
+            if split != "candidate":
+                columns.append(write_annotation(tree.input / "annotations", asset, sample, request))
+            file.write("\t".join(map(str, columns)) + "\n")
+    return index
+
+
+def write_annotation(annotations: Path, asset: Path, sample: Sample, request: Request) -> Path:
+    """The annotation file of an image, as its index line names it."""
+    if request.export_format == "coco":
+        return annotations / "coco-annotations.json"  # one for all, written at the end
+    folder = annotations / asset.parent.name
+    folder.mkdir(exist_ok=True)
+    corners = inclusive_corners(sample)
+    if request.export_format == "ark":
+        path = folder / f"{asset.stem}.txt"
+        path.write_text(ark_text(sample, corners, quality=request.is_2x), encoding="utf-8")
+    else:
+        path = folder / f"{asset.stem}.xml"
+        names = [request.class_names[label] for label in sample.labels.tolist()]
+        ElementTree.ElementTree(voc_element(asset, names, corners)).write(path, encoding="utf-8")
+    return path
+
+
+def inclusive_corners(sample: Sample) -> np.ndarray:
+    """int64 [n, 4], xyxy: the first and the last pixel of each box. No width: the last before the
+    first."""
+    corners = np.floor(np.nan_to_num(sample.boxes.numpy().astype(np.float64)) + 0.5)
+    return corners.astype(np.int64) - np.array([0, 0, 1, 1])
+
+
+def ark_text(sample: Sample, corners: np.ndarray, *, quality: bool) -> str:
+    """`class, xmin, ymin, xmax, ymax`, from protocol 1.1.0 on followed by quality and angle."""
+    more = ", -1.0, 0.0" if quality else ""
+    labels = sample.labels.tolist()
+    return "".join(
+        f"{label}, {', '.join(map(str, row))}{more}\n"
+        for label, row in zip(labels, corners.tolist(), strict=True)
+    )
+
+
+def voc_element(asset: Path, names: Sequence[str], corners: np.ndarray) -> ElementTree.Element:
+    """Names in lower case and boxes without area left out, both as the platform does it."""
+    root = ElementTree.Element("annotation")
+    _child(root, "filename", asset)
+    width, height = _stored_size(asset)
+    size = _child(root, "size")
+    for tag, value in (("width", width), ("height", height), ("depth", 3)):
+        _child(size, tag, value)
+    for name, row in zip(names, corners.tolist(), strict=True):
+        element = _child(root, "object")
+        _child(element, "name", name.strip().lower())
+        _child(element, "difficult", 0)
+        if row[2] >= row[0] and row[3] >= row[1]:
+            box = _child(element, "bndbox")
+            for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), row, strict=True):
+                _child(box, tag, value)
+            _child(box, "rotate_angle", 0.0)
+        _child(element, "box_quality", -1.0)
+    return root
+
+
+def _child(parent: ElementTree.Element, tag: str, value: object = "") -> ElementTree.Element:
+    child = ElementTree.SubElement(parent, tag)
+    child.text = str(value)
+    return child
+
+
+def write_coco(
+    annotations: Path, pictures: Mapping[str, Mapping[Path, Sample]], class_names: Sequence[str]
+) -> None:
+    """One file for all splits; category ids count from 0, and only classes that occur are named."""
+    images: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for asset, sample in {a: s for split in pictures.values() for a, s in split.items()}.items():
+        width, height = _stored_size(asset)
+        image = {"id": len(images) + 1, "file_name": asset.name, "width": width, "height": height}
+        images.append(image)
+        for label, crowd, (x1, y1, x2, y2) in zip(
+            sample.labels.tolist(),
+            sample.crowd.tolist(),
+            inclusive_corners(sample).tolist(),
+            strict=True,
+        ):
+            row = {"id": len(rows) + 1, "image_id": image["id"], "category_id": label}
+            row |= {"bbox": [x1, y1, x2 - x1 + 1, y2 - y1 + 1], "area": 0, "segmentation": {}}
+            rows.append(row | {"iscrowd": int(crowd)})
+    occurring = sorted({row["category_id"] for row in rows})
+    categories = [{"id": label, "name": class_names[label]} for label in occurring]
+    document = {"images": images, "annotations": rows, "categories": categories}
+    (annotations / "coco-annotations.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def _stored_size(path: Path) -> tuple[int, int]:
+    """(width, height) as stored; (0, 0) of a damaged file."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        return 0, 0
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
