@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stack
 from vidt.losses.matcher import Matches, matched_targets
+from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.vidt import build_detector
-from vidt.model.without_neck import SoftmaxCriterion, decode_best_class
+from vidt.model.without_neck import decode_best_class
 from vidt.predict.predictor import Detections, decode_top_k
 from vidt.weights.released import released_name, released_vidt
 

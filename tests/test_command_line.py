@@ -32,7 +32,7 @@ from tiny_runs import (
 )
 
 from trainer.loop import resume
-from trainer.report.progress import COCO_NUMBERS
+from trainer.scoring.average_precision import COCO_NUMBERS
 from vidt.convert import to_theirs
 
 BCCD = ROOT.parent / "shared/data/bccd"

@@ -25,8 +25,8 @@ from trainer.commands.command_line import COMMANDS, main
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.commands.info import in_words as info_in_words
 from trainer.commands.predictions import Read, predict_files, windows
-from trainer.commands.result_files import whole_text, write_result
-from trainer.report.progress import COCO_NUMBERS
+from trainer.commands.result_files import atomic_text, write_result
+from trainer.scoring.average_precision import COCO_NUMBERS
 from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import METHODS, ViDTConfig
@@ -520,10 +520,10 @@ def test_a_file_is_there_whole_or_not_at_all(
     if write is not None:
         write(path, b"new")
     else:
-        with whole_text(path) as file:
+        with atomic_text(path) as file:
             file.write("new")
             assert not path.exists()
-        with pytest.raises(KeyError), whole_text(path) as file:
+        with pytest.raises(KeyError), atomic_text(path) as file:
             file.write("newer")
             raise KeyError
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
@@ -536,12 +536,12 @@ def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_
     code = (
         "import os, pathlib, sys; sys.modules['torch'] = None\n"
         "from trainer.commands.result_files import write_result\n"
-        "from vidt.atomic_write import write_whole\n"
+        "from vidt.atomic import atomic_write\n"
         "path, forced, real = pathlib.Path(sys.argv[1]), [], os.fsync\n"
         "os.fsync = lambda number: (forced.append(path.exists()), real(number))\n"
         "write_result(path.with_name('result'), b'1')\n"
         "assert forced == []\n"
-        "write_whole(path, b'1')\n"
+        "atomic_write(path, b'1')\n"
         "assert forced == [False] and path.read_bytes() == b'1'\n"
     )
     done = call([sys.executable, "-c", code, str(tmp_path / "file")])

@@ -20,8 +20,7 @@ from tiny_runs import NAMES, Learnt, cpu, random_pictures, write_split
 from trainer.loop.agreement import Agreement
 from trainer.readers.coco import read_coco
 from trainer.readers.samples import Sample, SampleTable
-from trainer.report.progress import COCO_NUMBERS
-from trainer.scoring.average_precision import STATS
+from trainer.scoring.average_precision import COCO_NUMBERS, STATS
 from trainer.scoring.evaluation import Evaluation, evaluate, score_images, summarise
 from vidt import Detections, Predictor
 from vidt.ops.linear import Linear, onednn_runs

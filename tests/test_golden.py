@@ -20,8 +20,8 @@ from golden_compare import (
 from torch import Tensor
 
 from vidt import HungarianMatcher, SetCriterion
+from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.vidt import build_detector
-from vidt.model.without_neck import SoftmaxCriterion
 
 pytestmark = golden.present
 

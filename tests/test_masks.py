@@ -30,8 +30,7 @@ from trainer.readers.masks import decode, encode
 from trainer.readers.run_lengths import areas_of, as_coco, read_segmentation
 from trainer.readers.samples import SampleTable
 from trainer.report.pictures import Comparison, compare
-from trainer.report.progress import COCO_NUMBERS
-from trainer.scoring.average_precision import STATS
+from trainer.scoring.average_precision import COCO_NUMBERS, STATS
 from trainer.scoring.evaluation import (
     evaluate,
     run_lengths,

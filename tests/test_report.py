@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from trainer.report.console import Console, duration, score_table
-from trainer.report.progress import COCO_NUMBERS, CsvLog, Event, Progress, TensorBoard, fan_out
-from vidt.atomic_write import write_whole
+from trainer.report.progress import CsvLog, Event, Progress, TensorBoard, fan_out
+from trainer.scoring.average_precision import COCO_NUMBERS
+from vidt.atomic import atomic_write
 
 TOTAL = 40
 
@@ -288,10 +289,10 @@ def test_foreign_csv_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
 
 def test_unfinished_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     (tmp_path / ".metrics.csv.tmp").mkdir()  # the new one cannot be written
     with pytest.raises(OSError, match=r"metrics\.csv cannot be written"):
-        write_whole(path, b"new")
+        atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
 
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.model.token_label import (
-    TokenHead,
-    inside,
+from vidt.losses.token_labels import (
     object_masks,
     shown_columns,
     token_label_losses,
     token_truth,
 )
+from vidt.model.token_head import TokenHead, inside
 
 FEW = 3  # classes
 

@@ -21,7 +21,8 @@ from tiny_runs import (
 )
 
 from trainer.loop import resume
-from trainer.report.progress import COCO_NUMBERS, Progress
+from trainer.report.progress import Progress
+from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.train import train
 from vidt.weights.checkpoint import load_weights
 

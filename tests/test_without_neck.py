@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_runs import run as train_here
 
 from vidt import Predictor, ViDTConfig
-from vidt.model.without_neck import SoftmaxCriterion, ViDTWithoutNeck
+from vidt.losses.softmax_criterion import SoftmaxCriterion
+from vidt.model.without_neck import ViDTWithoutNeck
 
 
 def test_a_step_is_the_sum_of_its_portions() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vidt.arguments import OneLineParser
-from vidt.atomic_write import whole_file
+from vidt.atomic import atomic_file
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import read_released
 from vidt.weights.released import (
@@ -78,7 +78,7 @@ def to_theirs(source: Path, target: Path) -> WeightsInfo:
         "class_names": list(info.class_names),
         "metrics": info.metrics,
     }
-    with whole_file(target) as file:
+    with atomic_file(target) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's word for a write that failed

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trainer.commands.command_flags import Flags, UsageError, add_detector_flags, note, share
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
 from trainer.commands.predictions import Predicted, predict_files
-from trainer.commands.result_files import whole_text, write_result
+from trainer.commands.result_files import atomic_text, write_result
 from trainer.scoring.prediction_formats import (
     Format,
     Found,
@@ -310,7 +310,7 @@ class Results:
     def _opened(self) -> TextIO:
         if self.out is None or self.kind is None:
             return self._open_files.enter_context(_standard_output())
-        return self._open_files.enter_context(whole_text(self.out / FILES[self.kind]))
+        return self._open_files.enter_context(atomic_text(self.out / FILES[self.kind]))
 
     def _write_labels(self, path: Path, found: Found) -> None:
         assert self.out is not None

@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from vidt.atomic_write import whole_file, write_whole
+from vidt.atomic import atomic_file, atomic_write
 
 
 def write_result(path: Path, data: bytes) -> None:
     """Raises OSError naming the file if it cannot be written."""
-    write_whole(path, data, durable=False)
+    atomic_write(path, data, durable=False)
 
 
 @contextmanager
-def whole_text(path: Path) -> Iterator[TextIO]:
+def atomic_text(path: Path) -> Iterator[TextIO]:
     """A text file to write to at length; it appears when the block ends well, and does not when it
     raises. Raises OSError naming the file if it cannot be written.
     """
-    with whole_file(path, durable=False) as file:
+    with atomic_file(path, durable=False) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         yield text
         text.flush()

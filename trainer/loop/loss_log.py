@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.loop.agreement import Agreement
-from vidt.atomic_write import write_whole
+from vidt.atomic import atomic_write
 
 NORM = "grad_norm"
 
@@ -69,7 +69,7 @@ class LossLog:
             return
         path = self.output / "non_finite.json"
         if self.agreement.is_main:
-            write_whole(path, json.dumps(findings, indent=1).encode())
+            atomic_write(path, json.dumps(findings, indent=1).encode())
         self.agreement.any(False)  # it is there before a process ends, by which others are ended
         raise NonFiniteLoss(_message(findings, path))
 

@@ -19,7 +19,7 @@ from trainer.settings.config import TrainConfig
 from trainer.settings.wording import counted
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
-from vidt.model.without_neck import SoftmaxCriterion
+from vidt.losses.softmax_criterion import SoftmaxCriterion
 
 logger = get_logger(__name__)
 

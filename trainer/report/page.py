@@ -44,7 +44,7 @@ from trainer.scoring.evaluation import Evaluation
 from trainer.scoring.mistakes import Diagnosis
 from trainer.settings.config import TrainConfig, resolved
 from trainer.settings.wording import counted
-from vidt.atomic_write import write_whole
+from vidt.atomic import atomic_write
 from vidt.model.config import ViDTConfig
 
 PAGE_NAME = "report.html"
@@ -173,7 +173,7 @@ def _write_guarded(path: Path, render: Callable[[], str]) -> bool:
     page.
     """
     try:
-        write_whole(path, render().encode())
+        atomic_write(path, render().encode())
     except Exception as error:
         logger.warning(f"{path} could not be written: {type(error).__name__}: {error}")
         return False

@@ -18,7 +18,7 @@ from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.wording import counted
-from vidt.atomic_write import write_whole
+from vidt.atomic import atomic_write
 from vidt.images.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.images.drawing import write_labels as _write_labels
 from vidt.images.files import read_image
@@ -91,7 +91,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a JPEG so that a reader never finds half a file."""
     encoded = io.BytesIO()
     picture.convert("RGB").save(encoded, "JPEG", quality=90, subsampling=0)
-    write_whole(path, encoded.getvalue())
+    atomic_write(path, encoded.getvalue())
 
 
 class _Boxes:

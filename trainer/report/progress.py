@@ -20,14 +20,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.report.plots import as_picture, confusion_table
+from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.scoring.mistakes import Diagnosis, condensed
 from trainer.scoring.scores import ScoreCurve
-from vidt.atomic_write import write_whole
-
-COCO_NUMBERS = (
-    *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
-    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
-)
+from vidt.atomic import atomic_write
 
 NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
 Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
@@ -155,7 +151,7 @@ class CsvLog:
         writer = csv.DictWriter(text, columns or ["epoch", "step"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, text.getvalue().encode())
+        atomic_write(self.path, text.getvalue().encode())
 
 
 class TensorBoard:

@@ -28,6 +28,12 @@ STATS = (
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
 
+# The same in the order in which a run shows them, the one that picks the best weights first.
+COCO_NUMBERS = (
+    *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
+    *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
+)
+
 BLOCK = 2**18  # pairs whose overlaps are computed at once
 
 # Detections [P] and objects [P], as numbers of those given, to how far they overlap, 0..1 [P]. The

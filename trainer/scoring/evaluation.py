@@ -30,8 +30,8 @@ from trainer.loop.out_of_memory import OutOfMemory, is_out_of_memory
 from trainer.readers.masks import encode
 from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
 from trainer.readers.samples import SampleTable
-from trainer.report.progress import COCO_NUMBERS
 from trainer.scoring.average_precision import (
+    COCO_NUMBERS,
     Found,
     Matches,
     Objects,

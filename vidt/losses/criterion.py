@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.losses.matcher import HungarianMatcher, Matches, flat_index, matched_targets
 from vidt.losses.overlap import giou_losses, paired_iou
+from vidt.losses.softmax_criterion import SoftmaxCriterion
+from vidt.losses.token_labels import has_masks, token_label_losses
 from vidt.model.config import ViDTConfig
-from vidt.model.token_label import has_masks, token_label_losses
-from vidt.model.without_neck import SoftmaxCriterion
 
 Targets = list[dict[str, Tensor]]
 Levels = list[dict[str, Tensor]]

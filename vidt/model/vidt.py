@@ -18,7 +18,7 @@ from vidt.model.config import ViDTConfig, build_body, require
 from vidt.model.decoder import DeformableDecoder, MLPHead, box_head
 from vidt.model.epff import EPFF, LevelProjections, projection
 from vidt.model.ram import resize_padding
-from vidt.model.token_label import TokenHead
+from vidt.model.token_head import TokenHead
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.ops.linear import Linear
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidt.atomic_write import naming, unfinished
+from vidt.atomic import naming, unfinished
 from vidt.images.canvas import GRANULE, whole_granules
 from vidt.images.files import probe_image, read_image
 from vidt.onnx.coco_map50 import CocoImages

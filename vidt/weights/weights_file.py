@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vidt.atomic_write import write_whole
+from vidt.atomic import atomic_write
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 
@@ -77,7 +77,7 @@ def save_weights(
     named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
-    write_whole(path, save(tensors, metadata=header))
+    atomic_write(path, save(tensors, metadata=header))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:

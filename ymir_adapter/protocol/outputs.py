@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from vidt.atomic_write import write_whole
+from vidt.atomic import atomic_write
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import Task
 
@@ -89,7 +89,7 @@ class TrainingResult:
         if stage_name in kept:
             _copy_whole(weights, place)
         self._stale |= {file for stage in dropped for file in stage["paths"]}
-        write_whole(self.path, yaml.safe_dump(self._content(), sort_keys=False).encode())
+        atomic_write(self.path, yaml.safe_dump(self._content(), sort_keys=False).encode())
         self._remove_stale()
 
     def _content(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def write_ranking(path: Path, ranked: Iterable[tuple[str, float]]) -> None:
             raise ValueError(f"{asset}: score {score} after {last}; a ranking goes down")
         last = score
         lines.append(f"{asset}\t{float(score)!r}\n")
-    write_whole(path, "".join(lines).encode("utf-8", "surrogateescape"))
+    atomic_write(path, "".join(lines).encode("utf-8", "surrogateescape"))
 
 
 class DetectionWriter:

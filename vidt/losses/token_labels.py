@@ -1,65 +1,18 @@
-"""Token labels of ViDT+ (arXiv 2204.07962, section 3.2): every place of the pyramid learns which
-classes it shows. The branch helps training only; boxes do not depend on it.
+"""Token labels of ViDT+ (arXiv 2204.07962, section 3.2): every position of the pyramid learns which
+classes it shows.
 
 Columns are a foreground indicator and the classes: class c in column c + 1 (shift), or as released
 in column c, where the indicator takes the place of class 0.
 
-Letters: B batch, H x W padded image, h x w a level's grid, C channels, K columns, n objects of an
-image.
+Letters: B batch, H x W padded image, h x w a level's grid, K columns, n objects of an image.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-from vidt.ops.linear import Linear
-
-MARGIN = 0.01  # places nearer than this to the image's edge, relative to its size, show nothing
-
-
-class TokenHead(nn.Module):
-    """Logits of the columns at every place of every level."""
-
-    def __init__(self, dim: int, columns: int) -> None:
-        super().__init__()
-        self.enc_output = Linear(dim, dim)
-        self.enc_output_norm = nn.LayerNorm(dim)
-        self.token_embed = Linear(dim, columns)
-        for linear in (self.enc_output, self.token_embed):
-            nn.init.xavier_uniform_(linear.weight)
-        nn.init.constant_(self.token_embed.bias, -math.log(99))
-
-    def forward(self, maps: list[Tensor], paddings: list[Tensor]) -> list[Tensor]:
-        """maps [B, C, h, w] and paddings [B, h, w] of each level -> logits [B, h, w, K] of each."""
-        return [
-            self._logits((level * inside(padding)[:, None]).permute(0, 2, 3, 1))
-            for level, padding in zip(maps, paddings, strict=True)
-        ]
-
-    def _logits(self, places: Tensor) -> Tensor:
-        return self.token_embed(self.enc_output_norm(self.enc_output(places)))
-
-
-def inside(padding: Tensor) -> Tensor:
-    """padding [B, h, w] -> [B, h, w], True where a place is part of the image and off its edge."""
-    off_edge = [
-        _off_edge(length, valid)
-        for length, valid in zip(padding.shape[1:], _valid_sizes(padding), strict=True)
-    ]
-    return ~padding & off_edge[0][:, :, None] & off_edge[1][:, None, :]
-
-
-def _off_edge(length: int, valid: Tensor) -> Tensor:
-    centre = (torch.arange(length, device=valid.device) + 0.5) / valid[:, None]
-    return (centre > MARGIN) & (centre < 1 - MARGIN)
-
-
-def _valid_sizes(padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns, [B] each, that are image, by the first column and row."""
-    return (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)
+from vidt.model.token_head import valid_sizes
 
 
 def token_label_losses(
@@ -96,7 +49,7 @@ def token_truth(
     """What the logits of each level should be as probabilities: [B, h, w, K]."""
     canvas = (padding.shape[1], padding.shape[2])
     grids = [(level.shape[1], level.shape[2]) for level in logits]
-    sizes = torch.stack(_valid_sizes(padding), dim=1)
+    sizes = torch.stack(valid_sizes(padding), dim=1)
     images = [
         shown_columns(
             object_masks(target, canvas, size),

@@ -45,7 +45,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the place of `path` when the block ends well. Raises
     Unwritable.
 
@@ -63,7 +63,7 @@ def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]
         place.replace(path)
 
 
-def write_whole(path: str | Path, data: bytes, *, durable: bool = True) -> None:
-    """Replaces a file by one that holds `data`. As `whole_file`."""
-    with whole_file(path, durable=durable) as file:
+def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None:
+    """Replaces a file by one that holds `data`. As `atomic_file`."""
+    with atomic_file(path, durable=durable) as file:
         file.write(data)
