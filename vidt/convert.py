@@ -13,6 +13,7 @@ import torch
 
 from vidt.arguments import OneLineParser
 from vidt.atomic import atomic_file
+from vidt.errors import UserError
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import read_released
 from vidt.weights.released import (
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     try:
         info = _convert(given.source, given.target, given.class_names)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{given.target}: {info.config}")
@@ -115,18 +116,18 @@ def _convert(source: Path, target: Path, class_names: str | None) -> WeightsInfo
     back = is_ours(source)
     wanted = ".pth" if back else ".safetensors"
     if target.suffix != wanted:
-        raise ValueError(f"{target}: of {source} comes a {wanted} file; name it so")
+        raise UserError(f"{target}: of {source} comes a {wanted} file; name it so")
     if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the file that is to be converted; give another name")
+        raise UserError(f"{target} is the file that is to be converted; give another name")
     if back and class_names is not None:
-        raise ValueError(f"--class_names {class_names}: {source} has its own; leave the flag out")
+        raise UserError(f"--class_names {class_names}: {source} has its own; leave the flag out")
     return to_theirs(source, target) if back else to_ours(source, target, _names(class_names))
 
 
 def _names(given: str | None) -> tuple[str, ...]:
     names = () if given is None else tuple(name.strip() for name in given.split(","))
     if "" in names or len(set(names)) != len(names):
-        raise ValueError(f"--class_names {given}: give a name to each class, none of them twice")
+        raise UserError(f"--class_names {given}: give a name to each class, none of them twice")
     return names
 
 

@@ -4,6 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidt.errors import UserError
+
 if TYPE_CHECKING:
     from vidt.predict.predictor import Predictor
 
@@ -25,23 +27,23 @@ def load(
     "fp16"; None is fp32. compile: by torch.compile, once for each canvas.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` that is asked in the same way and answers with
-    NumPy arrays. Raises ValueError for a file that is no detector, naming it, and for a device or
+    NumPy arrays. Raises UserError for a file that is no detector, naming it, and for a device or
     precision that there is not.
     """
     path = Path(weights)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the weights file in it")
+        raise UserError(f"{path} is a folder; name the weights file in it")
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a weights file or an .onnx model")
+        raise UserError(f"{path} does not exist; name a weights file or an .onnx model")
     if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:
         from vidt.predict.devices import usable_device
         from vidt.predict.predictor import Predictor
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} needs {error.name}, which is not here; install it, or export the weights to "
             ".onnx where it is"
         ) from error
@@ -54,15 +56,15 @@ def load(
 
 def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) -> Any:
     if precision not in (None, "fp32"):
-        raise ValueError(
+        raise UserError(
             f"precision is {precision}; an .onnx model has its own: export it with --fp16"
         )
     if compile:
-        raise ValueError(f"compile is for PyTorch; {path} is run by onnxruntime")
+        raise UserError(f"compile is for PyTorch; {path} is run by onnxruntime")
     try:
         detector = import_module("vidt.onnx.detector").OnnxDetector
         return detector(path, device=device or "cpu")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} needs onnxruntime, which is not here ({error}); pip install onnxruntime"
         ) from error

@@ -60,7 +60,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises UserError and OSError with one line for the user."""
     given = flags().read(argv)
     check_result("--out", given.out, [Path(given.weights)])
     detector = _detector(given)

@@ -67,7 +67,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises UserError and OSError with one line for the user."""
     given = flags().read(argv)
     config = settings(vars(given))
     check_result("--out", given.out, read_files(config, given.out))

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from trainer.settings.wording import nearest
+from vidt.errors import UserError
 
 HELP = ("-h", "--help")
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A flag or an argument that cannot be used; one line says which, and what is expected."""
 
 

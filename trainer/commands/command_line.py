@@ -11,6 +11,7 @@ from importlib import import_module
 
 from trainer.commands.command_flags import HELP
 from trainer.settings.wording import nearest
+from vidt.errors import UserError
 
 COMMANDS = {
     "train": "train a detector on your data",
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         sys.stderr.write("stopped; what was finished is written\n")
         return getattr(error, "exit_code", INTERRUPTED)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = in_words(error)
         if message is None:
             raise
@@ -83,7 +84,7 @@ def _run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         meant = nearest(words[0], COMMANDS)
         hint = f"the nearest is {meant}, and " if meant else ""
-        raise ValueError(f"there is no command {words[0]}; {hint}vidt --help shows all")
+        raise UserError(f"there is no command {words[0]}; {hint}vidt --help shows all")
     return import_module(f"trainer.commands.{words[0]}").run(words[1:])
 
 

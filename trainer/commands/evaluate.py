@@ -15,8 +15,9 @@ from trainer.commands.result_files import write_result
 from trainer.readers.coco_file import CocoFile, read_coco_file
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import Found, found_in
+from vidt.errors import UserError
 from vidt.images.batching import PENDING_BATCHES, read_ahead, reading_threads
-from vidt.images.files import UnreadableImage, read_image
+from vidt.images.files import read_image
 from vidt.loading import load
 
 SUMMARY = """
@@ -52,7 +53,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises UserError and OSError with one line for the user."""
     given = flags().read(argv)
     if given.out is not None and given.out.is_dir():
         raise UsageError(f"--out {given.out} is a folder; name a file")
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     found, unread = predict(detector, file, given.images, given.batch_size)
     num_images = len(file.images.ids)
     if len(unread) > MAX_BAD * num_images:
-        raise ValueError(
+        raise UserError(
             f"--images {given.images}: {len(unread)} of {num_images} images cannot be read; the "
             f"first: {unread[0]}"
         )
@@ -82,26 +83,26 @@ def run(argv: Sequence[str]) -> int:
 def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
     """The truth for a detector of these class names, which are matched with the file's.
 
-    Raises ValueError, in one line, for a file that is not COCO's JSON, has no images, or has no
+    Raises UserError, in one line, for a file that is not COCO's JSON, has no images, or has no
     class in common with the detector; and for images that are not there.
     """
     if os.path.isdir(json_path):
-        raise ValueError(f"--json {json_path} is a folder; name COCO's JSON file in it")
+        raise UserError(f"--json {json_path} is a folder; name COCO's JSON file in it")
     try:
         file = read_coco_file(json_path, names)
-    except ValueError as error:
-        raise ValueError(f"--json {error}") from error
+    except UserError as error:
+        raise UserError(f"--json {error}") from error
     if all(label < 0 for label in file.classes.label_of.values()):
         theirs, ours = (", ".join(list(each)[:5]) for each in (file.own_names.values(), names))
-        raise ValueError(
+        raise UserError(
             f"--json {json_path} has no class of the weights: it has {theirs}, the weights know "
             f"{ours}; take weights that were trained on these classes"
         )
     if not os.path.isdir(image_dir):
-        raise ValueError(f"--images {image_dir}: no such folder")
+        raise UserError(f"--images {image_dir}: no such folder")
     files = file.images.names
     if not any(os.path.isfile(os.path.join(image_dir, name)) for name in files):
-        raise ValueError(
+        raise UserError(
             f"--images {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
             "name the folder that the file names are relative to"
         )
@@ -133,7 +134,7 @@ def _read(folder: str, name: str, size: tuple[int, int]) -> Image.Image | str:
     """The picture, turned by its EXIF only where the annotated size says so; or why not."""
     try:
         return read_image(Path(folder) / name, None if size == (0, 0) else size)
-    except (UnreadableImage, ValueError) as error:
+    except UserError as error:
         return str(error)
 
 

@@ -63,7 +63,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises UserError and OSError with one line for the user."""
     given = flags().read(argv)
     dynamic = tuple(word for word in given.dynamic.split(",") if word)
     unknown = [word for word in dynamic if word not in AXES]

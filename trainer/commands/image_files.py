@@ -9,6 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
 
+from vidt.errors import UserError
+
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 )
@@ -42,13 +44,13 @@ class ImageFiles:
 
     `avoid` is a folder that is passed over: the results may lie among the images.
 
-    Raises ValueError for a word that stands for nothing, and for names that are not one a line.
+    Raises UserError for a word that stands for nothing, and for names that are not one a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
         self._stdin, self._avoid = stdin, None if avoid is None else os.path.realpath(avoid)
         if list(words).count(STANDARD_INPUT) > 1:
-            raise ValueError("IMAGES - stands for standard input; give it once")
+            raise UserError("IMAGES - stands for standard input; give it once")
         sources = [_source(word) for word in words]
         names = distinct([_own_name(source.word) for source in sources])
         files = [source.matches is None and os.path.isfile(source.word) for source in sources]
@@ -168,15 +170,15 @@ def _source(word: str) -> _Source:
         matches = tuple(sorted(glob.glob(word, recursive=True)))
         if matches:
             return _Source(word, matches)
-        raise ValueError(f"IMAGES {word}: no file matches this pattern")
-    raise ValueError(f"IMAGES {word}: no such file or folder")
+        raise UserError(f"IMAGES {word}: no file matches this pattern")
+    raise UserError(f"IMAGES {word}: no such file or folder")
 
 
 def _names(lines: Iterable[str]) -> Iterator[str]:
-    """Raises ValueError for names that null bytes part, as those of find -print0."""
+    """Raises UserError for names that null bytes part, as those of find -print0."""
     for line in lines:
         if "\0" in line:
-            raise ValueError("IMAGES -: null bytes in it; names are expected one a line")
+            raise UserError("IMAGES -: null bytes in it; names are expected one a line")
         if line.strip():
             yield line.rstrip("\r\n")
 

@@ -34,7 +34,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
+    """Raises UserError and OSError with one line for the user."""
     given = flags().read(argv)
     path = Path(given.weights)
     if path.is_dir():

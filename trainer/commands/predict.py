@@ -27,6 +27,7 @@ from trainer.scoring.prediction_formats import (
     text_format,
     yolo_text,
 )
+from vidt.errors import UserError
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.loading import load
@@ -105,7 +106,7 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user, KeyboardInterrupt when stopped."""
+    """Raises UserError and OSError with one line for the user, KeyboardInterrupt when stopped."""
     given = flags().read(argv)
     with _stoppable():
         return _predict(given)
@@ -172,7 +173,7 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class NothingRead(ValueError):
+class NothingRead(UserError):
     """Images were named, and none of them could be read."""
 
     exit_code = 1

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from vidt.errors import UserError
+
 PART = 2**22  # bytes that are parsed at once; more if a single value is longer
 # With so many each value and list begins, for most of the first are short; then twice as many, ...
 FIRST = 2**9
@@ -27,7 +29,7 @@ _DECODER = json.JSONDecoder()
 Bytes: TypeAlias = bytes | mmap.mmap
 
 
-class NotJSON(ValueError):
+class NotJSON(UserError):
     """What is wrong and at which byte, in one line."""
 
 

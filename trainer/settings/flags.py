@@ -16,9 +16,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from trainer.settings.wording import nearest
+from vidt.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used: one line naming it, its value and what is expected."""
 
 
@@ -81,7 +82,7 @@ def read_value(setting: Setting, raw: object, where: str) -> Any:
 
 
 def _scalar(kind: type, raw: object) -> Any:
-    """One value of the kind; raises ValueError for anything else.
+    """One value of the kind; raises UserError for anything else.
 
     YAML reads 1e-4 as text, so text may be a number; to Python True is 1, so that is ruled out.
     """

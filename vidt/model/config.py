@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vidt.errors import UserError
 from vidt.model.variants import COAT_VARIANTS, SWIN_VARIANTS
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _setting(default: Any, help: str) -> Any:
 class ViDTConfig:
     """Architecture of a detector; saved with its weights. Fields bear the released flags' names.
 
-    Raises ValueError for a value that no detector can be built from.
+    Raises UserError for a value that no detector can be built from.
     """
 
     method: str = _setting("vidt", "which detector of the family: " + ", ".join(METHODS))
@@ -117,7 +118,7 @@ class ViDTConfig:
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {value}; it must be {expected}")
+        raise UserError(f"{name} is {value}; it must be {expected}")
 
 
 def build_body(config: ViDTConfig) -> "SwinBody | CoatBody":

@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from vidt.errors import UserError
 from vidt.images.files import read_image
 
 
@@ -54,9 +55,9 @@ def _content(annotations: Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(annotations).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{annotations} cannot be read as a COCO file: {error}") from error
+        raise UserError(f"{annotations} cannot be read as a COCO file: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{annotations} cannot be read as a COCO file: it holds no object")
+        raise UserError(f"{annotations} cannot be read as a COCO file: it holds no object")
     return content
 
 
@@ -68,13 +69,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = content.get(key)
     if not isinstance(rows, list):
-        raise ValueError(f'{annotations} cannot be read as a COCO file: it has no list "{key}"')
+        raise UserError(f'{annotations} cannot be read as a COCO file: it has no list "{key}"')
     for place, row in enumerate(rows):
         for name, fits in needed.items():
             value = row.get(name) if isinstance(row, dict) else None
             if not fits(value):
                 shown = f"{value!r:.80}" if isinstance(row, dict) and name in row else "missing"
-                raise ValueError(f"{annotations}: {key}[{place}]: {name} is {shown}")
+                raise UserError(f"{annotations}: {key}[{place}]: {name} is {shown}")
     return rows
 
 
@@ -102,7 +103,7 @@ class CocoImages:
     def __init__(self, annotations: Path, folder: Path, class_names: Sequence[str]) -> None:
         """Every row is looked at, so that nothing is wrong with them later.
 
-        Raises ValueError, naming the file, if it is no COCO file, has a row that cannot be used or
+        Raises UserError, naming the file, if it is no COCO file, has a row that cannot be used or
         none of the classes; and naming an image that is not there.
         """
         content = _content(annotations)
@@ -111,11 +112,11 @@ class CocoImages:
         )
         repeated = [key for key, n in Counter(row["id"] for row in self._images).items() if n > 1]
         if repeated:
-            raise ValueError(f"{annotations}: image id {repeated[0]} is used twice")
+            raise UserError(f"{annotations}: image id {repeated[0]} is used twice")
         ids = {category["name"]: category["id"] for category in categories}
         self._category_ids = [ids.get(name) for name in class_names]
         if not any(number is not None for number in self._category_ids):
-            raise ValueError(
+            raise UserError(
                 f"{annotations} has classes {', '.join(ids)}; the detector knows "
                 f"{', '.join(class_names)}"
             )
@@ -124,7 +125,7 @@ class CocoImages:
         self.sizes = [(int(image["height"]), int(image["width"])) for image in self._images]
         missing = next((file for file in self.files if not file.is_file()), None)
         if missing is not None:
-            raise ValueError(f"{missing}: no such file, but {annotations} has it")
+            raise UserError(f"{missing}: no such file, but {annotations} has it")
 
     def pictures(self) -> Iterator[Image.Image]:
         """Raises `vidt.images.files.UnreadableImage` for a damaged file."""

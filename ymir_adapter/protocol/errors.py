@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from vidt.errors import UserError
+
 LONGEST_LINE = 500  # characters of a message
 
 
@@ -32,7 +34,7 @@ class Code(IntEnum):
     CONTAINER = 160004
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A failure whose code is known: one line for people, naming the file or key."""
 
     def __init__(self, code: Code, message: str) -> None:
@@ -173,7 +175,7 @@ def _code_of_text(text: str) -> Code | None:
 
 def _named(error: BaseException) -> str:
     line, kind = one_line(error), type(error).__name__
-    return line if isinstance(error, ValueError) or line == kind else _shortened(f"{kind}: {line}")
+    return line if isinstance(error, UserError) or line == kind else _shortened(f"{kind}: {line}")
 
 
 def _shortened(text: str) -> str:

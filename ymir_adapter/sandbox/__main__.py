@@ -24,6 +24,7 @@ import yaml
 from trainer.readers.coco import read_coco
 from trainer.readers.samples import SampleTable
 from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 from vidt.weights.checkpoint import UnusableWeights, read_start
 from ymir_adapter.sandbox.tree import (
     EXPORT_FORMATS,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits = read_splits(args)
         request = make_request(args, next(iter(splits.values())).class_names)
         tree = make_tree(args.out.resolve(), request, splits)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     counts = ", ".join(f"{len(table)} {split} images" for split, table in splits.items())
     print(f"{args.task} with {counts}")
@@ -122,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together or name nothing."""
+    """Raises UserError for flags that do not go together or name nothing."""
     _require("training" in args.task or args.weights, f"--task {args.task} needs --weights FILE")
     _require(args.val_json is None or args.task == "training", "--val-json is for training")
     _require(args.val_images is None or args.val_json, "--val-images is for --val-json")
@@ -139,7 +140,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _require(condition: object, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def read_splits(args: argparse.Namespace) -> dict[str, SampleTable]:
@@ -159,9 +160,9 @@ def first(table: SampleTable, limit: int | None) -> SampleTable:
 
 
 def draw(table: SampleTable, share: float, seed: int) -> dict[str, SampleTable]:
-    """At least one image for each split. Raises ValueError if there is only one in all."""
+    """At least one image for each split. Raises UserError if there is only one in all."""
     if len(table) < 2:
-        raise ValueError(f"{table.source} has one image; training and validation need two")
+        raise UserError(f"{table.source} has one image; training and validation need two")
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
     count = min(max(1, round(share * len(table))), len(table) - 1)
     return {

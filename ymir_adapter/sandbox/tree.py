@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 
 from trainer.readers.samples import Sample, SampleTable
+from vidt.errors import UserError
 
 TASKS = ("training", "mining", "infer", "mining+infer")
 PROTOCOLS = ("none", "1.0.0", "1.1.0")
@@ -84,17 +85,17 @@ class Request:
 def make_tree(root: Path, request: Request, splits: Mapping[str, SampleTable]) -> Tree:
     """Writes `root/in` and `root/out`. `splits` are "train" and "val", or "candidate".
 
-    Raises ValueError, in one line, if one of the two is there already or a setting cannot be sent.
+    Raises UserError, in one line, if one of the two is there already or a setting cannot be sent.
     """
     tree = Tree(root)
     if request.protocol == "none" and request.export_format != "ark":
-        raise ValueError(
+        raise UserError(
             f"--export-format {request.export_format}: a platform without a protocol version knows "
             "only ark"
         )
     for folder in (tree.input, tree.output):
         if folder.exists():
-            raise ValueError(f"{folder} is there already; remove it or choose another folder")
+            raise UserError(f"{folder} is there already; remove it or choose another folder")
     settings = task_settings(request)
     models = tree.input / "models"
     for folder in (models, tree.input / "assets", tree.input / "annotations"):
@@ -115,7 +116,7 @@ def task_settings(request: Request) -> dict[str, Any]:
     else text; a cleared number is null in training; training leaves out empty text, the others
     everything that is zero or empty.
 
-    Raises ValueError for text where the template has a number.
+    Raises UserError for text where the template has a number.
     """
     names = request.task.split("+")
     values = {key: value for name in names for key, value in read_template(name).items()}
@@ -144,7 +145,7 @@ def _as_form(key: str, typed: str, default: object) -> object:
         except ValueError:
             continue
     if isinstance(default, int | float):
-        raise ValueError(f"--set {key}={typed}: the form takes only a number here, as {default}")
+        raise UserError(f"--set {key}={typed}: the form takes only a number here, as {default}")
     return typed
 
 
@@ -235,11 +236,11 @@ def copy_assets(table: SampleTable, tree: Tree) -> dict[Path, Sample]:
 
 
 def copy_asset(path: Path, assets: Path) -> Path:
-    """The place of an image among the assets. Raises ValueError if it cannot be read."""
+    """The place of an image among the assets. Raises UserError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
     target = assets / digest[-2:] / f"{digest}.{_extension(path)}"
     target.parent.mkdir(exist_ok=True)
