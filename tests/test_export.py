@@ -20,7 +20,7 @@ from tiny_runs import SWIN_VARIANTS, Learnt, blurred
 import vidt.onnx.export
 from vidt import Predictor, ViDTConfig
 from vidt.images.preprocessing import Preprocessing, pad_batch, resize, to_pixels
-from vidt.model.coat import COAT_VARIANTS, CoatVariant
+from vidt.model.config import COAT_VARIANTS, CoatVariant
 from vidt.model.swin import SwinVariant
 from vidt.model.vidt import build_detector
 from vidt.onnx.coco_map50 import CocoImages
