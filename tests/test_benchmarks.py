@@ -233,3 +233,15 @@ def test_wrong_flags_are_named(
     with pytest.raises(SystemExit):
         files.speed.arguments(flags)
     assert message in capsys.readouterr().err
+
+
+def test_functions_counts_what_runs(tmp_path: Path) -> None:
+    run("functions.py", "--json", tmp_path / "counts.json")
+    job, forward, whole = json.loads((tmp_path / "counts.json").read_text()).values()
+    assert "trainer/train.py" in job["longest_files"]
+    assert "vidt/model/vidt.py" in forward["longest_files"]
+    assert not [name for name in forward["longest_files"] if name.startswith("trainer")]
+    for counts in (job, forward):
+        assert 0 < counts["functions"] < counts["code_lines"] < counts["file_lines"]
+        assert sum(counts["code_lines_by_room"].values()) == counts["code_lines"]
+        assert counts["code_lines"] < whole["lines"]
