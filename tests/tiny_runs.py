@@ -46,6 +46,8 @@ SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))
 # A ninth of the smallest published body, and one that drops paths; known to this process alone.
 SWIN_VARIANTS["swin_test"] = SwinVariant(24, (1, 1, 1, 1), (1, 2, 4, 8), 0.0)
 SWIN_VARIANTS["swin_test_drop"] = SwinVariant(24, (1, 1, 1, 1), (1, 2, 4, 8), 0.2)
+# The one in tests/data/, where every byte stays in the repository.
+SWIN_VARIANTS["swin_smallest"] = SwinVariant(2, (1, 1, 1, 1), (1, 1, 1, 1), 0.0)
 FLAGS = (
     *("--dataset_file", "coco", "--backbone_name", "swin_test", "--pre_trained", "none"),
     *("--det_token_num", "8", "--dec_layers", "1", "--dim_feedforward", "64"),
