@@ -36,6 +36,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
+@pytest.mark.slow
 def test_speed_tells_everything_about_a_case(tmp_path: Path) -> None:
     printed = run("speed.py", "--quick", "--device", "cpu", "--json", tmp_path / "speed.json")
     written = json.loads((tmp_path / "speed.json").read_text())
@@ -235,6 +236,7 @@ def test_wrong_flags_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_functions_counts_what_runs(tmp_path: Path) -> None:
     run("functions.py", "--json", tmp_path / "counts.json")
     job, forward, whole = json.loads((tmp_path / "counts.json").read_text()).values()

@@ -81,6 +81,7 @@ def test_the_guard_notes_and_refuses(guarded: dict[str, str]) -> None:
     assert "192.0.2.1" in Path(guarded["NETWORK_LOG"]).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_through_the_launcher(tiny_data: Path, room: Path, guarded: dict[str, str]) -> None:
     """Everything promised is there, and nothing tried to leave the machine."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]

@@ -251,6 +251,7 @@ def test_level_table_is_made_once_for_inference_and_training() -> None:
     assert torch.allclose(offsets.grad, torch.tensor([1 / 6, 1 / 3]))
 
 
+@pytest.mark.slow
 def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
     flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
     printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")

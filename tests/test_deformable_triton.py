@@ -37,6 +37,7 @@ somewhere = pytest.mark.skipif(
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 
+@pytest.mark.slow
 @compiled_only
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU itself runs them")
 def test_in_the_interpreter() -> None:

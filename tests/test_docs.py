@@ -65,6 +65,8 @@ REAL = {
     ("many-gpus.md", "torchrun"): "",
 }
 EXPORTS = "exporting.md"  # an export takes ten seconds: what other pages have is run there
+LONG = (EXPORTS, "README.md", "training-on-your-data.md")
+SLOW = pytest.mark.slow
 # Two machines are two launchers here, at once: see the test of that name.
 TWO_MACHINES = "two-machines.yaml"
 FORM = (
@@ -193,7 +195,10 @@ def run_here(command: str) -> None:
         Path(target).write_text(capture.getvalue())
 
 
-@EVERY_PAGE
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page.name, marks=SLOW if page.name in LONG else ()) for page in PAGES],
+)
 def test_what_a_page_says_runs(
     page: str, project: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +225,7 @@ def is_elsewhere(block: Block, command: str) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "part"), REAL, ids=["accelerate", "torchrun"])
 def test_several_processes(page: str, part: str, project: Path, room: Path) -> None:
     (command,) = [line for block, line in COMMANDS if block.page == page and part in line]
@@ -236,6 +242,7 @@ def in_project(words: Sequence[str], project: Path) -> subprocess.CompletedProce
     return call(inside, timeout=240, PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
 def test_two_machines_played_by_two_launchers(project: Path, room: Path) -> None:
     """The file and the commands of the page; only the address, the number of processes and the
     size of the run are this test's.
@@ -287,6 +294,7 @@ def test_the_sandbox_as_the_page_has_it(project: Path, monkeypatch: pytest.Monke
     assert (project / "try/candidates/out/infer-result.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_installed_program_runs(project: Path) -> None:
     (command,) = [line for block, line in COMMANDS if block.page == "README.md" and "check" in line]
     first, *words = shlex.split(command)

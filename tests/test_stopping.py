@@ -60,6 +60,7 @@ def test_stopped_by_a_signal(
     assert 2 <= int(path.name.removeprefix("step-")) < 30
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
     """As a scheduler sends it: to `accelerate launch`, which is the parent of the run."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]
