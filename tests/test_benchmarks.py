@@ -188,6 +188,7 @@ def test_who_fails_is_left_out(files: SimpleNamespace) -> None:
     assert failures == ["forward, compiled: failed, no compiler"]
 
 
+@pytest.mark.slow
 def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64)
@@ -198,6 +199,7 @@ def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     assert all(rate["images_per_second"] > 0 for rate in result["workers"])
 
 
+@pytest.mark.slow
 def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64) / "train2017"
@@ -209,6 +211,7 @@ def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
     assert f"ratio {result['ratio']:.2f}" in printed
 
 
+@pytest.mark.slow
 def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
     written = tmp_path / "scoring.json"
     flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)

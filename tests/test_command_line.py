@@ -281,6 +281,7 @@ def test_a_written_configuration_repeats_the_run(tiny_data: Path, room: Path) ->
     assert state.best_metrics == first
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_a_mistake_leaves_no_trace_of_python(
     tiny_data: Path, room: Path
 ) -> None:

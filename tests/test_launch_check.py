@@ -40,6 +40,7 @@ def test_a_launcher_that_starts_one_process_of_two_is_seen(tmp_path: Path):
     assert said == ["probe alone no 2"]
 
 
+@pytest.mark.slow
 def test_our_config_file_is_overridden_on_the_command_line(tmp_path: Path):
     options = ["--config_file", CONFIG_FILE, "--num_processes", "2", "--mixed_precision", "bf16"]
     assert launch(tmp_path, *options) == ["probe 0 bf16 2", "probe 1 bf16 2"]

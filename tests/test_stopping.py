@@ -37,6 +37,7 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"it ended without saying {text!r}: {said}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "moment", "code", "name"),
     [
