@@ -133,7 +133,8 @@ def test_compiles_for_a_gpu_that_is_elsewhere(
     types = dict.fromkeys(deformable_triton.SIZES, "i32") | dict.fromkeys(fixed, "constexpr")
     types |= {"levels": "*i64"} | dict.fromkeys(("value", "output", "grad"), f"*{dtype}")
     signature = {argument: types.get(argument, f"*{exact}") for argument in kernel.arg_names}
-    made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 80, 32))
+    source, target = ASTSource(kernel, signature, fixed), GPUTarget("cuda", 80, 32)
+    made = triton.compile(source, target=target, options={"enable_fp_fusion": True})
     assert "cubin" in made.asm
 
 

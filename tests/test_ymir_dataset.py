@@ -544,6 +544,7 @@ def test_a_limit_to_damaged_pictures_may_be_asked_for(tmp_path: Path):
     assert caught.value.code == Code.DATASET
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # the last one
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (10_100, 10_000)])
 def test_extreme_sizes_stop_nothing(tmp_path: Path, size: tuple[int, int]):
     tree = make_tree(tmp_path, train=MANY)
