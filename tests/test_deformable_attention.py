@@ -249,6 +249,7 @@ def test_exports_nothing_of_ours(coordinates: int, module: DeformableAttention) 
     assert torch.allclose(program.module()(*given), module(*given), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
     flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
     printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")

@@ -36,6 +36,7 @@ somewhere = pytest.mark.skipif(
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 
 
+@pytest.mark.slow
 @compiled_only
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU itself runs them")
 def test_in_the_interpreter() -> None:
@@ -131,7 +132,8 @@ def test_compiles_for_a_gpu_that_is_elsewhere(
     types = dict.fromkeys(deformable_triton.SIZES, "i32") | dict.fromkeys(fixed, "constexpr")
     types |= {"levels": "*i64"} | dict.fromkeys(("value", "output", "grad"), f"*{dtype}")
     signature = {argument: types.get(argument, f"*{exact}") for argument in kernel.arg_names}
-    made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 80, 32))
+    source, target = ASTSource(kernel, signature, fixed), GPUTarget("cuda", 80, 32)
+    made = triton.compile(source, target=target, options={"enable_fp_fusion": True})
     assert "cubin" in made.asm
 
 

@@ -60,6 +60,7 @@ def gradients_through(model: nn.Module, images: Tensor, padding: Tensor) -> dict
     return {name.removeprefix("_orig_mod."): gradient for name, gradient in named.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_model_is_one_graph(member: str) -> None:
     """Compiled for real but for the last step, which would need a C compiler and minutes."""
@@ -70,6 +71,7 @@ def test_a_model_is_one_graph(member: str) -> None:
     assert difference < 1e-4, worst
 
 
+@pytest.mark.slow
 def test_a_graph_for_each_shape_and_no_more() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -137,6 +139,7 @@ def test_a_run_with_less_memory_ends_with_the_same_weights(tiny_data: Path, room
     assert not differences(end_of(room / "plain"), end_of(room / "frugal"))
 
 
+@pytest.mark.slow
 def test_mixed_precision_compiles_too() -> None:
     """Accelerate wraps the forward pass; that must not break the graph either."""
     program = (

@@ -187,6 +187,7 @@ def configuration(tiny: ViDTConfig, parts: dict[str, Any]) -> ViDTConfig:
     return ViDTConfig(**{**vars(tiny), "backbone_name": "swin_test", **parts})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_step_waits_for_the_matchers_costs_alone(
     parts: dict[str, Any], tiny_config: ViDTConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

@@ -155,7 +155,10 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], value: Tensor, weights: Te
     exact = tl.float64 if value.dtype == torch.float64 else tl.float32
     sizes = (heads, dim, num_levels, points, rows, channels, exact)
     with torch.cuda.device_of(value):  # not always the current one
-        kernel[(triton.cdiv(num_rows, rows),)](*tensors, num_rows, queries, positions, *sizes)
+        kernel[(triton.cdiv(num_rows, rows),)](
+            *(*tensors, num_rows, queries, positions, *sizes),
+            enable_fp_fusion=True,  # Triton's default will change, and Triton warns of that
+        )
 
 
 @torch.library.custom_op("vidt::deformable_attention", mutates_args=())
