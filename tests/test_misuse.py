@@ -218,7 +218,7 @@ MISTAKES: list[Mistake] = [
         "--coco_images {root}/data/val2017",
         "bbox is missing",
     ),
-    ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a body (swin_nano"),
+    ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a backbone (swin_nano"),
     ("benchmark swin_nano --repeat 0", "--repeat: 0 is no whole number of 1 or more"),
     ("benchmark swin_nano --size 640 no", "--size: no is no whole number"),
     ("benchmark {root}/good.safetensors --out {root}/none", "is a folder; name a file"),

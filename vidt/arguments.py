@@ -22,6 +22,10 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, prog: str, **more: Any) -> None:
         super().__init__(prog, formatter_class=_HelpFormatter, allow_abbrev=False, **more)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Flags may stand between the positional arguments."""
+        return self.parse_intermixed_args(args, namespace)
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -35,11 +39,9 @@ class OneLineParser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         flags = {plain(flag): flag for flag in self._option_string_actions}
         if plain(name) not in flags:
-            names = {flag.lstrip("-"): flag for flag in flags}
-            similar = nearest(plain(name).lstrip("-"), names)
-            self.error(
-                f"unknown flag {name}" + (f"; the nearest is --{similar}" if similar else "")
-            )
+            similar = nearest(plain(name).lstrip("-"), [flag.lstrip("-") for flag in flags])
+            hint = f"; the nearest is --{similar}" if similar else ""
+            self.error(f"unknown flag {name}{hint}")
         return flags[plain(name)] + equals + value
 
     def error(self, message: str) -> NoReturn:
