@@ -9,9 +9,10 @@ import time
 import traceback
 
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
+from ymir_adapter.protocol.environment import read_identity
 from ymir_adapter.protocol.errors import Code, Failure, diagnose
 from ymir_adapter.protocol.outputs import Monitor
-from ymir_adapter.protocol.task import Task, read_identity, read_task
+from ymir_adapter.protocol.task import Task, read_task
 
 
 def main(module: str | None = None) -> int:
