@@ -228,7 +228,7 @@ MISTAKES: list[Mistake] = [
         for words, file in OVERWRITING
     ),
     ("train --lrr 1e-4", "unknown flag --lrr; the nearest is --lr"),
-    ("train --foo", "unknown flag --foo; vidt train --help lists all"),
+    ("train --foo", "unknown flag --foo; see vidt train --help"),
     ("train --device cpu", "unknown flag --device; CUDA_VISIBLE_DEVICES=1 vidt train"),
     ("train --precision bf16", "--precision; accelerate launch --mixed_precision bf16"),
     ("train --coco_path nowhere", "nowhere/annotations"),
