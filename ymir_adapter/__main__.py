@@ -11,7 +11,7 @@ import traceback
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
 from ymir_adapter.protocol.environment import read_identity
 from ymir_adapter.protocol.errors import Code, Failure, diagnose
-from ymir_adapter.protocol.outputs import Monitor
+from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import Task, read_task
 
 

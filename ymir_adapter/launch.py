@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from ymir_adapter.protocol.errors import Code, Failure, TaskError, first_failure, write_failure
-from ymir_adapter.protocol.outputs import Monitor
+from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import Task, read_task
 
 FAILURES = "VIDT_FAILURES"  # variable: where ranks leave their failures, and their signs of life
