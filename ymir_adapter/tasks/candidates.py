@@ -1,8 +1,8 @@
 """One rank of a mining or inference task: `accelerate launch -m ymir_adapter.tasks.candidates`.
 
-Every rank predicts each candidate of its share once: mining ranks by the predictions that become the
-result of inference. A rank writes its results to files of its own (`parts`); the main process merges
-them in the order of the index.
+Every rank predicts each candidate of its share once: mining ranks by the predictions that become
+the result of inference. A rank writes its results to files of its own (`parts`); the main process
+merges them in the order of the index.
 
 Progress is the share of images that are done, also when one pass serves mining and inference.
 """
@@ -112,7 +112,7 @@ class Search:
         return locate(self.task, self.assets[index])
 
     def _predicted(self, detector: Detector, batch: Sequence[Candidate]) -> Predictions:
-        """A row of predictions for each picture; with CALD 1 + V rows, the picture and its views."""
+        """A row of predictions for each picture; with CALD 1 + V rows, for it and its views."""
         images = detector.normalised(batch)
         if self.algorithm == "cald":
             pairs = zip(batch, images, strict=True)
@@ -123,7 +123,7 @@ class Search:
         moved = views(image, self.settings.seed, self.assets[picture.index])
         return torch.cat([image[None], moved])
 
-    def _note(
+    def _record(
         self, batch: Sequence[Candidate], predictions: Predictions | None, part: Part
     ) -> None:
         found: list[Detections | None] = [None] * len(batch)

@@ -1,8 +1,8 @@
 """Scores how informative an image is by the detector's predictions: pure functions and a ranking.
 
-A score depends on one image only, is finite and bounded, and is higher for a more informative image.
-None is a sum over boxes, so that images with many and with few boxes compare. The boxes of an image
-are the queries whose best class scores at least the threshold, without duplicates.
+A score depends on one image only, is finite and bounded, and is higher for a more informative
+image. None is a sum over boxes, so that images with many and with few boxes compare. The boxes of
+an image are the queries whose best class scores at least the threshold, without duplicates.
 
 random   A hash of the seed and the asset's name; class balance does not apply.
 entropy  Mean over the boxes of the entropy of the best class score, in bits. After the "average"
@@ -46,9 +46,9 @@ DUPLICATE = 0.5  # IoU above which boxes of one class are duplicates
 BASE = 1.3  # CALD's base point: a box of this consistency is the most informative
 # The lowest score of each algorithm.
 FLOORS = {"random": 0.0, "entropy": 0.0, "cald": -BASE, "aldd": 0.0}
-# Decimals of a score. Another batch size changes the order of additions and so a score by up to 1e-6.
-# Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer decimals would
-# tie images.
+# Decimals of a score. Another batch size changes the order of additions, and so a score by up to
+# 1e-6. Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer decimals
+# would tie images.
 DECIMALS = 4
 SHARE_UNITS = 1_000_000  # of a class share: sums of integers do not depend on their order
 
