@@ -14,7 +14,7 @@ from trainer.commands.command_flags import Flags, UsageError, add_detector_flags
 from trainer.commands.result_files import write_result
 from trainer.readers.coco_file import CocoFile, read_coco_file
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
-from trainer.scoring.prediction_formats import Found, found_in
+from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
 from vidt.images.batching import PENDING_BATCHES, read_ahead, reading_threads
 from vidt.images.files import UnreadableImage, read_image
 from vidt.loading import load
@@ -79,7 +79,9 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
+def read(
+    json_path: str, image_dir: str, names: Sequence[str], images_flag: str = "--images"
+) -> CocoFile:
     """The truth for a detector of these class names, which are matched with the file's.
 
     Raises ValueError, in one line, for a file that is not COCO's JSON, has no images, or has no
@@ -98,11 +100,11 @@ def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
             f"{ours}; take weights that were trained on these classes"
         )
     if not os.path.isdir(image_dir):
-        raise ValueError(f"--images {image_dir}: no such folder")
+        raise ValueError(f"{images_flag} {image_dir}: no such folder")
     files = file.images.names
     if not any(os.path.isfile(os.path.join(image_dir, name)) for name in files):
         raise ValueError(
-            f"--images {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
+            f"{images_flag} {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
             "name the folder that the file names are relative to"
         )
     return file
@@ -110,11 +112,11 @@ def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
 
 def predict(
     detector: Any, file: CocoFile, folder: str, batch_size: int
-) -> tuple[dict[int, Found], list[str]]:
+) -> tuple[dict[int, ImagePredictions], list[str]]:
     """What was found in each image, by its place in the file, and why others cannot be read."""
     entries = zip(file.images.names, file.images.sizes, strict=True)
     pictures = read_ahead(entries, lambda entry: _read(folder, *entry), reading_threads())
-    found: dict[int, Found] = {}
+    found: dict[int, ImagePredictions] = {}
     unread: list[str] = []
     terminal = sys.stderr.isatty()
     with tqdm(total=len(file.images.ids), unit="image", disable=not terminal) as bar:
@@ -123,7 +125,7 @@ def predict(
             images = [picture for _, picture in readable]
             for index, detections in detector.stream(images, batch_size=batch_size):
                 place, picture = readable[index]
-                found[place] = found_in("", (picture.height, picture.width), detections)
+                found[place] = image_predictions("", (picture.height, picture.width), detections)
             unread += [problem for _, problem in window if isinstance(problem, str)]
             bar.update(len(window))
     return found, unread

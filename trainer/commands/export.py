@@ -2,13 +2,18 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from trainer.commands.command_flags import Flags, UsageError, check_result, say, side
+from trainer.commands.evaluate import read
 from trainer.commands.image_files import ImageFiles
 from trainer.commands.result_files import write_result
+from trainer.scoring.coco_scores import map50
+from vidt.images.files import probe_image
 
 SUMMARY = """
 Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and proves it: the model
@@ -95,9 +100,29 @@ def run(argv: Sequence[str]) -> int:
         half=given.fp16,
         with_decode=given.with_decode,
         images=images,
-        coco=(given.json, given.coco_images) if given.json else None,
+        dataset_for=partial(scored_images, given.json, given.coco_images) if given.json else None,
     )
     say(report.text())
     if given.report is not None:
         write_result(given.report, json.dumps(report.as_dict(), indent=1).encode())
     return 0 if report.ok else 1
+
+
+def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
+    """A COCO dataset as `vidt.onnx.export.export` takes it. Raises ValueError for a file that
+    `vidt evaluate` refuses, and for an image that is missing.
+    """
+    file = read(str(json_path), str(folder), names, "--coco_images")
+    files = [folder / name for name in file.images.names]
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise ValueError(f"{missing}: no such file, but {json_path} has it")
+    sizes = [
+        probe_image(path).size if size == (0, 0) else size
+        for path, size in zip(files, file.images.sizes, strict=True)
+    ]
+
+    def score(detections: Iterable[Any]) -> float:
+        return map50(file, sizes, detections, names)
+
+    return import_module("vidt.onnx.export").ScoredImages(files, sizes, score)

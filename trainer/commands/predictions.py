@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from trainer.commands.image_files import ImageFile
-from trainer.scoring.prediction_formats import Found, found_in
+from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
 from vidt.images.files import UnreadableImage, read_image
 
@@ -36,7 +36,7 @@ class Predicted:
     file: ImageFile
     picture: Image.Image | None
     detections: Any
-    found: Found
+    found: ImagePredictions
 
 
 def predict_files(
@@ -48,11 +48,13 @@ def predict_files(
         found = in_order(detector.stream(pictures, batch_size=batch_size))
         for read in window:
             if read.picture is None:
-                yield Predicted(read.file, None, None, Found(read.file.path, problem=read.problem))
+                yield Predicted(
+                    read.file, None, None, ImagePredictions(read.file.path, problem=read.problem)
+                )
                 continue
             detections = next(found).above(threshold)
             size = (read.picture.height, read.picture.width)
-            row = found_in(read.file.path, size, detections)
+            row = image_predictions(read.file.path, size, detections)
             yield Predicted(read.file, read.picture, detections, row)
 
 
