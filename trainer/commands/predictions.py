@@ -46,7 +46,7 @@ def read_file(file: ImageFile, size: tuple[int, int] | None = None) -> Read:
     """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
     try:
         return Read(file, read_image(file.path, size))
-    except (UnreadableImage, ValueError) as error:
+    except UserError as error:
         return Read(file, None, str(error))
 
 
