@@ -22,7 +22,7 @@ import vidt.onnx.export
 from trainer.commands.export import scored_images
 from vidt import Predictor, ViDTConfig
 from vidt.images.preprocessing import Preprocessing, pad_batch, resize, to_pixels
-from vidt.model.coat import COAT_VARIANTS, CoatVariant
+from vidt.model.config import COAT_VARIANTS, CoatVariant
 from vidt.model.swin import SwinVariant
 from vidt.model.vidt import build_detector
 from vidt.onnx.detector import OnnxDetections, OnnxDetector
@@ -145,6 +145,7 @@ def assert_same(found: OnnxDetections, expected: Detections, allowed: float = 1e
         assert (found.masks != expected.masks.numpy()).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_canvas_of_the_frame_is_as_in_pytorch(plus: Exported) -> None:
     for size in ((64, 80), (60, 75), (128, 160)):
         found = plus.detector.predict(picture(size), threshold=0.0)
@@ -170,6 +171,7 @@ def test_batch_size_does_not_matter(plus: Exported, files: list[Path]) -> None:
             assert np.abs(found.boxes - expected.boxes).max() < 1e-2
 
 
+@pytest.mark.slow
 def test_raw_outputs_without_neck(without_neck: Exported) -> None:
     assert without_neck.detector.frame == (64, 64) and without_neck.detector.batch == 1
     images = [picture((64, 64), seed) for seed in range(3)]
@@ -179,6 +181,7 @@ def test_raw_outputs_without_neck(without_neck: Exported) -> None:
         assert_same(one, expected)
 
 
+@pytest.mark.slow
 def test_half_precision(trained: Exported) -> None:
     for tensor in onnx.load(trained.file).graph.initializer:
         if "bbox_embed" in tensor.name or "sampling_offsets" in tensor.name:

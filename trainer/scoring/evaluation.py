@@ -46,7 +46,7 @@ from trainer.scoring.average_precision import (
 )
 from trainer.scoring.mistakes import Diagnosis, diagnose
 from vidt.images.preprocessing import Preprocessing, canvas_batches
-from vidt.ops.linear import packed
+from vidt.ops.packing import packed
 from vidt.predict.predictor import Detections, decode_for, on_cpu
 
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
