@@ -41,9 +41,9 @@ from trainer.scoring.average_precision import (
     coco_numbers,
     match,
     overlap_of_boxes,
+    overlap_of_masks,
     xywh,
 )
-from trainer.scoring.mask_overlap import overlap_of_masks
 from trainer.scoring.mistakes import Diagnosis, diagnose
 from vidt.images.preprocessing import Preprocessing, canvas_batches
 from vidt.ops.packing import packed
