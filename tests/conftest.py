@@ -16,16 +16,10 @@ from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
 from trainer.report.progress import Progress
-from vidt.model import mlp
 from vidt.model.vidt import ViDT, ViDTConfig
-from vidt.ops import linear
 
 Compare = Callable[[str, Tensor, Tensor, float], None]
 DIFFERENCE = "largest difference: "
-
-needs_onednn = pytest.mark.skipif(
-    not linear.onednn_runs(), reason="this PyTorch or processor has no such products of oneDNN's"
-)
 
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -71,20 +65,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("largest differences, of those allowed")
     for (test, what), (_, difference, allowed, case) in nearest.items():
         terminalreporter.line(f"{test:<40} {what:<36} {difference:.1e} of {allowed:.1e}  {case}")
-
-
-def asked_of_onednn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that oneDNN is given from now on, packed or as they are."""
-    weights: list[Tensor] = []
-    product = linear.product
-
-    def listening(x: Tensor, weight: Tensor, *args: Tensor | None, gelu: bool = False) -> Tensor:
-        weights.append(weight)
-        return product(x, weight, *args, gelu=gelu)
-
-    for user in (linear, mlp):
-        monkeypatch.setattr(user, "product", listening)
-    return weights
 
 
 @pytest.fixture(scope="session")

@@ -248,16 +248,22 @@ def cut(path: Path) -> Path:
 
 
 MISUSE = {
-    "nothing": ("", "the following arguments are required: source, target"),
-    "an unknown flag": ("small.pth x.safetensors --class a,b,c", "unrecognized arguments: --class"),
+    "nothing": ("", "the following is missing: source, target"),
+    "an unknown flag": (
+        "small.pth x.safetensors --class a,b,c",
+        "unknown flag --class; see python -m vidt.convert",
+    ),
     "no file": ("nowhere.pth x.safetensors", "nowhere.pth does not exist; give the path"),
     "a folder": ("folder x.safetensors", "folder is a folder; give the path of a weights file"),
-    "another ending": ("small.pth x.pth", "x.pth: of small.pth comes a .safetensors file; name it"),
-    "another ending back": ("ours.safetensors x.bin", "comes a .pth file; name it so"),
-    "itself": ("ours.pth ours.pth", "ours.pth is the file that is to be converted"),
+    "another ending": ("small.pth x.pth", "x.pth: small.pth converts to a .safetensors file; name"),
+    "another ending back": ("ours.safetensors x.bin", "converts to a .pth file; name it so"),
+    "itself": ("ours.pth ours.pth", "ours.pth is the source file"),
     "names too few": ("small.pth x.safetensors --class_names a", "has 3 classes and 1 class names"),
-    "names twice": ("small.pth x.safetensors --class_names a,b,a", "none of them twice"),
-    "a name that is none": ("small.pth x.safetensors --class_names a,,b", "a name to each class"),
+    "names twice": ("small.pth x.safetensors --class_names a,b,a", "each class a name of its own"),
+    "a name that is none": (
+        "small.pth x.safetensors --class_names a,,b",
+        "each class a name of its own",
+    ),
     "names of ours": ("ours.safetensors x.pth --class_names a,b,c", "has its own; leave the flag"),
     "a torn file": ("torn.pth x.safetensors", "torn.pth cannot be read safely as PyTorch weights"),
     "a torn file of ours": ("torn.safetensors x.pth", "torn.safetensors cannot be read as ViDT"),

@@ -34,10 +34,10 @@ from tiny_runs import (
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from trainer.commands import command_line
-from trainer.commands.command_flags import plain
 from trainer.settings.config import parse
 from trainer.settings.flags import HelpRequested
 from vidt import convert
+from vidt.arguments import plain
 from ymir_adapter.sandbox import __main__ as sandbox
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

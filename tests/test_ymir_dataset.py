@@ -26,12 +26,12 @@ from ymir_task import (
     write_index,
 )
 
-from trainer.readers.findings import Finding
+from trainer.readers.findings import MOST_OF_A_KIND, Finding
 from trainer.readers.samples import SampleTable
 from vidt.images.files import read_image
 from ymir_adapter.dataset.annotations import AnnotationReader
 from ymir_adapter.dataset.ark import read_ark_files
-from ymir_adapter.dataset.columns import MOST_NOTES, Classes, Columns, Notes
+from ymir_adapter.dataset.columns import Classes, Columns, Notes
 from ymir_adapter.dataset.tables import candidates, locate, read_index, read_split, read_tables
 from ymir_adapter.protocol.errors import Code, TaskError
 
@@ -378,15 +378,15 @@ def test_of_many_defects_every_one_is_counted_and_every_good_line_is_kept(tmp_pa
         b"0, 9, 9, 10, 10\n",
     )
     for index in range(300):
-        spoil(tree, Defect("", b"0, 1, 1, 4, 4\n" + bad[index % 5] * 3 + b"1, 0, 0, 7, 7\n"), index)
+        spoil(tree, Defect("", b"0, 1, 1, 4, 4\n" + bad[index % 5] * 6 + b"1, 0, 0, 7, 7\n"), index)
     train, _, findings = tables(tree)
     told = sum(one.count for one in findings if one.action == "dropped")
     worded = [one for one in findings if one.kind == "class outside the task" and one.file]
-    # Three bad lines in each of 300 files; the validation image has the first one's file.
+    # Six bad lines in each of 300 files; the validation image has the first one's file.
     print(f"{told} bad lines in {len(shots)} files, {len(train.boxes)} good boxes")
-    assert told == 3 * 300 + 3
+    assert told == 6 * 300 + 6
     assert len(train) == 300 and len(train.boxes) == 600
-    assert len(worded) == MOST_NOTES
+    assert len(worded) == MOST_OF_A_KIND
     assert worded[0].file.endswith("m2.txt") and worded[0].detail.startswith("line 2")
 
 

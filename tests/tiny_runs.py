@@ -34,7 +34,7 @@ from trainer.settings.config import TrainConfig, parse
 from trainer.train import train
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
-from vidt.model.variants import SWIN_VARIANTS, SwinVariant
+from vidt.model.config import SWIN_VARIANTS, SwinVariant
 from vidt.model.vidt import ViDTConfig, build_detector
 
 ROOT = Path(__file__).parent.parent
@@ -318,7 +318,7 @@ def gradients_of_step(
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=config.seed,
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
     steps = range(step, step + 1)
     batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)

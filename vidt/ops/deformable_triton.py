@@ -163,7 +163,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], value: Tensor, weights: Te
 
 @torch.library.custom_op("vidt::deformable_attention", mutates_args=())
 def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `deformable_attention`, on a GPU; levels [L, 3] is its `level_table`.
+    """As `deformable_attention`, on a GPU; levels [L, 3] is the table of `Levels`.
 
     value of any floating dtype, which is that of the result; sums are in float32, or in float64 if
     value is. No second derivatives.

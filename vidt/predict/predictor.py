@@ -30,7 +30,7 @@ from vidt.losses.mask_vectors import decode_vectors, paste_squares
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
-from vidt.ops.linear import pack
+from vidt.ops.packing import pack
 from vidt.weights.checkpoint import WeightsInfo, load_model
 from vidt.weights.coco_classes import COCO_ROWS
 
@@ -247,7 +247,7 @@ class Predictor:
     ) -> None:
         """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
         canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
-        is moved, and on a CPU packed (see `vidt.ops.linear.pack`).
+        is moved, and on a CPU packed (see `vidt.ops.packing.pack`).
 
         Raises ValueError for a precision that does not exist, or not on this device.
         """
