@@ -28,12 +28,7 @@ from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.loop import resume as checkpoints
 from trainer.loop.agreement import PATIENCE, Agreement, sum_gradients
 from trainer.loop.clock import Clock
-from trainer.loop.execution import (
-    checkpoint_activations,
-    compiled,
-    compiled_canvas,
-    keep_freed_memory,
-)
+from trainer.loop.execution import checkpoint_activations, compiled, compiled_canvas
 from trainer.loop.history import history
 from trainer.loop.launch_check import refuse_split_models, require_processes
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
@@ -135,7 +130,7 @@ def train(
         Augmentation.from_config(config),
         preprocessing,
         seed=config.seed,
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
 
     def say(event: str, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
@@ -238,7 +233,7 @@ def train(
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
             terms = gradients(
                 *(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher),
-                noised_queries=config.denoising,
+                denoising_queries=config.denoising,
             )
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
@@ -272,8 +267,6 @@ def make_accelerator() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     # Processes without an accelerator must be told so, or each believes that it is alone.
     cpu = not torch.accelerator.is_available()
-    if cpu:
-        keep_freed_memory()
     loading = DataLoaderConfiguration(non_blocking=True)
     return Accelerator(cpu=cpu, dataloader_config=loading, kwargs_handlers=[patient], rng_types=[])
 

@@ -70,7 +70,7 @@ def gradients(
     canvas: tuple[int, int],
     num_boxes: float,
     teacher: TokenMatching | None = None,
-    noised_queries: int = 1,
+    denoising_queries: int = 1,
 ) -> dict[str, Tensor] | None:
     """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
     out.
@@ -87,7 +87,7 @@ def gradients(
         for batch in window:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
-            outputs = model(images, padding, noised_batch(targets, noised_queries))
+            outputs = model(images, padding, noised_batch(targets, denoising_queries))
             terms = criterion(outputs, targets, **wanted)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)

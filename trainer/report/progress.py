@@ -227,7 +227,7 @@ def _add_diagnosis(writer: SummaryWriter, diagnosis: Diagnosis, step: int) -> No
                 step,
                 NUM_THRESHOLDS,
             )
-    picture = as_picture(confusion_table(*condensed(diagnosis)))
+    picture = as_picture(confusion_table(*condensed(diagnosis)).figure)
     _add_picture(writer, "confusion", picture, step)
 
 

@@ -395,6 +395,7 @@ def help_text() -> str:
     lines = [
         "Flags are taken with - and _. One that is True or False may stand bare or as --no-NAME.",
         "First counts the flag, then --config FILE, the dataset's recipe, the defaults shown.",
+        "",
         *help_lines(_TRAIN),
         "",
         "Architecture:",

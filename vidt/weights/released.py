@@ -15,9 +15,8 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from vidt.errors import UserError
-from vidt.model.config import NECK_PARTS, NUM_LEVELS, ViDTConfig
+from vidt.model.config import COAT_VARIANTS, NECK_PARTS, NUM_LEVELS, SWIN_VARIANTS, ViDTConfig
 from vidt.model.swin import COARSE_DIM, WINDOW
-from vidt.model.variants import COAT_VARIANTS, SWIN_VARIANTS
 
 # Beginnings of names, released and ours, for both directions; first match wins. {} is a digit, and
 # {+} one that is larger by 1 in the released name: there CoaT's stages count from 1.
