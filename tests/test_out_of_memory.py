@@ -61,7 +61,7 @@ def test_smaller_portions_with_the_same_result(
     assert tried == [4, 2, 2, 2, 2]
     assert differences(end_of(room / "short"), end_of(room / "planned")) == []
     (line,) = warnings(caplog)
-    assert "2 portions" in line and "--n_iter_to_acc 2" in line and "\n" not in line
+    assert "2 micro-batches" in line and "--n_iter_to_acc 2" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("error", MESSAGES, ids=["CUDA", "any device", "older", "CPU"])
@@ -105,7 +105,7 @@ def test_the_next_process_goes_on_with_the_smaller_portions(
 ) -> None:
     tried = room_for(2)
     run(tiny_data, room, "--max_steps 1")
-    assert resume.load(last_checkpoint(room))[0].n_iter_to_acc == 2
+    assert resume.load(last_checkpoint(room)).state.n_iter_to_acc == 2
     run(tiny_data, room, "--max_steps 2 --resume")
     assert tried == [4, 2, 2, 2, 2]
 
@@ -175,7 +175,7 @@ def test_memory_that_ends_where_portions_do_not_help(
     def nothing_left(*given: object) -> None:
         raise MESSAGES[0]
 
-    monkeypatch.setattr(trainer.train, "sum_gradients", nothing_left)
+    monkeypatch.setattr(trainer.loop.step, "sum_gradients", nothing_left)
     with pytest.raises(SystemExit) as ended:
         trainer.train.main(argv(tiny_data, room, "--max_steps 1"))
     said = capsys.readouterr().err.splitlines()

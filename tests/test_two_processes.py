@@ -38,7 +38,6 @@ from tiny_runs import (
 from two_processes import LOSSES, VALIDATION, step_gradients, training
 
 from trainer.loop.agreement import Agreement
-from trainer.loop.resume import find
 from trainer.scoring.evaluation import evaluate
 from vidt.weights.checkpoint import load_model
 
@@ -196,7 +195,7 @@ def test_memory_that_runs_out_on_one_process_makes_both_take_less(ended: Ended) 
 
 def test_a_signal_to_one_process_stops_both(ended: Ended) -> None:
     assert [seen["stopped"] for seen in ended.seen] == ["stopped by SIGTERM"] * 2
-    path, passed_over = find(ended.folder / "results/stopped")
+    path, passed_over = newest(ended.folder / "results/stopped")
     assert path is not None and path.name == "step-00000002" and passed_over == []
 
 
@@ -217,7 +216,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
         )
     _, finding = json.loads((output / "non_finite.json").read_text())
     assert finding["step"] == 2 and str(finding["image_ids"]) in line
-    path, _ = find(output)
+    path, _ = newest(output)
     assert path is not None and path.name == "step-00000002"
 
 
