@@ -96,9 +96,7 @@ def restore_tensors(
             ema.load_state_dict(_under("ema/", tensors), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--resume: the checkpoint is of another architecture: {reason}"
-        ) from error
+        raise UserError(f"--resume: the checkpoint is of another architecture: {reason}") from error
     parameters = dict(model.named_parameters())
     fused = optimizer.defaults["fused"]
     for full_name, tensor in _under("optimizer/", tensors).items():
