@@ -3,6 +3,7 @@ data does not show: any square, boxes beyond the image, no objects.
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import golden
@@ -71,11 +72,13 @@ def test_golden_masks_of_our_own_vectors(dtype: torch.dtype, compare: Compare) -
     for image, found in enumerate(decode_for(model.config)(given, sizes)):
         masks, areas = found.masks, stored[f"post{image}.mask_areas"]
         assert masks is not None and torch.equal(found.labels, stored[f"post{image}.labels"])
-        # Of 4,600 pixels and more, a few lie on the edge.
-        compare(f"pixels in a mask, {dtype}", masks.flatten(1).sum(1), areas, 0 if exact else 5)
+        # In float32, cells of the 128 x 128 square flip that lie on the threshold: two at most.
+        width, height = (found.boxes[:, 2:] - found.boxes[:, :2]).amax(0).tolist()
+        cells = 2 * math.ceil(width / 128) * math.ceil(height / 128)
+        compare(f"pixels in a mask, {dtype}", masks.flatten(1).sum(1), areas, 0 if exact else cells)
         first = bits(stored[f"post{image}.masks_packbits_first8"], *sizes[image].tolist())
         differing = (masks[:8] != first).flatten(1).sum(1)
-        compare(f"differing, {dtype}", differing, torch.zeros(8), 0 if exact else 5)
+        compare(f"differing, {dtype}", differing, torch.zeros(8), 0 if exact else cells)
 
 
 @pytest.mark.parametrize("side", [7, 16])

@@ -117,6 +117,7 @@ def test_many_points_become_few_and_keep_their_mean() -> None:
     assert thinned([], []) == nothing and thinned([3], [4.0]) == ([3.0], [4.0])
 
 
+@pytest.mark.slow
 def test_the_trainer_starts_without_loading_the_plotting_library() -> None:
     code = "import sys, trainer.train; sys.exit('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=120)

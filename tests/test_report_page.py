@@ -31,10 +31,10 @@ from trainer.report.page import (
     render_training,
     write_evaluation_page,
 )
-from trainer.report.page_run import MOST_FINDINGS, findings_section
+from trainer.report.page_run import MOST_FINDINGS
 from trainer.report.plots import Series
 from trainer.report.progress import CsvLog, Progress
-from trainer.report.run_history import History
+from trainer.report.run_history import RunHistory as History
 from trainer.settings.config import parse, resolved
 from vidt.model.config import ViDTConfig
 

@@ -221,7 +221,9 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("read", "value"), BAD_VALUES, ids=str)
+@pytest.mark.parametrize(
+    ("read", "value"), BAD_VALUES, ids=lambda part: getattr(part, "__name__", str(part))
+)
 def test_values_are_refused_with_the_key(read: Callable[[str, object], Any], value: object):
     error = refused(lambda: read("some_key", value))
     assert error.code == Code.CONFIG and "some_key" in str(error)

@@ -89,15 +89,15 @@ def run(argv: Sequence[str]) -> int:
 
 def _detector(given: Any) -> Any:
     how = {"device": given.device, "precision": given.precision, "compile": given.compile}
-    from vidt.model.config import ViDTConfig, body_names
+    from vidt.model.config import ViDTConfig, backbone_names
 
     if given.threads is not None and not given.weights.endswith(".onnx"):
         import torch
 
         torch.set_num_threads(given.threads)
-    if given.weights not in body_names():
+    if given.weights not in backbone_names():
         if not Path(given.weights).exists():
-            backbones = ", ".join(body_names())
+            backbones = ", ".join(backbone_names())
             raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
         return load(given.weights, **how)
     from vidt.images.preprocessing import Preprocessing

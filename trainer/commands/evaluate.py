@@ -20,7 +20,7 @@ from trainer.commands.image_files import ImageFile
 from trainer.commands.predictions import predict_files, read_file
 from trainer.readers.coco_file import CocoFile, read_coco_file
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
-from trainer.scoring.prediction_formats import Found
+from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.loading import load
@@ -83,7 +83,9 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
+def read(
+    json_path: str, image_dir: str, names: Sequence[str], images_flag: str = "--images"
+) -> CocoFile:
     """The ground truth for a detector with these class names, matched with the file's by name.
 
     Raises UserError for a file that is not COCO's JSON, has no images, or has no class in common
@@ -102,11 +104,11 @@ def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
             f"{ours}; take weights that were trained on these classes"
         )
     if not os.path.isdir(image_dir):
-        raise UserError(f"--images {image_dir}: no such folder")
+        raise UserError(f"{images_flag} {image_dir}: no such folder")
     files = file.images.names
     if not any(os.path.isfile(os.path.join(image_dir, name)) for name in files):
         raise UserError(
-            f"--images {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
+            f"{images_flag} {image_dir} holds none of the {len(files)} images, such as {files[0]}; "
             "name the folder that the file names are relative to"
         )
     return file
@@ -114,14 +116,14 @@ def read(json_path: str, image_dir: str, names: Sequence[str]) -> CocoFile:
 
 def predict(
     detector: Any, file: CocoFile, folder: str, batch_size: int
-) -> tuple[dict[int, Found], list[str]]:
+) -> tuple[dict[int, ImagePredictions], list[str]]:
     """The detections in each image, by its position in the file, and why others are unreadable.
 
     An image is rotated by its EXIF only where the annotated size says so.
     """
     files = [ImageFile(os.path.join(folder, name), name) for name in file.images.names]
     sizes = [None if size == (0, 0) else size for size in file.images.sizes]
-    found: dict[int, Found] = {}
+    found: dict[int, ImagePredictions] = {}
     unread: list[str] = []
     with tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
         predicted = predict_files(

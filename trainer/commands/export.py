@@ -1,14 +1,19 @@
 """`vidt export`: weights to an ONNX model, which is compared with them before it counts as done."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
+from trainer.commands.evaluate import read
 from trainer.commands.image_files import ImageFiles
+from trainer.scoring.coco_scores import map50
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
+from vidt.images.files import probe_image
 
 SUMMARY = """
 Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: the model
@@ -99,8 +104,28 @@ def run(argv: Sequence[str]) -> int:
         half=given.fp16,
         with_decode=given.with_decode,
         images=images,
-        coco=(given.json, given.coco_images) if given.json else None,
+        dataset_for=partial(scored_images, given.json, given.coco_images) if given.json else None,
     )
     say(report.text())
     write_json(given.report, report.as_dict())
     return 0 if report.ok else 1
+
+
+def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
+    """A COCO dataset as `vidt.onnx.export.export` takes it. Raises UserError for a file that
+    `vidt evaluate` refuses, and for an image that is missing.
+    """
+    file = read(str(json_path), str(folder), names, "--coco_images")
+    files = [folder / name for name in file.images.names]
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing}: no such file, but {json_path} has it")
+    sizes = [
+        probe_image(path).size if size == (0, 0) else size
+        for path, size in zip(files, file.images.sizes, strict=True)
+    ]
+
+    def score(detections: Iterable[Any]) -> float:
+        return map50(file, sizes, detections, names)
+
+    return import_module("vidt.onnx.export").ScoredImages(files, sizes, score)

@@ -26,7 +26,7 @@ from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
 from trainer.commands.predictions import Predicted, predict_files
 from trainer.scoring.prediction_formats import (
     Format,
-    Found,
+    ImagePredictions,
     coco_format,
     csv_format,
     json_format,
@@ -319,7 +319,7 @@ class Results:
             return self._open_files.enter_context(_standard_output())
         return self._open_files.enter_context(atomic_text(self.out / FILES[self.kind]))
 
-    def _write_labels(self, path: Path, found: Found) -> None:
+    def _write_labels(self, path: Path, found: ImagePredictions) -> None:
         assert self.out is not None
         write_result(path, yolo_text(found).encode())
         if self.images == 1:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from trainer.commands.image_files import ImageFile
-from trainer.scoring.prediction_formats import Found, found_in
+from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
 from vidt.images.files import UnreadableImage, read_image
 
@@ -39,14 +39,14 @@ class Predicted:
     file: ImageFile
     picture: Image.Image | None
     detections: Any
-    found: Found
+    found: ImagePredictions
 
 
 def read_file(file: ImageFile, size: tuple[int, int] | None = None) -> Read:
     """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
     try:
         return Read(file, read_image(file.path, size))
-    except (UnreadableImage, ValueError) as error:
+    except UserError as error:
         return Read(file, None, str(error))
 
 
@@ -66,11 +66,13 @@ def predict_files(
         found = in_order(detector.stream(pictures, batch_size=batch_size))
         for each in window:
             if each.picture is None:
-                yield Predicted(each.file, None, None, Found(each.file.path, problem=each.problem))
+                yield Predicted(
+                    each.file, None, None, ImagePredictions(each.file.path, problem=each.problem)
+                )
                 continue
             detections = next(found).above(threshold)
             size = (each.picture.height, each.picture.width)
-            row = found_in(each.file.path, size, detections)
+            row = image_predictions(each.file.path, size, detections)
             yield Predicted(each.file, each.picture, detections, row)
 
 

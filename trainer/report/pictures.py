@@ -19,6 +19,7 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.wording import counted
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 from vidt.images.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.images.drawing import write_labels as _write_labels
 from vidt.images.files import read_image
@@ -278,7 +279,7 @@ def picture_of(sample: Sample) -> Image.Image:
     """Grey where the file cannot be read any more: a run matters more than its pictures."""
     try:
         return read_image(sample.path, sample.size)
-    except (ValueError, OSError):
+    except (UserError, OSError):
         height, width = sample.size
         return Image.new("RGB", (max(width, 1), max(height, 1)), "grey")
 

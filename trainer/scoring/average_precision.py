@@ -52,8 +52,8 @@ class Objects:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was found in them."""
+class DetectionColumns:
+    """The detections in the images."""
 
     image: np.ndarray  # int64 [D]
     label: np.ndarray  # int64 [D]
@@ -62,7 +62,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class DetectionMatches:
     """Detections, by class, image and falling score, and what became of them."""
 
     label: np.ndarray  # int64 [D]
@@ -117,7 +117,9 @@ def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndar
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 
-def match(objects: Objects, found: Found, overlap: Overlap, num_classes: int) -> Matches:
+def match(
+    objects: Objects, found: DetectionColumns, overlap: Overlap, num_classes: int
+) -> DetectionMatches:
     """Gives each detection, best first, the object that it covers best of those that are left."""
     order = np.lexsort((-found.score, found.image, found.label))  # stable, as all sorting here
     rank = _places(starts_of_runs(found.label[order], found.image[order]), len(order))
@@ -141,7 +143,7 @@ def match(objects: Objects, found: Found, overlap: Overlap, num_classes: int) ->
         for threshold, which, won in choices:
             right[number, threshold, which] = ~ignored[won]
             wrong[number, threshold, which] = False
-    return Matches(label, image, rank, found.score[order], right, wrong, totals)
+    return DetectionMatches(label, image, rank, found.score[order], right, wrong, totals)
 
 
 def _choices(
@@ -211,7 +213,7 @@ def _places(starts: np.ndarray, length: int) -> np.ndarray:
     return np.arange(length) - np.repeat(starts, np.diff(np.append(starts, length)))
 
 
-def accumulate(shares: Sequence[Matches]) -> Scores:
+def accumulate(shares: Sequence[DetectionMatches]) -> Scores:
     """Of all images, each of which is in one share."""
     label, image, rank, score = (
         np.concatenate([getattr(share, name) for share in shares])

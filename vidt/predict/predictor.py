@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from vidt.errors import UserError
 from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import (
@@ -30,7 +31,7 @@ from vidt.losses.mask_vectors import decode_vectors, paste_squares
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
-from vidt.ops.linear import pack
+from vidt.ops.packing import pack
 from vidt.weights.checkpoint import WeightsInfo, load_model
 from vidt.weights.coco_classes import COCO_ROWS
 
@@ -81,7 +82,7 @@ class Detections:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
         with boxes, names, scores and masks drawn on it.
 
-        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        Raises UserError if the image was not kept and none is given, `UnreadableImage` if its file
         can no longer be read.
         """
         found = self.cpu()
@@ -247,15 +248,15 @@ class Predictor:
     ) -> None:
         """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
         canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
-        is moved, and on a CPU packed (see `vidt.ops.linear.pack`).
+        is moved, and on a CPU packed (see `vidt.ops.packing.pack`).
 
-        Raises ValueError for a precision that does not exist, or not on this device.
+        Raises UserError for a precision that does not exist, or not on this device.
         """
         self.device = torch.device(device)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+            raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
         if precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
+            raise UserError("precision is fp16; on a CPU it must be fp32 or bf16")
         self.model = model.to(self.device).eval()
         if precision == "fp32" and not compile:
             pack(self.model)
@@ -293,7 +294,7 @@ class Predictor:
         precision: str = "fp32",
         compile: bool = False,
     ) -> "Predictor":
-        """Reads a weights file of ours or a released one. Raises ValueError, naming the file, for
+        """Reads a weights file of ours or a released one. Raises UserError, naming the file, for
         any other.
         """
         return cls(*load_model(path), device=device, precision=precision, compile=compile)
@@ -317,8 +318,8 @@ class Predictor:
         image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
         falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
-        Raises `vidt.images.files.UnreadableImage` for a damaged file, ValueError or TypeError for
-        what is no image, ValueError for a threshold that no score has.
+        Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
+        what is no image, UserError for a threshold that no score has.
         """
         check_threshold(threshold)
         if is_one(images):
@@ -349,7 +350,7 @@ class Predictor:
         clipped to their picture, unless `clip` is False.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+            raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         sources: dict[int, ImageLike] = {}
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
+from vidt.errors import UserError
+
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
 BODIES = {
     "nano": "swin_nano",
@@ -27,7 +29,7 @@ PATIENCE = 60  # seconds without a byte after which a download is given up
 CHUNK = 1 << 20
 
 
-class Unreachable(ValueError):
+class Unreachable(UserError):
     """Weights that could not be downloaded; one line says how to do without."""
 
 
