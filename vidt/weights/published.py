@@ -31,9 +31,6 @@ PATIENCE = 60  # seconds without a byte after which a download is given up
 CHUNK = 1 << 20
 
 
-<<<<<<< HEAD
-class Unreachable(UserError):
-=======
 @cache
 def coco_rows() -> tuple[str, ...]:
     """The class names of the released COCO heads, 91 rows: row i is category id i."""
@@ -44,8 +41,7 @@ def coco_rows() -> tuple[str, ...]:
     return tuple(f"unused {i}" if name in unused else name for i, name in enumerate(names))
 
 
-class Unreachable(ValueError):
->>>>>>> w-data
+class Unreachable(UserError):
     """Weights that could not be downloaded; one line says how to do without."""
 
 
