@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.dataset_check import BadDataset
-from trainer.loop.loss_log import NonFiniteLoss
 from trainer.loop.execution import OutOfMemory
+from trainer.loop.loss_log import NonFiniteLoss
 from trainer.loop.step import more_micro_batches
 from trainer.settings.config import parse
 from vidt.errors import UserError

@@ -235,7 +235,7 @@ def last_checkpoint(output: Path) -> Path:
     return resume.checkpoints(output / "checkpoints")[0]
 
 
-def newest(wanted: Path) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(wanted: Path) -> tuple[Path | None, list[str]]:
     """The path of the checkpoint that a run would resume from, and what it would skip."""
     checkpoint, skipped = resume.find(wanted)
     return (checkpoint.path if checkpoint else None), skipped
