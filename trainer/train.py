@@ -58,7 +58,7 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector
-from vidt.weights.checkpoint import WeightsInfo, save_weights
+from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
 

@@ -16,15 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from vidt.images.canvas import (
-    GRANULE,
-    canvas_batches,
     canvas_of,
     longest_side,
     resize,
-    resized_shape,
 )
-
-__all__ = ["GRANULE", "Preprocessing", "canvas_batches", "pad_batch", "resize", "resized_shape"]
 
 
 @dataclass(frozen=True)
