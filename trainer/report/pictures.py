@@ -23,7 +23,7 @@ from vidt.errors import UserError
 from vidt.images.drawing import MASK_SHARE, Label, Rectangle, class_colour, class_text
 from vidt.images.drawing import write_labels as _write_labels
 from vidt.images.files import read_image
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 
 MOST_PAIRS = 16  # validation pictures shown after an evaluation
 
