@@ -19,6 +19,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.report.pictures import as_jpeg, joined
 from trainer.report.plots import as_picture, confusion_table
 from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.scoring.mistakes import Diagnosis, condensed
@@ -80,12 +81,6 @@ def is_score(value: float) -> bool:
 def class_names_in(metrics: Mapping[str, float]) -> list[str]:
     """The classes that an evaluation scored, in its order."""
     return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
-
-
-def as_jpeg(picture: Image.Image, *, quality: int) -> bytes:
-    encoded = io.BytesIO()
-    picture.convert("RGB").save(encoded, "JPEG", quality=quality, optimize=True)
-    return encoded.getvalue()
 
 
 class CsvLog:
@@ -191,7 +186,7 @@ class TensorBoard:
         for number, picture in enumerate(progress.pictures):
             _add_picture(writer, f"pictures/{number:02d}", picture, progress.step)
         for number, pair in enumerate(progress.worst):
-            _add_picture(writer, f"worst/{number:02d}", _side_by_side(pair), progress.step)
+            _add_picture(writer, f"worst/{number:02d}", joined(pair, gap=4), progress.step)
         if progress.diagnosis is not None:
             _add_diagnosis(writer, progress.diagnosis, progress.step)
         writer.flush()
@@ -241,13 +236,6 @@ def _counts_by_threshold(curve: ScoreCurve) -> tuple[np.ndarray, ...]:
     right = (recall * curve.num_truths).round()
     false = (right / np.maximum(precision, 1e-9) - right).round()
     return right, false, curve.num_truths - right, precision, recall
-
-
-def _side_by_side(pair: Pair) -> Image.Image:
-    sheet = Image.new("RGB", (pair[0].width + pair[1].width + 4, pair[0].height), "#ffffff")
-    sheet.paste(pair[0], (0, 0))
-    sheet.paste(pair[1], (pair[0].width + 4, 0))
-    return sheet
 
 
 def _add_picture(writer: SummaryWriter, tag: str, picture: Image.Image, step: int) -> None:
