@@ -1,5 +1,6 @@
-# make train: the main job; make test; make lint. Each makes the virtual environment if need be.
-# Flags of the trainer: make train ARGS="--epochs 3".
+# make train: the main job; make test: the quick tests; make test-slow: the others; make lint. Each
+# makes the virtual environment if need be. More flags: make train ARGS="--epochs 3",
+# make test ARGS="tests/test_model.py -x".
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,14 +13,21 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: train test lint venv clean
+WORKERS ?= 2
+# A file's tests stay in one process, which makes its fixtures once; a thread for each process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+.PHONY: train test test-slow lint venv clean
 
 train: venv
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} \
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml trainer/train.py $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: venv
+	$(PYTEST) -m slow $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check .

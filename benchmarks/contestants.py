@@ -20,8 +20,8 @@ from trainer.loop.optim import make_ema, make_optimizer
 from trainer.settings.config import TrainConfig
 from vidt import ViDT, ViDTConfig
 from vidt.losses.criterion import criterion_for
-from vidt.model.swin import SWIN_VARIANTS
-from vidt.ops.linear import pack, unpack
+from vidt.model.config import SWIN_VARIANTS
+from vidt.ops.packing import pack, unpack
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, LEARNING, TRAINING = "forward", "learning", "training step"

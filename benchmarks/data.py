@@ -73,7 +73,7 @@ def dataset_of(config: TrainConfig, samples: SampleTable) -> DetectionDataset:
         Augmentation.from_config(config),
         Preprocessing(eval_size=config.eval_size),
         seed=config.seed,
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
 
 

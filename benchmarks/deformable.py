@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidt.ops.deformable_attention import Form, deformable_attention, kernel_runs
+from vidt.ops.deformable_attention import DeformableAttention, Form, Levels, kernel_runs
 
 STRIDES = (8, 16, 32, 64)
 HEADS, DIM, POINTS = 8, 32, 4
@@ -56,39 +56,38 @@ class Result:
 def forms_on(device: torch.device) -> list[Form]:
     """Those that run there."""
     if device.type == "cpu":
-        return ["grid", "gather"]
-    return ["grid", "gather", "kernel"] if kernel_runs(device) else ["grid", "gather"]
+        return ["plain", "cpu"]
+    return ["plain", "triton"] if kernel_runs(device) else ["plain"]
 
 
-def tensors_of(case: Case, device: torch.device) -> tuple[list[tuple[int, int]], list[Tensor]]:
-    """Level shapes; value, locations and weights, as `deformable_attention` takes them."""
+def inputs_of(case: Case, device: torch.device) -> tuple[Levels, list[Tensor]]:
+    """Levels; query, reference boxes and source, as `DeformableAttention` takes them."""
     shapes = [(-(-case.height // stride), -(-case.width // stride)) for stride in STRIDES]
     positions = sum(height * width for height, width in shapes)
     generator = torch.Generator().manual_seed(0)
-    value = torch.randn(case.images, positions, HEADS, DIM, generator=generator)
-    centre = torch.rand(case.images, case.queries, 1, 1, 1, 2, generator=generator)
-    side = torch.rand(case.images, case.queries, 1, 1, 1, 2, generator=generator) * 0.4
-    samples = (case.images, case.queries, HEADS, len(STRIDES), POINTS)
-    locations = centre + torch.randn(*samples, 2, generator=generator) * side / 2
-    weights = torch.rand(samples, generator=generator).flatten(3).softmax(-1).view(samples)
-    made = [value.to(PRECISIONS[case.precision]), locations, weights]
-    return shapes, [tensor.to(device).requires_grad_() for tensor in made]
+    query = torch.randn(case.images, case.queries, HEADS * DIM, generator=generator)
+    boxes = torch.rand(case.images, case.queries, 1, 4, generator=generator) * 0.4
+    source = torch.randn(case.images, positions, HEADS * DIM, generator=generator)
+    made = [query, boxes.expand(-1, -1, len(STRIDES), -1), source.to(PRECISIONS[case.precision])]
+    return Levels.of(shapes, device), [tensor.to(device).requires_grad_() for tensor in made]
 
 
 def runs(case: Case, form: Form, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is measured, by its name in `WORK`."""
-    shapes, (value, locations, weights) = tensors_of(case, device)
-    grad = torch.randn(case.images, case.queries, HEADS * DIM).to(device, value.dtype)
+    levels, (query, reference, source) = inputs_of(case, device)
+    torch.manual_seed(0)
+    sizes = {"num_heads": HEADS, "num_levels": len(STRIDES), "num_points": POINTS}
+    attention = DeformableAttention(HEADS * DIM, **sizes).to(device)
+    half = case.precision != "fp32"
 
-    @torch.inference_mode()
-    def forward() -> Tensor:
-        return deformable_attention(value, shapes, locations, weights, form=form)
+    def attend() -> Tensor:
+        with torch.autocast(device.type, PRECISIONS[case.precision], enabled=half):
+            return attention(query, reference, source, levels, form=form)
 
     def both() -> tuple[Tensor, ...]:
-        output = deformable_attention(value, shapes, locations, weights, form=form)
-        return torch.autograd.grad(output, (value, locations, weights), grad)
+        return torch.autograd.grad(attend().sum(), (query, source, *attention.parameters()))
 
-    yield from zip(WORK, (forward, both), strict=True)
+    yield from zip(WORK, (torch.inference_mode()(attend), both), strict=True)
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:

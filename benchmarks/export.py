@@ -18,16 +18,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
 import torch
 from PIL import Image
 
+from trainer.commands.export import scored_images
 from vidt import Predictor
 from vidt.images.files import read_image
 from vidt.onnx import detector as onnx_detector
-from vidt.onnx.coco_map50 import CocoImages
 from vidt.onnx.export import export
 from vidt.onnx.proof import FULL, HALF, compare
 from vidt.weights.checkpoint import load_model, save_weights
@@ -60,8 +61,7 @@ def measure(weights: Path, eval_size: int, half: bool, given: argparse.Namespace
     """Raises ValueError with the report if the export is rejected."""
     model, info = load_model(weights)
     info = replace(info, preprocessing=replace(info.preprocessing, eval_size=eval_size))
-    dataset = CocoImages(given.json, given.images, info.class_names)
-    files = dataset.files[: given.count]
+    files = scored_images(given.json, given.images, info.class_names).files[: given.count]
     pictures = [read_image(file) for file in files]
     with tempfile.TemporaryDirectory() as name:
         resized, output = Path(name) / "weights.safetensors", Path(name) / "model.onnx"
@@ -72,7 +72,9 @@ def measure(weights: Path, eval_size: int, half: bool, given: argparse.Namespace
             dynamic=("batch",),
             half=half,
             images=files,
-            coco=None if given.no_map50 else (given.json, given.images),
+            dataset_for=None
+            if given.no_map50
+            else partial(scored_images, given.json, given.images),
         )
         if not report.ok:
             raise ValueError(report.text())

@@ -35,7 +35,7 @@ from loader import loader_seconds
 from memory import EMPTY, Peaks, peak_memory
 from parts import count_flops, watched
 from results import HEADING, WORKS, Part, Row, make_parts, make_rows, parts_table
-from vidt.model.config import body_names
+from vidt.model.config import backbone_names
 
 BODIES = ("swin_nano", "swin_tiny")
 SIZES = ("1x512x512", "2x640x640")
@@ -186,7 +186,7 @@ def read_device(text: str) -> torch.device:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Time and memory of the detector.")
-    parser.add_argument("--backbone_name", nargs="+", choices=body_names(), default=BODIES)
+    parser.add_argument("--backbone_name", nargs="+", choices=backbone_names(), default=BODIES)
     parser.add_argument("--size", nargs="+", type=read_size, default=[*map(read_size, SIZES)])
     parser.add_argument("--plus", action="store_true", help="ViDT+ of 300 tokens, without masks")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")

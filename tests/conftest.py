@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests, and the table of largest differences after them."""
+"""Fixtures for all tests, and the table of largest differences in the summary."""
 
 import os
 import shutil
@@ -16,16 +16,10 @@ from tiny_runs import Learnt, blurred, random_pictures, run, write_coco
 from torch import Tensor
 
 from trainer.report.progress import Progress
-from vidt.model import mlp
 from vidt.model.vidt import ViDT, ViDTConfig
-from vidt.ops import linear
 
 Compare = Callable[[str, Tensor, Tensor, float], None]
 DIFFERENCE = "largest difference: "
-
-needs_onednn = pytest.mark.skipif(
-    not linear.onednn_runs(), reason="this PyTorch or processor has no such products of oneDNN's"
-)
 
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def one_thread_one_seed() -> Iterator[None]:
-    """So that a test gives the same numbers alone and among others."""
+    """Give a test the same numbers alone and among others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -44,7 +38,7 @@ def one_thread_one_seed() -> Iterator[None]:
 
 @pytest.fixture
 def compare(record_property: Callable[[str, object], None]) -> Compare:
-    """compare(what, found, expected, allowed): fails above `allowed`, and tells the summary."""
+    """compare(what, found, expected, allowed) fails above `allowed` and informs the summary."""
 
     def check(what: str, found: Tensor, expected: Tensor, allowed: float) -> None:
         assert found.shape == expected.shape, f"{what}: {found.shape}, not {expected.shape}"
@@ -56,7 +50,7 @@ def compare(record_property: Callable[[str, object], None]) -> Compare:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """For everything that was compared, the case that came nearest to its limit."""
+    """List, for everything that was compared, the case nearest to its limit."""
     nearest: dict[tuple[str, str], tuple[float, float, float, str]] = {}
     for report in (one for some in terminalreporter.stats.values() for one in some):
         test, _, case = getattr(report, "nodeid", "").rpartition("::")[2].partition("[")
@@ -73,23 +67,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"{test:<40} {what:<36} {difference:.1e} of {allowed:.1e}  {case}")
 
 
-def asked_of_onednn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that oneDNN is given from now on, packed or as they are."""
-    weights: list[Tensor] = []
-    product = linear.product
-
-    def listening(x: Tensor, weight: Tensor, *args: Tensor | None, gelu: bool = False) -> Tensor:
-        weights.append(weight)
-        return product(x, weight, *args, gelu=gelu)
-
-    for user in (linear, mlp):
-        monkeypatch.setattr(user, "product", listening)
-    return weights
-
-
 @pytest.fixture(scope="session")
 def tiny_config() -> ViDTConfig:
-    """The smallest body with the smallest decoder that still has every part."""
+    """The smallest backbone with the smallest decoder that still has every part."""
     return ViDTConfig(
         num_classes=3,
         det_token_num=7,
@@ -115,14 +95,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def masked_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures; every second object has a mask."""
+    """The pictures of `tiny_data`; every second object has a mask."""
     return with_masks(tiny_data, tmp_path_factory.mktemp("masked") / "data")
 
 
 @pytest.fixture(scope="session")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
-    """A detector that knows four pictures by heart: its scores are neither none nor perfect. Their
-    category ids have gaps and an order of their own.
+    """A detector that has memorised four pictures, with scores between none and perfect.
+
+    The category ids of the pictures have gaps and are out of order.
     """
     folder, pictures = tmp_path_factory.mktemp("learnt"), random_pictures(4, seed=0)
     data = write_coco(folder / "data", pictures, pictures, ids=(7, 900, 3))
@@ -140,7 +121,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Learnt:
 
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Path]:
-    """A folder for a run's results, a hundred megabytes a checkpoint, gone after the test."""
+    """A folder for a run's results, removed after the test: a checkpoint takes 100 MB."""
     folder = tmp_path / "room"
     folder.mkdir()
     yield folder

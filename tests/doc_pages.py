@@ -1,5 +1,5 @@
-"""What the pages of the documentation are made of: their blocks, and the small data sets that lie
-where they say, as COCO, Pascal VOC and YOLO files.
+"""The blocks of the documentation's pages, and the small data sets that their commands read, as
+COCO, Pascal VOC and YOLO files.
 """
 
 import json
@@ -51,7 +51,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def loose_coco(root: Path, folder: str) -> None:
-    """train.json, val.json and one folder with the images of both."""
+    """Write train.json, val.json and one folder with the images of both."""
     for split, seed in (("train", 5), ("val", 6)):
         write_split(root, split, random_pictures(6, seed))
         file = root / f"annotations/instances_{split}2017.json"
@@ -67,7 +67,7 @@ def loose_coco(root: Path, folder: str) -> None:
 
 
 def objects_of(coco: Path, split: str) -> Iterator[tuple[Path, int, int, list[tuple]]]:
-    """Image, its width and height, and (class index, name, x, y, width, height) of each object."""
+    """Path, width, height and (class index, name, x, y, width, height) of objects, by image."""
     document = json.loads((coco / f"annotations/instances_{split}2017.json").read_text())
     ids = sorted(category["id"] for category in document["categories"])
     names = {category["id"]: category["name"] for category in document["categories"]}

@@ -1,4 +1,4 @@
-"""The golden data: what the published implementation gives for weights and inputs made anew."""
+"""The golden data: outputs of the published implementation for generated weights and inputs."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ present = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no ../shared/
 
 @cache
 def fill() -> ModuleType:
-    """The folder's own generator of weights, images and targets."""
+    """The generator of weights, images and targets that lies beside the data."""
     spec = importlib.util.spec_from_file_location("golden_fill", FOLDER / "fill.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +41,7 @@ def read_arrays(path: str) -> dict[str, Tensor]:
 
 
 def config_of(path: str) -> ViDTConfig:
-    """The configuration that the `arguments` of a file ask for, without dropout."""
+    """The configuration for the `arguments` in a file, without dropout."""
     content = read_json(path)
     arguments = [argument for argument in content["arguments"] if argument != "--masks"]
     flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
@@ -86,13 +86,13 @@ def targets(
 
 
 def stored_part(tensor: Tensor, part: str) -> Tensor:
-    """The slice that was stored, written like "[:, ::3, :]"."""
+    """The stored slice of a tensor; `part` reads like "[:, ::3, :]"."""
     steps = [axis.strip().lstrip(":") for axis in part.strip("[]").split(",")]
     return tensor[tuple(slice(None, None, int(step or 1)) for step in steps)]
 
 
 def pairs(matches: Matches, level: int, num_images: int) -> list[list[list[int]]]:
-    """Matches of a level as the golden files write them: per image [queries, targets], by query."""
+    """Matches of a level in the golden files' form: [queries, targets] per image, by query."""
     images = []
     for image in range(num_images):
         here = (matches.level == level) & (matches.image == image)

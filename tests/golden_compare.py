@@ -1,4 +1,4 @@
-"""Comparisons with what the published implementation gave, for detectors of every kind."""
+"""Comparisons with outputs of the published implementation, for every kind of detector."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from vidt.model.without_neck import decode_best_class
 from vidt.predict.predictor import Detections, decode_top_k
 from vidt.weights.released import released_name, released_vidt
 
-# The folders of the golden data that hold results, and whose they are.
+# Folders of the golden data that hold results, and the family of each.
 FAMILIES = {
     "vidt_swin_nano": "ViDT",
     "vidt_swin_nano_nc3_norefine": "ViDT",
@@ -44,7 +44,7 @@ def load(variant: str) -> nn.Module:
 
 @cache
 def run(variant: str, name: str) -> dict:
-    """Outputs, and under `inside` what passes between the parts."""
+    """Outputs, and under `inside` the tensors that pass between the parts of the model."""
     model = load(variant)
     with record_inside(model) as inside, torch.no_grad():
         outputs = model(*golden.inputs(name))
@@ -101,7 +101,7 @@ def record_decoder(model: Any, seen: dict[str, Tensor]) -> list[Any]:
 
 
 def named_outputs(found: dict) -> dict[str, Tensor]:
-    """What `run` returns, by the golden files' names."""
+    """The tensors that `run` returns, under the golden files' names."""
     named = {name: found[name] for name in found if name.startswith("pred_")} | found["inside"]
     for level, logits in enumerate(found.get("enc_tokens", {}).get("pred_logits", [])):
         named[f"enc_tokens{level}"] = logits
@@ -111,9 +111,7 @@ def named_outputs(found: dict) -> dict[str, Tensor]:
 
 
 def compare_outputs(variant: str, name: str, compare: Compare) -> None:
-    """Everything that is stored of a variant on an input, but for what `compare_decoded` sees
-    to.
-    """
+    """Compare every stored tensor of a variant on an input, except for decoded predictions."""
     found = named_outputs(run(variant, name))
     meta = golden.read_json(f"{variant}/meta.json")
     stated = {what: 5 * limit for what, limit in meta["fp32_max_abs_diff"][name].items()}
@@ -133,8 +131,9 @@ def compare_outputs(variant: str, name: str, compare: Compare) -> None:
 
 
 def compare_decoded(variant: str, compare: Compare) -> None:
-    """Scores, labels and boxes in pixels of both images of the pair; masks are left to
-    test_mask_vectors.
+    """Compare scores, labels and boxes in pixels of both images of the pair.
+
+    Masks are compared in test_mask_vectors.
     """
     stored = golden.read_arrays(f"{variant}/pair.npz")
     meta, method = golden.read_json(f"{variant}/meta.json"), load(variant).config.method
@@ -150,7 +149,7 @@ def compare_decoded(variant: str, compare: Compare) -> None:
 
 
 def decoded(method: str, outputs: dict[str, Tensor], sizes: Tensor) -> list[Detections]:
-    """In the order of the golden files, without masks."""
+    """Detections in the order of the golden files, without masks."""
     given = {name: outputs[name].detach() for name in ("pred_logits", "pred_boxes")}
     if method == "vidt":
         return decode_top_k(given, sizes)
@@ -165,7 +164,7 @@ def compare_losses(
     allowed: float,
     criterion: SetCriterion | SoftmaxCriterion,
 ) -> dict[str, Tensor]:
-    """Every stored loss by name, the total and the matchings; returns our weighted terms."""
+    """Compare every stored loss, their total and the matchings; return our weighted terms."""
     matches = criterion.match(outputs, targets)
     terms = criterion(outputs, targets, max(sum(len(t["labels"]) for t in targets), 1))
     weights = {**criterion.weights, "vector": 1}  # stored with its weight
@@ -185,7 +184,7 @@ def compare_losses(
 
 
 def compare_case(variant: str, case: str, compare: Compare, allowed: float) -> None:
-    """The losses of one of LOSS_CASES."""
+    """Compare the losses of one of LOSS_CASES."""
     name, config = case.partition("_")[0], load(variant).config
     targets = golden.targets(name, config.num_classes, empty=() if name == case else (1,))
     expected = golden.read_json(f"{variant}/losses.json")[case]
@@ -199,8 +198,9 @@ def compare_gradients(
     dtype: torch.dtype = torch.float32,
     allowed: float | None = None,
 ) -> None:
-    """Norms and sums of all gradients; allowed, unless it is given, is how near to the float64
-    reference its own float32 run is.
+    """Compare norms and sums of all gradients with the float64 reference.
+
+    The default of `allowed` is the difference of the reference's own float32 run.
     """
     facts = golden.read_json(f"{variant}/grads.json")["float64"]
     expected = {our_name(name): values for name, values in facts["grads"].items()}
@@ -221,14 +221,14 @@ def compare_gradients(
 
 
 def our_name(name: str) -> str | None:
-    """Gradients are stored under the released heads' other name."""
+    """Our name of a gradient; the golden files store heads under a second released name."""
     return released_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
 
 
 def compare_criterion(
     case: str, criterion: SetCriterion | SoftmaxCriterion, compare: Compare
 ) -> None:
-    """Losses, matchings, gradients and decoded boxes of predictions made up."""
+    """Compare losses, matchings, gradients and decoded boxes of synthetic predictions."""
     outputs, targets, expected = criterion_case(case)
     terms = compare_losses(outputs, targets, expected, compare, 2e-6, criterion)
     torch.stack(list(terms.values())).sum().backward()
@@ -245,7 +245,7 @@ def compare_criterion(
 
 
 def criterion_case(case: str) -> tuple[dict, list[dict[str, Tensor]], dict]:
-    """Outputs that collect gradients, targets, and what is expected of them."""
+    """Outputs that collect gradients, their targets, and the expected results."""
     expected = golden.read_json("criterion_cases.json")[case]
     asked = expected["definition"]
     made = golden.fill().synthetic_outputs(
@@ -290,13 +290,12 @@ def check_parameter_count(path: str, model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def log_values(outputs: dict, targets: list, matches: Matches) -> dict[str, Tensor]:
-    """What the released code logs beside its losses, scalars by name; matches from
-    `SetCriterion.match`.
+    """Scalars that the released code logs beside its losses, by name.
 
-    `class_error`: per cent of the last level's matched queries whose best class is not their
-    object's, 100 if none is matched. `cardinality_error` of each level: how far the number of
-    queries whose best class is not the last one is from the number of objects, mean over images;
-    made for a softmax with background and of use beside old logs only.
+    `class_error`: per cent of the last level's matched queries whose best class differs from their
+    object's, 100 if none is matched. `cardinality_error` of each level: difference between the
+    number of objects and the number of queries whose best class is not the last one, mean over
+    images. It was made for a softmax with background.
     """
     logits = stack(prediction_levels(outputs), "pred_logits")
     best = logits.argmax(-1)  # [L, B, Q]

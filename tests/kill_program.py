@@ -1,6 +1,4 @@
-"""The program around a series of kills: as many as are asked for, a line each, and how many went
-well.
-"""
+"""A program for a series of kills: prints a line for each and how many ended well."""
 
 import argparse
 import sys
@@ -11,17 +9,18 @@ from typing import Protocol
 
 
 class Outcome(Protocol):
-    """Of one kill; its text is the line."""
+    """The outcome of one kill; its text is the printed line."""
 
     @property
     def faults(self) -> list[str]:
-        """What is not as it should be afterwards."""
+        """Descriptions of what is wrong afterwards."""
         ...
 
 
 def run_kills(about: str, kills: Callable[[Path, int, int], Iterator[Outcome]], ended: str) -> None:
-    """kills(folder, count, seed) of `--kills` and `--seed`; `ended` says what those without faults
-    did. The exit code is 1 if there was a fault.
+    """Run `kills(folder, count, seed)` with the values of `--kills` and `--seed`.
+
+    `ended` completes the sentence about the kills without faults. Exits with 1 if there was one.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--kills", type=int, default=20)

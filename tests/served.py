@@ -1,4 +1,4 @@
-"""A server of one file on this machine, which remembers what it was asked for."""
+"""An HTTP server of one file on this machine, which records its requests."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Served:
-    """`address` is that of the file; with `?cut` behind it, more is promised than is sent."""
+    """`address` is that of the file; with `?cut` appended, the reply is too short."""
 
     address: str
     requests: list[str] = field(default_factory=list)

@@ -1,5 +1,5 @@
-"""Evaluations without a detector: boxes moved off the true ones, some left out, some of another
-class, some where nothing is; scored by the code that scores detectors.
+"""Evaluations without a detector: true boxes are moved, left out or given another class, and false
+ones are added; the code that scores detectors scores them.
 """
 
 import math
@@ -26,7 +26,7 @@ PER_EPOCH = 10  # steps
 def pictures_of(
     folder: Path, class_names: Sequence[str], count: int = 20, seed: int = 0
 ) -> SampleTable:
-    """Pictures of one to six boxes, of sides from 8 to 130 pixels; every seventh has none."""
+    """Pictures with one to six boxes of 8 to 130 pixels a side; every seventh has no box."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
@@ -51,7 +51,7 @@ def pictures_of(
 
 
 def found_in(samples: SampleTable, skill: float, seed: int = 0) -> dict[int, Detections]:
-    """skill 0..1: nothing right to nearly all."""
+    """Detections by image; `skill` runs from 0, nothing right, to 1, nearly all right."""
     random, num_classes = np.random.default_rng(seed), len(samples.class_names)
     found = {}
     for index, sample in enumerate(samples):

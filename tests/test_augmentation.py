@@ -52,7 +52,7 @@ def dataset_of(data: Path, *flags: str, **changed: Any) -> DetectionDataset:
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=changed.get("seed", config.seed),
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
 
 
@@ -98,7 +98,7 @@ def test_workers_do_not_matter(tiny_data: Path, num_workers: int) -> None:
         for ours, theirs in zip(first["targets"], second["targets"], strict=True):
             assert ours["image_id"] == theirs["image_id"]
             assert torch.equal(ours["boxes"], theirs["boxes"])
-            assert torch.equal(ours["noised_boxes"], theirs["noised_boxes"])
+            assert torch.equal(ours["denoising_boxes"], theirs["denoising_boxes"])
 
 
 def bright(image: Image.Image) -> tuple[list[float], float]:
@@ -291,7 +291,7 @@ def test_noised_boxes_are_whole_copies_near_the_truth() -> None:
     none = noise_boxes(boxes[:0], 5, np.random.default_rng(0))
     assert none.shape == (0, 4)
     for queries, places in ((9, 9), (1, 2)):  # 2 noised boxes; one is the least for two objects
-        batch = noised_batch([{"noised_boxes": noised}, {"noised_boxes": none}], queries)
+        batch = noised_batch([{"denoising_boxes": noised}, {"denoising_boxes": none}], queries)
         assert isinstance(batch, Tensor) and batch.shape == (2, places, 4)
     assert noised_batch([{"labels": boxes}], 9) is None
 

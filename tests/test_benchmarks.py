@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.shapes import write_shapes
-from vidt.ops.linear import Linear, onednn_runs
+from vidt.ops.packing import PackedLinear, onednn_runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +36,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
+@pytest.mark.slow
 def test_speed_tells_everything_about_a_case(tmp_path: Path) -> None:
     printed = run("speed.py", "--quick", "--device", "cpu", "--json", tmp_path / "speed.json")
     written = json.loads((tmp_path / "speed.json").read_text())
@@ -128,12 +129,12 @@ def test_it_predicts_with_packed_weights_as_a_predictor_does(
     precision: str, files: SimpleNamespace
 ) -> None:
     detector = files.contestants.Detector(case_of(files, "swin_nano", precision=precision))
-    layers = [each for each in detector.model.modules() if isinstance(each, Linear)]
     forward, training = detector.eager()
     for contestant in (forward, training, forward):
         contestant.prepare()
         expected = onednn_runs() and precision == "no" and contestant is forward
-        assert layers and all((layer._packed is not None) == expected for layer in layers)
+        packed = [each for each in detector.model.modules() if isinstance(each, PackedLinear)]
+        assert bool(packed) == expected
 
 
 @pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])
@@ -187,6 +188,7 @@ def test_who_fails_is_left_out(files: SimpleNamespace) -> None:
     assert failures == ["forward, compiled: failed, no compiler"]
 
 
+@pytest.mark.slow
 def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64)
@@ -197,6 +199,7 @@ def test_data_measures_each_number_of_workers(tmp_path: Path) -> None:
     assert all(rate["images_per_second"] > 0 for rate in result["workers"])
 
 
+@pytest.mark.slow
 def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
     written = tmp_path / "data.json"
     folder = write_shapes(tmp_path, num_train=6, num_val=2, size=64) / "train2017"
@@ -208,6 +211,7 @@ def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
     assert f"ratio {result['ratio']:.2f}" in printed
 
 
+@pytest.mark.slow
 def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
     written = tmp_path / "scoring.json"
     flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)
@@ -233,3 +237,16 @@ def test_wrong_flags_are_named(
     with pytest.raises(SystemExit):
         files.speed.arguments(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_functions_counts_what_runs(tmp_path: Path) -> None:
+    run("functions.py", "--json", tmp_path / "counts.json")
+    job, forward, whole = json.loads((tmp_path / "counts.json").read_text()).values()
+    assert "trainer/train.py" in job["longest_files"]
+    assert "vidt/model/vidt.py" in forward["longest_files"]
+    assert not [name for name in forward["longest_files"] if name.startswith("trainer")]
+    for counts in (job, forward):
+        assert 0 < counts["functions"] < counts["code_lines"] < counts["file_lines"]
+        assert sum(counts["code_lines_by_room"].values()) == counts["code_lines"]
+        assert counts["code_lines"] < whole["lines"]

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidt import ViDTConfig
-from vidt.model.coat import Block, CoatBody
-from vidt.model.variants import COAT_VARIANTS
+from vidt.model.coat import CoatBackbone, CoatBlock
+from vidt.model.config import COAT_VARIANTS
 from vidt.weights.pretrained import TIMM_NAMES, added_by_vidt, load_imagenet
 
 
-def body_of(name: str) -> CoatBody:
-    return CoatBody(COAT_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,)).eval()
+def body_of(name: str) -> CoatBackbone:
+    return CoatBackbone(COAT_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,)).eval()
 
 
 @pytest.mark.parametrize("name", COAT_VARIANTS)
@@ -52,7 +52,7 @@ def test_the_attention_of_patches_is_timms(tmp_path: Path, compare: Compare) -> 
     load_imagenet(body, "coat_lite_tiny", str(tmp_path / "model.safetensors"))
     theirs, ours = source.serial_blocks2[1], body.stages[1]
     block = ours.serial_blocks[1]
-    assert isinstance(block, Block)
+    assert isinstance(block, CoatBlock)
     tokens, det = torch.randn(2, 1 + 5 * 7, 128), torch.randn(2, 4, 128)
     theirs.cpe = StandStill()
     still = StandStill()
@@ -73,7 +73,7 @@ class StandStill(nn.Module):
 @pytest.mark.parametrize("method", ["vidt", "vidt_wo_neck"])
 def test_every_parameter_is_trained(method: str) -> None:
     config = ViDTConfig(method=method, backbone_name="coat_lite_tiny", num_classes=3)
-    body = CoatBody(
+    body = CoatBackbone(
         COAT_VARIANTS[config.backbone_name],
         det_token_num=4,
         pos_dim=8,

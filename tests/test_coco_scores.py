@@ -18,7 +18,7 @@ from tiny_runs import call
 
 from trainer.commands.evaluate import predict, read
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
-from trainer.scoring.prediction_formats import Found, run_lengths
+from trainer.scoring.prediction_formats import ImagePredictions, run_lengths
 from vidt.onnx.detector import OnnxDetections
 
 NAMES = ("red", "green", "blue", "none of it")
@@ -43,7 +43,7 @@ def drawn(boxes: np.ndarray) -> np.ndarray:
     return dx**2 + dy**2 <= 1
 
 
-def scene(seed: int, images: int = 12) -> tuple[dict[str, Any], dict[int, Found]]:
+def scene(seed: int, images: int = 12) -> tuple[dict[str, Any], dict[int, ImagePredictions]]:
     """A COCO document, its image ids in no order, and what was found in its images, by place.
     Scores are often equal, so that the order in which they are looked at matters.
     """
@@ -76,7 +76,7 @@ def scene(seed: int, images: int = 12) -> tuple[dict[str, Any], dict[int, Found]
             )
         near = boxes + random.choice([0, 0, 4], boxes.shape)
         guesses = np.concatenate([near, random_boxes(random, 30)])
-        found[place] = Found(
+        found[place] = ImagePredictions(
             "",
             SIZE,
             guesses,
@@ -87,7 +87,7 @@ def scene(seed: int, images: int = 12) -> tuple[dict[str, Any], dict[int, Found]
     return document, found
 
 
-def by_pycocotools(document: dict[str, Any], found: dict[int, Found], kind: str) -> dict:
+def by_pycocotools(document: dict[str, Any], found: dict[int, ImagePredictions], kind: str) -> dict:
     """The twelve numbers, and precision [IoU, recall, class] of the three classes."""
     label_of = {own: NAMES.index(name) for name, own in IDS.items()}
     truth = [
@@ -247,7 +247,7 @@ def test_objects_without_a_mask_are_no_mistake(tmp_path: Path) -> None:
     document, _ = scene(3)
     things = document["annotations"]
     found = {
-        place: Found("", SIZE, np.zeros((0, 4)), masks=[])
+        place: ImagePredictions("", SIZE, np.zeros((0, 4)), masks=[])
         for place in range(len(document["images"]))
     }
     place_of = {each["id"]: place for place, each in enumerate(document["images"])}
@@ -260,7 +260,7 @@ def test_objects_without_a_mask_are_no_mistake(tmp_path: Path) -> None:
     mask = first["segmentation"]["counts"]
     box = np.array([[x, y, x + w, y + h]])
     place = place_of[first["image_id"]]
-    found[place] = Found("", SIZE, box, [label], scores=[0.9], masks=[mask])
+    found[place] = ImagePredictions("", SIZE, box, [label], scores=[0.9], masks=[mask])
     file = read(str(written(tmp_path, document)), str(tmp_path), NAMES)
     numbers, unusable = mask_scores(file, judge(file, found), found, NAMES)
     assert numbers["segm_map"] == pytest.approx(1) and unusable == 0

@@ -81,6 +81,7 @@ def test_the_guard_notes_and_refuses(guarded: dict[str, str]) -> None:
     assert "192.0.2.1" in Path(guarded["NETWORK_LOG"]).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_through_the_launcher(tiny_data: Path, room: Path, guarded: dict[str, str]) -> None:
     """Everything promised is there, and nothing tried to leave the machine."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]
@@ -280,6 +281,7 @@ def test_a_written_configuration_repeats_the_run(tiny_data: Path, room: Path) ->
     assert state.best_metrics == first
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_a_mistake_leaves_no_trace_of_python(
     tiny_data: Path, room: Path
 ) -> None:

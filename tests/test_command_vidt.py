@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 
 import vidt
+from trainer.commands.command_flags import atomic_text, write_result
 from trainer.commands.command_line import COMMANDS, main
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
-from trainer.commands.info import in_words as info_in_words
+from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
-from trainer.commands.result_files import atomic_text, write_result
 from trainer.scoring.average_precision import COCO_NUMBERS
 from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.images.preprocessing import Preprocessing
@@ -65,7 +65,7 @@ def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
 
 def test_the_console_script_is_the_command_line() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'\[project\.scripts\]\nvidt = "trainer\.command_line:main"\n', text)
+    assert re.search(r'\[project\.scripts\]\nvidt = "trainer\.commands\.command_line:main"\n', text)
 
 
 def test_help_of_a_command_in_either_order(capsys: Output) -> None:
@@ -438,7 +438,7 @@ def test_one_is_not_told_as_many(tmp_path: Path, capsys: Output) -> None:
     assert "1 of 1 image cannot be used" in capsys.readouterr().err
     training = {"data": {"train": {"source": "a", "images": 1, "boxes": 1}}}
     facts = {"file": "a", "bytes": 1, "training": training}
-    assert "a: 1 image, 1 box" in info_in_words(facts)
+    assert "a: 1 image, 1 box" in info_page(facts)
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="no blood cells here")
@@ -535,7 +535,7 @@ def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_
     """Those of the command line, which can be made again, are not forced onto it."""
     code = (
         "import os, pathlib, sys; sys.modules['torch'] = None\n"
-        "from trainer.commands.result_files import write_result\n"
+        "from trainer.commands.command_flags import write_result\n"
         "from vidt.atomic import atomic_write\n"
         "path, forced, real = pathlib.Path(sys.argv[1]), [], os.fsync\n"
         "os.fsync = lambda number: (forced.append(path.exists()), real(number))\n"

@@ -126,7 +126,7 @@ def test_values_that_begin_with_a_minus_or_hold_spaces():
         ("--no-flipp", ["--no-flipp", "the nearest is --no_flip"]),
         ("-lr 1", ["-lr", "the nearest is --lr"]),
         ("--no-lr", ["unknown flag --no-lr"]),
-        ("--no-flip True", ["--no-flip takes no value", "True"]),
+        ("--no-flip True", ["--no_flip takes no value", "True"]),
         ("--lr fast", ["--lr is 'fast'", "a number"]),
         ("--lr nan", ["--lr is 'nan'", "a number"]),
         ("--lr 1 2", ["--lr takes one value", "1 2"]),

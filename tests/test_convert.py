@@ -22,7 +22,7 @@ from vidt.convert import main
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import load_model, read_start
-from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.published import coco_rows
 from vidt.weights.released import (
     imagenet_swin,
     name_in_released,
@@ -115,7 +115,10 @@ def test_every_released_tensor_finds_its_place(path: str) -> None:
 
 
 @golden.present
-@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if "base" in path else ()) for path in LISTS],
+)
 def test_there_and_back_is_the_identity(path: str) -> None:
     tensors = filled(path)
     config = released_config(tensors)
@@ -161,7 +164,7 @@ def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     torch.save({"model": tensors, "args": epff, "epoch": 49, "optimizer": {"state": {}}}, first)
     assert main([first, ours]) == 0
     model, info = load_model(ours)
-    assert info.class_names == COCO_ROWS and info.config == released_config(tensors)
+    assert info.class_names == coco_rows() and info.config == released_config(tensors)
     assert load_kept(ours).keys() == unread_tensors(tensors).keys()
     assert main([ours, back]) == 0
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -172,7 +175,7 @@ def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
         assert torch.equal(content["model"][name], tensor), name
     assert (tmp_path / "back.pth").stat().st_size < 1.01 * (tmp_path / "in.pth").stat().st_size
     again, config, class_names = read_start(back)
-    assert config == info.config and class_names == COCO_ROWS
+    assert config == info.config and class_names == coco_rows()
     assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
 
 
@@ -245,16 +248,22 @@ def cut(path: Path) -> Path:
 
 
 MISUSE = {
-    "nothing": ("", "the following arguments are required: source, target"),
-    "an unknown flag": ("small.pth x.safetensors --class a,b,c", "unrecognized arguments: --class"),
+    "nothing": ("", "the following is missing: source, target"),
+    "an unknown flag": (
+        "small.pth x.safetensors --class a,b,c",
+        "unknown flag --class; see python -m vidt.convert",
+    ),
     "no file": ("nowhere.pth x.safetensors", "nowhere.pth does not exist; give the path"),
     "a folder": ("folder x.safetensors", "folder is a folder; give the path of a weights file"),
-    "another ending": ("small.pth x.pth", "x.pth: of small.pth comes a .safetensors file; name it"),
-    "another ending back": ("ours.safetensors x.bin", "comes a .pth file; name it so"),
-    "itself": ("ours.pth ours.pth", "ours.pth is the file that is to be converted"),
+    "another ending": ("small.pth x.pth", "x.pth: small.pth converts to a .safetensors file; name"),
+    "another ending back": ("ours.safetensors x.bin", "converts to a .pth file; name it so"),
+    "itself": ("ours.pth ours.pth", "ours.pth is the source file"),
     "names too few": ("small.pth x.safetensors --class_names a", "has 3 classes and 1 class names"),
-    "names twice": ("small.pth x.safetensors --class_names a,b,a", "none of them twice"),
-    "a name that is none": ("small.pth x.safetensors --class_names a,,b", "a name to each class"),
+    "names twice": ("small.pth x.safetensors --class_names a,b,a", "each class a name of its own"),
+    "a name that is none": (
+        "small.pth x.safetensors --class_names a,,b",
+        "each class a name of its own",
+    ),
     "names of ours": ("ours.safetensors x.pth --class_names a,b,c", "has its own; leave the flag"),
     "a torn file": ("torn.pth x.safetensors", "torn.pth cannot be read safely as PyTorch weights"),
     "a torn file of ours": ("torn.safetensors x.pth", "torn.safetensors cannot be read as ViDT"),
@@ -314,6 +323,7 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns if p.is_file() else 0 for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:
     """As a person starts it: nothing else is said, no file is left."""
     (tmp_path / "in.pth").write_bytes(b"no weights")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,10 @@ import pytest
 import torch
 from conftest import Compare
 from test_benchmarks import run
-from torch import Tensor
+from torch import Tensor, nn
 
-from vidt.ops import deformable_gather
-from vidt.ops.deformable_attention import (
-    DeformableAttention,
-    Form,
-    deformable_attention,
-)
-from vidt.ops.levels import level_table
+from vidt.ops import deformable_cpu
+from vidt.ops.deformable_attention import DeformableAttention, Form, Levels, deformable_attention
 
 CORE_CASES = (
     "tiny_two_levels",
@@ -30,11 +26,31 @@ CORE_CASES = (
     "far_outside",
     "three_levels_head_dim_30",
 )
-LEVELS = [(9, 7), (5, 4), (3, 2), (2, 1)]
+SHAPES = [(9, 7), (5, 4), (3, 2), (2, 1)]
+LEVELS = Levels.of(SHAPES, torch.device("cpu"))
 EXACT = 1e-6  # results are of order one and were stored as float32
 
 
-PLAIN: tuple[Form, ...] = ("grid", "gather")  # what runs on every machine
+def attend(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    form: Form,
+) -> Tensor:
+    """Each form as `deformable_attention`: the CPU's gets the identity as its projection."""
+    levels = Levels.of(list(shapes), value.device)
+    if form != "cpu":
+        return deformable_attention(value, levels, locations, weights, form)
+    source = value.flatten(2).to(locations.dtype)
+    projection = nn.Linear(source.shape[2], source.shape[2], dtype=locations.dtype)
+    nn.init.eye_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    args = (levels.table, locations, weights, projection)
+    return deformable_cpu.attend(source, None, *args).to(value.dtype)
+
+
+PLAIN: tuple[Form, ...] = ("plain", "cpu")  # what runs on every machine
 plain = pytest.mark.parametrize("form", PLAIN)
 core_case = pytest.mark.parametrize("case", CORE_CASES)
 
@@ -58,7 +74,7 @@ def check_core(
     }
     given = [fields[name].to(dtype).requires_grad_() for name in ("value", "locations", "weights")]
     shapes = [tuple(shape) for shape in facts["level_shapes_hw"]]
-    output = deformable_attention(given[0], shapes, given[1], given[2], form=form)
+    output = attend(given[0], shapes, given[1], given[2], form)
     output.backward(fields["grad_output"].to(dtype))
 
     # float32 places a sample to some 1e-7 of a level, which the slope of the map multiplies.
@@ -85,7 +101,7 @@ def test_core_gradient_at_pixel_centres(case: str, form: Form, compare: Compare)
     )
     locations = (locations + 1e-9).requires_grad_()
     shapes = [tuple(shape) for shape in facts["level_shapes_hw"]]
-    deformable_attention(value, shapes, locations, weights, form).backward(grad_output)
+    attend(value, shapes, locations, weights, form).backward(grad_output)
     compare("gradient of locations", locations.grad, expected, 1e-5)
 
 
@@ -112,7 +128,7 @@ def test_sampling_by_hand(form: Form) -> None:
     value = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
     places = [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.0, 0.25], [2.0, 2.0]]
     locations = torch.tensor(places).reshape(1, 6, 1, 1, 1, 2)
-    output = deformable_attention(value, [(2, 2)], locations, torch.ones(1, 6, 1, 1, 1), form)
+    output = attend(value, [(2, 2)], locations, torch.ones(1, 6, 1, 1, 1), form)
     assert torch.allclose(output.flatten(), torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5, 0.0]))
 
 
@@ -144,7 +160,7 @@ class Sampling:
         return [tensor.to(device).requires_grad_() for tensor in made]
 
     def call(self, value: Tensor, locations: Tensor, weights: Tensor, form: Form) -> Tensor:
-        return deformable_attention(value, list(self.shapes), locations, weights, form)
+        return attend(value, list(self.shapes), locations, weights, form)
 
 
 def check_gradient(form: Form, device: str, fast_mode: bool = False) -> None:
@@ -161,12 +177,12 @@ def test_gradient_is_that_of_finite_differences(form: Form) -> None:
     check_gradient(form, "cpu")
 
 
-def check_like_grid(sampling: Sampling, dtype: torch.dtype, form: Form, device: str) -> None:
-    """Outputs and gradients equal those of "grid" in float64, as far as the dtype goes."""
+def check_like_plain(sampling: Sampling, dtype: torch.dtype, form: Form, device: str) -> None:
+    """Outputs and gradients equal those of "plain" in float64, as far as the dtype goes."""
     given = sampling.tensors(dtype, device)
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in given]
     output = sampling.call(*given, form)
-    expected = sampling.call(*exact, "grid")
+    expected = sampling.call(*exact, "plain")
     assert output.dtype is dtype
     arriving = torch.rand(expected.shape, dtype=torch.float64).to(dtype)
     output.backward(arriving.to(device))
@@ -192,8 +208,8 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_gather_gives_what_grid_gives(sampling: Sampling, dtype: torch.dtype) -> None:
-    check_like_grid(sampling, dtype, "gather", "cpu")
+def test_the_cpu_form_equals_the_plain_form(sampling: Sampling, dtype: torch.dtype) -> None:
+    check_like_plain(sampling, dtype, "cpu", "cpu")
 
 
 @plain
@@ -205,15 +221,8 @@ def test_what_is_not_a_number_is_not_hidden(form: Form) -> None:
     locations[0, 2, 0, 0, 0, 0] = math.inf
     output = sampling.call(value, locations, weights, form)
     assert output[0, 3:].isfinite().all() and output[1].isfinite().all()
-    if form == "gather":
+    if form == "cpu":
         assert output[0, 1, : sampling.dim].isnan().all()
-
-
-def test_operator_keeps_the_rules_of_torch() -> None:
-    """So that autograd and torch.compile may rely on what it says of itself."""
-    rows, weights = torch.rand(7, 3, requires_grad=True), torch.rand(4, 2, requires_grad=True)
-    index = torch.tensor([[0, 6], [3, 3], [1, 2], [5, 0]], dtype=torch.int32)
-    torch.library.opcheck(deformable_gather.weighted_rows, (rows, index, weights))
 
 
 def test_compiles_whole(module: DeformableAttention) -> None:
@@ -240,22 +249,12 @@ def test_exports_nothing_of_ours(coordinates: int, module: DeformableAttention) 
     assert torch.allclose(program.module()(*given), module(*given), atol=1e-6)
 
 
-def test_level_table_is_made_once_for_inference_and_training() -> None:
-    shapes = [(6, 5), (3, 4)]
-    with torch.inference_mode():
-        table = level_table(shapes, torch.device("cpu"))
-    assert table.tolist() == [[6, 5, 0], [3, 4, 30]]
-    assert level_table(shapes, torch.device("cpu")) is table
-    offsets = torch.ones(2, requires_grad=True)
-    (offsets / table[:, 0]).sum().backward()
-    assert torch.allclose(offsets.grad, torch.tensor([1 / 6, 1 / 3]))
-
-
+@pytest.mark.slow
 def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
     flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
     printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")
     rows = json.loads((tmp_path / "times.json").read_text())["results"]
-    assert [row["form"] for row in rows] == ["grid", "grid", "gather", "gather"]
+    assert [row["form"] for row in rows] == ["plain", "plain", "cpu", "cpu"]
     assert all(row["median"] >= row["fastest"] > 0 for row in rows)
     assert printed.count("1x3x64x96") == len(rows)
 
@@ -269,7 +268,7 @@ def arguments(coordinates: int) -> tuple[Any, ...]:
     return query, reference, source, LEVELS, torch.rand(2, 91, generator=generator) < 0.3
 
 
-def attend(module: DeformableAttention, source: Tensor, padding: Tensor | None = None) -> Tensor:
+def attended(module: DeformableAttention, source: Tensor, padding: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 5, 256, generator=generator)
     reference = torch.rand(2, 5, 4, 4, generator=generator)
@@ -280,8 +279,8 @@ def test_padded_positions_are_not_seen(module: DeformableAttention) -> None:
     source = torch.randn(2, 91, 256)
     padding = torch.rand(2, 91) < 0.3
     other = torch.where(padding[..., None], torch.randn_like(source), source)
-    assert torch.equal(attend(module, source, padding), attend(module, other, padding))
-    assert not torch.allclose(attend(module, source), attend(module, other))
+    assert torch.equal(attended(module, source, padding), attended(module, other, padding))
+    assert not torch.allclose(attended(module, source), attended(module, other))
 
 
 def test_starts_with_equal_weights_around_the_reference(module: DeformableAttention) -> None:
@@ -302,9 +301,7 @@ def test_heads_must_divide_the_width() -> None:
 @pytest.mark.parametrize("boxes", [2, 4])
 @pytest.mark.parametrize("queries", [3, 0])
 @pytest.mark.parametrize("padded", [True, False])
-def test_sampling_before_projecting_gives_the_same(
-    boxes: int, queries: int, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_before_projecting_gives_the_same(boxes: int, queries: int, padded: bool) -> None:
     """With padding, places outside, and gradients of everything that is learnt."""
     module = DeformableAttention(32, num_heads=4, num_levels=2, num_points=3).double()
     with torch.no_grad():
@@ -316,18 +313,10 @@ def test_sampling_before_projecting_gives_the_same(
     source = torch.randn(2, 26, 32, dtype=torch.float64, requires_grad=True)
     padding = torch.rand(2, 26) < 0.3 if padded else None
 
-    def outcome(first: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(deformable_gather, "sampling_first_pays", lambda *sizes: first)
-        with torch.inference_mode():  # what it leaves in the cache serves training
-            module(query, reference, source, shapes, padding)
-        output = module(query, reference, source, shapes, padding)
+    def outcome(form: Form) -> list[torch.Tensor]:
+        output = module(query, reference, source, Levels.of(shapes, source.device), padding, form)
         learnt = (source, *module.parameters())
         return [output, *torch.autograd.grad(output.square().sum(), learnt)]
 
-    for ours, theirs in zip(outcome(True), outcome(False), strict=True):
+    for ours, theirs in zip(outcome("cpu"), outcome("plain"), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def test_samples_are_taken_first_where_positions_are_many() -> None:
-    assert deformable_gather.sampling_first_pays(5440, 256, 800, 16)  # 512 x 512, 100 queries
-    assert not deformable_gather.sampling_first_pays(270, 256, 480, 16)  # 112 x 112

@@ -168,6 +168,7 @@ def test_the_loss_falls_and_a_resumed_run_is_the_same(learnt: Learnt, room: Path
     assert differences(end_of(room / "whole"), end_of(room / "broken")) == []
 
 
+@pytest.mark.slow
 def test_vidt_plus_with_a_teacher_resumes_exactly(masked_data: Path, room: Path) -> None:
     _, fields = settings(masked_data, room, PLUS)
     teacher = save_teacher(room / "teacher.safetensors", fields, aux_loss=False)

@@ -1,5 +1,5 @@
-"""The pages of README.md and docs/: every command in them runs, as it stands there, on small files
-that lie where the pages have them. What cannot run here is marked in the page, and is parsed.
+"""Every command in README.md and docs/ runs as it is written, on small files at the paths that the
+pages name. Commands that a page marks as not run here are parsed.
 """
 
 import io
@@ -20,7 +20,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from doc_pages import Block, blocks_of, loose_coco, write_voc, write_yolo
 from PIL import Image
-from test_architecture import ORDER, imports_of, tree_of
+from test_architecture import PACKAGES
 from tiny_plus import with_masks
 from tiny_runs import (
     ROOT,
@@ -34,16 +34,16 @@ from tiny_runs import (
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from trainer.commands import command_line
-from trainer.commands.command_flags import plain
 from trainer.settings.config import parse
 from trainer.settings.flags import HelpRequested
 from vidt import convert
+from vidt.arguments import plain
 from ymir_adapter.sandbox import __main__ as sandbox
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHOWN = ("text", "json", "xml", "yaml")  # fences of what is looked at, not run
+SHOWN = ("text", "json", "xml", "yaml")  # kinds of blocks that are not run
 
-# What a run is given beside the words of a page; of a flag given twice the last counts.
+# Appended to the flags of a page to make a run small; the last value of a flag counts.
 SMALL_MODEL = (
     "--det_token_num 8 --dec_layers 1 --dim_feedforward 64 --reduced_dim 64 --pos_dim 32 "
     "--pre_trained none"
@@ -52,20 +52,24 @@ SMALL_RUN = (
     "--eval_size 64 --train_sizes 48,64 --num_workers 0 --batch_size 4 --epochs 50 --denoising 0"
 )
 TINY_RUN = f"--backbone_name swin_test {SMALL_MODEL} {SMALL_RUN}"
-SMALL = {  # by what is in the command, the first that fits
+SMALL = {  # by a word of the command; the first match counts
     "--help": "",
     "--eval": "--num_workers 0",
     "--resume": f"{TINY_RUN} --max_steps 41 --eval_interval 50",
     "": f"{TINY_RUN} --max_steps 1",
 }
-# Run by the real program, in processes of their own, which know published bodies only.
+# Run by the real programs in subprocesses, which know only published backbones.
 REAL_RUN = f"--backbone_name swin_nano {SMALL_MODEL} {SMALL_RUN} --batch_size 2 --max_steps 1"
 REAL = {
     ("many-gpus.md", "one-machine.yaml --num_processes 2"): "",
     ("many-gpus.md", "torchrun"): "",
 }
-EXPORTS = "exporting.md"  # an export takes ten seconds: what other pages have is run there
-# Two machines are two launchers here, at once: see the test of that name.
+EXPORTS = (
+    "exporting.md"  # an export takes ten seconds: other pages' exports must be among its commands
+)
+LONG = (EXPORTS, "README.md", "training-on-your-data.md")
+SLOW = pytest.mark.slow
+# Two launchers play two machines, in a test of their own.
 TWO_MACHINES = "two-machines.yaml"
 FORM = (
     "--set eval_size=64 --set batch_size_per_gpu=4 --set num_workers_per_gpu=0 "
@@ -82,7 +86,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", [page.name for page in PAGES])
 
 @pytest.fixture(scope="module")
 def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the files that the pages speak of, and the repository's own beside them."""
+    """A folder with the files that the pages name, beside links to the repository's own."""
     root = tmp_path_factory.mktemp("docs") / "project"
     root.mkdir()
     with_masks(learnt.data, root / "data/coco")
@@ -111,13 +115,13 @@ def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def small(words: Sequence[str]) -> list[str]:
-    """The flags of a run of the trainer, made small."""
+    """The flags of a run of the trainer and those that make it small."""
     (more,) = [text for key, text in SMALL.items() if key in words or not key][:1]
     return [*words, *more.split()]
 
 
 def check_flags(words: Sequence[str]) -> None:
-    """The trainer's flags, held to its own parser as they stand in the page."""
+    """Parse the trainer's flags as the page writes them."""
     try:
         parse(words)
     except HelpRequested:
@@ -125,8 +129,9 @@ def check_flags(words: Sequence[str]) -> None:
 
 
 def launched(command: str) -> list[str] | None:
-    """Flags of trainer/train.py under a launcher, whose own flags are parsed too; None if it is no
-    launch.
+    """Flags of trainer/train.py in a launcher's command, or None if there is no launcher.
+
+    The launcher's own flags are parsed too.
     """
     words = shlex.split(command)
     parser: ArgumentParser
@@ -145,7 +150,7 @@ def launched(command: str) -> list[str] | None:
 
 
 def check_only(command: str) -> None:
-    """What can be said of a command without running it."""
+    """Check a command without running it."""
     words = shlex.split(command)
     if launched(command) is not None:
         return
@@ -165,7 +170,7 @@ def check_only(command: str) -> None:
 
 
 def run_here(command: str) -> None:
-    """A command of a page, in this process and the current folder."""
+    """Run a command of a page in this process and the current folder."""
     capture = io.StringIO()
     before, _, target = command.partition(" > ")
     feeding, piped, last = before.rpartition(" | ")
@@ -193,11 +198,14 @@ def run_here(command: str) -> None:
         Path(target).write_text(capture.getvalue())
 
 
-@EVERY_PAGE
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page.name, marks=SLOW if page.name in LONG else ()) for page in PAGES],
+)
 def test_what_a_page_says_runs(
     page: str, project: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the top of the page to its end, in a copy of the project of its own."""
+    """Run the page from top to bottom in its own copy of the project."""
     shutil.copytree(project, room / "project", symlinks=True)
     (room / "shared").symlink_to(project.parent / "shared")
     monkeypatch.chdir(room / "project")
@@ -212,7 +220,7 @@ def test_what_a_page_says_runs(
 
 
 def is_elsewhere(block: Block, command: str) -> bool:
-    """Is it run by a test of its own, in real processes, or, if it takes long, on another page?"""
+    """Does another test run the command, in real processes, or another page, if it is slow?"""
     if command.startswith("vidt export") and block.page != EXPORTS:
         return True
     return any(page == block.page and part in command for page, part in REAL) or any(
@@ -220,6 +228,7 @@ def is_elsewhere(block: Block, command: str) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "part"), REAL, ids=["accelerate", "torchrun"])
 def test_several_processes(page: str, part: str, project: Path, room: Path) -> None:
     (command,) = [line for block, line in COMMANDS if block.page == page and part in line]
@@ -236,10 +245,9 @@ def in_project(words: Sequence[str], project: Path) -> subprocess.CompletedProce
     return call(inside, timeout=240, PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
 def test_two_machines_played_by_two_launchers(project: Path, room: Path) -> None:
-    """The file and the commands of the page; only the address, the number of processes and the
-    size of the run are this test's.
-    """
+    """Run the page's file and commands; only address, processes and the run's size differ."""
     commands = [line for _, line in COMMANDS if TWO_MACHINES in line]
     assert ["--machine_rank 0" in line for line in commands] == [True, False]
     with socket.socket() as free:
@@ -287,6 +295,7 @@ def test_the_sandbox_as_the_page_has_it(project: Path, monkeypatch: pytest.Monke
     assert (project / "try/candidates/out/infer-result.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_installed_program_runs(project: Path) -> None:
     (command,) = [line for block, line in COMMANDS if block.page == "README.md" and "check" in line]
     first, *words = shlex.split(command)
@@ -299,7 +308,7 @@ def test_the_installed_program_runs(project: Path) -> None:
 
 @EVERY_PAGE
 def test_every_block_says_what_it_is(page: str) -> None:
-    """A block without a kind, or of an unknown one, would be looked at by nobody."""
+    """No test would check a block without a kind or of an unknown one."""
     kinds = {block.kind for block in BLOCKS if block.page == page}
     assert kinds <= {"sh", "python", *SHOWN}
     for block in BLOCKS:
@@ -328,7 +337,7 @@ def test_flags_between_the_commands_exist(page: str) -> None:
 
 
 def known_flags() -> set[str]:
-    """Of every program that the pages speak of, with underscores."""
+    """Flags of every program that the pages name, with underscores."""
     with redirect_stdout(io.StringIO()) as trainers:
         command_line.main(["train", "--help"])
     flags = set(re.findall(r"--[a-z][\w-]*", trainers.getvalue()))
@@ -346,7 +355,7 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("flag", ["--coco_path", "--voc_path", "--yolo_path"])
 def test_the_formats_by_example_are_read(flag: str, tmp_path: Path) -> None:
-    """The page's own snippets, and pictures of the size that they say: two objects, or one."""
+    """Read the page's snippets with pictures of the size in them: two objects, or one."""
     titled = [block for block in BLOCKS if block.title]
     kinds = {"--coco_path": "annotations/", "--voc_path": ("Ann", "Image")}
     start = kinds.get(flag, ("data.yaml", "labels/"))
@@ -370,21 +379,8 @@ def test_the_formats_by_example_are_read(flag: str, tmp_path: Path) -> None:
     assert len(kinds_found) <= 1, kinds_found  # the same picture is in both splits
 
 
-@pytest.mark.parametrize("package", ORDER)
-def test_the_layout_names_every_file_after_those_that_it_imports(package: str) -> None:
+def test_the_page_on_the_code_names_every_room() -> None:
     text = (ROOT / "docs/code-layout.md").read_text(encoding="utf-8")
-    table = text[text.index(f"| `{package}/`") :].partition("\n\n")[0]
-    rows = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
-    place = {}
-    for number, row in enumerate(rows):
-        for pattern in re.findall(r"`(\S+\.py)`", row):
-            names = [path.stem for path in (ROOT / package).glob(pattern)]
-            assert names, f"{pattern} is not in {package}/"
-            place |= dict.fromkeys(names, number)
-    files = [path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__"]
-    assert sorted(files) == sorted(place)
-    for name in files:
-        for imported in imports_of(tree_of(Path(package, f"{name}.py")), Path(f"{name}.py")):
-            owner, _, inner = imported.partition(".")
-            if owner == package and inner in place:
-                assert place[inner] <= place[name], f"{name} stands above {inner}"
+    for package in PACKAGES:
+        for room in (path.parent for path in (ROOT / package).glob("*/__init__.py")):
+            assert f"{room.name}/" in text, f"docs/code-layout.md does not name {room}"

@@ -60,6 +60,7 @@ def gradients_through(model: nn.Module, images: Tensor, padding: Tensor) -> dict
     return {name.removeprefix("_orig_mod."): gradient for name, gradient in named.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_model_is_one_graph(member: str) -> None:
     """Compiled for real but for the last step, which would need a C compiler and minutes."""
@@ -70,6 +71,7 @@ def test_a_model_is_one_graph(member: str) -> None:
     assert difference < 1e-4, worst
 
 
+@pytest.mark.slow
 def test_a_graph_for_each_shape_and_no_more() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -98,11 +100,11 @@ def test_a_run_of_many_scales_has_few_shapes(flags: str) -> None:
         shapes = [augmentation.draw((height, width), random).shape for height, width in sizes]
         height, width = (max(sides) for sides in zip(*shapes, strict=True))
         counts = random.integers(0, 120, 2)
-        targets = [{"noised_boxes": noise_boxes(torch.rand(n, 4), 100, random)} for n in counts]
+        targets = [{"denoising_boxes": noise_boxes(torch.rand(n, 4), 100, random)} for n in counts]
         noised = noised_batch(targets, config.denoising)
         canvas = compiled_canvas((height, width), config.eval_size, augmentation.max_size)
         assert canvas[0] >= height and canvas[1] >= width and noised is not None
-        drawn.add((height, width, max(len(each["noised_boxes"]) for each in targets)))
+        drawn.add((height, width, max(len(each["denoising_boxes"]) for each in targets)))
         grown.add((*canvas, noised.shape[1]))
     assert len(drawn) > 100
     assert len({shape[:2] for shape in grown}) <= (SIDES + 2) ** 2
@@ -137,34 +139,7 @@ def test_a_run_with_less_memory_ends_with_the_same_weights(tiny_data: Path, room
     assert not differences(end_of(room / "plain"), end_of(room / "frugal"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux is what is asked")
-def test_freed_memory_is_used_again() -> None:
-    """Pages are touched for the first time once, not each time a tensor is made."""
-    program = (
-        "import resource, torch\n"
-        "from trainer.loop.execution import keep_freed_memory\n"
-        "{}\n"
-        "for _ in range(3): torch.ones(2**24)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): torch.ones(2**24)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
-    )
-    bare = {n: value for n, value in environment().items() if not n.startswith("MALLOC_")}
-    faults = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", program.format(line)],
-                env=bare,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for line in ("", "keep_freed_memory()")
-    ]
-    assert faults[1] < 0.1 * faults[0]
-
-
+@pytest.mark.slow
 def test_mixed_precision_compiles_too() -> None:
     """Accelerate wraps the forward pass; that must not break the graph either."""
     program = (

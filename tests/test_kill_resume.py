@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kill_program import run_kills
 from tiny_runs import (
     ROOT,
@@ -104,6 +105,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> Iterator[Outcome]:
         shutil.rmtree(output)
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path: Path) -> None:
     try:
         for outcome in kills(tmp_path, 3):

@@ -33,12 +33,14 @@ def launch(tmp_path: Path, *options: str) -> list[str]:
     return sorted(line for line in done.stdout.splitlines() if line.startswith("probe"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the launcher is read in /proc")
 def test_a_launcher_that_starts_one_process_of_two_is_seen(tmp_path: Path):
     said = launch(tmp_path, "--cpu", "--num_processes", "2", "--mixed_precision", "no")
     assert said == ["probe alone no 2"]
 
 
+@pytest.mark.slow
 def test_our_config_file_is_overridden_on_the_command_line(tmp_path: Path):
     options = ["--config_file", CONFIG_FILE, "--num_processes", "2", "--mixed_precision", "bf16"]
     assert launch(tmp_path, *options) == ["probe 0 bf16 2", "probe 1 bf16 2"]
@@ -89,6 +91,7 @@ def test_a_launcher_that_splits_the_model_is_refused(
     assert line.startswith(f"error: {name}") and "distributed_type MULTI_GPU" in line
 
 
+@pytest.mark.slow
 def test_fsdp_of_the_real_launcher_is_refused():
     options = ("--config_file", CONFIG_FILE, "--num_processes", "1", "--use_fsdp")
     done = call([program("accelerate"), "launch", *options, str(ROOT / "trainer/train.py")])

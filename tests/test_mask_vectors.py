@@ -3,6 +3,7 @@ data does not show: any square, boxes beyond the image, no objects.
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import golden
@@ -14,18 +15,22 @@ from golden_compare import load
 from scipy.fft import dctn
 from torch import Tensor
 
-from vidt.losses.mask_vectors import (
-    decode_vectors,
-    encode_squares,
-    paste_squares,
-    square_masks,
-    zigzag,
-)
+from vidt.images import mask_drawing
+from vidt.images.mask_drawing import zigzag
+from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.model.vidt import ViDTConfig
 from vidt.predict.predictor import decode_for
 
 PLUS = "vidt_plus_swin_nano_300"
 BOXES = ("pred_logits", "pred_boxes")
+
+
+def decode_vectors(vectors: Tensor, side: int) -> Tensor:
+    return torch.from_numpy(mask_drawing.decode_vectors(vectors.numpy(), side))
+
+
+def paste_squares(squares: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(mask_drawing.paste_squares(squares.numpy(), boxes.numpy(), size))
 
 
 def bits(packed: Tensor, *shape: int) -> Tensor:
@@ -71,11 +76,13 @@ def test_golden_masks_of_our_own_vectors(dtype: torch.dtype, compare: Compare) -
     for image, found in enumerate(decode_for(model.config)(given, sizes)):
         masks, areas = found.masks, stored[f"post{image}.mask_areas"]
         assert masks is not None and torch.equal(found.labels, stored[f"post{image}.labels"])
-        # Of 4,600 pixels and more, a few lie on the edge.
-        compare(f"pixels in a mask, {dtype}", masks.flatten(1).sum(1), areas, 0 if exact else 5)
+        # In float32, cells of the 128 x 128 square flip that lie on the threshold: two at most.
+        width, height = (found.boxes[:, 2:] - found.boxes[:, :2]).amax(0).tolist()
+        cells = 2 * math.ceil(width / 128) * math.ceil(height / 128)
+        compare(f"pixels in a mask, {dtype}", masks.flatten(1).sum(1), areas, 0 if exact else cells)
         first = bits(stored[f"post{image}.masks_packbits_first8"], *sizes[image].tolist())
         differing = (masks[:8] != first).flatten(1).sum(1)
-        compare(f"differing, {dtype}", differing, torch.zeros(8), 0 if exact else 5)
+        compare(f"differing, {dtype}", differing, torch.zeros(8), 0 if exact else cells)
 
 
 @pytest.mark.parametrize("side", [7, 16])

@@ -38,7 +38,7 @@ from trainer.scoring.evaluation import (
     summarise,
     summarise_masks,
 )
-from vidt import Detections, Predictor
+from vidt import Predictor
 from vidt.images.drawing import class_colour
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.mask_vectors import encode_squares, square_masks
@@ -258,7 +258,7 @@ def test_targets_of_masks(shapes: Path, tmp_path: Path) -> None:
 def test_targets_come_out_of_their_parcel_as_they_went_in(train_set: SampleTable) -> None:
     augmentation = Augmentation(sizes=(96, 128), max_size=160, flip=True, crop=False)
     preprocessing = Preprocessing(96)
-    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, noised_queries=9)
+    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, denoising_queries=9)
     items = [dataset[0, index] for index in range(4)]
     items[1]["target"] |= {name: items[1]["target"][name][:0] for name in (*ROWS, "masks")}
     assert len(items[1]["target"]["boxes"]) == 0

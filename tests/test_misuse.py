@@ -218,7 +218,7 @@ MISTAKES: list[Mistake] = [
         "--coco_images {root}/data/val2017",
         "bbox is missing",
     ),
-    ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a body (swin_nano"),
+    ("benchmark swin_nanno", "WEIGHTS swin_nanno: neither a file nor a backbone (swin_nano"),
     ("benchmark swin_nano --repeat 0", "--repeat: 0 is no whole number of 1 or more"),
     ("benchmark swin_nano --size 640 no", "--size: no is no whole number"),
     ("benchmark {root}/good.safetensors --out {root}/none", "is a folder; name a file"),
@@ -228,7 +228,7 @@ MISTAKES: list[Mistake] = [
         for words, file in OVERWRITING
     ),
     ("train --lrr 1e-4", "unknown flag --lrr; the nearest is --lr"),
-    ("train --foo", "unknown flag --foo; vidt train --help lists all"),
+    ("train --foo", "unknown flag --foo; see vidt train --help"),
     ("train --device cpu", "unknown flag --device; CUDA_VISIBLE_DEVICES=1 vidt train"),
     ("train --precision bf16", "--precision; accelerate launch --mixed_precision bf16"),
     ("train --coco_path nowhere", "nowhere/annotations"),
@@ -361,6 +361,7 @@ def test_in_a_process_of_its_own(words: str) -> None:
     assert done.returncode == 2 and one_line(done.stderr)
 
 
+@pytest.mark.slow
 def test_who_stops_listening_is_no_error(playground: Path) -> None:
     words = f"vidt check --coco_path {playground}/data | true; exit ${{PIPESTATUS[0]}}"
     code = f"'{sys.executable}' -m trainer.commands.command_line"

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidt import SetCriterion, ViDT, ViDTConfig
 from vidt.convert import imagenet_swin
-from vidt.model.ram import ReconfiguredAttention, SinePosition, resize_padding, sine_position
-from vidt.model.swin import Block, Merging, SwinBody
-from vidt.model.variants import SWIN_VARIANTS
+from vidt.model.config import SWIN_VARIANTS
+from vidt.model.ram import ReconfiguredAttention, resize_padding, shift_mask, sine_position
+from vidt.model.swin import PatchMerging, SwinBackbone, SwinBlock
 from vidt.model.vidt import build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.weights.pretrained import TIMM_NAMES, added_by_vidt
@@ -91,7 +91,7 @@ def test_levels_without_aux_loss_and_with_few_layers(
 @pytest.mark.parametrize("name", [name for name in TIMM_NAMES if name in SWIN_VARIANTS])
 def test_bodies_have_the_shapes_of_timms(name: str) -> None:
     with torch.device("meta"):
-        body = SwinBody(SWIN_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,))
+        body = SwinBackbone(SWIN_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,))
         theirs = timm.create_model(TIMM_NAMES[name], pretrained=False).state_dict()
     shapes = {
         key: value.shape for key, value in body.state_dict().items() if not added_by_vidt(key)
@@ -134,26 +134,28 @@ def test_padding_leaks_as_released(tiny_model: ViDT) -> None:
 def test_det_tokens_do_not_see_padded_patches() -> None:
     """The one thing in the body that the mask hides; a weight of e^-100 is nothing in float32."""
     attention = ReconfiguredAttention(32, 4, window=7, shift=3)
+    mask = shift_mask((5, 6), 7, 3, torch.device("cpu"))
     patches, det = torch.randn(2, 5, 6, 32), torch.randn(2, 3, 32)
     padding = torch.zeros(2, 5, 6, dtype=torch.bool)
     padding[1, :, 4:] = True
-    position = sine_position(padding, 32, torch.float32)
+    position = sine_position(padding, 32)
     other = torch.where(padding[..., None], torch.randn_like(patches), patches)
 
-    def det_of(patches: Tensor, padding: Tensor | None) -> Tensor:
-        return attention(patches.flatten(1, 2), det, (5, 6), position, padding)[:, 30:]
+    def det_of(patches: Tensor, padding: Tensor) -> Tensor:
+        return attention(patches, det, mask, position, padding)[:, 30:]
 
     expected = det_of(patches, padding.flatten(1))
     assert torch.equal(det_of(other, padding.flatten(1)), expected)
-    assert not torch.allclose(det_of(other, None)[1], expected[1])
+    unpadded = torch.zeros(2, 30, dtype=torch.bool)
+    assert not torch.allclose(det_of(other, unpadded)[1], expected[1])
 
 
 def test_patches_never_see_det_tokens() -> None:
     attention = ReconfiguredAttention(32, 4, window=7, shift=0)
-    patches = torch.randn(1, 30, 32)
-    position = sine_position(torch.zeros(1, 5, 6, dtype=torch.bool), 32, torch.float32)
+    patches, padding = torch.randn(1, 5, 6, 32), torch.zeros(1, 30, dtype=torch.bool)
+    position = sine_position(torch.zeros(1, 5, 6, dtype=torch.bool), 32)
     first, second = (
-        attention(patches, torch.randn(1, 3, 32), (5, 6), position)[:, :30] for _ in range(2)
+        attention(patches, torch.randn(1, 3, 32), None, position, padding)[:, :30] for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -162,15 +164,15 @@ def test_a_shift_changes_a_map_of_one_window() -> None:
     """As released; other Swin implementations switch the shift off there."""
     still, shifted = (ReconfiguredAttention(32, 4, window=7, shift=shift) for shift in (0, 3))
     shifted.load_state_dict(still.state_dict())
-    patches, det = torch.randn(1, 49, 32), torch.randn(1, 2, 32)
-    out = (attention(patches, det, (7, 7))[:, :49] for attention in (still, shifted))
-    assert not torch.allclose(*out)
+    patches, det = torch.randn(1, 7, 7, 32), torch.randn(1, 2, 32)
+    mask = shift_mask((7, 7), 7, 3, patches.device)
+    assert not torch.allclose(still(patches, det, None), shifted(patches, det, mask))
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)])
 def test_a_merging_takes_squares_column_by_column(size: tuple[int, int]) -> None:
     """Upper left, lower left, upper right, lower right, as the released weights have them."""
-    merging = Merging(2, 8)
+    merging = PatchMerging(2, 8)
     merging.norm = merging.reduction = nn.Identity()
     patches = torch.randn(2, *size, 2)
     merged = merging(patches)
@@ -182,47 +184,18 @@ def test_a_merging_takes_squares_column_by_column(size: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("image", [(slice(0, 2), slice(0, 3)), (slice(1, 4), slice(2, 5))])
-def test_sine_position_counts_only_what_is_image(image: tuple[slice, slice]) -> None:
-    """As the released model, which counts in each row and column for itself."""
+def test_sine_position_counts_the_image_only(image: tuple[slice, slice]) -> None:
+    """As the released model, which counts in each row and column by itself."""
     padding = torch.ones(2, 4, 6, dtype=torch.bool)
     padding[(0, *image)] = False
     padding[1] = False
     y, x = (padding.logical_not().float().cumsum(axis) for axis in (1, 2))
     y, x = (at / (at.amax(axis, keepdim=True) + 1e-6) for at, axis in ((y, 1), (x, 2)))
-    rows, columns = sine_position(padding, 8, torch.float32)
-    for at, ours in ((y, rows[:, :, None]), (x, columns[:, None])):
+    position = sine_position(padding, 8).unflatten(1, (4, 6))
+    for at, ours in ((y, position[..., :4]), (x, position[..., 4:])):
         angle = at[..., None] * 2 * math.pi / torch.tensor([1, 1, 100, 100])
         encoded = torch.where(torch.arange(4) % 2 == 0, angle.sin(), angle.cos())
-        assert torch.allclose(ours.expand(2, 4, 6, 4)[~padding], encoded[~padding], atol=1e-5)
-
-
-def test_sine_position_by_hand() -> None:
-    """Rows of the image run from just above 0 to 2 pi, whatever padding follows."""
-    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
-    padding[0, 2:] = True
-    padding[0, :, 3:] = True
-    position = sine_position(padding, 8, torch.float32)
-    alone = sine_position(padding[:, :2, :3], 8, torch.float32)
-    assert torch.allclose(position.rows[:, :2], alone.rows)
-    assert torch.allclose(position.columns[:, :3], alone.columns)
-    y = math.pi  # the first of two rows: half of the way; periods 1 and 100
-    by_hand = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100)]
-    assert torch.allclose(alone.rows[0, 0], torch.tensor(by_hand), atol=1e-5)
-
-
-def test_position_is_added_to_the_patches() -> None:
-    """As released: to all channels of a patch, that of its row first, before keys and values are
-    made of it.
-    """
-    padding = torch.zeros(2, 3, 4, dtype=torch.bool)
-    padding[1, :, 3:] = True
-    rows, columns = sine_position(padding, 8, torch.float64)
-    patches, weight = torch.randn(2, 3, 4, 8).double(), torch.randn(16, 8).double()
-    placed = patches.clone()
-    placed[..., :4] += rows[:, :, None]
-    placed[..., 4:] += columns[:, None]
-    seen = SinePosition(rows, columns).add_projected((patches @ weight.T).flatten(1, 2), weight)
-    assert torch.allclose(seen, (placed @ weight.T).flatten(1, 2))
+        assert torch.allclose(ours, encoded, atol=1e-5)
 
 
 def test_padding_is_resized_by_the_floor_rule() -> None:
@@ -293,18 +266,20 @@ def test_forward_reads_no_value_and_stays_on_the_device(tiny_config: ViDTConfig)
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_tokens_stay_in_full_precision_beside_half_precision(drop_path: float) -> None:
     """What every block adds to may not lose digits, nor overflow."""
-    block = Block(32, 4, shift=0, drop_path=drop_path, pos_dim=8).train()
+    block = SwinBlock(32, 4, shift=0, drop_path=drop_path, pos_dim=8).train()
     tokens = torch.randn(2, 5 * 6 + 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        half = block(tokens, torch.randn(1, 3, 8), (5, 6), None, None)
+        half = block(tokens, torch.randn(1, 3, 8), (5, 6), torch.zeros(1, 49, 49), None, None)
     assert half.dtype is torch.float32
 
 
 def test_dropped_paths_drop_patches_and_det_tokens_together() -> None:
     """One draw for each image and branch: with everything dropped, a block passes its input on."""
-    block = Block(32, 4, shift=0, drop_path=0.999999, pos_dim=8).train()
+    block = SwinBlock(32, 4, shift=0, drop_path=0.999999, pos_dim=8).train()
     tokens = torch.randn(2, 5 * 6 + 3, 32)
-    assert torch.equal(block(tokens, torch.randn(1, 3, 8), (5, 6), None, None), tokens)
+    assert torch.equal(
+        block(tokens, torch.randn(1, 3, 8), (5, 6), torch.zeros(1, 49, 49), None, None), tokens
+    )
 
 
 @pytest.mark.parametrize(

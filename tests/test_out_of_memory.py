@@ -142,6 +142,7 @@ def room_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[in
     return limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--ema", "--no-ema"])
 def test_evaluation_in_halves(
     tiny_data: Path, room: Path, room_to_evaluate: Callable[[int], list[int]], flags: str

@@ -11,7 +11,7 @@ from PIL import Image
 from vidt import Detections, Predictor, ViDT, decode_top_k
 from vidt.images.files import UnreadableImage
 from vidt.images.preprocessing import Preprocessing
-from vidt.ops.linear import Linear, onednn_runs, unpack
+from vidt.ops.packing import PackedLinear, onednn_runs, unpack
 from vidt.predict.predictor import MaskVectors
 from vidt.weights.checkpoint import WeightsInfo, save_weights
 
@@ -79,10 +79,8 @@ def test_layers_are_packed_for_what_is_not_going_to_change(
     weights: Path, predictor: Predictor, pictures: list[Image.Image], compare: Compare
 ) -> None:
     def num_packed(of: Predictor) -> int:
-        layers = [layer for layer in of.model.modules() if isinstance(layer, Linear)]
-        assert len(layers) > 50
-        packed = sum(layer._packed is not None for layer in layers)
-        assert packed in (0, len(layers))
+        packed = sum(isinstance(layer, PackedLinear) for layer in of.model.modules())
+        assert packed == 0 or packed > 50
         return packed
 
     assert bool(num_packed(predictor)) == onednn_runs()

@@ -11,13 +11,13 @@ from conftest import Compare
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidt.model.swin import SwinBody
-from vidt.model.variants import SWIN_VARIANTS
+from vidt.model.config import SWIN_VARIANTS
+from vidt.model.swin import SwinBackbone
 from vidt.weights.pretrained import TIMM_NAMES, URLS, added_by_vidt, load_imagenet
 
 
-def body_of(name: str) -> SwinBody:
-    return SwinBody(SWIN_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,)).eval()
+def body_of(name: str) -> SwinBackbone:
+    return SwinBackbone(SWIN_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,)).eval()
 
 
 def blurred_state(module: nn.Module) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def timm_tiny() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def tiny_body(timm_tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SwinBody:
+def tiny_body(timm_tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> SwinBackbone:
     path = tmp_path_factory.mktemp("timm") / "model.safetensors"
     save_file(timm_tiny.state_dict(), path)
     body = body_of("swin_tiny")
@@ -43,7 +43,7 @@ def tiny_body(timm_tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) ->
     return body
 
 
-def microsoft(body: SwinBody) -> dict[str, Tensor]:
+def microsoft(body: SwinBackbone) -> dict[str, Tensor]:
     """A classifier's file under the names of Swin's authors, which ViDT's swin_nano has as well."""
     state = {name: t for name, t in blurred_state(body).items() if not added_by_vidt(name)}
     width = body.num_channels[2]
@@ -57,13 +57,13 @@ def microsoft(body: SwinBody) -> dict[str, Tensor]:
     }
 
 
-def changed(body: SwinBody, before: dict[str, Tensor]) -> set[str]:
+def changed(body: SwinBackbone, before: dict[str, Tensor]) -> set[str]:
     return {
         name for name, tensor in body.state_dict().items() if not torch.equal(tensor, before[name])
     }
 
 
-def test_a_timm_file_fills_the_whole_body(tiny_body: SwinBody) -> None:
+def test_a_timm_file_fills_the_whole_body(tiny_body: SwinBackbone) -> None:
     torch.manual_seed(1)
     before = body_of("swin_tiny").state_dict()
     # [DET] tokens are random as well, so they differ; zeros and ones of norms would not.
@@ -72,7 +72,7 @@ def test_a_timm_file_fills_the_whole_body(tiny_body: SwinBody) -> None:
 
 
 def test_the_body_computes_what_timms_swin_does(
-    timm_tiny: nn.Module, tiny_body: SwinBody, compare: Compare
+    timm_tiny: nn.Module, tiny_body: SwinBackbone, compare: Compare
 ) -> None:
     """Patches never see [DET] tokens, so all stages agree; 224 needs no padding to windows."""
     stages: dict[str, list[Tensor]] = {"timm": [], "ours": []}
@@ -113,7 +113,7 @@ def test_none_leaves_the_body_as_it_is() -> None:
     assert not changed(body, before)
 
 
-def refusal(body: SwinBody, pre_trained: str) -> str:
+def refusal(body: SwinBackbone, pre_trained: str) -> str:
     """The one line that says why."""
     with pytest.raises(ValueError) as caught:
         load_imagenet(body, "swin_nano", pre_trained)

@@ -110,6 +110,7 @@ def test_broken_off_and_resumed(
     assert {*first.scores, *second.scores} == {3, 6}
 
 
+@pytest.mark.slow
 def test_broken_off_again_and_again(
     tiny_data: Path, room: Path, whole_runs: Callable[[str], tuple[dict[str, Any], Watch]]
 ) -> None:

@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trainer.scoring.average_precision import (
-    Found,
-    Matches,
+    DetectionColumns,
+    DetectionMatches,
     Objects,
     Scores,
     accumulate,
@@ -32,7 +32,9 @@ def boxes_of(random: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners, sides], axis=1).astype(np.float64)
 
 
-def scene(seed: int, images: int, objects: int, detections: int) -> tuple[Objects, Found, tuple]:
+def scene(
+    seed: int, images: int, objects: int, detections: int
+) -> tuple[Objects, DetectionColumns, tuple]:
     """Objects and detections of images, and the boxes of both. Some images have no objects, some no
     detections, some neither; scores are often equal; every other detection is near an object.
     """
@@ -51,7 +53,7 @@ def scene(seed: int, images: int, objects: int, detections: int) -> tuple[Object
     boxes = boxes_of(random, detections)
     moved = truth_boxes[seen] + random.choice([0, 0, 8], (detections, 4))
     boxes[near] = moved[near]
-    found = Found(
+    found = DetectionColumns(
         image=np.where(near, places[seen], random.choice(ids[ids % 7 != 0], detections)),
         label=np.where(near, truth.label[seen], random.integers(0, CLASSES - 1, detections)),
         area=boxes[:, 2:].prod(1),
@@ -60,7 +62,7 @@ def scene(seed: int, images: int, objects: int, detections: int) -> tuple[Object
     return truth, found, (truth_boxes, boxes)
 
 
-def by_pycocotools(truth: Objects, found: Found, boxes: tuple) -> dict[str, np.ndarray]:
+def by_pycocotools(truth: Objects, found: DetectionColumns, boxes: tuple) -> dict[str, np.ndarray]:
     images = np.union1d(truth.image, found.image).tolist()
     coco = []
     for things, rows in ((truth, boxes[0]), (found, boxes[1])):
@@ -92,7 +94,7 @@ def by_pycocotools(truth: Objects, found: Found, boxes: tuple) -> dict[str, np.n
     return evaluator.eval
 
 
-def scored(truth: Objects, found: Found, boxes: tuple) -> Matches:
+def scored(truth: Objects, found: DetectionColumns, boxes: tuple) -> DetectionMatches:
     return match(truth, found, overlap_of_boxes(boxes[1], boxes[0], truth.crowd), CLASSES)
 
 
@@ -101,7 +103,7 @@ def assert_same(scores: Scores, expected: dict[str, np.ndarray]) -> None:
     assert np.array_equal(scores.recall, expected["recall"])
 
 
-def picked(things: Objects | Found, which: np.ndarray) -> Objects | Found:
+def picked(things: Objects | DetectionColumns, which: np.ndarray) -> Objects | DetectionColumns:
     return replace(things, **{name: column[which] for name, column in vars(things).items()})
 
 

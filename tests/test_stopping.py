@@ -37,6 +37,7 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"it ended without saying {text!r}: {said}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "moment", "code", "name"),
     [
@@ -60,6 +61,7 @@ def test_stopped_by_a_signal(
     assert 2 <= int(path.name.removeprefix("step-")) < 30
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
     """As a scheduler sends it: to `accelerate launch`, which is the parent of the run."""
     launch = [program("accelerate"), "launch", "--config_file", "accelerate_config.yaml"]

@@ -139,7 +139,7 @@ def micro_batch(config: ViDTConfig, device: torch.device) -> dict[str, Any]:
             "image_id": objects,
         }
         if config.with_box_refine and config.method == "vidt":
-            target["noised_boxes"] = boxes.repeat(2, 1)
+            target["denoising_boxes"] = boxes.repeat(2, 1)
         if config.with_vector:
             masks = torch.rand(objects, height, width, device=device) > 0.5
             known = torch.ones(objects, dtype=torch.bool, device=device)
@@ -187,6 +187,7 @@ def configuration(tiny: ViDTConfig, parts: dict[str, Any]) -> ViDTConfig:
     return ViDTConfig(**{**vars(tiny), "backbone_name": "swin_test", **parts})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_step_waits_for_the_matchers_costs_alone(
     parts: dict[str, Any], tiny_config: ViDTConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ from trainer.loop.resume import find
 from trainer.scoring.evaluation import evaluate
 from vidt.weights.checkpoint import load_model
 
+pytestmark = pytest.mark.slow
 ROUNDING = 2e-5
 TIMEOUT = 240.0  # seconds for all scenes on a busy machine; a hang would last for hours
 

@@ -55,7 +55,7 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="method is vidt; it must be vidt_wo_neck"):
         ViDTWithoutNeck(ViDTConfig())
     images, padding = torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool)
-    with pytest.raises(ValueError, match="noised_boxes need a decoder"):
+    with pytest.raises(ValueError, match="denoising_boxes need a decoder"):
         tiny()(images, padding, torch.rand(1, 2, 4))
 
 

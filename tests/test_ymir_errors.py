@@ -14,6 +14,7 @@ from trainer.loop.loss_log import NonFiniteLoss
 from trainer.loop.out_of_memory import OutOfMemory
 from trainer.loop.step import smaller_portions
 from trainer.settings.config import parse
+from vidt.errors import UserError
 from vidt.images.files import UnreadableImage, read_image
 from vidt.weights.checkpoint import Unreachable, UnusableWeights, load_model, local_weights
 from ymir_adapter.protocol.errors import (
@@ -107,7 +108,7 @@ def test_a_failure_in_a_loaders_worker_is_one_line():
 
 
 def test_a_long_message_of_any_characters_is_one_readable_line():
-    _, line = diagnose(ValueError("a\n\tb \udcff" + "x" * 9999))
+    _, line = diagnose(UserError("a\n\tb \udcff" + "x" * 9999))
     assert line.startswith("a b \\udcff") and len(line) <= LONGEST_LINE
     assert diagnose(RuntimeError()) == (Code.CONTAINER, "RuntimeError")
 

@@ -18,6 +18,7 @@ from ymir_candidates import Results, candidate_task, run_here
 from trainer.loop.agreement import Agreement
 from trainer.readers.coco import read_coco
 from trainer.scoring.evaluation import evaluate
+from vidt.images.batching import AHEAD
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -27,9 +28,8 @@ from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.tasks.candidates import PARTS
 from ymir_adapter.tasks.inference import (
     PENDING_BATCHES,
-    READ_AHEAD,
+    Candidate,
     Detector,
-    Picture,
     detections_of,
     equal_canvases,
     names_in_task,
@@ -246,10 +246,10 @@ def test_a_detector_without_neck_finds_what_its_predictor_finds(images: list[Pat
     torch.testing.assert_close(found.scores.double(), best)
 
 
-def pictures_of(canvases: list[int | None]) -> Iterator[Picture]:
+def pictures_of(canvases: list[int | None]) -> Iterator[Candidate]:
     for index, side in enumerate(canvases):
         pixels = None if side is None else torch.zeros(3, 16, side, dtype=torch.uint8)
-        yield Picture(index, (16, side or 0), pixels)
+        yield Candidate(index, (16, side or 0), pixels)
 
 
 def test_batches_are_of_one_canvas_and_lose_nothing() -> None:
@@ -266,7 +266,7 @@ def test_pictures_that_wait_for_others_are_few() -> None:
     """A thousand pictures of a thousand canvases: taken in, but never held back without bound."""
     taken = 0
 
-    def counted() -> Iterator[Picture]:
+    def counted() -> Iterator[Candidate]:
         nonlocal taken
         for picture in pictures_of(list(range(16, 1016))):
             taken += 1
@@ -289,9 +289,9 @@ def test_readers_do_not_run_ahead(images: list[Path]) -> None:
     stream = read_pictures(range(100), path_of, Preprocessing(eval_size=32), 2)
     first = [next(stream).index for _ in range(5)]
     assert first == list(range(5))
-    assert len(asked) <= 5 + 2 * READ_AHEAD
+    assert len(asked) <= 5 + 2 * AHEAD + 1
     stream.close()  # type: ignore[attr-defined]
-    assert len(asked) <= 5 + 2 * READ_AHEAD + 2
+    assert len(asked) <= 5 + 2 * AHEAD + 3
 
 
 def test_too_little_memory_halves_the_batch(predictor: Predictor) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from kill_program import run_kills
 from ymir_runs import TIMEOUT, Tree, processes_with, start, training_task, wait_until_gone
@@ -163,6 +164,7 @@ def outcome(tree: Tree, place: str, lived: float) -> Outcome:
     return Outcome(place, lived, percent, stages, best, unfinished, wrong_with(tree))
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path: Path) -> None:
     outcomes = list(kills(tmp_path, 2))
     assert all(one.faults == [] for one in outcomes), outcomes

@@ -110,6 +110,7 @@ def play(tmp_path: Path) -> Iterator[type[Play]]:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_ranks_end_well_and_leave_nothing(play) -> None:
     """HOME does not exist, as that of a user whom no password file knows."""
     done = play("well")
@@ -124,6 +125,7 @@ def test_ranks_end_well_and_leave_nothing(play) -> None:
     assert int(seen["MASTER_PORT"]) not in (0, 29500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scene", "code", "words"),
     [
@@ -139,12 +141,14 @@ def test_a_failure_of_one_rank_ends_all(play, scene: str, code: Code, words: str
     failed.check_failure(code, words)
 
 
+@pytest.mark.slow
 def test_gpus_that_no_rank_can_see(play) -> None:
     failed = play("well", gpu_id="0,1")
     assert failed.wait() == 1
     failed.check_failure(Code.NO_GPU, "gpu_id 0,1 was given")
 
 
+@pytest.mark.slow
 def test_a_signal_ends_ranks_that_do_not_listen(play) -> None:
     stopped = play("deaf", ranks=1)
     stopped.wait_for_ranks(1)
@@ -155,6 +159,7 @@ def test_a_signal_ends_ranks_that_do_not_listen(play) -> None:
     stopped.check_failure(Code.CONTAINER, "stopped by SIGTERM")
 
 
+@pytest.mark.slow
 def test_a_signal_while_ranks_are_starting(play) -> None:
     stopped = play("deaf")
     deadline = time.monotonic() + TIMEOUT
@@ -168,6 +173,7 @@ def test_a_signal_while_ranks_are_starting(play) -> None:
     stopped.check_failure(Code.CONTAINER, "stopped by SIGINT")
 
 
+@pytest.mark.slow
 def test_ranks_follow_a_parent_that_was_killed(play) -> None:
     killed = play("forever")
     killed.wait_for_ranks()

@@ -136,6 +136,7 @@ def write_often(path: Path, start: float) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["rename", "overwriting"])
 def test_a_reader_in_a_tight_loop_never_sees_half_a_record(tmp_path: Path, by: str):
     path = tmp_path / "monitor.txt"
@@ -288,6 +289,7 @@ def add_for_ever(tree: Tree, seed: int) -> None:
         add(result, tree, epoch, round(scores.random(), 3))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_a_result_whose_files_are_whole(tree: Tree):
     """Twenty kills; every file says in itself to which mAP it belongs."""
     add(TrainingResult(tree.read()), tree, 0, 0.5)

@@ -223,6 +223,7 @@ def test_one_pass_serves_mining_and_inference(
         assert [box["box"] for box in boxes] == [box["box"] for box in both.boxes[name]]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(
     learnt: Learnt, images: list[Path], tmp_path: Path
 ) -> None:

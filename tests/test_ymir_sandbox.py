@@ -231,7 +231,7 @@ def test_a_mistake_is_answered_in_one_line(
 def test_nothing_is_overwritten(data: Path, tmp_path: Path):
     tree = training_tree(data, tmp_path)
     before = tree.env_file.read_bytes()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         training_tree(data, tmp_path, protocol="1.0.0")
     assert tree.env_file.read_bytes() == before
 

@@ -16,22 +16,17 @@ from trainer.settings.config import parse, resolved
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT, ViDTConfig
 from vidt.weights.checkpoint import WeightsInfo, save_weights
-from ymir_adapter.protocol.environment import DEFAULT_ENV_FILE
+from ymir_adapter.protocol.environment import DEFAULT_ENV_FILE, read_identity
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import (
     CandidateSettings,
     Task,
     candidate_settings,
     pick_weights,
-    read_identity,
     read_task,
-    to_bool,
-    to_float,
-    to_int,
-    to_list,
-    to_text,
     training_settings,
 )
+from ymir_adapter.protocol.values import to_bool, to_float, to_int, to_list, to_text
 
 SEED_TEMPLATE = {
     "epochs": 50,
@@ -226,7 +221,9 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("read", "value"), BAD_VALUES, ids=str)
+@pytest.mark.parametrize(
+    ("read", "value"), BAD_VALUES, ids=lambda part: getattr(part, "__name__", str(part))
+)
 def test_values_are_refused_with_the_key(read: Callable[[str, object], Any], value: object):
     error = refused(lambda: read("some_key", value))
     assert error.code == Code.CONFIG and "some_key" in str(error)

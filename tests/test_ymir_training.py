@@ -56,6 +56,7 @@ def listed_weights(tree: Tree) -> list[Path]:
     return [tree.models / name / file for name, one in stages.items() for file in one["files"]]
 
 
+@pytest.mark.slow
 @needs_checker
 def test_a_platform_without_stages_gets_the_best_weights(tmp_path: Path) -> None:
     tree = training_task(tmp_path, protocol=None)
@@ -67,6 +68,7 @@ def test_a_platform_without_stages_gets_the_best_weights(tmp_path: Path) -> None
     assert [path.name for path in tree.models.iterdir() if path.name != "result.yaml"] == [name]
 
 
+@pytest.mark.slow
 @needs_checker
 def test_two_processes_then_other_classes_from_their_weights(tmp_path: Path) -> None:
     """The second task knows nothing of the first but its weights, and stands still: what it lists
@@ -115,6 +117,7 @@ def check_failure(tree: Tree, code: Code, said: str) -> None:
     assert len(tree.monitor.read_text().splitlines()) > 1, "no traceback from line 2 on"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_the_second_process(tmp_path: Path) -> None:
     tree = training_task(tmp_path, backbone_name="swin_test")
     ended = run_parent(tree, ranks=2, module="ymir_tiny", FAULT="memory")
@@ -273,6 +276,7 @@ def test_progress_becomes_percent_and_stages(tmp_path: Path) -> None:
         assert list(file.keys()) == ["weight"]
 
 
+@pytest.mark.slow
 def test_a_stopped_training_leaves_its_results_alone(tmp_path: Path) -> None:
     """SIGTERM in the middle of a run: over within seconds, and what was listed is there."""
     tree = training_task(tmp_path, epochs=200, backbone_name="swin_test")

@@ -1,4 +1,4 @@
-"""ViDT+ and teachers at the size of a test: flags, pictures with masks, weights to learn from."""
+"""Tiny ViDT+ detectors and teachers: flags, pictures with masks, teacher weights."""
 
 import dataclasses
 import json
@@ -16,9 +16,7 @@ PLUS = "--epff --iou_aware --token_label --with_vector --n_keep 16 --gt_mask_len
 
 
 def with_masks(data: Path, folder: Path) -> Path:
-    """A copy of a COCO folder where every second object is a diamond in its box; of the others no
-    mask is known.
-    """
+    """Copy a COCO folder and give every second object a mask, a diamond in its box."""
     shutil.copytree(data, folder)
     for path in (folder / "annotations").glob("*.json"):
         content = json.loads(path.read_text())
@@ -31,7 +29,7 @@ def with_masks(data: Path, folder: Path) -> Path:
 
 
 def save_teacher(path: Path, fields: dict, **changes: object) -> Path:
-    """Random weights of a detector with a run's fields, changes apart."""
+    """Save random weights of a detector with a run's model fields and these changes."""
     config = dataclasses.replace(
         ViDTConfig(**{**fields, "num_classes": len(NAMES)}),
         **changes,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Runs of the trainer so small that a test can afford many: pictures, settings, ways to start one.
+"""Tiny runs of the trainer, cheap enough for every test: pictures, settings, ways to start a run.
 
-Everything here is deterministic, and everything computes on the CPU.
+Everything here is deterministic and computes on the CPU.
 """
 
 import json
@@ -34,18 +34,21 @@ from trainer.settings.config import TrainConfig, parse
 from trainer.train import train
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
-from vidt.model.variants import SWIN_VARIANTS, SwinVariant
+from vidt.model.config import SWIN_VARIANTS, SwinVariant
 from vidt.model.vidt import ViDTConfig, build_detector
 
 ROOT = Path(__file__).parent.parent
 Model = TypeVar("Model", bound=nn.Module)
 NAMES = ("red", "green", "blue")
 COLOURS = ((220, 30, 30), (30, 200, 30), (40, 40, 230))
-# Of four shapes, so that batches are padded and evaluation meets several canvases.
+# Four shapes, so that batches need padding and evaluation meets several canvases.
 SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))
-# A ninth of the smallest published body, and one that drops paths; known to this process alone.
+# A ninth of the smallest published backbone, without and with drop path. Only processes that import
+# this file know them.
 SWIN_VARIANTS["swin_test"] = SwinVariant(24, (1, 1, 1, 1), (1, 2, 4, 8), 0.0)
 SWIN_VARIANTS["swin_test_drop"] = SwinVariant(24, (1, 1, 1, 1), (1, 2, 4, 8), 0.2)
+# The backbone of tests/data/, as small as the trainer accepts: those files stay in the repository.
+SWIN_VARIANTS["swin_smallest"] = SwinVariant(2, (1, 1, 1, 1), (1, 1, 1, 1), 0.0)
 FLAGS = (
     *("--dataset_file", "coco", "--backbone_name", "swin_test", "--pre_trained", "none"),
     *("--det_token_num", "8", "--dec_layers", "1", "--dim_feedforward", "64"),
@@ -88,7 +91,7 @@ def write_coco(
     ids: Sequence[int] = (1, 2, 3),
     names: Sequence[str] = NAMES,
 ) -> Path:
-    """A COCO 2017 folder; `ids` and `names` are the categories in the order of the files."""
+    """Write a COCO 2017 folder; `ids` and `names` list the categories in the order of the files."""
     for split, pictures in (("train", train_pictures), ("val", val_pictures)):
         write_split(root, split, pictures, ids=ids, names=names)
     return root
@@ -143,7 +146,7 @@ def draw(picture: Picture, seed: int) -> Image.Image:
 
 
 def settings(data: Path, output: Path, *flags: str) -> tuple[TrainConfig, dict[str, Any]]:
-    """`flags` are split at blanks, and count before those of `FLAGS`."""
+    """`flags` are split at blanks and override those of `FLAGS`."""
     return parse(argv(data, output, *flags))
 
 
@@ -181,13 +184,13 @@ def run(
     *flags: str,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, float]:
-    """A run in this process; returns the metrics of its best evaluation."""
+    """Train in this process and return the metrics of the best evaluation."""
     config, fields = settings(data, output, *flags)
     return train(config, fields, *tables(config, fields), report, accelerator=cpu())
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process of its own: one thread, no GPU, nothing of a launcher around the tests."""
+    """The environment for a subprocess: one thread, no GPU, no variables of a launcher."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -198,7 +201,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def published(data: Path, output: Path, *flags: str) -> list[str]:
-    """The arguments for a process of its own, with a body that it knows."""
+    """Arguments for a subprocess, which knows only published backbones."""
     return argv(data, output, "--backbone_name swin_nano", *flags)
 
 
@@ -207,14 +210,14 @@ def command(data: Path, output: Path, *flags: str) -> list[str]:
 
 
 def call(words: Sequence[str], *, timeout: float = 120, **more: str) -> subprocess.CompletedProcess:
-    """Runs a command to its end, whatever that is, in the root of the repository."""
+    """Run a command in the root of the repository; an exit code other than 0 raises nothing."""
     return subprocess.run(
         words, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )
 
 
 def main_here(words: Sequence[str]) -> int:
-    """The command line in this process; its exit code."""
+    """Run the trainer's command line in this process and return its exit code."""
     with swapped(sys, "argv", ["train.py", *words]):
         try:
             trainer.train.main()
@@ -224,7 +227,7 @@ def main_here(words: Sequence[str]) -> int:
 
 
 def program(name: str) -> str:
-    """A program of the environment that the tests run in: accelerate, torchrun."""
+    """Path of a program in the virtual environment of the tests, such as accelerate or torchrun."""
     return str(Path(sys.executable).with_name(name))
 
 
@@ -233,7 +236,7 @@ def last_checkpoint(output: Path) -> Path:
 
 
 def end_of(output: Path) -> dict[str, Any]:
-    """All that a finished run leaves which must not depend on how often it was interrupted."""
+    """Everything in a finished run that must not depend on how often the run was interrupted."""
     state, tensors = resume.load(last_checkpoint(output))
     facts: dict[str, Any] = {f"state/{name}": value for name, value in vars(state).items()}
     del facts["state/settings"]  # where the results are
@@ -243,7 +246,7 @@ def end_of(output: Path) -> dict[str, Any]:
 
 
 def numbers_of(evaluation: Evaluation) -> dict[str, float]:
-    """The metrics, and what the diagnosis says: thresholds, confusions, worst images."""
+    """The metrics and the diagnosis as flat numbers: thresholds, confusions, worst images."""
     diagnosis = evaluation.diagnosis
     numbers = dict(evaluation.metrics)
     for curve in (*diagnosis.curves, diagnosis.together):
@@ -256,7 +259,7 @@ def numbers_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Names of what is not the same, tensors bit for bit."""
+    """Names of the entries that differ; tensors are compared bit for bit."""
     names = sorted({*first, *second})
     return [n for n in names if not same(first.get(n), second.get(n))]
 
@@ -270,7 +273,7 @@ def same(first: Any, second: Any) -> bool:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A run that learnt its pictures, and its evaluations by step."""
+    """A run that memorised its pictures, and its evaluations by step."""
 
     data: Path
     output: Path
@@ -282,12 +285,12 @@ class Learnt:
 
 
 class Crash(Exception):
-    """Raised by a report: the run breaks off where it stands, as if it had been killed."""
+    """Raised from a report to break a run off at that point, as a kill would."""
 
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """For processes without pytest's monkeypatch."""
+    """Replace an attribute inside the block; for processes without pytest's monkeypatch."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -303,8 +306,9 @@ def gradients_of_step(
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """The gradients that the loop would step with at `step`, summed over the processes, of a
-    detector whose every weight is away from zero.
+    """Gradients by parameter name that the loop would apply at `step`, summed over the processes.
+
+    Noise on every weight keeps the detector away from its initial zeros.
     """
     torch.manual_seed(0)
     model_config = ViDTConfig(**{**fields, "num_classes": len(NAMES)})
@@ -314,7 +318,7 @@ def gradients_of_step(
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=config.seed,
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
     steps = range(step, step + 1)
     batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)
@@ -336,8 +340,10 @@ def gradients_of_step(
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference of any gradient, relative to the largest entry of its tensor (but of
-    no less than a thousandth of the largest of all, beneath which rounding is all there is).
+    """The largest difference of any gradient and the name of its parameter.
+
+    Differences are relative to the largest entry of the tensor, or to a thousandth of the largest
+    entry of all tensors if that is more: below it there is nothing but rounding.
     """
     assert found.keys() == expected.keys()
     floor = 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values())
@@ -350,7 +356,7 @@ def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[flo
 
 
 def blurred(model: Model) -> Model:
-    """Noise on every weight: the zeros that a detector starts with hide what depends on what."""
+    """Add noise to every weight: a detector's initial zeros hide which output depends on what."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -358,4 +364,4 @@ def blurred(model: Model) -> Model:
 
 
 if __name__ == "__main__":
-    trainer.train.main()  # the command line, with the bodies above
+    trainer.train.main()  # the command line, which now knows the backbones above

@@ -1,4 +1,4 @@
-"""One of two processes, started by test_two_processes.py: plays all scenes, writes what it saw.
+"""One of two processes that test_two_processes.py starts: plays all scenes and saves the results.
 
 Usage: RANK=0 WORLD_SIZE=2 ... python two_processes.py FOLDER
 """
@@ -42,7 +42,7 @@ NON_FINITE_STEP = 2
 
 
 def step_gradients(data: Path, room: Path, flags: str) -> list[dict[str, torch.Tensor]]:
-    """Of the first step and of the filled-up last one of the epoch."""
+    """Gradients of the first step and of the epoch's last step, which is filled up."""
     config, fields = settings(data, room, "--dropout 0", flags)
     train_set, _ = tables(config, fields)
     return [gradients_of_step(config, fields, train_set, step, cpu()) for step in (0, 1)]
@@ -69,9 +69,7 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def evaluations(folder: Path) -> dict[int, list[dict[str, float]]]:
-    """What `numbers_of` says of the learnt weights by number of validation images, for batches of
-    1, 2 and 5.
-    """
+    """`numbers_of` the learnt weights by number of validation images, for batches of 1, 2 and 5."""
     model, info = load_model(folder / "learnt.safetensors")
     metrics: dict[int, list[dict[str, float]]] = {}
     for count in VALIDATION:
@@ -95,7 +93,7 @@ def evaluations(folder: Path) -> dict[int, list[dict[str, float]]]:
 
 
 def training(data: Path, output: Path, flags: str) -> dict[int, dict[str, float]]:
-    """Loss terms by step, as the main process is told them; and the best metrics, on each."""
+    """Loss terms by step, on the main process; under -1 the best metrics, on every process."""
     losses: dict[int, dict[str, float]] = {}
 
     def report(progress: Progress) -> None:
@@ -107,8 +105,9 @@ def training(data: Path, output: Path, flags: str) -> dict[int, dict[str, float]
 
 
 def out_of_memory(data: Path, output: Path, rank: int) -> list[str]:
-    """The second process cannot compute more than one image; both must take smaller portions. What
-    differs from a run that was started so, for the process that writes the files.
+    """The second process has memory for one image at a time: both must take smaller micro-batches.
+
+    Returns, on the process that writes files, what differs from a run that was started with them.
     """
     forward = ViDT.forward
 
@@ -125,7 +124,7 @@ def out_of_memory(data: Path, output: Path, rank: int) -> list[str]:
 
 
 def stopped(data: Path, output: Path, rank: int) -> str:
-    """Only the second process gets a signal; both must stop after the same step."""
+    """Signal only the second process; both must stop after the same step."""
     forward, calls = ViDT.forward, 0
 
     def signalled(self, *images, **more):
@@ -144,7 +143,7 @@ def stopped(data: Path, output: Path, rank: int) -> str:
 
 
 def bad_dataset(data: Path, output: Path) -> str:
-    """What the main process finds wrong with the files is raised on both."""
+    """The error that the main process finds in the files; it is raised on both."""
     config, fields = settings(data, output)
     try:
         trainer.train.train_from_settings(config, fields, cpu())
@@ -155,7 +154,7 @@ def bad_dataset(data: Path, output: Path) -> str:
 
 
 def non_finite_on(rank: int) -> Callable:
-    """A criterion whose loss is NaN in the third step, on the second process alone."""
+    """A forward of the criterion that returns NaN in the third step of the second process."""
     forward, calls = SetCriterion.forward, 0
 
     def poisoned(self, *args, **more):

@@ -1,6 +1,6 @@
-"""Mining and inference tasks on tiny pictures, by one process or by two.
+"""Mining and inference tasks on tiny pictures, run by one process or by two.
 
-As a program one of two ranks, which knows the tiny bodies of `tiny_runs`: ENV_FILE ...
+Usage, as one of two ranks: python ymir_candidates.py ENV_FILE ...
 """
 
 import json
@@ -26,7 +26,7 @@ from ymir_adapter.tasks.candidates import search_candidates
 
 @dataclass(frozen=True)
 class Results:
-    """What the platform would read back; None for what is not there."""
+    """The results that the platform reads back; None for missing files."""
 
     tree: Tree
 
@@ -44,7 +44,7 @@ class Results:
 
     @property
     def boxes(self) -> dict[str, Any] | None:
-        """The JSON's images in its order: lists of boxes, whatever the protocol calls them."""
+        """Boxes by image, in the order of the JSON file; their key depends on the protocol."""
         path = self.tree.output / "infer-result.json"
         if not path.exists():
             return None
@@ -63,7 +63,7 @@ def candidate_task(
     names: Sequence[str] = NAMES,
     **config: Any,
 ) -> Tree:
-    """A task on images where they lie, in the order given; nothing is copied."""
+    """Write a task on these images, in this order; the images are not copied."""
     tree = Tree(root)
     for folder in (root / "in", tree.output):
         folder.mkdir(parents=True)
@@ -90,15 +90,16 @@ def candidate_task(
 
 
 def run_here(tree: Tree) -> Results:
-    """In this process, as the only rank."""
+    """Run a task in this process, as the only rank."""
     task = read_task(tree.env_file)
     search_candidates(task, Monitor(tree.monitor, task.task_id), cpu())
     return Results(tree)
 
 
 def run_by_two(*trees: Tree) -> str:
-    """By two processes, one task after the other; what they said. No launcher around them: it would
-    only cost time.
+    """Run tasks one after the other in two processes and return their output.
+
+    There is no launcher around them, which saves time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

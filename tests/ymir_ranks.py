@@ -1,4 +1,4 @@
-"""Ranks that do what SCENE says instead of a task, and their real parent.
+"""Ranks that play a SCENE instead of running a task, under their real parent.
 
 Usage: SCENE=... DEFAULT_ENV_FILE_PATH=... python ymir_ranks.py (the parent)
 """
@@ -26,7 +26,7 @@ def forever(first: bool) -> None:
 
 
 def leave_a_child() -> None:
-    """In a session of its own, as far from its parents as a process can be."""
+    """Start a child in a session of its own, detached from its parents."""
     subprocess.Popen(["sleep", str(int(FOREVER))], start_new_session=True)
 
 
@@ -43,11 +43,11 @@ def second_fails(first: bool) -> None:
 
 
 def both_fail(first: bool) -> None:
-    """The second is told in words what the first one found."""
+    """The first rank raises; the second raises an error with the same words."""
     if first:
         time.sleep(0.5)
         raise TaskError(Code.DATASET, "no images")
-    raise ValueError("no images")
+    raise UserError("no images")
 
 
 def dies_of(signum: int) -> Callable[[bool], None]:
@@ -61,7 +61,7 @@ def dies_of(signum: int) -> Callable[[bool], None]:
 
 
 def deaf(first: bool) -> None:
-    """Does not end when asked to, and neither does what it started."""
+    """Ignores SIGTERM, and leaves a child."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     leave_a_child()
     forever(first)

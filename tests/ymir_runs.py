@@ -1,4 +1,4 @@
-"""Training tasks of the platform so small that a test can afford many, and ways to run one."""
+"""Tiny training tasks of the YMIR platform, and ways to run one."""
 
 import os
 import subprocess
@@ -73,8 +73,9 @@ def training_task(
     pictures: tuple[int, int] = (6, 3),
     **config: Any,
 ) -> Tree:
-    """A task on pictures of `tiny_runs`; `names` may leave some of its classes out, or add others.
-    A config value of None takes the key away.
+    """Write a task on pictures of `tiny_runs`; `names` may omit some of its classes or add others.
+
+    A config value of None removes the key.
     """
     values = {**CONFIG, "class_names": list(names), "args_options": f"{OPTIONS} {options}"}
     kept = {key: value for key, value in {**values, **config}.items() if value is not None}
@@ -91,7 +92,7 @@ def training_task(
 def write_picture(
     folder: Path, name: str, picture: Picture, names: Sequence[str], seed: int
 ) -> tuple[Path, Path]:
-    """Image and ark file; corners are inclusive."""
+    """Write an image and its ark file, in which corners are inclusive."""
     image, annotation = folder / f"{name}.png", folder / f"{name}.txt"
     draw(picture, seed).save(image)
     lines = [
@@ -104,7 +105,7 @@ def write_picture(
 
 
 class Reader:
-    """Reads the monitor again and again, as the platform does, and keeps every first line."""
+    """Polls the monitor file as the platform does and records every new first line."""
 
     def __init__(self, tree: Tree) -> None:
         self.path, self.history = tree.monitor, tree.root / "history.txt"
@@ -137,7 +138,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a task's parent ended, and all that it and its ranks said."""
+    """Exit code of a task's parent, and the output of the parent and its ranks."""
 
     code: int
     said: str
@@ -145,9 +146,10 @@ class Ended:
 
 
 def start(tree: Tree, *, ranks: int = 1, module: str = "", **more: str) -> subprocess.Popen:
-    """`python -m ymir_adapter` in a folder that is not ours; its words go to `log.txt`. `module`:
-    of the tests, to run as ranks instead. All processes have MARK, the folder, in their
-    environment.
+    """Start `python -m ymir_adapter` in the task's folder; its output goes to `log.txt`.
+
+    `module` names a module of the tests to run as ranks instead. The environment of every process
+    holds MARK, the folder.
     """
     words = ["-m", "ymir_adapter"]
     if module:
@@ -175,7 +177,7 @@ def run_parent(tree: Tree, *, ranks: int = 1, module: str = "", **more: str) -> 
 
 
 def complaints(tree: Tree, ended: Ended, *flags: str) -> str:
-    """What the platform's checker has against a run; "" if nothing."""
+    """Output of the platform's checker if it rejects a run, else ""."""
     words = ["--in", tree.root / "in", "--out", tree.output, "--task", "training"]
     words += ["--exit-code", str(ended.code), "--history", ended.reader.history, *flags]
     command = [sys.executable, str(CHECKER), *map(str, words)]
@@ -184,7 +186,7 @@ def complaints(tree: Tree, ended: Ended, *flags: str) -> str:
 
 
 def processes_with(variable: str) -> list[int]:
-    """Processes, zombies excepted, whose environment holds `NAME=value`."""
+    """Identifiers of processes whose environment holds `NAME=value`, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -196,7 +198,7 @@ def processes_with(variable: str) -> list[int]:
 
 
 def wait_until_gone(variable: str, seconds: float) -> list[int]:
-    """Processes that are still there after so long."""
+    """Wait for those processes to end; return the ones that are left after `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := processes_with(variable)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A platform's `/in` and `/out` in a folder of a test: settings, indexes, pictures, annotations."""
+"""The platform's `/in` and `/out` in a test's folder: settings, indexes, pictures, annotations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Row = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture of grey noise and what is said to be in it."""
+    """A picture of grey noise and its annotated boxes."""
 
     name: str
     size: tuple[int, int] = (24, 32)  # (height, width)
@@ -56,7 +56,7 @@ class Tree:
         return self.input / "env.yaml"
 
     def write(self) -> "Tree":
-        """Writes both YAML files anew."""
+        """Write both YAML files again."""
         self.env_file.write_text(yaml.safe_dump(self.env))
         (self.input / "config.yaml").write_text(yaml.safe_dump(self.config))
         return self
@@ -75,8 +75,8 @@ def make_tree(
     train: Sequence[Shot] = SHOTS,
     val: Sequence[Shot] = SHOTS[:2],
 ) -> Tree:
-    """A whole task; mining and inference (`mining`, `infer`, `mining+infer`) have the training
-    pictures for candidates. An old platform writes five ark fields, and no version.
+    """Write a complete task. Mining and inference (`mining`, `infer`, `mining+infer`) get the
+    training pictures as candidates. An old platform (protocol None) writes five ark fields.
     """
     tree = Tree(root)
     for folder in ("in/assets", "in/annotations", "in/models", "out/models", "out/tensorboard"):

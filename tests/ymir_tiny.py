@@ -1,5 +1,6 @@
-"""A rank of a training task that knows the tiny bodies of `tiny_runs`. Where FAULT names one, the
-second process goes wrong.
+"""A rank of a training task that knows the tiny backbones of `tiny_runs`.
+
+The second process raises the error that FAULT names, if it is set.
 """
 
 import os

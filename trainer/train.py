@@ -28,12 +28,7 @@ from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.loop import resume as checkpoints
 from trainer.loop.agreement import PATIENCE, Agreement, sum_gradients
 from trainer.loop.clock import Clock
-from trainer.loop.execution import (
-    checkpoint_activations,
-    compiled,
-    compiled_canvas,
-    keep_freed_memory,
-)
+from trainer.loop.execution import checkpoint_activations, compiled, compiled_canvas
 from trainer.loop.history import history
 from trainer.loop.launch_check import refuse_split_models, require_processes
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
@@ -59,6 +54,7 @@ from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, Interrupted, evaluate
 from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
 from vidt.model.config import ViDTConfig
@@ -84,7 +80,7 @@ def train(
     called on the main process only. Writes `best.safetensors`, `last.safetensors`, `checkpoints/`,
     `predictions.jpg` and `config.yaml` into `config.output_dir`.
 
-    Raises ValueError for what a user can mend, NonFiniteLoss, and Stopped after SIGTERM or SIGINT
+    Raises UserError for what a user can mend, NonFiniteLoss, and Stopped after SIGTERM or SIGINT
     once all is saved.
     """
     accelerator = accelerator or make_accelerator()
@@ -97,10 +93,10 @@ def train(
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
     preprocessing = Preprocessing(eval_size=config.eval_size)
     if config.denoising and not model_config.with_box_refine:
-        raise ValueError("--denoising needs --with_box_refine: its queries start from boxes")
+        raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
     if config.denoising and (model_config.method != "vidt" or not model_config.dec_layers):
         none = f"--method {model_config.method} --dec_layers {model_config.dec_layers}"
-        raise ValueError(f"--denoising needs a decoder; {none} has none")
+        raise UserError(f"--denoising needs a decoder; {none} has none")
     detector = build_detector(model_config)
     resumed_from = find_checkpoint(config, agreement)
     if resumed_from is None:
@@ -134,7 +130,7 @@ def train(
         Augmentation.from_config(config),
         preprocessing,
         seed=config.seed,
-        noised_queries=config.denoising,
+        denoising_queries=config.denoising,
     )
 
     def say(event: str, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
@@ -237,7 +233,7 @@ def train(
             set_seed(step_seed(config.seed, state.step, accelerator.process_index))
             terms = gradients(
                 *(in_steps, criterion, accelerator, window, canvas, num_boxes, teacher),
-                noised_queries=config.denoising,
+                denoising_queries=config.denoising,
             )
             if agreement.any(terms is None):
                 # On every process: free the memory, and take the same images in smaller portions.
@@ -271,8 +267,6 @@ def make_accelerator() -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
     # Processes without an accelerator must be told so, or each believes that it is alone.
     cpu = not torch.accelerator.is_available()
-    if cpu:
-        keep_freed_memory()
     loading = DataLoaderConfiguration(non_blocking=True)
     return Accelerator(cpu=cpu, dataloader_config=loading, kwargs_handlers=[patient], rng_types=[])
 
@@ -314,7 +308,7 @@ def train_from_settings(
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output} is a file; name a folder")
+        raise UserError(f"--output_dir {output} is a file; name a folder")
     if not config.check:
         agreement.on_main(lambda: require_files(config))
     train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
@@ -366,7 +360,7 @@ def evaluate_only(
     where given.
     """
     if config.load_from is None:
-        raise ValueError("--eval needs --load_from FILE, the weights to evaluate")
+        raise UserError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)
     model, info = load_detector(config.load_from, agreement, model_fields["dec_layers"])
     preprocessing = info.preprocessing
@@ -424,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_processes(accelerator.num_processes)
         run = evaluate_only if config.eval else train_from_settings
         run(config, model_fields, accelerator)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
         first = str(error).strip().partition("\n")[0]

@@ -1,11 +1,79 @@
-"""Command lines whose complaints are one line, like all others here."""
+"""The one maker of command lines: argparse whose errors are one line each."""
 
 import argparse
-from typing import NoReturn
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from vidt.errors import UserError
+
+HELP = ("-h", "--help")
+MIN_SIMILARITY = 0.65  # difflib's ratio; a word less alike is seldom the one that was meant
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Complains in one line, and ends the program with 2."""
+    """A parser whose errors are one line, with the nearest flag where a flag is misspelt. `-` and
+    `_` inside the name of a flag mean the same, and no flag can be abbreviated.
+
+    Parsing raises UserError, and ends the program after `--help`.
+    """
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, formatter_class=_HelpFormatter, allow_abbrev=False, **more)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Flags may stand between the positional arguments."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._declared(word) for word in words], namespace)
+
+    def _declared(self, word: str) -> str:
+        """A flag in the spelling of its declaration; any other word unchanged."""
+        if not is_flag(word):
+            return word
+        name, equals, value = word.partition("=")
+        flags = {plain(flag): flag for flag in self._option_string_actions}
+        if plain(name) not in flags:
+            similar = nearest(plain(name).lstrip("-"), [flag.lstrip("-") for flag in flags])
+            hint = f"; the nearest is --{similar}" if similar else ""
+            self.error(f"unknown flag {name}{hint}")
+        return flags[plain(name)] + equals + value
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows an example\n")
+        message = message.removeprefix("argument ").replace(" argument ", " ")
+        message = message.replace("following arguments are required", "following is missing")
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """`--lr 0.0001` rather than `--lr [0.0001 ...]` where the values can be left out."""
+        if action.nargs == "*":
+            return str(action.metavar)
+        return super()._format_args(action, default_metavar)
+
+
+def is_flag(word: str) -> bool:
+    """True for --name and -name; False for `-`, which names standard input, and for numbers."""
+    return word.startswith("--") or (word.startswith("-") and word[1:2].isalpha())
+
+
+def plain(word: str) -> str:
+    """A flag with underscores inside its name; any other word unchanged."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is spelt most like `word`; None if none is similar."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, MIN_SIMILARITY)), None)

@@ -1,4 +1,4 @@
-"""A released file as one of ours, or the other way round:
+"""Converts a weights file of the released ViDT to one of ours, or back:
 
 python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors
 python -m vidt.convert best.safetensors for_the_released_code.pth
@@ -13,6 +13,7 @@ import torch
 
 from vidt.arguments import OneLineParser
 from vidt.atomic import atomic_file
+from vidt.errors import UserError
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import read_released
 from vidt.weights.released import (
@@ -47,9 +48,10 @@ __all__ = [
 
 
 def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> WeightsInfo:
-    """Writes a released `.pth` file as one of ours, with what our detector does not read beside its
-    tensors, for the way back. class_names win over the file's. Raises UnusableWeights naming the
-    file, and OSError naming the target.
+    """Writes a released `.pth` file as one of ours. Tensors that our detector does not read are
+    stored beside its own, so that `to_theirs` can restore them. `class_names` override the file's.
+
+    Raises UnusableWeights naming the file, and OSError naming the target.
     """
     tensors, info = read_released(source)
     info = dataclasses.replace(info, class_names=class_names or info.class_names)
@@ -66,8 +68,9 @@ def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> We
 
 def to_theirs(source: Path, target: Path) -> WeightsInfo:
     """Writes a weights file of ours as the released code reads it: tensors under `model`, settings
-    under `args`; and beside them, for the way back, what that code has no place for. Raises
-    UnusableWeights naming the file, and OSError naming the target.
+    under `args`. Class names and metrics, which that code ignores, stand beside them for `to_ours`.
+
+    Raises UnusableWeights naming the file, and OSError naming the target.
     """
     tensors, info = load_weights(source)
     settings = dataclasses.asdict(info.config) | dataclasses.asdict(info.preprocessing)
@@ -81,33 +84,32 @@ def to_theirs(source: Path, target: Path) -> WeightsInfo:
     with atomic_file(target) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's word for a write that failed
+        except RuntimeError as error:  # torch raises it for a failed write
             raise OSError(str(error).splitlines()[0]) from error
     return info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 done, 2 a user's error, told in one line."""
-    given = _parser().parse_args(argv)
+    """The command line. Exit codes: 0 done, 2 a user's error, printed as one line."""
     try:
+        given = _parser().parse_args(argv)
         info = _convert(given.source, given.target, given.class_names)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{given.target}: {info.config}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
-        prog="python -m vidt.convert",
-        description="Weights of the released ViDT to ours, or back.",
+        "python -m vidt.convert",
+        description="Converts weights of the released ViDT to ours, or back.",
         epilog="example: python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors",
-        allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, help="a released .pth file, or one of ours")
-    parser.add_argument("target", type=Path, help="OUT.safetensors, or OUT.pth for the way back")
-    parser.add_argument("--class_names", help="a,b,...; for a file that is not of COCO's 91 ids")
+    parser.add_argument("target", type=Path, help="OUT.safetensors; OUT.pth for the way back")
+    parser.add_argument("--class_names", help="a,b,...; needed unless the classes are COCO's 91")
     return parser
 
 
@@ -115,18 +117,18 @@ def _convert(source: Path, target: Path, class_names: str | None) -> WeightsInfo
     back = is_ours(source)
     wanted = ".pth" if back else ".safetensors"
     if target.suffix != wanted:
-        raise ValueError(f"{target}: of {source} comes a {wanted} file; name it so")
+        raise UserError(f"{target}: {source} converts to a {wanted} file; name it so")
     if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the file that is to be converted; give another name")
+        raise UserError(f"{target} is the source file; give another name")
     if back and class_names is not None:
-        raise ValueError(f"--class_names {class_names}: {source} has its own; leave the flag out")
+        raise UserError(f"--class_names {class_names}: {source} has its own; leave the flag out")
     return to_theirs(source, target) if back else to_ours(source, target, _names(class_names))
 
 
 def _names(given: str | None) -> tuple[str, ...]:
     names = () if given is None else tuple(name.strip() for name in given.split(","))
     if "" in names or len(set(names)) != len(names):
-        raise ValueError(f"--class_names {given}: give a name to each class, none of them twice")
+        raise UserError(f"--class_names {given}: give each class a name of its own")
     return names
 
 

@@ -1,8 +1,10 @@
-"""`vidt.load`: a file, and what its end says of it, to a detector ready to be asked."""
+"""`vidt.load`: opens a weights file or an ONNX model, by its suffix, as a detector."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vidt.errors import UserError
 
 if TYPE_CHECKING:
     from vidt.predict.predictor import Predictor
@@ -19,31 +21,31 @@ def load(
     compile: bool = False,
 ) -> "Predictor | Any":
     """A detector from a weights file (.safetensors of ours, a released .pth) or from an exported
-    model (.onnx, which is run by onnxruntime and without PyTorch).
+    model (.onnx, which onnxruntime runs without PyTorch).
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one. precision: "fp32", "bf16" or
-    "fp16"; None is fp32. compile: by torch.compile, once for each canvas.
+    "fp16"; None is fp32. compile: use torch.compile, which compiles once for each canvas.
 
-    Returns a `vidt.Predictor`, or an `OnnxDetector` that is asked in the same way and answers with
-    NumPy arrays. Raises ValueError for a file that is no detector, naming it, and for a device or
-    precision that there is not.
+    Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
+    arrays. Raises UserError, naming the file, if it holds no detector, and for a device or
+    precision that is not available.
     """
     path = Path(weights)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the weights file in it")
+        raise UserError(f"{path} is a folder; name the weights file in it")
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a weights file or an .onnx model")
+        raise UserError(f"{path} does not exist; name a weights file or an .onnx model")
     if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:
         from vidt.predict.devices import usable_device
         from vidt.predict.predictor import Predictor
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path} needs {error.name}, which is not here; install it, or export the weights to "
-            ".onnx where it is"
+        raise UserError(
+            f"{path} needs {error.name}, which is not installed; install it, or export the "
+            "weights to .onnx where it is"
         ) from error
 
     where = usable_device(device)
@@ -54,15 +56,15 @@ def load(
 
 def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) -> Any:
     if precision not in (None, "fp32"):
-        raise ValueError(
-            f"precision is {precision}; an .onnx model has its own: export it with --fp16"
+        raise UserError(
+            f"precision is {precision}; an .onnx model has a fixed one: export it with --fp16"
         )
     if compile:
-        raise ValueError(f"compile is for PyTorch; {path} is run by onnxruntime")
+        raise UserError(f"compile is for PyTorch; onnxruntime runs {path}")
     try:
         detector = import_module("vidt.onnx.detector").OnnxDetector
         return detector(path, device=device or "cpu")
     except ImportError as error:
-        raise ValueError(
-            f"{path} needs onnxruntime, which is not here ({error}); pip install onnxruntime"
+        raise UserError(
+            f"{path} needs onnxruntime, which is not installed ({error}); pip install onnxruntime"
         ) from error

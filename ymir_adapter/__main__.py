@@ -1,5 +1,5 @@
-"""What the platform starts: `python -m ymir_adapter`. Reads which task it is, runs it in processes
-of its own, and says honestly how it ended.
+"""The program that the platform starts: `python -m ymir_adapter`. Reads the task, runs it in
+processes of its own, and reports how it ended.
 
 Exit codes: 0 done, 1 failed, 143 and 130 stopped by SIGTERM and SIGINT.
 """
@@ -9,13 +9,14 @@ import time
 import traceback
 
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
+from ymir_adapter.protocol.environment import read_identity
 from ymir_adapter.protocol.errors import Code, Failure, diagnose
-from ymir_adapter.protocol.outputs import Monitor
-from ymir_adapter.protocol.task import Task, read_identity, read_task
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.task import Task, read_task
 
 
 def main(module: str | None = None) -> int:
-    """Runs the task in ranks of `module`, by default the one for its kind. Gives the exit code."""
+    """Runs the task in ranks of `module`, by default that of the task. Returns the exit code."""
     task_id, monitor_file = read_identity()
     monitor, code = Monitor(monitor_file, task_id), 1
     try:
@@ -38,7 +39,7 @@ def module_of(task: Task) -> str:
 
 
 def report(failure: Failure, monitor: Monitor) -> None:
-    """The error record; and for people the cause, as the very last line of all output."""
+    """Writes the error record, and prints the cause as the last line of all output."""
     if failure.code == Code.CONTAINER and failure.traceback:
         print(failure.traceback, file=sys.stderr)
     monitor.error(failure.code, failure.message, failure.traceback)

@@ -1,10 +1,10 @@
-"""From one process to as many as a task has GPUs, and back to none.
+"""Starts one process for each GPU of a task, and ends them all.
 
-The platform starts the parent. The parent starts `accelerate launch`, and that starts the ranks. A
-rank that fails leaves its failure in a folder and stays, so that no other rank fails of a lost
-connection first; the parent sees the file, ends everything and reports. Nothing outlives the
-parent: what loses its own parent is given to it, and a rank whose parent was killed finds its
-standard input hung up.
+The platform starts the parent. The parent starts `accelerate launch`, which starts the ranks. A
+rank that fails writes its failure to a folder and waits, so that no other rank fails first with a
+lost connection. The parent sees the file, kills everything and reports. Nothing outlives the
+parent: orphans become its children, and a rank whose parent was killed sees its standard input hang
+up.
 """
 
 import ctypes
@@ -26,19 +26,19 @@ from pathlib import Path
 import yaml
 
 from ymir_adapter.protocol.errors import Code, Failure, TaskError, first_failure, write_failure
-from ymir_adapter.protocol.outputs import Monitor
+from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import Task, read_task
 
-FAILURES = "VIDT_FAILURES"  # variable: where ranks leave their failures, and their signs of life
-CPU_PROCESSES = "VIDT_CPU_PROCESSES"  # variable: ranks of a task without GPUs, 1 if not set
+FAILURES = "VIDT_FAILURES"  # variable: the folder of the ranks' failures and signs of life
+CPU_PROCESSES = "VIDT_CPU_PROCESSES"  # variable: ranks of a task without GPUs, default 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-POLL = 0.1  # seconds between two looks at the ranks
-REFRESH = 1.0  # seconds between two records while the ranks are still starting
-SETTLE = 1.0  # seconds for the other ranks to tell the cause, after one that does not know it
+POLL = 0.1  # seconds between two checks of the ranks
+REFRESH = 1.0  # seconds between two records while the ranks start
+SETTLE = 1.0  # seconds to wait for a failure with a known cause after one without
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-RUNNING = "running"  # file: rank 0 has begun and writes the monitor file from here on
-SET_CHILD_SUBREAPER = 36  # of prctl(2): orphans among our descendants become our children
-# Where libraries keep what they download or compile, below HOME unless these are set.
+RUNNING = "running"  # file: rank 0 has started, and writes the monitor file from now on
+SET_CHILD_SUBREAPER = 36  # of prctl(2): orphaned descendants become our children
+# Cache folders of libraries, below HOME unless these variables are set.
 CACHES = {
     "XDG_CACHE_HOME": ".cache",
     "TORCH_HOME": ".cache/torch",
@@ -48,11 +48,11 @@ CACHES = {
     "MPLCONFIGDIR": ".config/matplotlib",
 }
 
-Work = Callable[[Task, Monitor | None], None]  # one rank's part; the monitor is for rank 0
+Work = Callable[[Task, Monitor | None], None]  # the work of one rank; only rank 0 has a monitor
 
 
 class Terminated(Exception):
-    """The parent was asked to stop. The exit code is the shell's: 128 and the signal's number."""
+    """The parent was asked to stop. The exit code is 128 + the signal's number, as in a shell."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"the task was stopped by {signal.Signals(signum).name}")
@@ -60,7 +60,7 @@ class Terminated(Exception):
 
 
 class RankFailed(Exception):
-    """A rank left this failure, or died without leaving one."""
+    """A rank failed, or died without writing its failure."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -69,7 +69,7 @@ class RankFailed(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """The first SIGTERM or SIGINT raises Terminated; later ones do not disturb the clean-up."""
+    """The first SIGTERM or SIGINT raises Terminated; later ones are ignored during clean-up."""
 
     def stop(signum: int, frame: object) -> None:
         for number in SIGNALS:
@@ -85,11 +85,11 @@ def stop_signals() -> Iterator[None]:
 
 
 def run_ranks(task: Task, module: str, monitor: Monitor) -> None:
-    """Runs `python -m MODULE` once for each GPU of the task, or once on the CPU, and waits. Keeps
-    the monitor fresh until the ranks do.
+    """Runs `python -m MODULE` once for each GPU of the task, or once on the CPU, and waits. Updates
+    the monitor until rank 0 does.
 
-    Raises RankFailed, or Terminated within `stop_signals`. Of the ranks and whatever they started
-    nothing is left when it is over.
+    Raises RankFailed, or Terminated within `stop_signals`. When it returns, the ranks and all their
+    children have ended.
     """
     with tempfile.TemporaryDirectory(prefix="vidt-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -97,7 +97,7 @@ def run_ranks(task: Task, module: str, monitor: Monitor) -> None:
         try:
             words = launch_command(task, module, folder)
             environment = rank_environment(task, folder, os.environ)
-            # Its own session: Ctrl-C is for the parent alone. The pipe tells ranks if that dies.
+            # A session of its own: only the parent receives Ctrl-C. The pipe hangs up when it dies.
             launcher = subprocess.Popen(
                 words, env=environment, stdin=subprocess.PIPE, start_new_session=True
             )
@@ -111,16 +111,16 @@ def run_ranks(task: Task, module: str, monitor: Monitor) -> None:
 
 
 def num_ranks(task: Task) -> int:
-    """One for each GPU; on the CPU one, or what VIDT_CPU_PROCESSES says."""
+    """One for each GPU; on the CPU VIDT_CPU_PROCESSES, by default 1."""
     return len(task.gpu_ids) or int(os.environ.get(CPU_PROCESSES, "1"))
 
 
 def launch_command(task: Task, module: str, folder: Path) -> list[str]:
-    """`accelerate launch -m MODULE`, with settings of its own instead of the user's."""
+    """`accelerate launch -m MODULE` with a settings file of its own, not the user's."""
     ranks = num_ranks(task)
     settings = {
         "compute_environment": "LOCAL_MACHINE",
-        # For one rank and for CPUs too: the only kind that starts what it is told to.
+        # For one rank and for CPUs too: other types ignore the number of processes.
         "distributed_type": "MULTI_GPU",
         "num_machines": 1,
         "num_processes": ranks,
@@ -139,7 +139,7 @@ def launch_command(task: Task, module: str, folder: Path) -> list[str]:
 
 
 def rank_environment(task: Task, folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The task's devices alone are visible, and HOME and every cache can be written to."""
+    """Only the task's devices are visible, and HOME and all caches are writable."""
     return {
         **inherited,
         **_homes(folder, inherited),
@@ -150,7 +150,7 @@ def rank_environment(task: Task, folder: Path, inherited: Mapping[str, str]) -> 
 
 
 def _homes(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The user of a task may be in no password file, with a HOME that is / or not there."""
+    """The user of a task may have no passwd entry, and a HOME that is / or missing."""
     home = inherited.get("HOME")
     if home and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
         return {}
@@ -161,7 +161,7 @@ def _homes(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def _devices(gpu_ids: Sequence[int], visible: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES for these ids, which count within what is visible already."""
+    """CUDA_VISIBLE_DEVICES for these ids, which index the devices that are visible now."""
     if visible is None:
         return ",".join(map(str, gpu_ids))
     there = [name for name in visible.split(",") if name.strip()]
@@ -169,7 +169,7 @@ def _devices(gpu_ids: Sequence[int], visible: str | None) -> str:
 
 
 def _watch(launcher: subprocess.Popen, folder: Path, monitor: Monitor, ranks: int) -> None:
-    """Until the launcher has ended or a rank has failed; raises RankFailed then."""
+    """Waits until the launcher ends or a rank fails; raises RankFailed for a failure."""
     refreshed = 0.0
     while launcher.poll() is None and first_failure(folder) is None:
         if time.monotonic() - refreshed > REFRESH:
@@ -185,7 +185,7 @@ def _watch(launcher: subprocess.Popen, folder: Path, monitor: Monitor, ranks: in
 
 
 def _refresh(monitor: Monitor, folder: Path) -> None:
-    """Never after the first record of rank 0, which takes the same lock to say that it runs."""
+    """Updates the monitor unless rank 0, which takes the same lock, does so already."""
     with _locked(folder):
         if not (folder / RUNNING).exists():
             monitor.update(0.0)
@@ -202,14 +202,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _settled(folder: Path, ranks: int) -> Failure | None:
-    """The first failure, once the rank that knows the cause had time to tell it: the others are
-    told in words, without the kind of the error.
+    """The first failure, after the rank with the cause had time to write it: other ranks receive
+    the message of an error without its class.
     """
     deadline = time.monotonic() + SETTLE
     while True:
         failure = first_failure(folder)
-        told = failure is None or failure.code != Code.CONTAINER
-        if told or _num_failures(folder) == ranks or time.monotonic() > deadline:
+        is_known = failure is None or failure.code != Code.CONTAINER
+        if is_known or _num_failures(folder) == ranks or time.monotonic() > deadline:
             return failure
         time.sleep(POLL)
 
@@ -219,7 +219,7 @@ def _num_failures(folder: Path) -> int:
 
 
 def _silent_death(folder: Path, code: int) -> Failure:
-    """What is known of ranks that ended without a word, which is what signals do to them."""
+    """The failure of ranks that a signal ended, which wrote none."""
     begun = sorted(folder.glob("crash-*.txt"))
     for path in begun:
         trace = path.read_text(encoding="utf-8", errors="replace")
@@ -231,17 +231,19 @@ def _silent_death(folder: Path, code: int) -> Failure:
             return Failure(Code.OOM if bus else Code.CONTAINER, message, trace, time.time())
     if begun:
         message = (
-            "a process of the task was killed, as a machine does when its memory is full; lower "
+            "a process of the task was killed, probably because memory was full; lower "
             "batch_size_per_gpu or num_workers_per_gpu"
         )
         return Failure(Code.OOM, message, "", time.time())
-    message = f"accelerate launch ended with code {code} before the task began; see its words above"
+    message = (
+        f"accelerate launch ended with code {code} before the task began; see the output above"
+    )
     return Failure(Code.CONTAINER, message, "", time.time())
 
 
 def _ask_to_stop(launcher: subprocess.Popen, folder: Path, ranks: int) -> None:
-    """SIGTERM to the ranks, and time to follow it. Not to the launcher, which would have the last
-    word.
+    """Sends SIGTERM to the ranks and waits. The launcher gets none: it would print the last line
+    of the output.
     """
     for pid in _children_of(launcher.pid):
         with suppress(ProcessLookupError):
@@ -258,8 +260,8 @@ def _adopt_orphans() -> None:
 
 
 def _end_children() -> None:
-    """SIGKILL for everything below this process. Whose parent dies becomes our child, before the
-    death of that parent is told: when there are no children there is nothing left.
+    """Kills all descendants. An orphan becomes our child before we learn of its parent's death, so
+    nothing is left when there are no children.
     """
     while True:
         for pid in _children_of(os.getpid()):
@@ -274,7 +276,7 @@ def _end_children() -> None:
 def _children_of(parent: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended
             fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             if int(fields[1]) == parent:
                 found.append(int(path.parent.name))
@@ -282,9 +284,7 @@ def _children_of(parent: int) -> list[int]:
 
 
 def run_rank(work: Work) -> None:
-    """What a rank is: its work, within reach of the parent. A failure of any kind is left for the
-    parent, which then ends this process.
-    """
+    """Runs the work of a rank. Writes any failure for the parent, which then ends this process."""
     _log_lines()
     folder, rank = os.environ.get(FAILURES), int(os.environ.get("RANK", "0"))
     if folder is None:  # started by hand
@@ -325,11 +325,11 @@ def _log_lines() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its loaders when the parent is no more, however it died."""
+    """Ends this process and its loaders when the parent dies in any way."""
 
     def watch() -> None:
         poll = select.poll()
-        poll.register(0, 0)  # a hang-up is told unasked
+        poll.register(0, 0)  # a hang-up is always reported
         if any(event & select.POLLHUP for _, event in poll.poll()):
             os.killpg(0, signal.SIGKILL)
 
@@ -337,21 +337,21 @@ def _end_with_parent() -> None:
 
 
 def require_devices(gpu_ids: Sequence[int]) -> None:
-    """Raises TaskError unless there is a GPU for each of the ids. Nothing else is tried: a task
-    that was given GPUs is not to run for weeks on a CPU.
+    """Raises TaskError unless there is a GPU for each id: a task for GPUs must not run for weeks on
+    a CPU.
     """
     if not gpu_ids:
         return
-    import torch  # seconds that the parent, which never calls this, does not spend
+    import torch  # takes seconds, which the parent must not spend
 
     wanted = ",".join(map(str, gpu_ids))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not found:
         raise TaskError(
             Code.NO_GPU,
-            f"gpu_id {wanted} was given, but PyTorch sees no GPU; check the driver or take the CPU",
+            f"gpu_id {wanted} was given, but PyTorch sees no GPU; check the driver or use the CPU",
         )
     if found < len(gpu_ids):
         raise TaskError(
-            Code.GPU, f"gpu_id {wanted} was given, but only {found} of these GPUs can be seen"
+            Code.GPU, f"gpu_id {wanted} was given, but only {found} of these GPUs are visible"
         )

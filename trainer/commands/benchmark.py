@@ -1,6 +1,5 @@
-"""`vidt benchmark`: how long one image takes, and how many go through in a second."""
+"""`vidt benchmark`: the latency of one image, and the throughput of batches."""
 
-import json
 import platform
 import statistics
 import time
@@ -12,21 +11,22 @@ import numpy as np
 from PIL import Image
 
 from trainer.commands.command_flags import (
-    Flags,
-    UsageError,
     add_detector_flags,
     check_result,
+    command_parser,
     count,
     say,
     side,
+    write_json,
 )
-from trainer.commands.result_files import write_result
+from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 from vidt.loading import load
 
 SUMMARY = """
-Times a detector on this machine, from pictures in memory to boxes: one at a time (latency), and in
-batches (throughput). Resizing is in it, reading files is not. Takes a weights file, an exported
-.onnx model, or the name of a body with random weights, which is as fast.
+Times a detector on this machine, from images in memory to boxes: one image at a time (latency), and
+in batches (throughput). Resizing is included, reading files is not. Takes a weights file, an
+exported .onnx model, or the name of a backbone, which gets random weights: they are as fast.
 """
 EXAMPLES = """
 examples:
@@ -34,34 +34,36 @@ examples:
   vidt benchmark swin_tiny --size 640 640 --batch_size 16 --precision bf16
   vidt benchmark model.onnx --repeat 50 --out speed.json
 
-what it prints: the median of the runs, and the fastest and slowest, in milliseconds; images per
-second. Times on a machine that does other work mean little.
+output: the median, fastest and slowest run in milliseconds, and images per second. Times on a
+machine that does other work mean little.
 
 exit code: 0 done, 2 a mistake that the line "error: ..." names.
 """
-WARM_UP = 3  # runs that are not counted
+WARM_UP = 3  # runs before those that count
 
 
-def flags() -> Flags:
-    parser = Flags("benchmark", SUMMARY, EXAMPLES)
+def flags() -> OneLineParser:
+    parser = command_parser("benchmark", SUMMARY, EXAMPLES)
     parser.add_argument(
-        "weights", metavar="WEIGHTS", help="weights, an .onnx model, or a body such as swin_nano"
+        "weights",
+        metavar="WEIGHTS",
+        help="weights, .onnx model, or a backbone such as swin_nano",
     )
     parser.add_argument(
-        "--size", nargs=2, type=side, default=(640, 640), metavar=("H", "W"), help="of the pictures"
+        "--size", nargs=2, type=side, default=(640, 640), metavar=("H", "W"), help="of the images"
     )
     parser.add_argument(
         "--repeat", type=count, default=20, metavar="N", help="runs that count (default 20)"
     )
-    parser.add_argument("--threads", type=count, metavar="N", help="of the CPU; default: all")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers, as JSON")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads; default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     add_detector_flags(parser, batch_size=8)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
-    given = flags().read(argv)
+    """Raises UserError and OSError."""
+    given = flags().parse_args(argv)
     check_result("--out", given.out, [Path(given.weights)])
     detector = _detector(given)
     pixels = np.random.default_rng(0).integers(0, 256, (*given.size, 3), np.uint8)
@@ -80,24 +82,23 @@ def run(argv: Sequence[str]) -> int:
         "machine": platform.processor() or platform.machine(),
         **results,
     }
-    say(in_words(facts))
-    if given.out is not None:
-        write_result(given.out, json.dumps(facts, indent=1).encode())
+    say(table(facts))
+    write_json(given.out, facts)
     return 0
 
 
 def _detector(given: Any) -> Any:
     how = {"device": given.device, "precision": given.precision, "compile": given.compile}
-    from vidt.model.config import ViDTConfig, body_names
+    from vidt.model.config import ViDTConfig, backbone_names
 
     if given.threads is not None and not given.weights.endswith(".onnx"):
         import torch
 
         torch.set_num_threads(given.threads)
-    if given.weights not in body_names():
+    if given.weights not in backbone_names():
         if not Path(given.weights).exists():
-            bodies = ", ".join(body_names())
-            raise UsageError(f"WEIGHTS {given.weights}: neither a file nor a body ({bodies})")
+            backbones = ", ".join(backbone_names())
+            raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
         return load(given.weights, **how)
     from vidt.images.preprocessing import Preprocessing
     from vidt.model.vidt import build_detector
@@ -115,13 +116,13 @@ def _detector(given: Any) -> Any:
 def timed(
     detector: Any, pictures: list[Image.Image], batch_size: int, repeat: int
 ) -> dict[str, float]:
-    """Seconds of a run over the pictures, and images per second by the median of the runs."""
+    """Seconds of a run over the pictures, and images per second of the median run."""
     seconds = []
     for _ in range(WARM_UP + repeat):
         start = time.perf_counter()
-        found = list(detector.stream(pictures, batch_size=batch_size))
+        detections = list(detector.stream(pictures, batch_size=batch_size))
         seconds.append(time.perf_counter() - start)
-        assert len(found) == len(pictures)
+        assert len(detections) == len(pictures)
     counted = seconds[WARM_UP:]
     median = statistics.median(counted)
     return {
@@ -133,7 +134,7 @@ def timed(
     }
 
 
-def in_words(facts: dict[str, Any]) -> str:
+def table(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['detector']}, pictures of {facts['height']} x {facts['width']} (height x width), "
         f"{facts['device']}, precision {facts['precision']}"
@@ -142,8 +143,7 @@ def in_words(facts: dict[str, Any]) -> str:
     ]
     for name in ("latency", "throughput"):
         row = facts[name]
-        times = (1000 * row[which] for which in ("median", "fastest", "slowest"))
-        median, fastest, slowest = times
+        median, fastest, slowest = (1000 * row[key] for key in ("median", "fastest", "slowest"))
         lines.append(
             f"{name:<12}{row['images']:>6}{median:>12.1f}{fastest:>10.1f}{slowest:>10.1f}"
             f"{row['images_per_second']:>10.1f}"

@@ -1,4 +1,4 @@
-"""`vidt check`: the look at a dataset that every training begins with, and nothing else."""
+"""`vidt check`: the dataset check that every training begins with, alone."""
 
 import json
 from collections.abc import Sequence
@@ -6,17 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import Flags, UsageError, check_result, count, say, share
+from trainer.commands.command_flags import (
+    check_result,
+    command_parser,
+    count,
+    say,
+    share,
+    write_json,
+)
 from trainer.commands.image_files import SUFFIXES
-from trainer.commands.result_files import write_result
 from trainer.readers.findings import Finding, format_findings
 from trainer.settings.config import COCO_FILES, DATASETS, TrainConfig
 from trainer.settings.wording import counted
+from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 
 SUMMARY = """
-Looks at every annotation and at the header of every image, and says what is wrong with them and
-what a training would do about it: boxes dropped or clipped, images left out, classes without
-examples, images that are in both splits. Seconds, not hours; nothing is changed.
+Reads every annotation and the header of every image, and prints what is wrong with them and what a
+training would do about it: boxes dropped or clipped, images left out, classes without examples,
+images that are in both splits. It takes seconds, not hours, and changes nothing.
 """
 EXAMPLES = """
 examples:
@@ -43,8 +51,8 @@ HELP_OF = {
 }
 
 
-def flags() -> Flags:
-    parser = Flags("check", SUMMARY, EXAMPLES)
+def flags() -> OneLineParser:
+    parser = command_parser("check", SUMMARY, EXAMPLES)
     for name, text in HELP_OF.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=text)
     parser.add_argument(
@@ -52,26 +60,26 @@ def flags() -> Flags:
         type=count,
         default=100,
         metavar="N",
-        help="the most objects that will be found in an image (default %(default)s)",
+        help="most objects that the detector finds in an image (default %(default)s)",
     )
     parser.add_argument(
         "--max_bad_fraction",
         type=share,
         default=TrainConfig.max_bad_fraction,
         metavar="S",
-        help="share of unusable images that a training bears (default %(default)s)",
+        help="share of unusable images that a training accepts (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
-    given = flags().read(argv)
+    """Raises UserError and OSError."""
+    given = flags().parse_args(argv)
     config = settings(vars(given))
     check_result("--out", given.out, read_files(config, given.out))
-    # Here, not above: seconds that help does not spend.
+    # Imported here, so that --help does not wait for PyTorch.
     from trainer.data.dataset_check import BadDataset
     from trainer.data.load import read_datasets
 
@@ -92,36 +100,34 @@ def run(argv: Sequence[str]) -> int:
         "splits": [_split(table) for table in tables],
         "findings": [asdict(finding) for finding in findings],
     }
-    text = json.dumps(facts, indent=1)
-    say(text if given.json else in_words(facts, findings))
-    if given.out is not None:
-        write_result(given.out, text.encode())
+    say(json.dumps(facts, indent=1) if given.json else report(facts, findings))
+    write_json(given.out, facts)
     if failure is not None:
         raise failure
     return 0
 
 
 def settings(given: dict[str, Any]) -> TrainConfig:
-    """The part of a training's settings that says where the data is."""
+    """The settings of a training on the data. Raises UserError unless it is one dataset."""
     paths = {name: given[name] for name in HELP_OF if given[name] is not None}
     kinds = [name for name in DATASETS if f"{name}_path" in paths]
     if any(name in paths for name in COCO_FILES):
         kinds.append("coco")
     if not kinds:
         four = ", ".join(f"--{name}" for name in COCO_FILES)
-        raise UsageError(
+        raise UserError(
             f"no dataset is named; give --coco_path, --voc_path, --yolo_path, or {four}"
         )
     if len(kinds) > 1:
         both = " and ".join(f"--{name}" for name in paths)
-        raise UsageError(f"{both}: check one dataset at a time")
+        raise UserError(f"{both}: check one dataset at a time")
     share = given["max_bad_fraction"]
     return TrainConfig(dataset_file=kinds[0], max_bad_fraction=share, **paths)
 
 
 def read_files(config: TrainConfig, out: Path | None) -> list[Path]:
-    """The dataset's files that `out` could be: those that are named, those of COCO's layout, and
-    `out` itself where it lies among images and labels and looks like one.
+    """The files of the dataset that `out` could overwrite: annotation files, and `out` itself if it
+    exists in a folder of the dataset under a name like that of an image or label.
     """
     files = [Path(each) for each in (config.train_json, config.val_json) if each]
     folders = [Path(each) for each in (config.train_images, config.val_images) if each]
@@ -146,7 +152,7 @@ def _split(table: Any) -> dict[str, Any]:
     }
 
 
-def in_words(facts: dict[str, Any], findings: list[Finding]) -> str:
+def report(facts: dict[str, Any], findings: list[Finding]) -> str:
     lines = [
         f"{each['source']}: {counted(each['images'], 'image')}, "
         f"{counted(each['boxes'], 'box', 'boxes')}"
@@ -156,5 +162,5 @@ def in_words(facts: dict[str, Any], findings: list[Finding]) -> str:
     for name in facts["classes"]:
         numbers = "  ".join(f"{each['boxes_by_class'][name]:>8}" for each in facts["splits"])
         lines.append(f"  {name:<{width}}  {numbers}")
-    lines.append(format_findings(findings) if findings else "nothing was found to be wrong")
+    lines.append(format_findings(findings) if findings else "nothing wrong was found")
     return "\n".join(lines)

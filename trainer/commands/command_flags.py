@@ -1,65 +1,26 @@
-"""The flags of `vidt`'s subcommands: argparse that teaches, and complains in one line."""
+"""What the subcommands of `vidt` share: a parser, types of values, and files of results."""
 
 import argparse
+import io
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from trainer.settings.wording import nearest
-
-HELP = ("-h", "--help")
-
-
-class UsageError(ValueError):
-    """A flag or an argument that cannot be used; one line says which, and what is expected."""
+from vidt.arguments import OneLineParser
+from vidt.atomic import atomic_file, atomic_write
+from vidt.errors import UserError
 
 
-class Flags(argparse.ArgumentParser):
-    """The flags of one subcommand. `-` and `_` inside a name mean the same."""
-
-    def __init__(self, command: str, summary: str, examples: str) -> None:
-        super().__init__(
-            prog=f"vidt {command}",
-            description=summary.strip(),
-            epilog=examples.strip(),
-            formatter_class=_Shape,
-            allow_abbrev=False,
-        )
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Raises UsageError; ends the program after `--help`."""
-        words = [plain(word) for word in argv]
-        for word in words:
-            name = word.partition("=")[0]
-            if name.startswith("--") and name not in self._option_string_actions:
-                known = [each[2:] for each in self._option_string_actions if each[:2] == "--"]
-                meant = nearest(name[2:], known)
-                hint = f"; the nearest is --{meant}" if meant else ""
-                self.error(f"unknown flag {name}{hint}")
-        return self.parse_intermixed_args(words)
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line instead of argparse's page."""
-        message = message.removeprefix("argument ").replace(" argument ", " ")
-        message = message.replace("following arguments are required", "following is missing")
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-class _Shape(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=98)
-
-
-def plain(word: str) -> str:
-    """A flag with underscores; anything else as it is."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+def command_parser(command: str, summary: str, examples: str) -> OneLineParser:
+    """The parser of one subcommand."""
+    return OneLineParser(f"vidt {command}", description=summary.strip(), epilog=examples.strip())
 
 
 def share(text: str) -> float:
-    """A flag's value from 0 to 1."""
+    """The type of a flag whose value is from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -70,7 +31,7 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A flag's value of 1 or more."""
+    """The type of a flag whose value is a whole number of 1 or more."""
     try:
         value = int(text)
     except ValueError:
@@ -81,7 +42,7 @@ def count(text: str) -> int:
 
 
 def side(text: str) -> int:
-    """A flag's value in pixels."""
+    """The type of a flag whose value is in pixels."""
     value = count(text)
     if value < 32:
         raise argparse.ArgumentTypeError(f"{text} is too small; it must be 32 pixels or more")
@@ -89,49 +50,73 @@ def side(text: str) -> int:
 
 
 def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
-    """How a detector computes; what `vidt.load` takes."""
-    group = flags.add_argument_group("how to compute")
+    """The flags that become arguments of `vidt.load` and of the detector."""
+    group = flags.add_argument_group("computation")
     group.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
     )
     group.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
-        help="default fp32; bf16 and fp16 are quicker on a GPU. An .onnx model has its own",
+        help="default fp32; bf16 and fp16 are faster on a GPU. An .onnx model has a fixed one",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="by torch.compile: slow to start, quicker where many images have one size",
+        help="use torch.compile: slow to start, faster where many images have one size",
     )
     group.add_argument(
         "--batch_size",
         type=count,
         default=batch_size,
         metavar="N",
-        help="images computed together, at most (default %(default)s); it changes no result",
+        help="most images in a batch (default %(default)s); it changes no result",
     )
 
 
 def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:
-    """Raises UsageError if the file that a flag names cannot be written, or is one of those that
-    the command reads, by whatever name.
+    """Raises UserError if `path`, the value of `flag`, is a folder or one of the files that the
+    command reads, under any name.
     """
     if path is None:
         return
     if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder; name a file")
+        raise UserError(f"{flag} {path} is a folder; name a file")
     if path.resolve() in {each.resolve() for each in read}:
-        raise UsageError(f"{flag} {path} would overwrite a file that is read; name another")
+        raise UserError(f"{flag} {path} would overwrite a file that is read; name another")
 
 
 def say(text: str) -> None:
-    """A line, or several, on standard output."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Prints text on standard output at once."""
+    print(text, flush=True)
 
 
 def note(text: str) -> None:
-    """A line on standard error, out of the way of results."""
+    """Prints a line on standard error, apart from the results."""
     sys.stdout.flush()
-    sys.stderr.write(text + "\n")
+    print(text, file=sys.stderr)
+
+
+def write_result(path: Path, data: bytes) -> None:
+    """An atomic write, not forced onto the disk: results can be computed again, and forcing a
+    million files takes long. Raises OSError naming the file.
+    """
+    atomic_write(path, data, durable=False)
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """Writes a value as JSON, if there is a path to write to."""
+    if path is not None:
+        write_result(path, json.dumps(value, indent=1).encode())
+
+
+@contextmanager
+def atomic_text(path: Path) -> Iterator[TextIO]:
+    """A text file that appears when the block ends well, and does not appear when it raises. Raises
+    OSError naming the file.
+    """
+    with atomic_file(path, durable=False) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        yield text
+        text.flush()
+        text.detach()  # otherwise the wrapper closes the file

@@ -1,7 +1,7 @@
-"""The console command `vidt`: finds the subcommand, and says what went wrong in one line.
+"""The console command `vidt`: finds the subcommand and prints errors as one line.
 
-A subcommand is a file of its own with `run(argv)`, imported when it is asked for: help must not
-wait for PyTorch.
+A subcommand is a file with `run(argv)`, imported when it is needed: help must not wait for PyTorch.
+`vidt train` is the trainer itself, so it stands here.
 """
 
 import os
@@ -9,86 +9,117 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from trainer.commands.command_flags import HELP
-from trainer.settings.wording import nearest
+from vidt.arguments import HELP, nearest
+from vidt.errors import UserError
 
 COMMANDS = {
     "train": "train a detector on your data",
-    "check": "look a dataset over: what is wrong with it, and what would be done about it",
-    "evaluate": "COCO's numbers of a detector on annotated images",
-    "predict": "find objects in images, draw them, write them down",
+    "check": "check a dataset: what is wrong with it, and what a training would do about it",
+    "evaluate": "COCO's metrics of a detector on annotated images",
+    "predict": "detect objects in images, draw them, write them to files",
     "info": "what a weights file holds, and how it was trained",
-    "export": "a weights file to an ONNX model, and the proof that both agree",
-    "benchmark": "how fast a detector is here",
+    "export": "export a weights file to an ONNX model, and verify that both agree",
+    "benchmark": "measure how fast a detector is on this machine",
 }
-USER_ERROR, NOTHING_READ, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
+HELP_PAGE = """\
+vidt COMMAND ...: object detection, from a folder of images to boxes
 
+{commands}
 
-def help_page() -> str:
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "vidt COMMAND ...: object detection, from a folder of pictures to boxes",
-            "",
-            *lines,
-            "",
-            "vidt COMMAND --help teaches a command, with examples. The usual way:",
-            "",
-            "  vidt check --coco_path data/coco",
-            "  vidt train --coco_path data/coco --output_dir output",
-            "  vidt evaluate output/best.safetensors --json data/coco/annotations/"
-            "instances_val2017.json --images data/coco/val2017",
-            "  vidt predict output/best.safetensors photos/ --out found",
-            "",
-        ]
-    )
+vidt COMMAND --help explains a command, with examples. The usual order:
+
+  vidt check --coco_path data/coco
+  vidt train --coco_path data/coco --output_dir output
+  vidt evaluate output/best.safetensors --json data/coco/annotations/instances_val2017.json \
+--images data/coco/val2017
+  vidt predict output/best.safetensors photos/ --out found
+"""
+TRAIN_PAGE = """usage: vidt train [--NAME VALUE ...]
+
+Trains a detector: checks the data, trains, evaluates after every epoch and saves the best weights.
+A run that was stopped or killed continues with --resume. One process, on this machine's GPU or its
+CPU; for several processes, run trainer/train.py by accelerate launch or torchrun, with these flags.
+
+examples:
+  vidt train
+      on synthetic images of coloured shapes, as a first try
+  vidt train --coco_path data/coco --output_dir output/coco
+  vidt train --train_json train.json --train_images images --val_json val.json \\
+      --val_images images --backbone_name swin_tiny --epochs 30 --output_dir output/mine
+  vidt train --yolo_path data/yolo --load_from output/coco/best.safetensors \\
+      --output_dir output/tuned
+  vidt train --config output/mine/config.yaml --resume
+
+exit code: 0 done, 2 a mistake that the line "error: ..." names, 3 the loss is not finite, 130 or
+143 stopped by Ctrl-C or SIGTERM with everything saved.
+"""
+USER_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 nothing could be read, or a check that failed, 2 a user's error, told
-    in one line that starts with `error:`, 130 stopped by Ctrl-C, and `vidt predict` 143 by SIGTERM.
-    `vidt train` has those of the trainer.
+    """Exit codes: 0 done, 1 no image could be read, or the exported model differs, 2 a user's
+    error, printed as one line that starts with `error:`, 130 stopped by Ctrl-C, and `vidt predict`
+    143 by SIGTERM. `vidt train` has those of the trainer.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt as error:
-        sys.stderr.write("stopped; what was finished is written\n")
+        print("stopped; what was finished is written", file=sys.stderr)
         return getattr(error, "exit_code", INTERRUPTED)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = in_words(error)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = message_of(error)
         if message is None:
             raise
-        sys.stderr.write(f"error: {message}\n")
+        print(f"error: {message}", file=sys.stderr)
         return getattr(error, "exit_code", USER_ERROR)
 
 
 def _run(words: list[str]) -> int:
     help_words = ("help", *HELP)
     if all(word in help_words for word in words[:2]):
-        sys.stdout.write(help_page())
+        commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        print(HELP_PAGE.format(commands=commands), end="")
         return 0
     if words[0] in help_words:
         words = [words[1], "--help"]
     if words[0] == "--version":
         import vidt
 
-        sys.stdout.write(f"vidt {vidt.__version__}\n")
+        print(f"vidt {vidt.__version__}")
         return 0
     if words[0] not in COMMANDS:
-        meant = nearest(words[0], COMMANDS)
-        hint = f"the nearest is {meant}, and " if meant else ""
-        raise ValueError(f"there is no command {words[0]}; {hint}vidt --help shows all")
+        similar = nearest(words[0], COMMANDS)
+        hint = f"the nearest is {similar}, and " if similar else ""
+        raise UserError(f"there is no command {words[0]}; {hint}vidt --help shows all")
+    if words[0] == "train":
+        return _train(words[1:])
     return import_module(f"trainer.commands.{words[0]}").run(words[1:])
 
 
-def in_words(error: BaseException) -> str | None:
-    """One line for what a user can mend; None for what only we can."""
+def _train(argv: Sequence[str]) -> int:
+    """The trainer on one process, with the exit codes of `trainer.train.main`."""
+    if any(word in HELP for word in argv):
+        from trainer.settings.config import help_text
+
+        print(f"{TRAIN_PAGE}\n{help_text()}", end="")
+        return 0
+    from trainer.train import main
+
+    try:
+        main(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def message_of(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for a fault of ours."""
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory; lower --batch_size, or choose --device cpu"

@@ -1,19 +1,24 @@
-"""`vidt export`: weights to an ONNX model, which is held to them before it is called done."""
+"""`vidt export`: weights to an ONNX model, which is compared with them before it counts as done."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from trainer.commands.command_flags import Flags, UsageError, check_result, say, side
+from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
+from trainer.commands.evaluate import read
 from trainer.commands.image_files import ImageFiles
-from trainer.commands.result_files import write_result
+from trainer.scoring.coco_scores import map50
+from vidt.arguments import OneLineParser
+from vidt.errors import UserError
+from vidt.images.files import probe_image
 
 SUMMARY = """
-Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and proves it: the model
-is checked, both detectors look at the same images, and the report says how far they differ. Class
-names and the preparation of pictures ride in the model, so that vidt predict and vidt evaluate take
+Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: the model
+is checked, both detectors predict on the same images, and the report says how far they differ. The
+model contains the class names and the preprocessing, so that vidt predict and vidt evaluate accept
 it.
 """
 EXAMPLES = """
@@ -23,14 +28,14 @@ examples:
   vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
-exit code: 0 exported, and both agree; 1 they do not, and the report says where; 2 a mistake that
+exit code: 0 exported, and both agree; 1 they differ, and the report says where; 2 a mistake that
 the line "error: ..." names. --with-decode and --with_decode mean the same.
 """
 AXES = ("batch", "size")
 
 
-def flags() -> Flags:
-    parser = Flags("export", SUMMARY, EXAMPLES)
+def flags() -> OneLineParser:
+    parser = command_parser("export", SUMMARY, EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="weights to export")
     parser.add_argument("output", metavar="MODEL", type=Path, help="the .onnx file to write")
     parser.add_argument(
@@ -38,23 +43,27 @@ def flags() -> Flags:
         nargs=2,
         type=side,
         metavar=("H", "W"),
-        help="height and width of the pictures that it takes; default: of the weights, square",
+        help="height and width of the model's input; default: the size of the weights, square",
     )
     parser.add_argument(
         "--dynamic",
         default="",
         metavar="AXES",
-        help="batch: it takes any number of pictures at once (size is refused); default: one",
+        help="batch: the model takes any number of images (size is not possible); default: one",
     )
-    parser.add_argument("--fp16", action="store_true", help="half precision: half the file")
+    parser.add_argument("--fp16", action="store_true", help="half precision: half the file size")
     parser.add_argument(
         "--with_decode",
         action="store_true",
-        help="the model gives boxes, labels and scores instead of the detector's raw outputs",
+        help="the model returns boxes, labels and scores instead of the raw outputs",
     )
-    proof = parser.add_argument_group("what it is proven on")
+    proof = parser.add_argument_group("verification")
     proof.add_argument(
-        "--images", nargs="+", default=[], metavar="PATH", help="files or folders; default: noise"
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files or folders; default: noise",
     )
     proof.add_argument("--json", type=Path, metavar="FILE", help="COCO file: map50 of both")
     proof.add_argument("--coco_images", type=Path, metavar="DIR", help="folder of its images")
@@ -63,20 +72,20 @@ def flags() -> Flags:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
-    given = flags().read(argv)
+    """Raises UserError and OSError."""
+    given = flags().parse_args(argv)
     dynamic = tuple(word for word in given.dynamic.split(",") if word)
     unknown = [word for word in dynamic if word not in AXES]
     if unknown:
-        raise UsageError(f"--dynamic {given.dynamic}: {unknown[0]} is neither batch nor size")
+        raise UserError(f"--dynamic {given.dynamic}: {unknown[0]} is neither batch nor size")
     if (given.json is None) != (given.coco_images is None):
-        raise UsageError("--json and --coco_images: give both, or neither")
+        raise UserError("--json and --coco_images: give both, or neither")
     if given.output.suffix != ".onnx":
-        raise UsageError(f"MODEL {given.output}: name it something.onnx")
+        raise UserError(f"MODEL {given.output}: name it something.onnx")
     if not given.weights.is_file():
-        raise UsageError(f"WEIGHTS {given.weights}: no such file")
+        raise UserError(f"WEIGHTS {given.weights}: no such file")
     if given.output.is_dir() or not given.output.absolute().parent.is_dir():
-        raise UsageError(f"MODEL {given.output}: there is no folder for it")
+        raise UserError(f"MODEL {given.output}: there is no folder for it")
     images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]
     read = [given.weights, *images, *([given.json] if given.json else [])]
     check_result("MODEL", given.output, read)
@@ -84,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         export = import_module("vidt.onnx.export").export
     except ImportError as error:
-        raise UsageError(
+        raise UserError(
             f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
         ) from None
     report = export(
@@ -95,9 +104,28 @@ def run(argv: Sequence[str]) -> int:
         half=given.fp16,
         with_decode=given.with_decode,
         images=images,
-        coco=(given.json, given.coco_images) if given.json else None,
+        dataset_for=partial(scored_images, given.json, given.coco_images) if given.json else None,
     )
     say(report.text())
-    if given.report is not None:
-        write_result(given.report, json.dumps(report.as_dict(), indent=1).encode())
+    write_json(given.report, report.as_dict())
     return 0 if report.ok else 1
+
+
+def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
+    """A COCO dataset as `vidt.onnx.export.export` takes it. Raises UserError for a file that
+    `vidt evaluate` refuses, and for an image that is missing.
+    """
+    file = read(str(json_path), str(folder), names, "--coco_images")
+    files = [folder / name for name in file.images.names]
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing}: no such file, but {json_path} has it")
+    sizes = [
+        probe_image(path).size if size == (0, 0) else size
+        for path, size in zip(files, file.images.sizes, strict=True)
+    ]
+
+    def score(detections: Iterable[Any]) -> float:
+        return map50(file, sizes, detections, names)
+
+    return import_module("vidt.onnx.export").ScoredImages(files, sizes, score)

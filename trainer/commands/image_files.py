@@ -1,4 +1,4 @@
-"""Files, folders, patterns and standard input to a stream of image files, of any length."""
+"""Image files of files, folders, patterns and standard input, as a stream of any length."""
 
 import glob
 import os
@@ -9,6 +9,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
 
+from vidt.errors import UserError
+
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 )
@@ -17,9 +19,9 @@ STANDARD_INPUT = "-"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """`path` is the file as it was given. `name` is where its results belong, relative to the
-    output folder; two images may share one until `DistinctFiles` has seen them. `has_twin`: what is
-    named without its ending would meet what another image has.
+    """`path` is the file as the user named it. `name` is the path of its results relative to the
+    output folder; `DistinctFiles` makes it unique. `has_twin`: another image differs only in its
+    suffix, so that a result named without the suffix would be ambiguous.
     """
 
     path: str
@@ -29,7 +31,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class _Source:
-    """One word of the command line; what is in it gets names that start with `prefix`."""
+    """One word of the command line; the names of its images start with `prefix`."""
 
     word: str
     matches: tuple[str, ...] | None = None  # of a pattern
@@ -37,18 +39,19 @@ class _Source:
 
 
 class ImageFiles:
-    """The images that the words of a command line stand for, in their order; those of a folder,
-    and of all folders in it, sorted by name. Folders are read as they are reached.
+    """The images that the words of a command line name, in order; those of a folder and its
+    subfolders sorted by name. A folder is read when it is reached.
 
-    `avoid` is a folder that is passed over: the results may lie among the images.
+    `avoid` is a folder to skip: the results may lie among the images.
 
-    Raises ValueError for a word that stands for nothing, and for names that are not one a line.
+    Raises UserError for a word that matches nothing, and for standard input that does not hold one
+    name a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
         self._stdin, self._avoid = stdin, None if avoid is None else os.path.realpath(avoid)
         if list(words).count(STANDARD_INPUT) > 1:
-            raise ValueError("IMAGES - stands for standard input; give it once")
+            raise UserError("IMAGES - stands for standard input; give it once")
         sources = [_source(word) for word in words]
         names = distinct([_own_name(source.word) for source in sources])
         files = [source.matches is None and os.path.isfile(source.word) for source in sources]
@@ -71,7 +74,7 @@ class ImageFiles:
                 yield ImageFile(source.word, source.prefix)
 
     def count(self) -> int | None:
-        """How many there are, for who wants to show how far it is; None if only reading tells."""
+        """The number of images, for a progress bar; None with standard input."""
         if any(source.word == STANDARD_INPUT for source in self._sources):
             return None
         return sum(1 for _ in self)
@@ -105,21 +108,21 @@ class ImageFiles:
 
 
 class DistinctFiles:
-    """Images renamed, one by one, where what is written for one would replace what an earlier one
-    has: the name with its ending where the name without it is taken, else with a number.
+    """Renames images whose results would overwrite those of an earlier image: the name keeps its
+    suffix if the name without it is taken, or else gets a number.
 
-    `written` tells which files an image will get, relative to the output folder. Of these a short
-    hash is kept, so that a million images need some 100 MB. Two of them that meet by chance, one
-    case in 10 ** 7, cost a number that was not needed.
+    `written` returns the files that an image will get, relative to the output folder. Their short
+    hashes are stored, so that a million images need some 100 MB. A collision, one case in 10 ** 7,
+    costs a number that was not needed.
     """
 
     def __init__(self, written: Callable[[ImageFile], Sequence[str]]) -> None:
         self._written = written
         self._taken: set[bytes] = set()
-        self._last: dict[bytes, int] = {}  # number that a name got, of those that came again
+        self._last: dict[bytes, int] = {}  # last number of each repeated name
 
     def place(self, file: ImageFile) -> ImageFile:
-        """The image under its own name, or the nearest that is free."""
+        """The image under its own name, or under the next free one."""
         if self._take(file):
             return file
         file = replace(file, has_twin=True)
@@ -141,7 +144,7 @@ class DistinctFiles:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """The names, those that have been there before with a number: a.jpg, a-2.jpg."""
+    """The names, repeated ones with a number: a.jpg, a-2.jpg."""
     files = DistinctFiles(lambda file: [file.name])
     return [files.place(ImageFile(name, name)).name for name in names]
 
@@ -156,7 +159,7 @@ def _short(name: str) -> bytes:
 
 
 def _twins(names: Iterable[str]) -> frozenset[str]:
-    """What is before the ending in two of them, or more."""
+    """The stems that two names or more share."""
     stems = Counter(os.path.splitext(name)[0] for name in names)
     return frozenset(stem for stem, count in stems.items() if count > 1)
 
@@ -168,15 +171,15 @@ def _source(word: str) -> _Source:
         matches = tuple(sorted(glob.glob(word, recursive=True)))
         if matches:
             return _Source(word, matches)
-        raise ValueError(f"IMAGES {word}: no file matches this pattern")
-    raise ValueError(f"IMAGES {word}: no such file or folder")
+        raise UserError(f"IMAGES {word}: no file matches this pattern")
+    raise UserError(f"IMAGES {word}: no such file or folder")
 
 
 def _names(lines: Iterable[str]) -> Iterator[str]:
-    """Raises ValueError for names that null bytes part, as those of find -print0."""
+    """Raises UserError for names separated by null bytes, as by find -print0."""
     for line in lines:
         if "\0" in line:
-            raise ValueError("IMAGES -: null bytes in it; names are expected one a line")
+            raise UserError("IMAGES -: null bytes in it; names are expected one a line")
         if line.strip():
             yield line.rstrip("\r\n")
 
@@ -190,14 +193,14 @@ def _own_name(word: str) -> str:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder of a pattern before its first wildcard."""
+    """The part of a pattern before its first wildcard."""
     parts = Path(pattern).parts
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     return str(Path(*parts[:first])) if first else "."
 
 
 def _harmless(path: str) -> str:
-    """A path as one beneath another folder: without its root and steps upwards."""
+    """The path without its root and its `..`, so that it stays below any folder."""
     parts = [part for part in Path(os.path.normpath(path)).parts if part not in ("/", "..")]
     return os.path.join(*parts) if parts else "image"
 

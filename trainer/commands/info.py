@@ -1,4 +1,4 @@
-"""`vidt info`: what a weights file, or an exported model, says of itself."""
+"""`vidt info`: what is stored in a weights file or in an exported model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import Flags, UsageError, say
+from trainer.commands.command_flags import command_parser, say
 from trainer.settings.wording import counted
+from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 
 SUMMARY = """
-Shows what is in a weights file: which detector it is, its classes, how pictures are prepared for
-it, how it scored, and how it was trained. Takes our .safetensors, the released .pth files, and
-exported .onnx models.
+Prints what is in a weights file: the detector, its classes, how images are prepared for it, its
+metrics, and how it was trained. Takes our .safetensors files, the released .pth files, and exported
+.onnx models.
 """
 EXAMPLES = """
 examples:
@@ -26,23 +28,23 @@ exit code: 0 done, 2 a mistake that the line "error: ..." names.
 MAIN_METRICS = ("map50", "map", "map75", "map_small", "map_medium", "map_large", "segm_map")
 
 
-def flags() -> Flags:
-    parser = Flags("info", SUMMARY, EXAMPLES)
+def flags() -> OneLineParser:
+    parser = command_parser("info", SUMMARY, EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user."""
-    given = flags().read(argv)
+    """Raises UserError and OSError."""
+    given = flags().parse_args(argv)
     path = Path(given.weights)
     if path.is_dir():
-        raise UsageError(f"WEIGHTS {path} is a folder; name the weights file in it")
+        raise UserError(f"WEIGHTS {path} is a folder; name the weights file in it")
     if not path.is_file():
-        raise UsageError(f"WEIGHTS {path}: no such file")
+        raise UserError(f"WEIGHTS {path}: no such file")
     facts = _facts_of_onnx(path) if path.suffix == ".onnx" else _facts_of_weights(path)
-    say(json.dumps(facts, indent=1) if given.json else in_words(facts))
+    say(json.dumps(facts, indent=1) if given.json else page(facts))
     return 0
 
 
@@ -63,39 +65,41 @@ def _facts_of_weights(path: Path) -> dict[str, Any]:
 
 
 def _facts_of_onnx(path: Path) -> dict[str, Any]:
-    """All that the exporter wrote into the model's metadata; values that are JSON, read."""
+    """The inputs and outputs, and the metadata that the exporter wrote, parsed where it is JSON."""
     try:
         onnxruntime = import_module("onnxruntime")
     except ImportError:
-        raise UsageError(
-            f"{path} needs onnxruntime, which is not here; pip install onnxruntime"
+        raise UserError(
+            f"{path} needs onnxruntime, which is not installed; pip install onnxruntime"
         ) from None
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has an exception of its own for everything
+    except Exception as error:  # onnxruntime raises exceptions of many unrelated classes
         reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{path} cannot be read as an ONNX model: {reason}") from None
+        raise UserError(f"{path} cannot be read as an ONNX model: {reason}") from None
     metadata = session.get_modelmeta().custom_metadata_map
-    shapes = {each.name: list(map(str, each.shape)) for each in session.get_inputs()}
-    outputs = {each.name: list(map(str, each.shape)) for each in session.get_outputs()}
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
-        "inputs": shapes,
-        "outputs": outputs,
-        **{name: _read(value) for name, value in sorted(metadata.items())},
+        "inputs": _shapes(session.get_inputs()),
+        "outputs": _shapes(session.get_outputs()),
+        **{name: _parsed(value) for name, value in sorted(metadata.items())},
     }
 
 
-def _read(value: str) -> Any:
+def _shapes(tensors: Sequence[Any]) -> dict[str, list[str]]:
+    return {each.name: list(map(str, each.shape)) for each in tensors}
+
+
+def _parsed(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
         return value
 
 
-def in_words(facts: Mapping[str, Any]) -> str:
-    """A page: what matters first, the rest as names and values."""
+def page(facts: Mapping[str, Any]) -> str:
+    """The facts as text, the most important first."""
     lines = [f"{facts['file']}: {facts['bytes'] / 2**20:.1f} MiB"]
     if "parameters" in facts:
         lines[0] += f", {facts['parameters'] / 1e6:.2f} M parameters"
@@ -106,10 +110,10 @@ def in_words(facts: Mapping[str, Any]) -> str:
     if metrics:
         scored = {name: metrics.get(name, -1.0) for name in MAIN_METRICS}
         shown = (f"{name} {value:.3f}" for name, value in scored.items() if value >= 0)
-        lines += [f"scores when it was saved: {', '.join(shown)}"]
+        lines += [f"metrics when it was saved: {', '.join(shown)}"]
     training = dict(facts.get("training") or {})
     if training:
-        lines += ["", "training", *_in_words_of_training(training)]
+        lines += ["", "training", *_training_lines(training)]
     for part in ("config", "preprocessing", "inputs", "outputs"):
         if isinstance(facts.get(part), Mapping):
             lines += ["", part, *_pairs(facts[part])]
@@ -118,7 +122,7 @@ def in_words(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
-def _in_words_of_training(training: Mapping[str, Any]) -> list[str]:
+def _training_lines(training: Mapping[str, Any]) -> list[str]:
     lines = [
         f"  {name:<12} {each['source']}: {counted(each['images'], 'image')}, "
         f"{counted(each['boxes'], 'box', 'boxes')}"

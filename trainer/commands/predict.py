@@ -1,4 +1,4 @@
-"""`vidt predict`: pictures with boxes, and what was found as JSON, COCO results, YOLO or CSV."""
+"""`vidt predict`: draws detections, and writes them as JSON, COCO results, YOLO or CSV."""
 
 import io
 import os
@@ -14,79 +14,88 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from trainer.commands.command_flags import Flags, UsageError, add_detector_flags, note, share
+from trainer.commands.command_flags import (
+    add_detector_flags,
+    atomic_text,
+    command_parser,
+    note,
+    share,
+    write_result,
+)
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
 from trainer.commands.predictions import Predicted, predict_files
-from trainer.commands.result_files import atomic_text, write_result
 from trainer.scoring.prediction_formats import (
     Format,
-    Found,
+    ImagePredictions,
     coco_format,
     csv_format,
     json_format,
     text_format,
     yolo_text,
 )
+from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.loading import load
 
 SUMMARY = """
-Finds objects in images: in files, in folders with all that is in them, in patterns, or in the
-files that standard input lists, a line each. Writes the images with boxes drawn on them, and what
-was found as figures: class, score from 0 to 1, and corners in pixels of the original image. Results
-come in the order of the images, as they are ready: a million images take no more memory than a
-hundred. What cannot be read is skipped, and named in the end. Images are taken as they are stored,
-not turned as their EXIF says; training and evaluation turn one where its annotated size says so.
+Detects objects in images: in files, in folders and all folders inside, in files that match a
+pattern, or in files that standard input lists, one a line. Writes the images with boxes drawn on
+them, and the class, the score from 0 to 1 and the box of each object, in pixels of the original
+image. Results appear in the order of the images, as they are ready: a million images take no more
+memory than a hundred. Unreadable files are skipped and named at the end. Images are used as they
+are stored, not turned as their EXIF says; training and evaluation turn an image if its annotated
+size says so.
 """
 EXAMPLES = """
 examples:
   vidt predict best.safetensors street.jpg
       prints a line for each object
   vidt predict best.safetensors photos/ --out found
-      found/ gets the pictures with boxes, and predictions.json
+      found/ gets the images with boxes, and predictions.json
   vidt predict best.safetensors 'photos/**/*.jpg' --out found --yolo --no_pictures
       a text file for each image in found/labels/
   find /data -name '*.jpg' | vidt predict best.safetensors - --csv > found.csv
   vidt predict model.onnx photos/ --out found
-      an exported model: run by onnxruntime, without PyTorch
+      an exported model, which onnxruntime runs without PyTorch
 
-what is written (without --out, to standard output):
+output (without --out, on standard output):
   --json   predictions.json: for each image file, height, width, detections (label, name, score,
-           box [x1, y1, x2, y2], mask as COCO's run lengths where the model has masks), or error
+           box [x1, y1, x2, y2], mask as COCO's run lengths if the model has masks), or error
   --coco   predictions.coco.json: COCO's results. The image id is the file's name without its
-           ending, as a number where it is one; the category id is that of the training data
-           where the weights tell it, else the label + 1
+           ending, as a number if it is one; the category id is that of the training data if
+           the weights contain it, else the label + 1
   --csv    predictions.csv: a row for each object
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
-Where two images would have one file, the later one's is named a.png.txt, or with a number, a-2.png.
+If two images would share a file, the later one's is called a.png.txt, or gets a number, a-2.png.
 
 exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
-143 stopped by Ctrl-C and SIGTERM: what was finished is written.
+143 stopped by Ctrl-C and SIGTERM; finished results are written.
 """
 FORMATS = {
-    "json": "all that was found, as JSON (what --out writes unless told otherwise)",
-    "coco": "COCO's results, for COCO's own scoring",
-    "yolo": "a text file for each image, as YOLO has them",
-    "csv": "a table, a row for each object",
+    "json": "all detections as JSON (the default with --out)",
+    "coco": "COCO's result format, for COCO's own scoring",
+    "yolo": "a text file for each image, in YOLO's format",
+    "csv": "a table with a row for each object",
 }
 FILES = {
     "json": "predictions.json",
     "coco": "predictions.coco.json",
     "csv": "predictions.csv",
 }
-NAMED = 3  # images that could not be read and are named in the end
+NAMED = 3  # unreadable images that the summary names
 PICTURE_KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
-def flags() -> Flags:
-    parser = Flags("predict", SUMMARY, EXAMPLES)
+def flags() -> OneLineParser:
+    parser = command_parser("predict", SUMMARY, EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
     parser.add_argument(
         "images",
         metavar="IMAGES",
         nargs="+",
-        help="files, folders, patterns in quotes, or - for a list of files on standard input",
+        help="files, folders, quoted patterns, or - for a list of files on standard input",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -94,19 +103,19 @@ def flags() -> Flags:
         type=share,
         default=0.3,
         metavar="S",
-        help="lowest score that counts, 0 to 1 (default %(default)s)",
+        help="lowest score of a detection, 0 to 1 (default %(default)s)",
     )
     kinds = parser.add_mutually_exclusive_group()
     for name, text in FORMATS.items():
         kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
-    parser.add_argument("--no_pictures", action="store_true", help="with --out: draw nothing")
+    parser.add_argument("--no_pictures", action="store_true", help="with --out: write no images")
     add_detector_flags(parser, batch_size=8)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """Raises ValueError and OSError with one line for the user, KeyboardInterrupt when stopped."""
-    given = flags().read(argv)
+    """Raises UserError and OSError, and KeyboardInterrupt when stopped."""
+    given = flags().parse_args(argv)
     with _stoppable():
         return _predict(given)
 
@@ -133,7 +142,7 @@ def _predict(given: Any) -> int:
             )
             done: Iterable[Predicted] = _placed(predicted, results)
             if results.pictures:
-                # Drawing and writing them takes as long as detecting: let threads do it meanwhile.
+                # Drawing and writing take as long as detecting, so threads do it meanwhile.
                 done = read_ahead(done, results.draw, reading_threads())
             for each in done:
                 results.add(each)
@@ -143,27 +152,27 @@ def _predict(given: Any) -> int:
                 f"none of {results.skipped} images could be read; the first: {results.reasons[0]}"
             )
         if not results.images:
-            raise UsageError(f"IMAGES {' '.join(given.images)}: there is no image in it")
+            raise UserError(f"IMAGES {' '.join(given.images)}: there is no image in it")
     for line in results.summary():
         note(line)
     return 0
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is to end the command as Ctrl-C does."""
+class StoppedBySignal(KeyboardInterrupt):
+    """SIGTERM, which ends the command as Ctrl-C does."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """While entered, SIGTERM raises `Terminated`; in the main thread alone, as Python has it."""
+    """Inside, SIGTERM raises `StoppedBySignal`; Python allows this in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(signum: int, frame: Any) -> None:
-        raise Terminated
+        raise StoppedBySignal
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -172,22 +181,22 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class NothingRead(ValueError):
-    """Images were named, and none of them could be read."""
+class NothingRead(UserError):
+    """None of the images could be read."""
 
     exit_code = 1
 
 
 def check_output(out: Path | None, kind: str | None) -> None:
     if out is None and kind == "yolo":
-        raise UsageError("--yolo writes a file for each image; say where: --out DIR")
+        raise UserError("--yolo writes a file for each image; say where: --out DIR")
     if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; name a folder")
+        raise UserError(f"--out {out} is a file; name a folder")
 
 
 def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Predicted]:
-    """Each under a name that no other has; what could not be read takes none. Raises UsageError
-    where a drawn picture would take its original's place.
+    """Gives each readable image a name that no other has. Raises UserError if a drawn image would
+    overwrite its original.
     """
     distinct = DistinctFiles(results.written)
     for each in predicted:
@@ -197,14 +206,12 @@ def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Pred
         file = distinct.place(each.file)
         target = results.picture_path(file)
         if target is not None and os.path.realpath(target) == os.path.realpath(file.path):
-            raise UsageError(
-                f"--out {results.out} would overwrite {file.path}; name another folder"
-            )
+            raise UserError(f"--out {results.out} would overwrite {file.path}; name another folder")
         yield replace(each, file=file)
 
 
 class Results:
-    """Where predictions go: files of `out`, or standard output without it."""
+    """Writes predictions to files in `out`, or to standard output without it."""
 
     def __init__(
         self, out: Path | None, kind: str | None, detector: Any, given: Any, *, pictures: bool
@@ -212,7 +219,7 @@ class Results:
         self.out, self.kind, self.names = out, kind, tuple(detector.class_names)
         self.pictures = pictures and out is not None
         self.images = self.skipped = self.boxes = 0
-        self.reasons: list[str] = []  # of the first few that could not be read
+        self.reasons: list[str] = []  # why the first few are unreadable
         self._format = format_of(kind, detector, given)
         self._is_new = out is not None and not out.exists()
         self._open_files = ExitStack()
@@ -222,7 +229,7 @@ class Results:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """What was begun is finished, after Ctrl-C too, and taken back after a failure."""
+        """Finishes the open file, after Ctrl-C too; removes it after a failure."""
         if exception[0] is None or issubclass(exception[0], KeyboardInterrupt):
             with self._open_files:
                 if self._file is not None and self._format is not None:
@@ -230,11 +237,11 @@ class Results:
             return
         self._open_files.__exit__(*exception)
         if self._is_new and self.out is not None and self.out.is_dir():
-            with suppress(OSError):  # not empty: whole pictures may stay
+            with suppress(OSError):  # not empty: finished images may stay
                 self.out.rmdir()
 
     def picture_path(self, file: ImageFile) -> Path | None:
-        """Where an image goes with its boxes: under its name, as JPEG unless that says PNG."""
+        """The file of a drawn image: under its own name, as JPEG unless it is a PNG."""
         if not self.pictures or self.out is None:
             return None
         name = file.name
@@ -243,7 +250,7 @@ class Results:
         return self.out / name
 
     def labels_path(self, file: ImageFile) -> Path | None:
-        """Where an image's own text file goes."""
+        """The YOLO text file of an image."""
         if self.kind != "yolo" or self.out is None:
             return None
         name = Path(file.name)
@@ -251,12 +258,12 @@ class Results:
         return self.out / "labels" / name.with_name(f"{stem}.txt")
 
     def written(self, file: ImageFile) -> list[str]:
-        """The files that are an image's own."""
+        """The files that belong to this image alone."""
         paths = (self.picture_path(file), self.labels_path(file))
         return [str(path) for path in paths if path is not None]
 
     def draw(self, predicted: Predicted) -> Predicted:
-        """Writes the picture with its boxes, if pictures are wanted. For many threads."""
+        """Writes the image with its boxes, unless --no_pictures is given. Safe in many threads."""
         path = self.picture_path(predicted.file)
         if path is None or predicted.picture is None:
             return predicted
@@ -276,7 +283,7 @@ class Results:
         return predicted
 
     def add(self, predicted: Predicted) -> None:
-        """In the order of the images."""
+        """Writes the predictions of the next image."""
         found, number = predicted.found, self.images + self.skipped
         if found.problem:
             self.skipped += 1
@@ -286,7 +293,7 @@ class Results:
                 self._file = self._opened()
                 self._file.write(self._format.begin())
             self._file.write(self._format.record(number, found))
-            if self.out is None:  # whoever reads it has it at once
+            if self.out is None:  # a pipe gets each line at once
                 self._file.flush()
         if found.problem:
             return
@@ -297,7 +304,7 @@ class Results:
             self._write_labels(path, predicted.found)
 
     def summary(self) -> list[str]:
-        """Lines for people: what was done, and what was not."""
+        """How many images and objects there were, and which files were skipped."""
         where = f"; results in {self.out}" if self.out else ""
         lines = [f"{self.images} images, {self.boxes} objects{where}"]
         if self.skipped:
@@ -312,7 +319,7 @@ class Results:
             return self._open_files.enter_context(_standard_output())
         return self._open_files.enter_context(atomic_text(self.out / FILES[self.kind]))
 
-    def _write_labels(self, path: Path, found: Found) -> None:
+    def _write_labels(self, path: Path, found: ImagePredictions) -> None:
         assert self.out is not None
         write_result(path, yolo_text(found).encode())
         if self.images == 1:
@@ -321,7 +328,7 @@ class Results:
 
 
 def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:
-    """None where every image has a file of its own."""
+    """None if each image has a file of its own."""
     names = list(detector.class_names)
     if kind == "coco":
         return coco_format(getattr(detector, "category_ids", range(1, len(names) + 1)))

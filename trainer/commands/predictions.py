@@ -1,28 +1,30 @@
-"""Image files through a detector, in order, with a bounded number of pictures in memory.
+"""Runs a detector over image files, in order, with a bounded number of images in memory.
 
-Files are decoded by threads while the detector computes. Its pictures come to it a window at a
-time, so that it can batch those of equal canvas; the first windows are small, and slow input makes
-small ones, so that nobody waits long for results.
+Threads decode files while the detector computes. Images reach it in windows, so that it can batch
+those of equal canvas. The first windows are small, and slow input makes small ones, so that results
+appear early.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from trainer.commands.image_files import ImageFile
-from trainer.scoring.prediction_formats import Found, found_in
+from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
+from vidt.errors import UserError
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
-from vidt.images.files import UnreadableImage, read_image
+from vidt.images.files import read_image
 
-WINDOW_PIXELS = 2**26  # of all pictures of a window: 200 MB of RGB
+WINDOW_PIXELS = 2**26  # of all images of a window: 200 MB of RGB
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A file and its picture, or why there is none."""
+    """A file and its image, or the reason why it is unreadable."""
 
     file: ImageFile
     picture: Image.Image | None
@@ -31,54 +33,66 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """A file, its picture, what the detector says of it (None: unreadable), and that in figures."""
+    """A file, its image, the detector's own detections (None: unreadable), and what is written of
+    them.
+    """
 
     file: ImageFile
     picture: Image.Image | None
     detections: Any
-    found: Found
+    found: ImagePredictions
+
+
+def read_file(file: ImageFile, size: tuple[int, int] | None = None) -> Read:
+    """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
+    try:
+        return Read(file, read_image(file.path, size))
+    except UserError as error:
+        return Read(file, None, str(error))
 
 
 def predict_files(
-    detector: Any, files: Iterable[ImageFile], *, threshold: float, batch_size: int
+    detector: Any,
+    entries: Iterable[Entry],
+    *,
+    threshold: float,
+    batch_size: int,
+    read: Callable[[Entry], Read] = read_file,  # type: ignore[assignment]
 ) -> Iterator[Predicted]:
-    """What a detector (of PyTorch or ONNX) finds in each file, in their order."""
-    for window in windows(read_ahead(files, _read, reading_threads()), batch_size):
-        pictures = [read.picture for read in window if read.picture is not None]
+    """The detections of a detector (PyTorch or ONNX) in each file, in order. `read` reads the file
+    of an entry.
+    """
+    for window in windows(read_ahead(entries, read, reading_threads()), batch_size):
+        pictures = [each.picture for each in window if each.picture is not None]
         found = in_order(detector.stream(pictures, batch_size=batch_size))
-        for read in window:
-            if read.picture is None:
-                yield Predicted(read.file, None, None, Found(read.file.path, problem=read.problem))
+        for each in window:
+            if each.picture is None:
+                yield Predicted(
+                    each.file, None, None, ImagePredictions(each.file.path, problem=each.problem)
+                )
                 continue
             detections = next(found).above(threshold)
-            size = (read.picture.height, read.picture.width)
-            row = found_in(read.file.path, size, detections)
-            yield Predicted(read.file, read.picture, detections, row)
+            size = (each.picture.height, each.picture.width)
+            row = image_predictions(each.file.path, size, detections)
+            yield Predicted(each.file, each.picture, detections, row)
 
 
 def windows(reads: Iterable[Read], batch_size: int) -> Iterator[list[Read]]:
-    """One batch's worth, then two, and so on to a few; fewer where pictures are large, or come so
-    slowly that the first of a window has waited for PATIENCE.
+    """Lists of one batch, then of two, and so on to a few. A list is shorter if its images are
+    large, or if its first has waited for PATIENCE.
     """
     window: list[Read] = []
-    pixels, since, most = 0, time.monotonic(), batch_size
+    pixels, start, limit = 0, time.monotonic(), batch_size
     for read in reads:
         if not window:
-            since = time.monotonic()
+            start = time.monotonic()
         window.append(read)
         pixels += read.picture.width * read.picture.height if read.picture else 0
-        is_late = time.monotonic() - since > PATIENCE
-        if len(window) >= most or pixels >= WINDOW_PIXELS or is_late:
-            if len(window) >= most:
-                most = min(2 * most, PENDING_BATCHES * batch_size)
+        is_full = len(window) >= limit
+        if is_full or pixels >= WINDOW_PIXELS or time.monotonic() - start > PATIENCE:
+            if is_full:
+                limit = min(2 * limit, PENDING_BATCHES * batch_size)
             yield window
             window, pixels = [], 0
     if window:
         yield window
-
-
-def _read(file: ImageFile) -> Read:
-    try:
-        return Read(file, read_image(file.path))
-    except UnreadableImage as error:
-        return Read(file, None, str(error))

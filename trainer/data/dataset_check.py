@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.box_check import judge_boxes
+from trainer.readers.coco_columns import judge_boxes
 from trainer.readers.findings import Finding, Severity, fold, listed
 from trainer.readers.samples import SampleTable
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_images
 
 # Rounding in annotation tools leaves boxes that stick out by less than this many pixels.
 _ROUNDING = 1.0
 
 
-class BadDataset(ValueError):
+class BadDataset(UserError):
     """A dataset that cannot be trained on; `findings` say why at length."""
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
@@ -136,7 +137,7 @@ def _examine(
         return finding("size not annotated", "info", "kept", detail), header.size
     try:
         turn = find_turn(path, header.size, header.orientation, size)
-    except ValueError as error:
+    except UserError as error:
         return finding("size mismatch", "error", "removed", str(error)), None
     note = f"EXIF orientation {header.orientation}"
     if turn is not None:

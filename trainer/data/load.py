@@ -16,6 +16,7 @@ from trainer.readers.voc import read_voc
 from trainer.readers.yolo import read_yolo
 from trainer.settings.config import TrainConfig
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 
 # Of "train" or "val", class names to keep to, and whether masks are asked for.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
@@ -54,19 +55,19 @@ def read_datasets(
     With `masks`, those of both are read; `token_label` takes those of the training samples, if
     there are any.
 
-    Raises ValueError: one line for a file that cannot be read, too many damaged images, nothing to
+    Raises UserError: one line for a file that cannot be read, too many damaged images, nothing to
     learn from, `masks` and no object that has one, or a number of classes that is not the given
     one.
     """
     read = reader_of(config)
     train, findings = read("train", None, masks or token_label)
     if masks and train.masks is None:
-        raise ValueError(
+        raise UserError(
             f"{train.source}: no object has a mask to learn from; leave --with_vector out"
         )
     found = len(train.class_names)
     if num_classes is not None and num_classes != found:
-        raise ValueError(
+        raise UserError(
             f"--num_classes {num_classes}, but {train.source} has "
             f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
             "leave the flag out"

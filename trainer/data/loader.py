@@ -23,11 +23,12 @@ from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.config import TrainConfig
+from vidt.errors import UserError
 from vidt.images.files import read_image
 from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 
 PREFETCH = 4  # batches that each worker holds ready
-ROWS = ("labels", "boxes", "noised_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
+ROWS = ("labels", "boxes", "denoising_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
 NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
 
 
@@ -45,10 +46,10 @@ class DetectionDataset(Dataset):
         preprocessing: Preprocessing,
         *,
         seed: int,
-        noised_queries: int = 0,
+        denoising_queries: int = 0,
     ) -> None:
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
-        self.seed, self.noised_queries = seed, noised_queries
+        self.seed, self.denoising_queries = seed, denoising_queries
         self.reported = 0  # unreadable pictures that the caller has spoken of
         self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
@@ -57,11 +58,11 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
-        `image_id` and, if asked for, `noised_boxes` [copies * N, 4]. Where the table has masks,
+        `image_id` and, if asked for, `denoising_boxes` [copies * N, 4]. Where the table has masks,
         `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of them, and `has_mask` [N] bool:
         False for an object without, whose `masks` are empty.
 
-        Raises ValueError only if no picture of the dataset can be read.
+        Raises UserError only if no picture of the dataset can be read.
         """
         sample, geometry, image, random = self._read_from(*key)
         objects = ~sample.crowd  # crowd regions are for scoring
@@ -72,8 +73,8 @@ class DetectionDataset(Dataset):
         if sample.masks is not None:
             rows = objects.nonzero()[kept, 0].tolist()
             target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
-        if self.noised_queries:
-            target["noised_boxes"] = noise_boxes(boxes, self.noised_queries, random)
+        if self.denoising_queries:
+            target["denoising_boxes"] = noise_boxes(boxes, self.denoising_queries, random)
         return {"image": to_pixels(geometry.on_image(image)), "target": target}
 
     def _read_from(
@@ -90,7 +91,7 @@ class DetectionDataset(Dataset):
             try:
                 image = read_image(sample.path, sample.size, at_least=geometry.needed)
                 return sample, geometry, image, random
-            except ValueError as error:  # damaged, gone, or no longer the size that was checked
+            except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
@@ -126,13 +127,14 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
 
 
 def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
-    """The targets' `noised_boxes` as [B, N, 4]; places past an image's own hold a box in the
+    """The targets' `denoising_boxes` as [B, N, 4]; places past an image's own hold a box in the
     middle. N is `queries`, or a multiple where an image has more objects than that: there shall be
     few shapes to compile. None without.
     """
-    if "noised_boxes" not in targets[0]:
+    if "denoising_boxes" not in targets[0]:
         return None
-    boxes = pad_sequence([t["noised_boxes"] for t in targets], batch_first=True, padding_value=0.5)
+    each = [target["denoising_boxes"] for target in targets]
+    boxes = pad_sequence(each, batch_first=True, padding_value=0.5)
     return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % queries), value=0.5)
 
 
@@ -150,7 +152,7 @@ class EvaluationDataset(Dataset):
         sample = self.samples[index]
         try:
             return index, self.preprocessing.pixels(read_image(sample.path, sample.size))
-        except ValueError:
+        except UserError:
             return index, None
 
 

@@ -1,8 +1,7 @@
-"""How a model is run, without a change to what it computes: compiled, with activations computed
-anew, with memory that the process keeps.
+"""How a model runs, without a change to what it computes: compiled, or with activations
+recomputed in the backward pass.
 """
 
-import ctypes
 import math
 from functools import partial
 
@@ -12,31 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vidt.model import coat, decoder, swin
 
-BLOCKS = (swin.Block, coat.Block, decoder.DecoderLayer)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in the GNU C library
+BLOCKS = (swin.SwinBlock, coat.CoatBlock, decoder.DecoderLayer)
 SIDES = 6  # a compiled run knows about as many lengths of a side
 # More than `compiled_canvas` leaves of a run, whose portions may become smaller on the way too.
 COMPILED_SHAPES = 4 * (SIDES + 2) ** 2
 
 
-def keep_freed_memory() -> None:
-    """Has the C library keep the memory that tensors leave, for the next ones.
-
-    It would return large blocks to the system, and every step would pay for each page of them
-    anew. A process then stays as large as it ever was. Does nothing where there is no GNU C
-    library, or one that does not take such thresholds (1 says that it did).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    if mallopt(_M_MMAP_THRESHOLD, 2**30) == 1:
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def checkpoint_activations(model: nn.Module) -> None:
-    """Blocks of the body and layers of the decoder keep their inputs only, and are computed again
-    in the backward pass: less memory for a third more time.
+    """Blocks of the backbone and layers of the decoder keep their inputs only, and are computed
+    again in the backward pass: less memory for a third more time.
 
     Their forward is replaced, rather than they wrapped, so that weights keep their names. A copy
     of the model made later would run the original's blocks.

@@ -3,8 +3,10 @@
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from vidt.errors import UserError
 
-class OutOfMemory(ValueError):
+
+class OutOfMemory(UserError):
     """One image at a time is too much for the memory; says what makes it less."""
 
 

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vidt.errors import UserError
+
 PREFIX = "step-"
 # The step, and from the second save of it on, which save.
 NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
@@ -86,7 +88,7 @@ def restore_tensors(
 ) -> None:
     """The inverse of `tensors_of`, onto the devices of the model.
 
-    Raises ValueError if the tensors are those of another architecture.
+    Raises UserError if the tensors are those of another architecture.
     """
     try:
         model.load_state_dict(_under("model/", tensors), strict=True)
@@ -94,9 +96,7 @@ def restore_tensors(
             ema.load_state_dict(_under("ema/", tensors), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--resume: the checkpoint is of another architecture: {reason}"
-        ) from error
+        raise UserError(f"--resume: the checkpoint is of another architecture: {reason}") from error
     parameters = dict(model.named_parameters())
     fused = optimizer.defaults["fused"]
     for full_name, tensor in _under("optimizer/", tensors).items():
@@ -211,14 +211,14 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
-    """A whole checkpoint. Raises ValueError naming the folder and what is wrong with it."""
+    """A whole checkpoint. Raises UserError naming the folder and what is wrong with it."""
     try:
         content = json.loads((path / STATE).read_text())
         if _fingerprint(path / TENSORS) != content["files"][TENSORS]:
-            raise ValueError(f"{TENSORS} is not the file that was written")
+            raise UserError(f"{TENSORS} is not the file that was written")
         return RunState(**content["state"]), load_file(path / TENSORS)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} is not whole: {type(error).__name__}: {error}"
         ) from error
 
@@ -230,7 +230,7 @@ def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
         try:
             load(path)
             return path, passed_over
-        except ValueError as error:
+        except UserError as error:
             passed_over.append(str(error))
     return None, passed_over
 
@@ -246,14 +246,14 @@ def find(wanted: Path) -> tuple[Path | None, list[str]]:
 
 
 def changed_settings(old: RunState, new: RunState) -> list[str]:
-    """A line for each setting that differs. Raises ValueError for what a run cannot go on with."""
+    """A line for each setting that differs. Raises UserError for what a run cannot go on with."""
     for name, meaning in (
         ("step_images", "images per optimiser step"),
         ("dataset", "training set"),
     ):
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
-            raise ValueError(
+            raise UserError(
                 f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
                 "same data, --batch_size and number of processes, or start anew with --load_from"
             )

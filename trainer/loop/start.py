@@ -13,6 +13,7 @@ from trainer.loop import resume as checkpoints
 from trainer.loop.agreement import Agreement
 from trainer.loop.resume import RunState
 from trainer.settings.config import TrainConfig
+from vidt.errors import UserError
 from vidt.losses.distillation import TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -35,7 +36,7 @@ BODIES = ("imagenet", "none")  # what --pre_trained names that is no file
 
 
 def require_files(config: TrainConfig) -> None:
-    """Raises ValueError if a file of weights that the run will read is not there: it is read only
+    """Raises UserError if a file of weights that the run will read is not there: it is read only
     after the data, which can take long.
     """
     files = {"--distil_model_path": config.distil_model_path, "--load_from": config.load_from}
@@ -46,7 +47,7 @@ def require_files(config: TrainConfig) -> None:
             continue
         what = "a folder" if Path(source).is_dir() else "no such file"
         words = f"{', '.join(BODIES)} or " if flag == "--pre_trained" else ""
-        raise ValueError(f"{flag} {source}: {what}; give {words}the path of a weights file")
+        raise UserError(f"{flag} {source}: {what}; give {words}the path of a weights file")
 
 
 def load_start(
@@ -57,7 +58,7 @@ def load_start(
 ) -> None:
     """Fills a fresh model: a whole detector where --load_from is given, else the body.
 
-    The main process fetches and reads, the others get the tensors from it. Raises ValueError on
+    The main process fetches and reads, the others get the tensors from it. Raises UserError on
     all of them.
     """
 
@@ -78,7 +79,7 @@ def load_teacher(
     """The frozen detector that --distil_model or --distil_model_path names, on this process's
     device and in the run's precision; None without either.
 
-    The main process fetches and reads it. Raises ValueError on all of them, also for a teacher that
+    The main process fetches and reads it. Raises UserError on all of them, also for a teacher that
     this student cannot learn from.
     """
     published = TEACHERS[config.distil_model] if config.distil_model else None
@@ -114,7 +115,7 @@ def load_detector(
     """A detector as it was saved, from a file or a URL, with its first dec_layers decoder layers or
     all; read by the main process, the same on all.
 
-    Raises ValueError on all of them.
+    Raises UserError on all of them.
     """
     loaded: list[nn.Module] = []
 
@@ -132,7 +133,7 @@ def load_detector(
 def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
     """What to resume from, the same on every process; None for a fresh run.
 
-    Raises ValueError if --resume names a place without a whole checkpoint.
+    Raises UserError if --resume names a place without a whole checkpoint.
     """
     if config.resume is None:
         aside = agreement.on_main(lambda: checkpoints.set_aside(Path(config.output_dir)))
@@ -149,7 +150,7 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
     for line in passed_over:
         logger.warning(f"passed over: {line}")
     if path is None and (passed_over or config.resume != "auto"):
-        raise ValueError(
+        raise UserError(
             f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
         )
     if path is None:
@@ -165,7 +166,7 @@ def restore(
     optimizer: Any,
     accelerator: Accelerator,
 ) -> RunState:
-    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on
+    """State and tensors of a checkpoint. Raises UserError for one that this run cannot go on
     from.
     """
     state, tensors = checkpoints.load(path)

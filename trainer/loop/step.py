@@ -17,6 +17,7 @@ from trainer.loop.agreement import Agreement
 from trainer.loop.out_of_memory import OutOfMemory, is_out_of_memory
 from trainer.settings.config import TrainConfig
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
@@ -69,7 +70,7 @@ def gradients(
     canvas: tuple[int, int],
     num_boxes: float,
     teacher: TokenMatching | None = None,
-    noised_queries: int = 1,
+    denoising_queries: int = 1,
 ) -> dict[str, Tensor] | None:
     """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
     out.
@@ -86,7 +87,7 @@ def gradients(
         for batch in window:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
-            outputs = model(images, padding, noised_batch(targets, noised_queries))
+            outputs = model(images, padding, noised_batch(targets, denoising_queries))
             terms = criterion(outputs, targets, **wanted)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)
@@ -125,11 +126,11 @@ def check_readable(
 ) -> None:
     """Says how many images went bad since the check before training, on any process.
 
-    Raises ValueError when they are more than --max_bad_fraction allows.
+    Raises UserError when they are more than --max_bad_fraction allows.
     """
     unreadable = int(agreement.gather(int(dataset.unreadable.sum())).max())
     if unreadable > max_bad_fraction * len(dataset):
-        raise ValueError(
+        raise UserError(
             f"{unreadable} of {counted(len(dataset), 'training image')} can no longer be read, "
             f"more than --max_bad_fraction {max_bad_fraction:g} allows"
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.readers.findings import Finding
+from vidt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,19 @@ def match_classes(
 ) -> ClassMatch:
     """Match own ids and names to `class_names`; without it all are taken, in the order of ids.
 
-    Raises ValueError if there is no class, if two have the same name, or if a name is not one line.
+    Raises UserError if there is no class, if two have the same name, or if a name is not one line.
     """
     if not own_names:
-        raise ValueError(f"{source}: no classes are named")
+        raise UserError(f"{source}: no classes are named")
     own_ids = sorted(own_names)
     names = tuple(own_names[own_id] for own_id in own_ids) if class_names is None else class_names
     for where, given in ((source, own_names.values()), ("class_names", names)):
         twice = [name for name, times in Counter(given).items() if times > 1]
         broken = [name for name in given if len(name.splitlines()) > 1]
         if broken:
-            raise ValueError(f"{where}: class name {broken[0]!r} is not one line; rename it")
+            raise UserError(f"{where}: class name {broken[0]!r} is not one line; rename it")
         if twice:
-            raise ValueError(f"{where}: class name {twice[0]!r} is used twice; names must differ")
+            raise UserError(f"{where}: class name {twice[0]!r} is used twice; names must differ")
     id_of = {own_names[own_id]: own_id for own_id in own_ids}
     label_of_name = {name: label for label, name in enumerate(names)}
     return ClassMatch(

@@ -25,6 +25,7 @@ from trainer.readers.findings import Finding, fold, listed
 from trainer.readers.masks import MaskColumn
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
+from vidt.errors import UserError
 
 # Kind of finding, and the key whose value the detail tells.
 _FAULTS = {
@@ -45,7 +46,7 @@ def coco_folder(coco_path: str | os.PathLike[str], split: str) -> tuple[Path, Pa
     image_dir = root / f"{split}2017"
     for path in (json_path, image_dir):
         if not path.exists():
-            raise ValueError(f"{path}: not found; is --coco_path {root} a folder in COCO's layout?")
+            raise UserError(f"{path}: not found; is --coco_path {root} a folder in COCO's layout?")
     return json_path, image_dir
 
 
@@ -63,11 +64,11 @@ def read_coco(
     are left out with a finding, since the model has no output for them. Segmentations are read only
     if `masks` are asked for; an object whose own is unusable keeps its box.
 
-    Raises ValueError, in one line, if the file or folder is missing, is not COCO JSON, has no
+    Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
     """
     if not os.path.isdir(image_dir):
-        raise ValueError(f"{image_dir}: no such image folder")
+        raise UserError(f"{image_dir}: no such image folder")
     file = read_coco_file(json_path, class_names)
     images, annotations = file.images, file.annotations
     folder = os.fspath(image_dir)

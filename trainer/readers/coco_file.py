@@ -2,7 +2,7 @@
 is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
 
 Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
-`trainer.data.box_check` judges them.
+`trainer.readers.coco_columns.judge_boxes` judges them.
 """
 
 import os
@@ -15,6 +15,7 @@ from trainer.readers.classes import ClassMatch, match_classes
 from trainer.readers.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
 from trainer.readers.json_stream import NotJSON, read_members
 from trainer.readers.run_lengths import RunLengths, read_segmentation
+from vidt.errors import UserError
 
 # Why an annotation is left out, in the order in which it is asked.
 UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(5)
@@ -41,7 +42,7 @@ def read_coco_file(
 ) -> CocoFile:
     """Labels follow the sorted category ids, or `class_names`, which are matched with the file's.
 
-    Raises ValueError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
+    Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
     """
     images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
@@ -85,13 +86,13 @@ def _read(
             add[key](rows)
             missing.pop(key, None)
     except OSError as error:
-        raise ValueError(f"{json_path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{json_path}: cannot be read ({error.strerror})") from error
     except NotJSON as error:
-        raise ValueError(f"{json_path}: not JSON ({error})") from error
+        raise UserError(f"{json_path}: not JSON ({error})") from error
     for key in missing:
-        raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+        raise UserError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
     if not images.num_rows:
-        raise ValueError(f'{json_path}: empty dataset: its list "images" has no entry')
+        raise UserError(f'{json_path}: empty dataset: its list "images" has no entry')
 
 
 def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
@@ -99,13 +100,13 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
     for category in categories:
         own_id, name = category.get("id"), category.get("name")
         if not isinstance(own_id, int) or not isinstance(name, str) or own_id in names:
-            raise ValueError(
+            raise UserError(
                 f"{json_path}: category {category} needs a name and an integer id of its own"
             )
         try:
             name.encode()
         except UnicodeEncodeError:  # half of a character that JSON writes as two
-            raise ValueError(
+            raise UserError(
                 f"{json_path}: category {category} has a name that is no text"
             ) from None
         names[own_id] = name
@@ -113,15 +114,15 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
 
 
 def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> None:
-    """Raises ValueError if no image can be used, or two have the same id."""
+    """Raises UserError if no image can be used, or two have the same id."""
     repeated = images.repeated()
     if repeated:
         own_id, first, second = repeated
-        raise ValueError(
+        raise UserError(
             f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
         )
     if not images.ids:
-        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
+        raise UserError(f"{json_path}: no image has an integer id and a file_name")
 
 
 def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:

@@ -1,192 +1,144 @@
-"""A JSON object read value by value, its long lists of objects some rows at a time: what is in
-memory at once is a few megabytes of it, however long the file.
+"""A JSON object read member by member and its lists row by row: memory stays bounded by a few
+megabytes, however long the file.
 
-The file is cut where one row seems to end and the next to begin (`}, {`). Whether that is so, and
-not inside a text or deeper down, the parser tells: it can read the part as whole rows, or cannot.
+The decoder is the standard library's. ijson (YAJL) takes longer, refuses the NaN that
+Python writes and turns half a surrogate pair into "?"; msgspec refuses both and needs three times
+the file in memory.
 """
 
-import codecs
-import gc
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TextIO
 
-PART = 2**22  # bytes that are parsed at once; more if a single value is longer
-# With so many each value and list begins, for most of the first are short; then twice as many, ...
-FIRST = 2**9
-LONGEST_WORD = 16  # characters: more than any but a text, such as -Infinity
-_BETWEEN_ROWS = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*(?=\{)")
-_BLANK = re.compile(rb"[ \t\n\r]*")
-_LIST_OF_OBJECTS = re.compile(rb"\[[ \t\n\r]*(?=\{)")
+CHUNK = 2**20  # characters read at once; more if a single value is longer
+LONGEST_WORD = 16  # characters: longer than any value but a string, such as -Infinity
+_BLANK = re.compile(r"[ \t\n\r]*")
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-
-Bytes: TypeAlias = bytes | mmap.mmap
 
 
 class NotJSON(ValueError):
-    """What is wrong and at which byte, in one line."""
+    """What is wrong and at which character, in one line."""
 
 
 def read_members(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """The members of the object in a file, as (key, value). A list of objects comes in parts, as
-    lists of rows, each with its key. Of a file that holds something else there are no members.
+    """Yield the members of the object in a file as (key, value). A list comes in parts: as lists
+    of its rows, each with the key. A file that holds something else has no members.
 
-    Raises OSError, or NotJSON, which may come after members that are well-formed.
+    Raises OSError, or NotJSON, which may come after well-formed members.
     """
-    with open(path, "rb") as file, _gc_paused():
-        if os.fstat(file.fileno()).st_size == 0:
-            raise NotJSON("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            encoding = json.detect_encoding(data[:4])
-            if encoding == "utf-8":
-                yield from _members(data, 0)
-            elif encoding == "utf-8-sig":
-                yield from _members(data, len(codecs.BOM_UTF8))
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        raise NotJSON("the file is empty")
+    with open(path, encoding=json.detect_encoding(start), newline="") as text:
+        try:
+            yield from _members(_Stream(text))
+        except UnicodeDecodeError as error:
+            position = text.buffer.tell() - len(error.object) + error.start
+            raise NotJSON(f"{error.reason} at byte {position}") from error
+
+
+class _Stream:
+    """A file's text; what lies before the position is dropped with the next chunk."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._text = ""
+        self._at = 0  # the position in `_text`
+        self._dropped = 0  # characters before `_text`
+
+    def peek(self) -> str:
+        """Skip blanks; return the next character without taking it, "" at the end."""
+        while True:
+            self._at = _BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._read():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, token: str) -> None:
+        """Take a token and the blanks after it, "" at the end of the file. Raises NotJSON if
+        something else is next.
+        """
+        if self.peek() != token:
+            raise self.error(f"expecting {token!r}" if token else "extra data")
+        self._at += len(token)
+        self.peek()
+
+    def value(self) -> Any:
+        """Take a value; no blanks are before it."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if not (self._may_continue(error) and self._read()):
+                    raise self.error(error.msg, error.pos) from error
+            except (ValueError, RecursionError) as error:  # too many digits, nested too deeply
+                raise self.error(str(error)) from error
             else:
-                yield from _members(_as_utf8(data[:], encoding), 0)
+                # A number may continue: of "1e5" the start is a number, too.
+                if end + LONGEST_WORD < len(self._text) or not self._read():
+                    self._at = end
+                    return value
+
+    def rows(self) -> Iterator[list[Any]]:
+        """Take a list, in parts of about a chunk."""
+        self.take("[")
+        rows, dropped = [], self._dropped
+        more = self.peek() != "]"
+        while more:
+            rows.append(self.value())
+            if self._dropped != dropped:
+                yield rows
+                rows, dropped = [], self._dropped
+            comma = _COMMA.match(self._text, self._at)
+            if comma and comma.end() < len(self._text):
+                self._at = comma.end()  # the usual case, for speed
+            elif more := self.peek() == ",":
+                self.take(",")
+        self.take("]")
+        yield rows
+
+    def error(self, message: str, at: int | None = None) -> NotJSON:
+        return NotJSON(f"{message} at character {self._dropped + (self._at if at is None else at)}")
+
+    def _may_continue(self, error: json.JSONDecodeError) -> bool:
+        """Whether the value may be whole once more of the file is read."""
+        is_near_the_end = error.pos + LONGEST_WORD >= len(self._text)
+        return is_near_the_end or error.msg.startswith("Unterminated string")
+
+    def _read(self) -> bool:
+        """Read on; False at the end of the file."""
+        text = self._file.read(max(CHUNK, len(self._text) - self._at))
+        if text:
+            self._dropped += self._at
+            self._text, self._at = self._text[self._at :] + text, 0
+        return bool(text)
 
 
-def _as_utf8(data: bytes, encoding: str) -> bytes:
-    try:
-        return data.decode(encoding).encode()
-    except UnicodeDecodeError as error:
-        raise NotJSON(f"{error.reason} at byte {error.start}") from error
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """No garbage collection: it would walk the many objects of a part again and again though none
-    of them is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _members(data: Bytes, start: int) -> Iterator[tuple[str, Any]]:
-    at = _after(_BLANK, data, start)
-    if data[at : at + 1] == b"[":
+def _members(stream: _Stream) -> Iterator[tuple[str, Any]]:
+    if stream.peek() == "[":
         return
-    if data[at : at + 1] != b"{":
-        _, at = _value(data, at)
-        _check_end(data, at)
+    if stream.peek() != "{":
+        stream.value()
+        stream.take("")
         return
-    at = _after(_BLANK, data, at + 1)
+    stream.take("{")
     keys: set[str] = set()
-    more = data[at : at + 1] != b"}"
+    more = stream.peek() != "}"
     while more:
-        key, at = _value(data, at)
+        key = stream.value()
         if not isinstance(key, str) or key in keys:
-            raise NotJSON(f"{key!r} before byte {at} is no key, or one for the second time")
+            raise stream.error(f"{key!r} is no key, or a key used twice,")
         keys.add(key)
-        at = _after(_BLANK, data, _expect(data, at, b":"))
-        rows = _LIST_OF_OBJECTS.match(data, at)
-        if rows:
-            at, over, size = rows.end(), False, FIRST
-            while not over:
-                start = at
-                part, at, over = _part(data, start, min(size, PART))
-                size *= 2
-                yield key, part
-                _forget(data, start, at)
+        stream.take(":")
+        if stream.peek() == "[":
+            yield from ((key, part) for part in stream.rows())
         else:
-            value, at = _value(data, at)
-            yield key, value
-        at = _after(_BLANK, data, at)
-        more = data[at : at + 1] == b","
+            yield key, stream.value()
+        more = stream.peek() == ","
         if more:
-            at = _after(_BLANK, data, at + 1)
-    _check_end(data, _expect(data, at, b"}"))
-
-
-def _part(data: Bytes, start: int, size: int) -> tuple[list[Any], int, bool]:
-    """The rows from `start` on up to about `size` bytes; where the next row starts, or what comes
-    after the list; and whether the list is over.
-    """
-    while True:
-        # Between rows if there is such a place near, else anywhere: the list may be over by then.
-        limit = min(start + 2 * size, len(data))
-        cut = _BETWEEN_ROWS.search(data, min(start + size, limit), limit)
-        stop = cut.start() + 1 if cut else limit
-        text = "[" + _text(data, start, stop) + ("]" if cut else "")
-        try:
-            rows, end = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError) as error:
-            if stop == len(data) or not _ends_early(error, text):
-                raise _named(error, text, start - 1) from error
-            size *= 2  # that was no place between rows
-            continue
-        if cut and end == len(text):
-            return rows, _after(_BETWEEN_ROWS, data, cut.start()), False
-        return rows, start + len(text[1:end].encode()), True
-
-
-def _value(data: Bytes, start: int) -> tuple[Any, int]:
-    """A single value, and where it ends."""
-    size = min(FIRST, PART)
-    while True:
-        stop = min(start + size, len(data))
-        text = _text(data, start, stop)
-        try:
-            value, end = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError) as error:
-            if stop == len(data) or not _ends_early(error, text):
-                raise _named(error, text, start) from error
-        else:
-            if end < len(text) or stop == len(data):  # else it may go on: a number
-                return value, start + len(text[:end].encode())
-        size *= 2
-
-
-def _text(data: Bytes, start: int, stop: int) -> str:
-    """As far as whole characters go, if more of the file follows."""
-    try:
-        return codecs.utf_8_decode(data[start:stop], "strict", stop == len(data))[0]
-    except UnicodeDecodeError as error:
-        raise NotJSON(f"{error.reason} at byte {start + error.start}") from error
-
-
-def _ends_early(error: ValueError | RecursionError, text: str) -> bool:
-    """Whether more of the file might mend it."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    return error.pos + LONGEST_WORD >= len(text) or error.msg.startswith("Unterminated string")
-
-
-def _named(error: ValueError | RecursionError, text: str, start: int) -> NotJSON:
-    if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits
-        return NotJSON(f"{error} after byte {start}")
-    return NotJSON(f"{error.msg} at byte {start + len(text[: error.pos].encode())}")
-
-
-def _expect(data: Bytes, start: int, token: bytes) -> int:
-    at = _after(_BLANK, data, start)
-    if data[at : at + 1] != token:
-        raise NotJSON(f"expecting {token.decode()!r} at byte {at}")
-    return at + 1
-
-
-def _check_end(data: Bytes, start: int) -> None:
-    at = _after(_BLANK, data, start)
-    if at < len(data):
-        raise NotJSON(f"extra data at byte {at}")
-
-
-def _after(pattern: re.Pattern[bytes], data: Bytes, start: int) -> int:
-    found = pattern.match(data, start)
-    assert found is not None
-    return found.end()
-
-
-def _forget(data: Bytes, start: int, stop: int) -> None:
-    """Lets the system have the memory back of what was read: else the whole file counts as ours."""
-    if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        start -= start % mmap.PAGESIZE
-        data.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            stream.take(",")
+    stream.take("}")
+    stream.take("")

@@ -19,6 +19,7 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.wording import counted
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 from vidt.images.drawing import class_colour, class_text, clipped, draw_boxes_on, tint
 from vidt.images.files import read_image
 from vidt.predict.predictor import Detections
@@ -73,7 +74,7 @@ def image_of(sample: Sample) -> Image.Image:
     """Grey where the file has become unreadable: a run matters more than its pictures."""
     try:
         return read_image(sample.path, sample.size)
-    except (ValueError, OSError):
+    except (UserError, OSError):
         height, width = sample.size
         return Image.new("RGB", (max(width, 1), max(height, 1)), "grey")
 

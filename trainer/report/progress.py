@@ -25,6 +25,7 @@ from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.scoring.mistakes import Diagnosis, condensed
 from trainer.scoring.scores import ScoreCurve
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 
 NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
 Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
@@ -97,7 +98,7 @@ class CsvLog:
         self._rates: dict[str, float] = {}
 
     def __call__(self, progress: Progress) -> None:
-        """Raises ValueError if a resumed run finds a file that is not ours."""
+        """Raises UserError if a resumed run finds a file that is not ours."""
         if self._rows is None:
             self._rows = self._read_rows(progress.step)
             if self.path.exists():
@@ -117,7 +118,7 @@ class CsvLog:
             with self.path.open(newline="", encoding="utf-8") as file:
                 return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: cannot continue this file, it has no readable column 'step'; "
                 "move it away and resume again"
             ) from error

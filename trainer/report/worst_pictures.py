@@ -10,7 +10,7 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
 from trainer.report.pictures import Mark, draw_marks, image_of
 from trainer.report.progress import Pair
-from trainer.scoring.mistakes import CROWD, NOTHING, Judged
+from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
 from vidt.images.drawing import class_text
 
 # Any eye can tell these apart, on pictures of any colour.
@@ -18,12 +18,12 @@ RIGHT, WRONG = "#56b4e9", "#ffb000"
 PANEL = 480  # pixels of the longer side
 
 
-def worst_pictures(samples: SampleTable, worst: Sequence[Judged]) -> list[Pair]:
+def worst_pictures(samples: SampleTable, worst: Sequence[JudgedImage]) -> list[Pair]:
     """Truth and prediction of each image."""
     return [_pair(samples, judged) for judged in worst]
 
 
-def _pair(samples: SampleTable, judged: Judged) -> Pair:
+def _pair(samples: SampleTable, judged: JudgedImage) -> Pair:
     sample, found, names = samples[judged.index], judged.found, samples.class_names
     image = image_of(sample)
     scale = PANEL / max(image.size)
@@ -56,7 +56,7 @@ def _marks(
     ]
 
 
-def caption(judged: Judged) -> str:
+def caption(judged: JudgedImage) -> str:
     """'3 missed, 1 false, 2 of the wrong class'."""
     counts = (
         (judged.num_missed, "missed"),

@@ -12,9 +12,11 @@ image.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -52,8 +54,8 @@ class Objects:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was found in them."""
+class DetectionColumns:
+    """The detections in the images."""
 
     image: np.ndarray  # int64 [D]
     label: np.ndarray  # int64 [D]
@@ -62,7 +64,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class DetectionMatches:
     """Detections, by class, image and falling score, and what became of them."""
 
     label: np.ndarray  # int64 [D]
@@ -104,6 +106,29 @@ def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) 
     return overlap
 
 
+def overlap_of_masks(
+    found: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
+) -> Overlap:
+    """Intersection over union of masks as pycocotools takes them, of one image and class at a time;
+    over the detection alone where the object is a crowd, bool [M].
+    """
+
+    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
+        first = np.append(starts_of_runs(detection), len(thing))  # pair of each detection
+        # Detections of one image and class begin with the same object.
+        bounds = np.append(starts_of_runs(thing[first[:-1]]), len(first) - 1)
+        parts = [np.zeros(0)]
+        for start, stop in pairwise(bounds.tolist()):
+            own = thing[first[start] : first[start + 1]]
+            rows = detection[first[start:stop]]
+            there = [objects[number] for number in own]
+            iou = coco_mask.iou([found[row] for row in rows], there, crowd[own].tolist())
+            parts.append(np.asarray(iou).reshape(-1))
+        return np.concatenate(parts)
+
+    return overlap
+
+
 def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """Of boxes [4, P] with boxes [4, P]."""
     width, height = (
@@ -117,7 +142,9 @@ def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndar
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
 
 
-def match(objects: Objects, found: Found, overlap: Overlap, num_classes: int) -> Matches:
+def match(
+    objects: Objects, found: DetectionColumns, overlap: Overlap, num_classes: int
+) -> DetectionMatches:
     """Gives each detection, best first, the object that it covers best of those that are left."""
     order = np.lexsort((-found.score, found.image, found.label))  # stable, as all sorting here
     rank = _places(starts_of_runs(found.label[order], found.image[order]), len(order))
@@ -141,7 +168,7 @@ def match(objects: Objects, found: Found, overlap: Overlap, num_classes: int) ->
         for threshold, which, won in choices:
             right[number, threshold, which] = ~ignored[won]
             wrong[number, threshold, which] = False
-    return Matches(label, image, rank, found.score[order], right, wrong, totals)
+    return DetectionMatches(label, image, rank, found.score[order], right, wrong, totals)
 
 
 def _choices(
@@ -211,7 +238,7 @@ def _places(starts: np.ndarray, length: int) -> np.ndarray:
     return np.arange(length) - np.repeat(starts, np.diff(np.append(starts, length)))
 
 
-def accumulate(shares: Sequence[Matches]) -> Scores:
+def accumulate(shares: Sequence[DetectionMatches]) -> Scores:
     """Of all images, each of which is in one share."""
     label, image, rank, score = (
         np.concatenate([getattr(share, name) for share in shares])

@@ -8,12 +8,13 @@ N images, M objects, D detections.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from trainer.data.box_check import judge_boxes
+from trainer.readers.coco_columns import judge_boxes
 from trainer.readers.coco_file import (
     FOREIGN_CLASS,
     MALFORMED_BOX,
@@ -26,17 +27,17 @@ from trainer.readers.coco_file import (
 from trainer.readers.run_lengths import areas_of, as_coco, rectangle
 from trainer.scoring.average_precision import (
     STATS,
-    Found,
+    DetectionColumns,
     Objects,
     accumulate,
     class_numbers,
     coco_numbers,
     match,
     overlap_of_boxes,
+    overlap_of_masks,
     xywh,
 )
-from trainer.scoring.mask_overlap import overlap_of_masks
-from trainer.scoring.prediction_formats import Found as Prediction
+from trainer.scoring.prediction_formats import ImagePredictions
 
 # The numbers in words, in COCO's order.
 WORDS = dict(
@@ -68,7 +69,7 @@ _LEFT_OUT = {
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class JudgedObjects:
     """The objects that count, and why others do not: how many of each reason.
 
     `rows` are their places among the file's annotations, `image` the places of their images,
@@ -84,7 +85,7 @@ class Judged:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def judge(file: CocoFile, found: Mapping[int, Prediction]) -> Judged:
+def judge(file: CocoFile, found: Mapping[int, ImagePredictions]) -> JudgedObjects:
     """The objects of the images that something was looked for in: those in `found`, by place.
     Where the file does not say how large an image is, its picture does.
     """
@@ -101,7 +102,7 @@ def judge(file: CocoFile, found: Mapping[int, Prediction]) -> Judged:
     left_out["whose box has no area in its image"] = int((judged.finite & ~judged.usable).sum())
     looked_at = np.isin(image, list(found))
     which = judged.usable & looked_at
-    return Judged(
+    return JudgedObjects(
         rows=rows[which],
         image=image[which],
         labels=file.labels[rows][which],
@@ -113,7 +114,10 @@ def judge(file: CocoFile, found: Mapping[int, Prediction]) -> Judged:
 
 
 def box_scores(
-    file: CocoFile, truth: Judged, found: Mapping[int, Prediction], names: Sequence[str]
+    file: CocoFile,
+    truth: JudgedObjects,
+    found: Mapping[int, ImagePredictions],
+    names: Sequence[str],
 ) -> dict[str, float]:
     """The twelve numbers, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
     things, boxes = _detections(file, found)
@@ -122,8 +126,34 @@ def box_scores(
     return coco_numbers(scores) | class_numbers(scores, names)
 
 
+def map50(
+    file: CocoFile,
+    sizes: Sequence[tuple[int, int]],
+    detections: Iterable[Any],
+    names: Sequence[str],
+) -> float:
+    """Mean AP at IoU 0.5, 0..1, of the detections of each image in order. `scores` [N], `labels`
+    [N] and `boxes` [N, 4] (xyxy, pixels) are arrays or CPU tensors; boxes are clipped to the image,
+    of which `sizes` are (height, width).
+    """
+    found = {}
+    for place, (size, each) in enumerate(zip(sizes, detections, strict=True)):
+        boxes = np.asarray(each.boxes, np.float64).reshape(-1, 4)
+        found[place] = ImagePredictions(
+            file="",
+            size=size,
+            boxes=boxes.clip(0, [*size[::-1], *size[::-1]]),
+            labels=np.asarray(each.labels).tolist(),
+            scores=np.asarray(each.scores, np.float64).tolist(),
+        )
+    return box_scores(file, judge(file, found), found, names)["map50"]
+
+
 def mask_scores(
-    file: CocoFile, truth: Judged, found: Mapping[int, Prediction], names: Sequence[str]
+    file: CocoFile,
+    truth: JudgedObjects,
+    found: Mapping[int, ImagePredictions],
+    names: Sequence[str],
 ) -> tuple[dict[str, float], int]:
     """The twelve numbers of masks, as `segm_map50` and so on, and how many objects have a mask that
     is unusable; no numbers if the detector gives no masks, or no object has any.
@@ -157,7 +187,7 @@ def mask_scores(
     return {f"segm_{name}": number for name, number in numbers.items()}, unusable
 
 
-def _sizes(file: CocoFile, found: Mapping[int, Prediction]) -> list[tuple[int, int]]:
+def _sizes(file: CocoFile, found: Mapping[int, ImagePredictions]) -> list[tuple[int, int]]:
     """(height, width) of each image; (0, 0) where neither the file nor a picture tells."""
     sizes = enumerate(file.images.sizes)
     return [
@@ -170,12 +200,14 @@ def _order(file: CocoFile) -> np.ndarray:
     return np.argsort(np.argsort(np.array(file.images.ids, np.int64)))
 
 
-def _objects(file: CocoFile, truth: Judged) -> Objects:
+def _objects(file: CocoFile, truth: JudgedObjects) -> Objects:
     areas = truth.areas.astype(np.float64)
     return Objects(_order(file)[truth.image], truth.labels, areas, truth.crowd)
 
 
-def _detections(file: CocoFile, found: Mapping[int, Prediction]) -> tuple[Found, np.ndarray]:
+def _detections(
+    file: CocoFile, found: Mapping[int, ImagePredictions]
+) -> tuple[DetectionColumns, np.ndarray]:
     """What was found, and the boxes [D, 4] xywh."""
     counts = [len(each.labels) for each in found.values()]
     image = np.repeat(_order(file)[np.array(list(found), np.int64)], counts)
@@ -184,4 +216,4 @@ def _detections(file: CocoFile, found: Mapping[int, Prediction]) -> tuple[Found,
     corners = np.concatenate([np.zeros((0, 4)), *(each.boxes for each in found.values())])
     boxes = xywh(corners.astype(np.float32))
     areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
-    return Found(image, labels.astype(np.int64), areas, scores), boxes
+    return DetectionColumns(image, labels.astype(np.int64), areas, scores), boxes

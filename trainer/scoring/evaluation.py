@@ -32,8 +32,8 @@ from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
 from trainer.readers.samples import SampleTable
 from trainer.scoring.average_precision import (
     COCO_NUMBERS,
-    Found,
-    Matches,
+    DetectionColumns,
+    DetectionMatches,
     Objects,
     Scores,
     accumulate,
@@ -41,12 +41,12 @@ from trainer.scoring.average_precision import (
     coco_numbers,
     match,
     overlap_of_boxes,
+    overlap_of_masks,
     xywh,
 )
-from trainer.scoring.mask_overlap import overlap_of_masks
 from trainer.scoring.mistakes import Diagnosis, diagnose
 from vidt.images.preprocessing import Preprocessing, canvas_batches
-from vidt.ops.linear import packed
+from vidt.ops.packing import packed
 from vidt.predict.predictor import Detections, decode_for, on_cpu
 
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
@@ -198,7 +198,7 @@ def score_images(
     indices: list[int],
     detections: dict[int, Detections],
     masks: dict[int, list[RunLengths]] | None = None,
-) -> Matches:
+) -> DetectionMatches:
     """What became of the detections of some samples, by boxes or, where given, by masks."""
     truth = samples.subset(indices)
     image = np.asarray(indices, np.int64)[truth.box_owners.numpy()]
@@ -215,13 +215,13 @@ def score_images(
     return match(objects, found, overlap, len(samples.class_names))
 
 
-def summarise(samples: SampleTable, shares: list[Matches]) -> dict[str, float]:
+def summarise(samples: SampleTable, shares: list[DetectionMatches]) -> dict[str, float]:
     """All twelve COCO numbers, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
     scores = accumulate(shares)
     return _map50_first(scores) | class_numbers(scores, samples.class_names)
 
 
-def summarise_masks(shares: list[Matches]) -> dict[str, float]:
+def summarise_masks(shares: list[DetectionMatches]) -> dict[str, float]:
     """The twelve COCO numbers of masks: `segm_map50` and so on."""
     return {f"segm_{name}": number for name, number in _map50_first(accumulate(shares)).items()}
 
@@ -233,7 +233,7 @@ def _map50_first(scores: Scores) -> dict[str, float]:
 
 def _found(
     samples: SampleTable, indices: list[int], detections: dict[int, Detections]
-) -> tuple[Found, np.ndarray]:
+) -> tuple[DetectionColumns, np.ndarray]:
     """The detections of samples, and their boxes [D, 4] xywh, clipped to the images as the platform
     and every file of results have them.
     """
@@ -246,7 +246,7 @@ def _found(
     labels = torch.cat([image[:0], *(each.labels for each in own)])
     scores = torch.cat([corners[:0, 0], *(each.scores for each in own)])
     areas = boxes[:, 2].clip(0) * boxes[:, 3].clip(0)
-    return Found(image.numpy(), labels.numpy(), areas, scores.double().numpy()), boxes
+    return DetectionColumns(image.numpy(), labels.numpy(), areas, scores.double().numpy()), boxes
 
 
 def _mask_entries(

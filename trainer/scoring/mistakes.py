@@ -16,7 +16,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from trainer.loop.agreement import Agreement
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
-from trainer.scoring.average_precision import Matches
+from trainer.scoring.average_precision import DetectionMatches
 from trainer.scoring.scores import ScoreCurve, curve, hits_of, pooled
 from trainer.settings.wording import counted
 from vidt.predict.predictor import Detections
@@ -31,7 +31,7 @@ CROWD = -2  # neither right nor wrong
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class JudgedImage:
     """One image of the table: the m found boxes that count, and what became of the n true ones."""
 
     index: int
@@ -58,7 +58,7 @@ class Diagnosis:
     rest: ScoreCurve | None  # the other classes with one threshold; None: there are no others
     together: ScoreCurve  # all classes with one threshold
     confusion: np.ndarray  # int64 [K + 1, K + 1], true by found; last: nothing there, not found
-    worst: tuple[Judged, ...]  # most mistakes first; none without any
+    worst: tuple[JudgedImage, ...]  # most mistakes first; none without any
 
     @property
     def main_curves(self) -> list[ScoreCurve]:
@@ -70,7 +70,7 @@ def diagnose(
     indices: Sequence[int],
     detections: Mapping[int, Detections],
     masks: Mapping[int, Sequence[RunLengths]],
-    shares: Sequence[Matches],
+    shares: Sequence[DetectionMatches],
     agreement: Agreement,
 ) -> Diagnosis:
     """Of this process's images, by index, and the matches by boxes of all processes."""
@@ -80,7 +80,7 @@ def diagnose(
     best = [each.best.threshold if each.best else NO_THRESHOLD for each in curves]
     thresholds = torch.tensor(best, dtype=torch.float64)
     confusion = np.zeros((len(names) + 1, len(names) + 1), np.int64)
-    worst: list[Judged] = []
+    worst: list[JudgedImage] = []
     for index in indices:
         sample = samples[index]
         judged = judge(sample, index, detections.get(index), masks.get(index), thresholds)
@@ -125,7 +125,7 @@ def judge(
     found: Detections | None,
     masks: Sequence[RunLengths] | None,
     thresholds: Tensor,
-) -> Judged:
+) -> JudgedImage:
     """thresholds [K] are those from which boxes of a class count; found None: unreadable image."""
     if found is None:
         found = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
@@ -136,7 +136,7 @@ def judge(
     boxes = clip_boxes_to_image(found.boxes, sample.size)
     found_as, truth_as = _matched(sample, boxes, found.labels)
     same = found_as == found.labels
-    return Judged(
+    return JudgedImage(
         index=index,
         found=found,
         found_as=found_as,
@@ -177,7 +177,7 @@ def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
     return (high - low).clamp(min=0).prod(2) / areas[:, None]
 
 
-def _count(confusion: np.ndarray, sample: Sample, judged: Judged) -> None:
+def _count(confusion: np.ndarray, sample: Sample, judged: JudgedImage) -> None:
     """Adds an image's true and found boxes to the table."""
     last = len(confusion) - 1
     truth, taken_for = sample.labels.numpy(), judged.truth_as.numpy()
@@ -188,5 +188,5 @@ def _count(confusion: np.ndarray, sample: Sample, judged: Judged) -> None:
     np.add.at(confusion, (np.full(len(false), last), false), 1)
 
 
-def _worst(judged: list[Judged]) -> list[Judged]:
+def _worst(judged: list[JudgedImage]) -> list[JudgedImage]:
     return sorted(judged, key=lambda each: (-each.num_mistakes, each.index))[:MOST_IMAGES]

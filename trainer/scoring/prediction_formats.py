@@ -19,7 +19,7 @@ MASK_PIXELS = 2**26  # drawn at once, of all masks together
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class ImagePredictions:
     """N detections in one image file, best first, or why it could not be read (`problem`).
 
     `size` is (height, width) of the stored pixels. `boxes` are xyxy in pixels of the image, and
@@ -36,13 +36,13 @@ class Found:
     problem: str = ""
 
 
-def found_in(file: str, size: tuple[int, int], detections: Any) -> Found:
+def image_predictions(file: str, size: tuple[int, int], detections: Any) -> ImagePredictions:
     """Detections of any detector of ours, PyTorch's or ONNX's, in an image of `size` (height,
     width).
     """
     boxes = np.asarray(detections.boxes, np.float64).reshape(-1, 4)
     labels = np.asarray(detections.labels).astype(int).tolist()
-    return Found(
+    return ImagePredictions(
         file=file,
         size=size,
         boxes=np.clip(boxes, 0, [size[1], size[0], size[1], size[0]]),
@@ -76,7 +76,7 @@ class Format:
     """`record` gets the number of the image, from 0, and what was found in it."""
 
     begin: Callable[[], str]
-    record: Callable[[int, Found], str]
+    record: Callable[[int, ImagePredictions], str]
     end: Callable[[int], str]  # of so many images
 
 
@@ -84,7 +84,7 @@ def json_format(about: dict[str, Any]) -> Format:
     """One object: `about`, then `images`, a line for each."""
     head = json.dumps(about, indent=1).removesuffix("}").rstrip()
 
-    def record(number: int, found: Found) -> str:
+    def record(number: int, found: ImagePredictions) -> str:
         entry: dict[str, Any] = {"file": found.file}
         if found.problem:
             entry["error"] = found.problem
@@ -96,7 +96,7 @@ def json_format(about: dict[str, Any]) -> Format:
     return Format(lambda: f'{head},\n "images": [', record, lambda images: "\n]}\n")
 
 
-def _detection(found: Found, row: int) -> dict[str, Any]:
+def _detection(found: ImagePredictions, row: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "label": found.labels[row],
         "name": found.names[row],
@@ -114,7 +114,7 @@ def coco_format(category_ids: Sequence[int]) -> Format:
     """
     written = 0
 
-    def record(number: int, found: Found) -> str:
+    def record(number: int, found: ImagePredictions) -> str:
         nonlocal written
         stem = PurePath(found.file).stem
         rows = []
@@ -140,7 +140,7 @@ CSV_COLUMNS = ("file", "label", "name", "score", "x1", "y1", "x2", "y2")
 def csv_format() -> Format:
     """A row for each detection; corners in pixels."""
 
-    def record(number: int, found: Found) -> str:
+    def record(number: int, found: ImagePredictions) -> str:
         return "".join(
             _csv_row(
                 found.file,
@@ -164,7 +164,7 @@ def _csv_row(*values: object) -> str:
 def text_format() -> Format:
     """A line for each detection, for people."""
 
-    def record(number: int, found: Found) -> str:
+    def record(number: int, found: ImagePredictions) -> str:
         if found.problem:
             return ""
         if not len(found.labels):
@@ -178,7 +178,7 @@ def text_format() -> Format:
     return Format(lambda: "", record, lambda images: "")
 
 
-def yolo_text(found: Found) -> str:
+def yolo_text(found: ImagePredictions) -> str:
     """The lines of an image's own file: label, centre and size in 0..1 of the image, score."""
     height, width = found.size
     scale = np.array([width, height, width, height], np.float64)

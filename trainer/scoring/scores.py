@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer.scoring.average_precision import Matches
+from trainer.scoring.average_precision import DetectionMatches
 
 MOST_POINTS = 400  # of a curve that is kept; more cannot be seen
 
@@ -79,7 +79,7 @@ def curve(name: str, hits: Hits) -> ScoreCurve:
     )
 
 
-def hits_of(shares: Sequence[Matches], num_classes: int) -> list[Hits]:
+def hits_of(shares: Sequence[DetectionMatches], num_classes: int) -> list[Hits]:
     """The hits of each class over all images, at IoU 0.5 and whatever their size; regions to ignore
     are left out.
     """

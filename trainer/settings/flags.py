@@ -1,29 +1,30 @@
-"""Settings read off the fields of dataclasses: values, flags, YAML keys and help follow from them.
+"""Generates flags, YAML keys and help texts from the fields of dataclasses.
 
-A field may be bool, int, float or str, a tuple of one of these, and either with `| None`. Its
-metadata may hold `help` (one line), `group` (heading of the help text that starts with this field)
-and `bare` (what the flag means without a value).
+A field may be bool, int, float or str, a tuple of one of these, and any of them with `| None`. Its
+metadata may hold `help` (one line), `group` (a heading of the help text, above this field) and
+`bare` (the value of the flag when none follows it).
 """
 
+import argparse
 import math
 import re
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from trainer.settings.wording import nearest
+from vidt.arguments import HELP, OneLineParser, is_flag, nearest, plain
+from vidt.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used: one line naming it, its value and what is expected."""
 
 
 class HelpRequested(ConfigError):
-    """`--help` was among the flags; an error to whoever has no help to show."""
+    """`--help` was among the flags; an error for callers that show no help."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_value(setting: Setting, raw: object, where: str) -> Any:
 
 
 def _scalar(kind: type, raw: object) -> Any:
-    """One value of the kind; raises ValueError for anything else.
+    """One value of the kind; raises UserError for anything else.
 
     YAML reads 1e-4 as text, so text may be a number; to Python True is 1, so that is ruled out.
     """
@@ -114,56 +115,83 @@ def _parts(raw: object) -> list[object]:
 def read_flags(
     argv: Sequence[str], settings: Mapping[str, Setting], elsewhere: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Settings given as flags; of a flag given twice the last counts. `elsewhere` says of names
-    that are no settings what does their part.
+    """Settings given as flags; of a flag given twice the last counts. `elsewhere` maps names that
+    are no settings to a hint what to use instead.
 
     Raises ConfigError, and HelpRequested for `--help`.
     """
-    negatives = [f"no_{name}" for name, setting in settings.items() if setting.kind is bool]
-    names = [*settings, *negatives, "help"]
-    given: dict[str, Any] = {}
-    for flag, values in _split_flags(argv):
-        complaint = f"unknown flag {flag}"
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in (elsewhere or {}):
-            raise ConfigError(f"{complaint}; {(elsewhere or {})[name]}")
-        name = _known(name, names, complaint, dashes="--")
-        if name == "help":
-            raise HelpRequested("--help shows the settings; no run has it")
-        if name not in negatives:
-            given[name] = _flag_value(settings[name], flag, values)
-        elif values:
-            raise ConfigError(f"{flag} takes no value; it has {' '.join(values)}")
-        else:
-            given[name.removeprefix("no_")] = False
-    return given
-
-
-def _split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Flags with the words that follow them. A minus without a letter after it begins a number."""
-    found: list[tuple[str, list[str]]] = []
     for word in argv:
-        if word == "-h":
-            found.append(("--help", []))
-        elif word.startswith("--") or re.match(r"-[A-Za-z]", word):
-            flag, equals, value = word.partition("=")
-            found.append((flag, [value] if equals else []))
-        elif found:
-            found[-1][1].append(word)
-        else:
-            raise ConfigError(f"unexpected {word!r}; settings are given as --name value")
-    return found
+        name = plain(word).partition("=")[0]
+        hint = (elsewhere or {}).get(name.removeprefix("--"))
+        if hint is not None and is_flag(word):
+            raise ConfigError(f"unknown flag {name}; {hint}")
+    try:
+        namespace, unexpected = _parser(settings).parse_known_args([*_words(argv)])
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    if unexpected:
+        raise ConfigError(f"unexpected {unexpected[0]!r}; settings are given as --name value")
+    given = vars(namespace)
+    if given.pop("help"):
+        raise HelpRequested("--help shows the settings; no run has it")
+    return {name: _flag_value(settings[name], *flag) for name, flag in given.items()}
 
 
-def _flag_value(setting: Setting, flag: str, values: list[str]) -> Any:
-    if not values:
-        bare = True if setting.kind is bool else setting.metadata.get("bare")
-        if bare is None:
+def help_lines(settings: Mapping[str, Setting]) -> list[str]:
+    """Flags with defaults and descriptions under the headings of their groups."""
+    return _parser(settings).format_help().splitlines()
+
+
+class _Words(argparse.Action):
+    """Stores a flag with the words that follow it, for `read_value` to read as it reads YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        words = [word[1:] if word.startswith(" -") else word for word in values]
+        setattr(namespace, self.dest, (option_string, words))
+
+
+def _parser(settings: Mapping[str, Setting]) -> OneLineParser:
+    parser = OneLineParser("vidt train", usage=argparse.SUPPRESS, add_help=False)
+    parser.add_argument(*HELP, action="store_true", help=argparse.SUPPRESS)
+    options: dict[str, Any] = {"action": _Words, "nargs": "*", "default": argparse.SUPPRESS}
+    group = parser.add_argument_group()
+    for name, setting in settings.items():
+        if "group" in setting.metadata:
+            group = parser.add_argument_group(setting.metadata["group"])
+        default = setting.default if setting.many and setting.default else [setting.default]
+        text = setting.metadata.get("help", setting.expected)
+        group.add_argument(f"--{name}", metavar=" ".join(map(str, default)), help=text, **options)
+        if setting.kind is bool:
+            group.add_argument(f"--no_{name}", dest=name, help=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _words(argv: Sequence[str]) -> Iterator[str]:
+    """Flags and values, each a word. A blank before a minus keeps argparse from taking -1e-4 for a
+    flag.
+    """
+    for word in argv:
+        if is_flag(word):
+            flag, equals, word = word.partition("=")
+            yield flag
+            if not equals:
+                continue
+        yield f" {word}" if word.startswith("-") else word
+
+
+def _flag_value(setting: Setting, flag: str, words: list[str]) -> Any:
+    if flag == f"--no_{setting.name}":
+        if words:
+            raise ConfigError(f"{flag} takes no value; it has {' '.join(words)}")
+        return False
+    if not words:
+        value = True if setting.kind is bool else setting.metadata.get("bare")
+        if value is None:
             raise ConfigError(f"{flag} has no value; it must be {setting.expected}")
-        return bare
-    if len(values) > 1 and not setting.many:
-        raise ConfigError(f"{flag} takes one value; it has {' '.join(values)}")
-    return read_value(setting, " ".join(values), flag)
+        return value
+    if len(words) > 1 and not setting.many:
+        raise ConfigError(f"{flag} takes one value; it has {' '.join(words)}")
+    return read_value(setting, " ".join(words), flag)
 
 
 def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
@@ -178,33 +206,10 @@ def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[s
         raise ConfigError(f"{source} holds no settings; it must have lines such as lr: 1e-4")
     given = {}
     for key, raw in loaded.items():
-        name = _known(str(key), list(settings), f"{source}: unknown setting {key}")
+        name = str(key).replace("-", "_")
+        if name not in settings:
+            similar = nearest(name, settings)
+            hint = f"the nearest is {similar}" if similar else "vidt train --help lists all"
+            raise ConfigError(f"{source}: unknown setting {key}; {hint}")
         given[name] = read_value(settings[name], raw, f"{source}: {name}")
     return given
-
-
-def _known(name: str, names: Sequence[str], complaint: str, dashes: str = "") -> str:
-    """The name with underscores. Raises ConfigError, with what may be meant, if unknown."""
-    plain = name.replace("-", "_")
-    if plain not in names:
-        meant = nearest(plain, names)
-        hint = f"the nearest is {dashes}{meant}" if meant else "vidt train --help lists all"
-        raise ConfigError(f"{complaint}; {hint}")
-    return plain
-
-
-def help_lines(settings: Mapping[str, Setting]) -> list[str]:
-    """Flags with defaults and descriptions under the headings of their groups."""
-    lines = []
-    for setting in settings.values():
-        if "group" in setting.metadata:
-            lines += ["", f"{setting.metadata['group']}:"]
-        shown = " ".join(
-            map(str, setting.default if setting.many and setting.default else [setting.default])
-        )
-        text = setting.metadata.get("help", setting.expected)
-        start = f"  --{setting.name} {shown}".ljust(35) + " "
-        lines.append(
-            textwrap.fill(text, 110, initial_indent=start, subsequent_indent=" " * len(start))
-        )
-    return lines

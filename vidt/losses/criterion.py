@@ -164,7 +164,7 @@ class SetCriterion(nn.Module):
         """Terms `loss_dn_*`, summed over decoder layers; an image's copies of its objects count as
         one.
         """
-        matches, weights = noised_matches(found["pred_logits"], targets)
+        matches, weights = denoising_matches(found["pred_logits"], targets)
         sums = self._sums(found, matches, targets, weights)
         return {
             f"loss_dn_{name}": self.weights[name] * of_levels.sum() / num_boxes
@@ -220,15 +220,15 @@ def per_level(losses: Tensor, matches: Matches, levels: int) -> Tensor:
     return losses.new_zeros(levels).index_add(0, matches.level, losses)
 
 
-def noised_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
+def denoising_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     """Pairs of the denoising queries, and their weights [B, Q].
 
     Queries of logits [L, B, Q, K] hold whole copies of the image's n objects in turn, so query q
-    belongs to object q mod n and counts 1 / copies; places past the image's own (`noised_boxes` of
-    the target) count 0.
+    belongs to object q mod n and counts 1 / copies; places past the image's own (`denoising_boxes`
+    of the target) count 0.
     """
     # Put together on the host: all that is known there already, and goes over in one piece each.
-    used = np.array([len(target["noised_boxes"]) for target in targets])
+    used = np.array([len(target["denoising_boxes"]) for target in targets])
     objects = np.array([len(target["labels"]) for target in targets])
     own = np.arange(logits.shape[2]) < used[:, None]  # [B, Q]
     weights = (own * (objects / np.maximum(used, 1))[:, None]).astype(np.float32)

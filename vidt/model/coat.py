@@ -1,4 +1,4 @@
-"""CoaT-lite body that carries [DET] tokens (ViDT, arXiv 2110.03921; CoaT, arXiv 2104.06399).
+"""CoaT-lite backbone that carries [DET] tokens (ViDT, arXiv 2110.03921; CoaT, arXiv 2104.06399).
 
 Differs from timm's CoaT: the convolutional position is added after the norm and off the residual
 path; [DET] tokens travel along, with attention of their own over the same weights; a fifth
@@ -10,15 +10,12 @@ C / M.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from vidt.model.mlp import Mlp
-from vidt.model.ram import SinePosition, attend_det, resize_padding, sine_position, split_heads
+from vidt.model.config import CoatVariant
+from vidt.model.ram import attend_det, resize_padding, sine_position, split_heads
 from vidt.model.swin import COARSE_DIM, PatchEmbedding
-from vidt.model.variants import COAT_VARIANTS as COAT_VARIANTS
-from vidt.model.variants import CoatVariant
-from vidt.ops.linear import Linear, linear
 
 NUM_HEADS = 8
 HEADS_BY_KERNEL = {3: 2, 5: 3, 7: 3}  # kernel of the relative position -> heads that have it
@@ -54,8 +51,8 @@ class ConvRelativePosition(nn.Module):
         """query and values of the patches, each [B, M, N, D] -> [B, M, N, D]."""
         value_map = values.mT.flatten(1, 2).unflatten(-1, grid)  # [B, C, H, W]
         parts = value_map.split(self.channels, dim=1)
-        looked = [conv(part) for conv, part in zip(self.conv_list, parts, strict=True)]
-        return query * torch.cat(looked, dim=1).flatten(2).unflatten(1, (NUM_HEADS, -1)).mT
+        relative = [conv(part) for conv, part in zip(self.conv_list, parts, strict=True)]
+        return query * torch.cat(relative, dim=1).flatten(2).unflatten(1, (NUM_HEADS, -1)).mT
 
 
 class FactorizedAttention(nn.Module):
@@ -66,39 +63,39 @@ class FactorizedAttention(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = (dim // NUM_HEADS) ** -0.5
-        self.qkv = Linear(dim, dim * 3)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(
         self,
         tokens: Tensor,
         det: Tensor,
         patches: Tensor,
-        position: SinePosition | None,
+        position: Tensor | None,
         padding: Tensor | None,
         crpe: nn.Module,
         grid: tuple[int, int],
     ) -> Tensor:
         """tokens [B, 1 + N, C], the class token first; det [B, Q, C] with the [DET] position added;
-        patches [B, N, C] without the convolutional position, which [DET] tokens do not see; their
-        own position and padding [B, N] (True = padding) are given in stages whose [DET] tokens
-        look at the patches. Returns tokens and det as [B, 1 + N + Q, C].
+        patches [B, N, C] without the convolutional position, which [DET] tokens do not see;
+        position [B, N, C] and padding [B, N] (True = padding) in stages whose [DET] tokens attend
+        to the patches, else None. Returns tokens and det as [B, 1 + N + Q, C].
         """
         query, keys, values = split_heads(self.qkv(tokens), NUM_HEADS)
         context = keys.softmax(dim=2).mT @ values  # [B, M, D, D]
         relative = crpe(query[:, :, 1:], values[:, :, 1:], grid)
-        # The class token has no place on the map.
+        # The class token has no position on the map.
         attended = self.scale * (query @ context) + F.pad(relative, (0, 0, 1, 0))
         patch_kv = None
         if position is not None:
             dim = det.shape[2]
-            weight, bias = self.qkv.weight[dim:], self.qkv.bias[dim:]
-            patch_kv = position.add_projected(linear(patches, weight, bias), weight)
+            tokens = patches + position.to(patches.dtype)
+            patch_kv = F.linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
         det_out = attend_det(self.qkv(det), patch_kv, padding, NUM_HEADS)
         return self.proj(torch.cat([attended.transpose(1, 2).flatten(2), det_out], dim=1))
 
 
-class Block(nn.Module):
+class CoatBlock(nn.Module):
     """Pre-norm block; norms, attention and MLP are shared by class token, patches and [DET]
     tokens.
     """
@@ -106,7 +103,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, *, mlp_ratio: int, pos_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.det_pos_linear = Linear(pos_dim, dim)
+        self.det_pos_linear = nn.Linear(pos_dim, dim)
         self.factoratt_crpe = FactorizedAttention(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden_features=mlp_ratio * dim)
@@ -122,7 +119,7 @@ class Block(nn.Module):
         grid: tuple[int, int],
         cpe: nn.Module,
         crpe: nn.Module,
-        position: SinePosition | None,
+        position: Tensor | None,
         padding: Tensor | None,
     ) -> Tensor:
         """tokens [B, 1 + N + Q, C]: class token, patches, [DET] tokens; det_pos [1, Q, pos_dim];
@@ -143,7 +140,7 @@ class Block(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-class Stage(nn.Module):
+class CoatStage(nn.Module):
     """Embedding to a resolution and the blocks there; its convolutions serve all its blocks."""
 
     def __init__(
@@ -165,29 +162,29 @@ class Stage(nn.Module):
             self.det_exp = nn.Identity()
         else:
             self.patch_embed = PatchEmbedding(dim, patch=2, in_channels=in_dim)
-            self.det_exp = nn.Sequential(Linear(in_dim, dim, bias=False), nn.LayerNorm(dim))
+            self.det_exp = nn.Sequential(nn.Linear(in_dim, dim, bias=False), nn.LayerNorm(dim))
             trunc_normal_(self.det_exp[0].weight, std=0.02)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         trunc_normal_(self.cls_token, std=0.02)
         self.cpe = ConvPosition(dim)
         self.crpe = ConvRelativePosition(dim)
         self.serial_blocks = nn.ModuleList(
-            Block(dim, mlp_ratio=mlp_ratio, pos_dim=pos_dim) for _ in range(depth)
+            CoatBlock(dim, mlp_ratio=mlp_ratio, pos_dim=pos_dim) for _ in range(depth)
         )
 
     def forward(
         self, images: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor
     ) -> tuple[Tensor, Tensor]:
         """images [B, C_in, h, w], the pictures or the map of the stage before; det [B, Q, C_in];
-        padding [B, h, w], True = padding, at the size in which the body resizes it first. Returns
-        the map [B, C, H, W] and det [B, Q, C].
+        padding [B, h, w], True = padding, at the backbone's base size. Returns the map [B, C, H, W]
+        and det [B, Q, C].
         """
         patches = self.patch_embed(images)
         grid, dim = (patches.shape[1], patches.shape[2]), patches.shape[3]
         position = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, grid)
-            position = sine_position(grid_padding, dim, patches.dtype)
+            position = sine_position(grid_padding, dim)
             stage_padding = grid_padding.flatten(1)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls, patches.flatten(1, 2), self.det_exp(det)], dim=1)
@@ -197,8 +194,8 @@ class Stage(nn.Module):
         return patches.mT.unflatten(-1, grid), det
 
 
-class CoatBody(nn.Module):
-    """Returns a pyramid of maps and the [DET] tokens as they are after the last block."""
+class CoatBackbone(nn.Module):
+    """Images to a pyramid of maps and the [DET] tokens after the last block."""
 
     def __init__(
         self,
@@ -209,7 +206,9 @@ class CoatBody(nn.Module):
         cross_indices: tuple[int, ...],
         pyramid: bool = True,
     ) -> None:
-        """Without the pyramid, for who reads [DET] tokens only, there is no stride-64 map."""
+        """pyramid: whether there is a stride-64 map. A detector that reads the [DET] tokens only
+        does without.
+        """
         super().__init__()
         dims = variant.dims
         self.num_channels = (*dims[1:], COARSE_DIM) if pyramid else dims[1:]
@@ -217,7 +216,7 @@ class CoatBody(nn.Module):
         self.det_token = nn.Parameter(torch.zeros(1, det_token_num, dims[0]))
         self.det_pos_embed = nn.Parameter(torch.zeros(1, det_token_num, pos_dim))
         self.stages = nn.ModuleList(
-            Stage(
+            CoatStage(
                 dims[stage],
                 dims[stage - 1] if stage else None,
                 depth=variant.depths[stage],
@@ -238,7 +237,8 @@ class CoatBody(nn.Module):
         16, 32 and, with the pyramid, 64, each [B, channels, h, w]; the [DET] tokens [B, Q,
         dims[3]]; their position table [1, Q, pos_dim].
         """
-        # Two nearest steps, this one and the stage's, as released; unlike Swin's from the image.
+        # The padding is resized in two nearest-neighbour steps, here and in the stage, as released;
+        # unlike Swin's, the first goes by the size of the image.
         height, width = (max(side // self.padding_divisor, 1) for side in images.shape[2:])
         padding = resize_padding(padding, (height, width))
         det = self.det_token.expand(images.shape[0], -1, -1)

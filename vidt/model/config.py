@@ -1,23 +1,52 @@
-"""What a detector is built from: the configuration that is saved with its weights, and the table
-of bodies.
+"""What a detector is built from: the configuration that is saved with its weights, and the sizes of
+the published backbones. Importing it does not import PyTorch: help texts are made from this file.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vidt.model.variants import COAT_VARIANTS, SWIN_VARIANTS
-
-if TYPE_CHECKING:
-    from vidt.model.coat import CoatBody
-    from vidt.model.swin import SwinBody
+from vidt.errors import UserError
 
 METHODS = ("vidt", "vidt_wo_neck")
 NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # only a neck can carry them
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
 
 
-def body_names() -> list[str]:
+@dataclass(frozen=True)
+class SwinVariant:
+    """Sizes of a published Swin backbone."""
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    drop_path: float
+
+
+@dataclass(frozen=True)
+class CoatVariant:
+    """Sizes of a published CoaT-lite backbone."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
+
+
+SWIN_VARIANTS = {
+    "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
+    "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
+    "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
+    "swin_base_win7_22k": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
+    "swin_large_win7_22k": SwinVariant(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3),
+}
+COAT_VARIANTS = {
+    "coat_lite_tiny": CoatVariant((64, 128, 256, 320), (2, 2, 2, 2)),
+    "coat_lite_mini": CoatVariant((64, 128, 320, 512), (2, 2, 2, 2)),
+    "coat_lite_small": CoatVariant((64, 128, 320, 512), (3, 4, 6, 3)),
+}
+
+
+def backbone_names() -> list[str]:
     """All values of `backbone_name`."""
     return [*SWIN_VARIANTS, *COAT_VARIANTS]
 
@@ -28,13 +57,14 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class ViDTConfig:
-    """Architecture of a detector; saved with its weights. Fields bear the released flags' names.
+    """Architecture of a detector; saved with its weights. Fields have the names of the released
+    flags.
 
-    Raises ValueError for a value that no detector can be built from.
+    Raises UserError for a value that no detector can be built from.
     """
 
     method: str = _setting("vidt", "which detector of the family: " + ", ".join(METHODS))
-    backbone_name: str = _setting("swin_nano", "body: " + ", ".join(body_names()))
+    backbone_name: str = _setting("swin_nano", "backbone: " + ", ".join(backbone_names()))
     num_classes: int = _setting(80, "classes; on the command line taken from the data")
     det_token_num: int = _setting(100, "[DET] tokens: the most objects found in an image")
     reduced_dim: int = _setting(256, "channels of the decoder")
@@ -50,7 +80,7 @@ class ViDTConfig:
     with_box_refine: bool = _setting(True, "each decoder layer refines the boxes of the one before")
     epff: bool = _setting(False, "ViDT+: fuse the levels of the pyramid before the decoder")
     iou_aware: bool = _setting(False, "ViDT+: predict how well each box fits")
-    token_label: bool = _setting(False, "ViDT+: classify every place of the pyramid in training")
+    token_label: bool = _setting(False, "ViDT+: classify every position of the pyramid in training")
     token_label_shift: bool = _setting(
         True, "of token_label: a column for any object before the classes; False: as released"
     )
@@ -63,10 +93,10 @@ class ViDTConfig:
         object.__setattr__(self, "cross_indices", tuple(self.cross_indices))
         require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         require(
-            self.backbone_name in body_names(),
+            self.backbone_name in backbone_names(),
             "backbone_name",
             self.backbone_name,
-            f"one of {', '.join(body_names())}",
+            f"one of {', '.join(backbone_names())}",
         )
         for name in NECK_PARTS:
             allowed = self.method == "vidt" or not getattr(self, name)
@@ -117,24 +147,4 @@ class ViDTConfig:
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {value}; it must be {expected}")
-
-
-def build_body(config: ViDTConfig) -> "SwinBody | CoatBody":
-    """The body named in the configuration. Its forward takes images and padding and returns the
-    maps of strides 8, 16, 32 and, for method vidt, 64, the [DET] tokens [B, Q, channels of stride
-    32] and their position table [1, Q, pos_dim]; `num_channels` are the maps' channels.
-    """
-    # Here, not above: a command line's help is made of this file and must not wait for PyTorch.
-    from vidt.model.coat import CoatBody
-    from vidt.model.swin import SwinBody
-
-    settings: dict[str, Any] = {
-        "det_token_num": config.det_token_num,
-        "pos_dim": config.pos_dim,
-        "cross_indices": config.cross_indices,
-        "pyramid": config.method == "vidt",
-    }
-    if config.backbone_name in SWIN_VARIANTS:
-        return SwinBody(SWIN_VARIANTS[config.backbone_name], **settings)
-    return CoatBody(COAT_VARIANTS[config.backbone_name], **settings)
+        raise UserError(f"{name} is {value}; it must be {expected}")

@@ -1,27 +1,27 @@
 """Reconfigured Attention Module (ViDT, arXiv 2110.03921, section 3.1): Swin's window attention that
 also serves [DET] tokens.
 
-One set of weights answers three questions: [PATCH] x [PATCH] in (shifted) windows as in Swin (arXiv
-2103.14030), [DET] x [DET] over all tokens of the image, and in chosen stages [DET] x [PATCH] over
-all patches of the image.
+One set of weights computes three attentions: [PATCH] x [PATCH] in (shifted) windows as in Swin
+(arXiv 2103.14030), [DET] x [DET] over all tokens of the image, and in chosen stages [DET] x [PATCH]
+over all patches of the image.
 
-Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, T =
-window * window.
+Letters: B batch, H x W stage grid, N = H * W, Q [DET] tokens, C channels, M heads, D = C / M, W' =
+windows of an image, T = window * window.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models.swin_transformer import get_relative_position_index
+from timm.models.swin_transformer import (
+    get_relative_position_index,
+    window_partition,
+    window_reverse,
+)
 from torch import Tensor, nn
 
-from vidt.model.dropout import drop
-from vidt.model.window_attention import at_once, attend_windows
-from vidt.model.windows import MASKED, collect, windows_of
-from vidt.ops.linear import Linear, linear
+MASKED = -100.0  # added to a score that must not count; finite, as released
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -29,41 +29,37 @@ def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(padding[:, None].float(), size=size).bool()[:, 0]
 
 
-class SinePosition(NamedTuple):
-    """DETR's sine encoding of places on a map: of a place it is that of its row, then that of its
-    column, each in half of the C channels.
-    """
-
-    rows: Tensor  # [B, H, C / 2]
-    columns: Tensor  # [B, W, C / 2]
-
-    def add_projected(self, patch_kv: Tensor, weight: Tensor) -> Tensor:
-        """Keys and values of the patches as if the position had been added before their projection
-        by `weight`, [2 * C, C]: it is linear, so that H rows and W columns may go through it by
-        themselves, and not H * W places. patch_kv [B, N, 2 * C] -> the same shape.
-
-        The released model adds it there: the position is in the values as well.
-        """
-        of_row, of_column = weight.chunk(2, dim=1)
-        rows, columns = linear(self.rows, of_row), linear(self.columns, of_column)
-        return patch_kv + (rows[:, :, None] + columns[:, None]).flatten(1, 2)
-
-
-def sine_position(padding: Tensor, dim: int, dtype: torch.dtype) -> SinePosition:
-    """Of the unpadded part of a map, a rectangle: padding [B, H, W], C = dim. Padded places have a
-    position too, but nobody looks there.
+def sine_position(padding: Tensor, dim: int) -> Tensor:
+    """DETR's sine encoding (arXiv 2005.12872, appendix A.4) of the positions of a map, counted over
+    its unpadded part: padding [B, H, W], True = padding -> [B, H * W, dim] float32.
     """
     channel = torch.arange(dim // 2, dtype=torch.float32, device=padding.device)
     period = 10000 ** (2 * channel.div(2, rounding_mode="floor") / (dim // 2))
 
-    def encode(padding: Tensor) -> Tensor:
-        place = (~padding).float().cumsum(1)
-        place = place / (place[:, -1:] + 1e-6) * (2 * math.pi)
-        angle = place[..., None] / period  # [B, H or W, dim / 2]
-        sines = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1)
-        return sines.flatten(-2).to(dtype)
+    def encode(axis: int) -> Tensor:
+        position = (~padding).float().cumsum(axis)
+        last = position.narrow(axis, -1, 1)
+        angle = (position / (last + 1e-6) * (2 * math.pi))[..., None] / period  # [B, H, W, dim / 2]
+        return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-2)
 
-    return SinePosition(encode(padding.all(2)), encode(padding.all(1)))
+    return torch.cat([encode(1), encode(2)], dim=-1).flatten(1, 2)
+
+
+def shift_mask(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
+    """Swin's mask for windows of a rolled map (arXiv 2103.14030, section 3.2): tokens that were not
+    neighbours before the roll do not attend to each other.
+
+    grid is (H, W) before padding. Returns [W', T, T] float32, 0 or -100.
+    """
+
+    def regions(length: int) -> Tensor:
+        padded = math.ceil(length / window) * window
+        position = torch.arange(padded, device=device)
+        return (position >= padded - window).float() + (position >= padded - shift).float()
+
+    region = 3 * regions(grid[0])[:, None] + regions(grid[1])
+    windows = window_partition(region[None, :, :, None], (window, window)).flatten(1)  # [W', T]
+    return (windows[:, :, None] != windows[:, None, :]).float() * MASKED
 
 
 def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
@@ -71,38 +67,30 @@ def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ..
     return qkv.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float = 0.0
-) -> Tensor:
-    """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask what is added to
-    the scores, [*, Q or 1, N], dropout of the weights -> [B, Q, M * D].
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask (added to the
+    scores) [B or 1, M or 1, Q or 1, N] -> [B, Q, M * D].
     """
-    # PyTorch, too, writes it out there; half precision it raises to float32 first.
-    if dropout and query.device.type == "cpu" and query.dtype == torch.float32:
-        scores = (query * query.shape[-1] ** -0.5) @ keys.mT
-        scores = scores if mask is None else scores + mask
-        output = drop(scores.softmax(-1), dropout) @ values
-    else:
-        output = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
-    return output.transpose(1, 2).flatten(2)
+    mask = None if mask is None else mask.to(query.dtype)
+    attended = F.scaled_dot_product_attention(query, keys, values, mask)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def attend_det(
     det_qkv: Tensor, patch_kv: Tensor | None, padding: Tensor | None, num_heads: int
 ) -> Tensor:
-    """[DET] tokens look at each other and, where they are given, at the patches, in one softmax.
+    """[DET] tokens attend to each other and, where patches are given, to those, in one softmax.
 
     det_qkv [B, Q, 3 * C]; patch_kv [B, N, 2 * C] or None; padding [B, N] bool, True = padding, or
     None. Returns [B, Q, C], before the projection.
     """
     query, keys, values = split_heads(det_qkv, num_heads)
-    mask = None
-    if patch_kv is not None:
-        patch_keys, patch_values = split_heads(patch_kv, num_heads, parts=2)
-        keys = torch.cat([patch_keys, keys], dim=2)
-        values = torch.cat([patch_values, values], dim=2)
-    if padding is not None:
-        mask = F.pad(padding.to(query.dtype) * MASKED, (0, query.shape[2]))[:, None, None]
+    if patch_kv is None or padding is None:
+        return attend(query, keys, values, None)
+    patch_keys, patch_values = split_heads(patch_kv, num_heads, parts=2)
+    keys = torch.cat([patch_keys, keys], dim=2)
+    values = torch.cat([patch_values, values], dim=2)
+    mask = F.pad(padding.to(query.dtype) * MASKED, (0, query.shape[2]))[:, None, None]
     return attend(query, keys, values, mask)
 
 
@@ -114,8 +102,8 @@ class ReconfiguredAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, window: int, shift: int) -> None:
         super().__init__()
         self.num_heads, self.window, self.shift = num_heads, window, shift
-        self.qkv = Linear(dim, dim * 3)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window - 1) ** 2, num_heads)
         )
@@ -128,39 +116,45 @@ class ReconfiguredAttention(nn.Module):
         self,
         patches: Tensor,
         det: Tensor,
-        grid: tuple[int, int],
-        position: SinePosition | None = None,
+        mask: Tensor | None,
+        position: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """patches [B, H * W, C]; det [B, Q, C] with the [DET] position added; position and padding
-        [B, H * W] (True = padding) are given in stages whose [DET] tokens look at the patches.
-        Returns patches, then [DET] tokens: [B, H * W + Q, C].
+        """patches [B, H, W, C]; det [B, Q, C] with the [DET] position added; mask as of
+        `shift_mask` for shifted windows, else None; position [B, H * W, C] and padding [B, H * W]
+        (True = padding) in stages whose [DET] tokens attend to the patches, else None. Returns
+        patches, then [DET] tokens: [B, H * W + Q, C].
         """
-        batch, num_det, dim = det.shape
-        # Padded places of a window hold a token of zeros, not masked, as released.
-        tokens = torch.cat([patches, det, det.new_zeros(batch, 1, dim)], dim=1)
-        places = windows_of(
-            grid,
-            self.window,
-            self.shift,
-            num_det=num_det,
-            num_heads=self.num_heads,
-            batch=batch,
-            at_once=at_once(tokens.device),
-            device=tokens.device,
-        )
-        qkv = self.qkv(tokens)
-        attended, det_qkv = attend_windows(qkv, self._bias().to(qkv.dtype), places)
-
         patch_kv = None
-        if position is not None:
-            patch_kv = qkv[:, : patches.shape[1], dim:]
-            patch_kv = position.add_projected(patch_kv, self.qkv.weight[dim:])
-        det_out = attend_det(det_qkv, patch_kv, padding, self.num_heads)
-        return self.proj(collect(attended, det_out, places))
+        if position is not None:  # keys and values both hold the position, as released
+            dim = det.shape[-1]
+            tokens = patches.flatten(1, 2) + position.to(patches.dtype)
+            patch_kv = F.linear(tokens, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        attended_det = attend_det(self.qkv(det), patch_kv, padding, self.num_heads)
+        attended = self._attend_windows(patches, mask).flatten(1, 2)
+        return self.proj(torch.cat([attended, attended_det], dim=1))
 
-    def _bias(self) -> Tensor:
-        """Relative position bias [M, T, T]."""
-        area = self.window**2
+    def _attend_windows(self, patches: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C], before the projection."""
+        window, shift = self.window, self.shift
+        batch, height, width, _ = patches.shape
+        # Padded positions take part as tokens of zeros, unmasked, as released.
+        patches = F.pad(patches, (0, 0, 0, -width % window, 0, -height % window))
+        padded = patches.shape[1], patches.shape[2]
+        if shift:
+            patches = patches.roll((-shift, -shift), dims=(1, 2))
+        windows = window_partition(patches, (window, window)).flatten(1, 2)  # [B * W', T, C]
+        query, keys, values = split_heads(self.qkv(windows), self.num_heads)
+        bias = self._relative_position_bias()[None]  # [1, M, T, T]
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(batch, 1, 1, 1)  # [B * W', M, T, T]
+        windows = attend(query, keys, values, bias)
+        patches = window_reverse(windows.unflatten(1, (window, window)), (window, window), *padded)
+        if shift:
+            patches = patches.roll((shift, shift), dims=(1, 2))
+        return patches[:, :height, :width]
+
+    def _relative_position_bias(self) -> Tensor:
+        """[M, T, T] (Swin, arXiv 2103.14030, equation 4)."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias.view(area, area, -1).permute(2, 0, 1)
+        return bias.unflatten(0, (self.window**2, -1)).permute(2, 0, 1)

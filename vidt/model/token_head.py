@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vidt.ops.linear import Linear
-
 MARGIN = 0.01  # places nearer than this to the image's edge, relative to its size, show nothing
 
 
@@ -20,9 +18,9 @@ class TokenHead(nn.Module):
 
     def __init__(self, dim: int, columns: int) -> None:
         super().__init__()
-        self.enc_output = Linear(dim, dim)
+        self.enc_output = nn.Linear(dim, dim)
         self.enc_output_norm = nn.LayerNorm(dim)
-        self.token_embed = Linear(dim, columns)
+        self.token_embed = nn.Linear(dim, columns)
         for linear in (self.enc_output, self.token_embed):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.constant_(self.token_embed.bias, -math.log(99))
@@ -34,8 +32,8 @@ class TokenHead(nn.Module):
             for level, padding in zip(maps, paddings, strict=True)
         ]
 
-    def _logits(self, places: Tensor) -> Tensor:
-        return self.token_embed(self.enc_output_norm(self.enc_output(places)))
+    def _logits(self, positions: Tensor) -> Tensor:
+        return self.token_embed(self.enc_output_norm(self.enc_output(positions)))
 
 
 def inside(padding: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ViDT: a Swin body that carries [DET] tokens and an encoder-free deformable decoder (arXiv
+"""ViDT: a Swin backbone that carries [DET] tokens and an encoder-free deformable decoder (arXiv
 2110.03921).
 
 Module names follow the released checkpoints where they are free to choose; `vidt.convert` maps the
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidt.model.config import ViDTConfig, build_body, require
+from vidt.model.backbone import build_backbone
+from vidt.model.config import ViDTConfig, require
 from vidt.model.decoder import DeformableDecoder, MLPHead, box_head
 from vidt.model.epff import EPFF, LevelProjections, projection
 from vidt.model.ram import resize_padding
 from vidt.model.token_head import TokenHead
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.ops.linear import Linear
 
 
 def _classifier(dim: int, num_classes: int) -> nn.Linear:
     """Every class starts at probability 0.01 (focal loss, arXiv 1708.02002, section 4.1)."""
-    linear = Linear(dim, num_classes)
+    linear = nn.Linear(dim, num_classes)
     nn.init.constant_(linear.bias, -math.log(99))
     return linear
 
 
 def _vector_head(dim: int, config: ViDTConfig) -> MLPHead:
-    """Starts from vectors of nothing but zeros."""
+    """Initially every vector is zero."""
     head = MLPHead(dim, config.vector_hidden_dim, config.n_keep)
     for parameter in head.layers[-1].parameters():
         nn.init.zeros_(parameter)
@@ -52,7 +52,7 @@ class ViDT(nn.Module):
         self.config = config
         self._heads = {"pred_logits": "class_embed"}  # output -> the heads that predict it
         dim = config.reduced_dim
-        self.backbone = build_body(config)
+        self.backbone = build_backbone(config)
         pyramid = EPFF if config.epff else LevelProjections
         self.input_proj = pyramid(self.backbone.num_channels, dim)
         self.tgt_proj = projection(self.backbone.num_channels[-2], dim)
@@ -86,25 +86,25 @@ class ViDT(nn.Module):
         self,
         images: Tensor,
         padding: Tensor,
-        noised_boxes: Tensor | None = None,
+        denoising_boxes: Tensor | None = None,
         *,
         detections_only: bool = False,
     ) -> dict[str, Any]:
-        """images [B, 3, H, W] normalised; padding [B, H, W] bool, True where padded: right of the
-        image and below it.
+        """images [B, 3, H, W], normalised; padding [B, H, W] bool, True where padded: at the right
+        of the image and below it. detections_only: return only the `pred_*` keys (inference).
 
         Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1
         of the unpadded image), with iou_aware `pred_ious` [B, Q, 1] (before the sigmoid) and with
-        with_vector `pred_vectors` [B, Q, n_keep]. With aux_loss `aux_outputs`: the same of each
-        earlier prediction level, first to last. With token_label `enc_tokens`: `pred_logits`, one
-        [B, h, w, columns] per level, and `padding` as it was given. `distil_tokens` for a student:
-        `patch_token`, one map [B, C, h, w] per level, `body_det_token` [B, Q, C] and
-        `neck_det_token` [D + 1, B, Q, C].
+        with_vector `pred_vectors` [B, Q, n_keep]. Further keys, for training:
 
-        noised_boxes [B, N, 4] (cxcywh), in training only: extra queries that start there; what
-        becomes of them is in `denoising_outputs`, per decoder layer.
-
-        detections_only: the `pred_*` alone, for who predicts; the rest costs time.
+        - `aux_outputs`, with aux_loss: the `pred_*` of each earlier prediction level, first to
+        last;
+        - `enc_tokens`, with token_label: `pred_logits`, a map [B, h, w, columns] per level, and
+          `padding` as given;
+        - `distil_tokens`, for distillation: `patch_token`, a map [B, C, h, w] per level,
+          `body_det_token` [B, Q, C] and `neck_det_token` [D + 1, B, Q, C];
+        - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), where N denoising
+          queries start: their `pred_*` of each decoder layer.
         """
         maps, det, det_pos = self.backbone(images, padding)
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels
@@ -119,21 +119,15 @@ class ViDT(nn.Module):
             paddings,
             self._per_level(self.bbox_embed),
             self.config.with_box_refine,
-            noised_boxes,
+            denoising_boxes,
         )
-        heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
-        start = len(states) - 1 if detections_only else 0
+        first = len(states) - 1 if detections_only else 0
         predictions = [
-            {"pred_boxes": boxes[level]}
-            | {name: _in_full_precision(each[level], states[level]) for name, each in heads.items()}
-            for level in range(start, len(states))
+            self._predict(level, states[level], boxes[level]) for level in range(first, len(states))
         ]
         num_det = self.config.det_token_num
-        found, mended = predictions, []
-        if noised_boxes is not None:
-            parts = [_split_queries(level, num_det) for level in predictions]
-            found, mended = [first for first, _ in parts], [rest for _, rest in parts]
-        outputs: dict[str, Any] = dict(found[-1])
+        detections = [_queries(level, 0, num_det) for level in predictions]
+        outputs: dict[str, Any] = dict(detections[-1])
         if detections_only:
             return outputs
         outputs["distil_tokens"] = {
@@ -142,13 +136,20 @@ class ViDT(nn.Module):
             "neck_det_token": torch.stack([state[:, :num_det] for state in states]),
         }
         if self.config.aux_loss:
-            outputs["aux_outputs"] = found[:-1]
+            outputs["aux_outputs"] = detections[:-1]
         if self.token_head is not None:
             logits = self.token_head(maps, paddings)
             outputs["enc_tokens"] = {"pred_logits": logits, "padding": padding}
-        if noised_boxes is not None:
-            outputs["denoising_outputs"] = mended[1:]
+        if denoising_boxes is not None:
+            denoised = [_queries(level, num_det, None) for level in predictions]
+            outputs["denoising_outputs"] = denoised[1:]  # the first level has no such queries
         return outputs
+
+    def _predict(self, level: int, state: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """The `pred_*` of one prediction level: state [B, Q, C] and boxes [B, Q, 4]."""
+        heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
+        predictions = {name: _in_full_precision(each[level], state) for name, each in heads.items()}
+        return predictions | {"pred_boxes": boxes}
 
     @staticmethod
     def _project_tokens(projection: nn.Sequential, tokens: Tensor) -> Tensor:
@@ -161,18 +162,11 @@ class ViDT(nn.Module):
 
 
 def _in_full_precision(head: nn.Module, state: Tensor) -> Tensor:
-    """Logits of half precision are off by a tenth, and the head costs nothing."""
+    """Half precision would shift logits by a tenth; the head costs little."""
     with torch.autocast(state.device.type, enabled=False):
         return head(state.to(next(head.parameters()).dtype)).float()
 
 
-def _split_queries(
-    level: dict[str, Tensor], count: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is predicted of the first `count` queries, and of the rest."""
-    parts = {
-        name: tensor.split([count, tensor.shape[1] - count], dim=1)
-        for name, tensor in level.items()
-    }
-    first, rest = ({name: part[which] for name, part in parts.items()} for which in (0, 1))
-    return first, rest
+def _queries(level: dict[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+    """The predictions of queries start to stop, None: to the last."""
+    return {name: tensor[:, start:stop] for name, tensor in level.items()}

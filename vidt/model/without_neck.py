@@ -8,7 +8,8 @@ Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from vidt.model.config import ViDTConfig, build_body, require
+from vidt.model.backbone import build_backbone
+from vidt.model.config import ViDTConfig, require
 from vidt.model.decoder import MLPHead
 from vidt.model.epff import projection
 
@@ -23,7 +24,7 @@ class ViDTWithoutNeck(nn.Module):
         require(config.method == METHOD, "method", config.method, METHOD)
         self.config = config
         dim = config.reduced_dim
-        self.backbone = build_body(config)
+        self.backbone = build_backbone(config)
         self.input_proj = projection(self.backbone.num_channels[-1], dim)
         self.class_embed = MLPHead(dim, dim, config.num_classes + 1)
         self.bbox_embed = MLPHead(dim, dim, 4)
@@ -32,7 +33,7 @@ class ViDTWithoutNeck(nn.Module):
         self,
         images: Tensor,
         padding: Tensor,
-        noised_boxes: Tensor | None = None,
+        denoising_boxes: Tensor | None = None,
         *,
         detections_only: bool = False,
     ) -> dict[str, Tensor]:
@@ -40,11 +41,11 @@ class ViDTWithoutNeck(nn.Module):
 
         Returns `pred_logits` [B, Q, K + 1] (before the softmax, the background last) and
         `pred_boxes` [B, Q, 4] (cxcywh in 0..1 of the unpadded image). Raises ValueError for
-        noised_boxes: there is no decoder to mend them. Nothing but detections is ever returned.
+        denoising_boxes: there is no decoder to mend them. Nothing but detections is ever returned.
         """
-        if noised_boxes is not None:
+        if denoising_boxes is not None:
             raise ValueError(
-                f"noised_boxes need a decoder to mend them, and method {METHOD} has none"
+                f"denoising_boxes need a decoder to mend them, and method {METHOD} has none"
             )
         _, det, _ = self.backbone(images, padding)
         queries = self.input_proj(det.mT[..., None])[..., 0].mT  # [B, Q, C]

@@ -6,7 +6,7 @@ A model that is off by more than LIMITS allow does not get its name: it is left 
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from vidt.atomic import naming, unfinished
+from vidt.errors import UserError
 from vidt.images.canvas import GRANULE, whole_granules
 from vidt.images.files import probe_image, read_image
-from vidt.onnx.coco_map50 import CocoImages
 from vidt.onnx.detector import OnnxDetector
 from vidt.onnx.graph import ExportedDetector, make_graph
 from vidt.onnx.proof import (
@@ -36,6 +36,22 @@ from vidt.weights.checkpoint import load_model
 
 DYNAMIC = ("batch",)
 NUM_DRAWN = 6  # pictures that are drawn where none are given
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """A dataset to score both detectors on. `sizes` are (height, width) of the stored or turned
+    pixels, as annotated. `map50` takes the detections of each image, in order, and returns the mean
+    AP at IoU 0.5, 0..1.
+    """
+
+    files: Sequence[Path]
+    sizes: Sequence[tuple[int, int]]
+    map50: Callable[[Iterable[Any]], float]
+
+    def pictures(self) -> Iterator[Image.Image]:
+        """Raises `vidt.images.files.UnreadableImage` for a damaged file."""
+        return map(read_image, self.files, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ def export(
     half: bool = False,
     with_decode: bool = False,
     images: Sequence[Path] = (),
-    coco: tuple[Path, Path] | None = None,
+    dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
 ) -> ExportReport:
     """Writes a detector as an ONNX model and proves it. Needs onnx, onnxscript and onnxruntime.
 
@@ -130,17 +146,18 @@ def export(
     evaluation brings most of `images` (else of the dataset's) to, and without any a square of the
     evaluation size. dynamic: ("batch",) for a model that takes any number of pictures at once.
     half: half precision where it costs little. with_decode: the model gives boxes, scores and
-    labels; else the detector's outputs. images: to compare on; none: some are drawn. coco: (file,
-    folder of images) of a dataset in COCO's layout; map50 of both is compared.
+    labels; else the detector's outputs. images: to compare on; none: some are drawn. dataset_for:
+    called with the class names before anything is exported, returns the dataset on which map50 of
+    both is compared.
 
-    Nobody ever sees half a file under `output`. Raises ValueError in one line for weights that
+    Nobody ever sees half a file under `output`. Raises UserError in one line for weights that
     cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
     OSError in one line for a file that cannot be written.
     """
     _check(output, size, dynamic)
     model, info = load_model(weights)
     predictor = Predictor(model, info)
-    dataset = CocoImages(*coco, info.class_names) if coco else None
+    dataset = dataset_for(info.class_names) if dataset_for else None
     pictures = _Pictures(images)
     files = images or (dataset.files if dataset else ())
     frame = size or _common_canvas(files, predictor)
@@ -184,20 +201,20 @@ def export(
 
 def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...]) -> None:
     if "size" in dynamic:
-        raise ValueError(
+        raise UserError(
             "dynamic size: a graph has one size here; export one for each (--size H W) or rely on "
             "padding"
         )
     for axis in dynamic:
         if axis not in DYNAMIC:
-            raise ValueError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
+            raise UserError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
     for side in size or ():
         if side < GRANULE or side % GRANULE:
-            raise ValueError(
+            raise UserError(
                 f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
             )
     if not output.parent.is_dir():
-        raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
+        raise UserError(f"{output} cannot be written: there is no folder {output.parent}")
 
 
 class _Pictures:
@@ -231,7 +248,7 @@ def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, in
 
 
 def _scores(
-    predictor: Predictor, detector: OnnxDetector, dataset: CocoImages
+    predictor: Predictor, detector: OnnxDetector, dataset: ScoredImages
 ) -> tuple[float, float, float | None]:
     """map50 of the detector and of what was exported from it, both in the frame of the latter; and
     of the detector as it is evaluated, if that is not the same.

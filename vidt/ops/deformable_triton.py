@@ -155,12 +155,15 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], value: Tensor, weights: Te
     exact = tl.float64 if value.dtype == torch.float64 else tl.float32
     sizes = (heads, dim, num_levels, points, rows, channels, exact)
     with torch.cuda.device_of(value):  # not always the current one
-        kernel[(triton.cdiv(num_rows, rows),)](*tensors, num_rows, queries, positions, *sizes)
+        kernel[(triton.cdiv(num_rows, rows),)](
+            *(*tensors, num_rows, queries, positions, *sizes),
+            enable_fp_fusion=True,  # Triton's default will change, and Triton warns of that
+        )
 
 
 @torch.library.custom_op("vidt::deformable_attention", mutates_args=())
 def attend(value: Tensor, levels: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `deformable_attention`, on a GPU; levels [L, 3] is its `level_table`.
+    """As `deformable_attention`, on a GPU; levels [L, 3] is the table of `Levels`.
 
     value of any floating dtype, which is that of the result; sums are in float32, or in float64 if
     value is. No second derivatives.

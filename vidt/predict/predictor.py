@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from vidt.errors import UserError
 from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import (
@@ -25,14 +26,14 @@ from vidt.images.inputs import (
     remembered,
     rows_of,
 )
+from vidt.images.mask_drawing import decode_vectors, paste_squares
 from vidt.images.preprocessing import resize
-from vidt.losses.mask_vectors import decode_vectors, paste_squares
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
-from vidt.ops.linear import pack
+from vidt.ops.packing import pack
 from vidt.weights.checkpoint import WeightsInfo, load_model
-from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 
 TOP_K = 100  # detections per image, the released constant
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,15 +74,17 @@ class Detections:
         """
         if self.mask_vectors is None:
             return None
-        kept = self.mask_vectors
-        boxes = self.boxes if kept.boxes is None else kept.boxes
-        return paste_squares(decode_vectors(kept.vectors, kept.side), boxes, kept.size)
+        vectors, side = self.mask_vectors.vectors, self.mask_vectors.side
+        boxes = self.boxes if self.mask_vectors.boxes is None else self.mask_vectors.boxes
+        squares = decode_vectors(_as_array(vectors), side)
+        drawn = torch.from_numpy(paste_squares(squares, _as_array(boxes), self.mask_vectors.size))
+        return drawn.to(vectors.device)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
         with boxes, names, scores and masks drawn on it.
 
-        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        Raises UserError if the image was not kept and none is given, `UnreadableImage` if its file
         can no longer be read.
         """
         found = self.cpu()
@@ -135,6 +138,11 @@ class Detections:
                 boxes=None if masks.boxes is None else change(masks.boxes),
             ),
         )
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16."""
+    return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
 
 
 def on_cpu(found: Sequence[Detections]) -> list[Detections]:
@@ -247,15 +255,15 @@ class Predictor:
     ) -> None:
         """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
         canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
-        is moved, and on a CPU packed (see `vidt.ops.linear.pack`).
+        is moved, and on a CPU packed (see `vidt.ops.packing.pack`).
 
-        Raises ValueError for a precision that does not exist, or not on this device.
+        Raises UserError for a precision that does not exist, or not on this device.
         """
         self.device = torch.device(device)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+            raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
         if precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
+            raise UserError("precision is fp16; on a CPU it must be fp32 or bf16")
         self.model = model.to(self.device).eval()
         if precision == "fp32" and not compile:
             pack(self.model)
@@ -278,8 +286,8 @@ class Predictor:
     @property
     def category_ids(self) -> tuple[int, ...]:
         """What the training data called the classes, [K]; the label + 1 where that is not known."""
-        if self.class_names == COCO_ROWS:
-            return tuple(range(len(COCO_ROWS)))
+        if len(self.class_names) == NUM_COCO_ROWS and self.class_names == coco_rows():
+            return tuple(range(NUM_COCO_ROWS))
         ids = self.info.training.get("category_ids", ())
         counted = tuple(range(1, len(self.class_names) + 1))
         return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted
@@ -293,7 +301,7 @@ class Predictor:
         precision: str = "fp32",
         compile: bool = False,
     ) -> "Predictor":
-        """Reads a weights file of ours or a released one. Raises ValueError, naming the file, for
+        """Reads a weights file of ours or a released one. Raises UserError, naming the file, for
         any other.
         """
         return cls(*load_model(path), device=device, precision=precision, compile=compile)
@@ -317,8 +325,8 @@ class Predictor:
         image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
         falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
-        Raises `vidt.images.files.UnreadableImage` for a damaged file, ValueError or TypeError for
-        what is no image, ValueError for a threshold that no score has.
+        Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
+        what is no image, UserError for a threshold that no score has.
         """
         check_threshold(threshold)
         if is_one(images):
@@ -349,7 +357,7 @@ class Predictor:
         clipped to their picture, unless `clip` is False.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+            raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         sources: dict[int, ImageLike] = {}
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:

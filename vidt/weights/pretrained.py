@@ -10,7 +10,7 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vidt.model.variants import COAT_VARIANTS
+from vidt.model.config import COAT_VARIANTS
 from vidt.weights.checkpoint import Unreachable, UnusableWeights, local_weights, read_pickled
 from vidt.weights.released import imagenet_coat, imagenet_swin
 

@@ -1,7 +1,7 @@
-"""Annotation files of the platform to flat columns of boxes.
+"""Annotation files of the platform to columns of boxes.
 
-Which format a file has, its content tells, not the task's settings. Boxes become continuous: from
-pixel 3 to pixel 3 is one pixel, (3, 4). What cannot be used is left out and noted.
+The format follows from the content of a file, not from the task's settings. Boxes become
+continuous: from pixel 3 to pixel 3, inclusive, is (3, 4). Faulty lines are left out and noted.
 """
 
 import threading
@@ -14,7 +14,7 @@ from ymir_adapter.dataset.voc import UTF16, read_voc
 
 
 class AnnotationReader:
-    """Reads annotation files; a COCO file, which all images share, once. Safe in many threads."""
+    """Reads annotation files, and a COCO file, which all images share, only once. Thread-safe."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.classes = Classes(class_names)
@@ -24,8 +24,8 @@ class AnnotationReader:
     def read(
         self, first: int, lines: Sequence[tuple[str, str]], columns: Columns, notes: Notes
     ) -> list[Status]:
-        """Adds the boxes of lines (image, annotation file or ""), which are the images `first`,
-        `first` + 1, ... of the split.
+        """Adds the boxes of lines (image, annotation file or ""), whose images are number `first`,
+        `first` + 1, ... of the split. Returns a status for each line.
         """
         statuses = []
         ark_files: list[tuple[int, str, bytes]] = []
@@ -54,14 +54,14 @@ class AnnotationReader:
         return statuses
 
     def _document(self, path: str, data: bytes, notes: Notes) -> CocoDocument:
-        with self._lock:  # threads that wait find it done
+        with self._lock:  # a thread that waited finds it read
             if path not in self._documents:
                 self._documents[path] = CocoDocument(data, self.classes, path, notes)
             return self._documents[path]
 
 
 def _format(path: str, data: bytes) -> str:
-    """ "ark", "voc" or "coco", by the first character; by the name where that tells nothing."""
+    """ "ark", "voc" or "coco", by the first character, then by the file name."""
     head = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if data[:2] in UTF16 or head == b"<" or (head and path.endswith(".xml")):
         return "voc"

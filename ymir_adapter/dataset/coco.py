@@ -1,4 +1,4 @@
-"""COCO files: one for all images of a task, who are found in it by the base name of their file."""
+"""COCO files: one for all images of a task, matched by the base name of the image file."""
 
 import gc
 import json
@@ -10,7 +10,7 @@ from ymir_adapter.dataset.columns import Classes, Columns, Notes, Status
 
 
 class CocoDocument:
-    """A COCO file by base name of its images. One that cannot be used says so of each image."""
+    """A COCO file by base name of its images. An unusable file makes every image unusable."""
 
     def __init__(self, data: bytes, classes: Classes, path: str, notes: Notes) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class CocoDocument:
         self._fill(content, classes, notes)
 
     def read(self, owner: int, image: str, columns: Columns, notes: Notes) -> Status:
-        """Adds the boxes of one image; MISSING if the file does not have it."""
+        """Adds the boxes of one image. Returns MISSING if the file does not contain it."""
         if self.status is Status.BROKEN:
             return notes.broken(self.fault, self.path)
         if self.status is Status.UNKNOWN:
@@ -58,7 +58,7 @@ class CocoDocument:
             image, category = names.get(_key(row.get("image_id"))), row.get("category_id")
             label = labels.get(_key(category), -2)
             if label == -2 and isinstance(category, int) and 0 <= category < classes.count:
-                label = category  # the platform counts classes from 0, in the task's order
+                label = category  # the platform's ids are indices of class_names
             box = _xyxy(row.get("bbox"))
             place = f"annotation {number} of image {row.get('image_id')}"
             if image is None:
@@ -75,7 +75,7 @@ class CocoDocument:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON. No garbage collection: it would walk millions of objects, none of them garbage."""
+    """Parses JSON without garbage collection, which would walk millions of live objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -86,7 +86,7 @@ def _parsed(data: bytes) -> Any:
 
 
 def _category_labels(categories: Any, classes: Classes) -> dict[Any, int]:
-    """Category id to label by name, -1 for a class that is not the task's."""
+    """Category id to label, by name; -1 for a class outside the task."""
     rows = categories if isinstance(categories, list) else []
     return {
         _key(row.get("id")): classes.label(row["name"])
@@ -96,12 +96,12 @@ def _category_labels(categories: Any, classes: Classes) -> dict[Any, int]:
 
 
 def _key(value: Any) -> Any:
-    """An id that can be looked up; a list in place of one cannot."""
+    """The id, if it can be a dictionary key."""
     return value if isinstance(value, int | str) else None
 
 
 def _xyxy(bbox: Any) -> tuple[float, float, float, float] | None:
-    """From x, y, width, height; None if they are not four finite numbers."""
+    """xyxy from [x, y, width, height]; None if these are not four finite numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in bbox):

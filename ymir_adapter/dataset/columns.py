@@ -1,4 +1,4 @@
-"""Boxes in the making, and what was noted on the way: shared by the readers of all formats."""
+"""Columns of boxes and notes on faults, which the readers of all formats fill."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -6,13 +6,11 @@ from enum import IntEnum
 
 import numpy as np
 
-from trainer.readers.findings import Finding, Severity
-
-MOST_NOTES = 100  # of one kind in full; beyond that they are counted
+from trainer.readers.findings import Finding, Severity, fold
 
 
 class Status(IntEnum):
-    """What became of an image's annotations; UNKNOWN is of a format that is none of ours."""
+    """Whether the annotations of an image could be read; UNKNOWN: their format is not supported."""
 
     READ = 0
     MISSING = 1
@@ -21,55 +19,31 @@ class Status(IntEnum):
 
 
 class Notes:
-    """Findings in one split, with a limit to each kind."""
+    """Findings in one split."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.kept: dict[str, list[Finding]] = {}
-        self.more: dict[str, int] = {}
+        self._all: list[Finding] = []
 
     def add(self, kind: str, severity: Severity, action: str, detail: str, file: str) -> None:
-        found = self.kept.setdefault(kind, [])
-        if len(found) < MOST_NOTES:
-            found.append(Finding(kind, severity, action, detail, self.source, file))
-        else:
-            self.more[kind] = self.more.get(kind, 0) + 1
+        self._all.append(Finding(kind, severity, action, detail, self.source, file))
 
     def skipped(self, kind: str, detail: str, file: str) -> None:
-        """A line, or a box, that is left out."""
+        """Notes a line or a box that is left out."""
         self.add(kind, "warning", "dropped", detail, file)
 
     def broken(self, detail: str, file: str) -> Status:
-        """A file that cannot be used at all, and its image with it."""
+        """Notes a file that cannot be used; its image is left out."""
         self.add("unreadable annotations", "error", "removed", detail, file)
         return Status.BROKEN
 
-    def backgrounds(self, count: int, detail: str) -> None:
-        """One finding for all images that are taken to show nothing."""
-        kind, action = "image without annotations", "kept, as one without objects"
-        self.kept[kind] = [Finding(kind, "warning", action, detail, self.source, count=count)]
-
-    def merge(self, other: "Notes") -> None:
-        for kind, found in other.kept.items():
-            for one in found:
-                self.add(kind, one.severity, one.action, one.detail, one.file)
-            if kind in other.more:
-                self.more[kind] = self.more.get(kind, 0) + other.more[kind]
-
     def findings(self) -> list[Finding]:
-        """All of them; those beyond the limit as one with their count."""
-        result = [one for found in self.kept.values() for one in found]
-        for kind, count in self.more.items():
-            like = self.kept[kind][0]
-            detail = "more of the same"
-            result.append(
-                Finding(kind, like.severity, like.action, detail, self.source, count=count)
-            )
-        return result
+        """The first of each kind, and a count of the others."""
+        return fold(self._all)
 
 
 class Columns:
-    """Boxes in the making, flat: their image, label, xyxy in pixels (continuous), crowd or not."""
+    """Growing columns of boxes: image, label, xyxy in pixels (continuous), crowd."""
 
     def __init__(self) -> None:
         self.owners, self.labels = array("q"), array("q")
@@ -94,7 +68,7 @@ class Columns:
 
 
 class Classes:
-    """The task's classes by name: as they are, else without regard to case and outer blanks."""
+    """The task's classes by name: the exact name first, else ignoring case and outer blanks."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.count = tuple(names), len(names)
@@ -102,7 +76,7 @@ class Classes:
         self._labels = {**plain, **{name: label for label, name in enumerate(names)}}
 
     def label(self, name: str) -> int:
-        """-1 for a class that is not the task's."""
+        """The label, -1 for a class outside the task."""
         return self._labels.get(name, self._labels.get(self._plain(name), -1))
 
     @staticmethod
@@ -111,5 +85,5 @@ class Classes:
 
 
 def shown(line: bytes) -> str:
-    """A line of any bytes, short enough to be read."""
+    """The start of a line of any bytes, for messages."""
     return repr(line[:80].decode("utf-8", "backslashreplace"))

@@ -1,7 +1,7 @@
 """The platform's index files, and the annotations that they name, to sample tables.
 
-Nothing is taken on trust, and nothing ends a task as long as something is left to learn from: each
-line that cannot be used is left out and noted.
+A line that cannot be used is left out and noted. The task fails only if nothing is left to learn
+from.
 """
 
 import os
@@ -14,24 +14,24 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.dataset_check import BadDataset, check
-from trainer.readers.findings import Finding
+from trainer.readers.findings import Finding, fold
 from trainer.readers.samples import SampleTable
 from ymir_adapter.dataset.annotations import AnnotationReader
 from ymir_adapter.dataset.columns import Columns, Notes, Status
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import Task
 
-BLANKS = " \t\r\n\v\f\ufeff"  # around a line; blanks inside belong to the path
-FILES_AT_ONCE = 512  # of one thread
+BLANKS = " \t\r\n\v\f\ufeff"  # stripped from a line; blanks inside belong to the path
+FILES_AT_ONCE = 512  # in one thread
 THREADS = 8  # they wait for the disk, or for the network behind it
-NOT_TOLD = "size not annotated"  # of every image: sizes are those of the stored pixels
+NOT_REPORTED = "size not annotated"  # true of every image: sizes are read from the image files
 
 
 def read_index(path: Path, root: Path) -> list[tuple[str, str]]:
-    """Image and annotation file of each line; a path that is not absolute is below `root`, and ""
-    stands for no annotation file.
+    """(image, annotation file) of each line, "" for no annotation file. Relative paths are below
+    `root`.
 
-    Raises TaskError if there is no such file, or no line in it.
+    Raises TaskError if the index is missing or empty.
     """
     prefix = os.fspath(root)
     return [
@@ -41,17 +41,16 @@ def read_index(path: Path, root: Path) -> list[tuple[str, str]]:
 
 
 def candidates(task: Task) -> list[str]:
-    """The images of a mining or inference task as the index spells them, each once, in its order.
-
-    Raises TaskError as `read_index`.
+    """The images of a mining or inference task as the index spells them, in its order, without
+    duplicates. Raises TaskError as `read_index` does.
     """
     images = (row[0].strip(BLANKS) for row in _rows(task.input.candidate_index_file))
     return list(dict.fromkeys(images))
 
 
 def locate(task: Task, asset: str) -> str:
-    """The file to open for an asset of the index. Links are not followed: what is reported is
-    what the platform wrote.
+    """The file of an asset of the index. Links are not resolved: results must name the path that
+    the platform wrote.
     """
     return _below(os.fspath(task.input.root_dir), asset)
 
@@ -63,10 +62,10 @@ def read_tables(
     max_bad_fraction: float = 1.0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
-    """Training and validation samples that can be used, and all that was found wrong with them.
+    """The usable training and validation samples, and the findings about all of them.
 
-    `num_queries` is the number of [DET] tokens. `progress` is told the share of annotation files
-    that was read. Raises TaskError if nothing is left to learn from or to score with.
+    `num_queries` is the number of [DET] tokens. `progress` receives the share of annotation files
+    that are read. Raises TaskError if nothing is left to learn from or to score with.
     """
     paths = (task.input.training_index_file, task.input.val_index_file)
     lines = [_training_lines(task, path) for path in paths]
@@ -83,12 +82,12 @@ def read_tables(
         )
     except BadDataset as error:
         raise _as_task_error(error, train, val) from error
-    return train_set, val_set, findings + [one for one in checked if one.kind != NOT_TOLD]
+    return train_set, val_set, findings + [one for one in checked if one.kind != NOT_REPORTED]
 
 
 @dataclass(frozen=True)
 class Split:
-    """What was read of an index: images whose annotations could be read, or are not there."""
+    """The images of an index whose annotations are readable or missing, and what became of all."""
 
     table: SampleTable
     findings: list[Finding]
@@ -102,31 +101,34 @@ def read_split(
     reader: AnnotationReader,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Split:
-    """The lines of an index as a table; image ids are the numbers of the lines that say anything.
+    """The lines of an index as a table; image ids count its non-blank lines from 1.
 
-    An image without an annotation file is one without objects; one whose file cannot be read is
-    left out, for nobody knows what is in it.
+    An image without an annotation file has no objects. An image whose file is unreadable is left
+    out, because its objects are unknown.
     """
-    columns, notes, statuses = Columns(), Notes(source), bytearray()
+    columns, statuses = Columns(), bytearray()
+    findings: list[Finding] = []
 
-    def read(start: int) -> tuple[Columns, Notes, bytes]:
-        some, said = Columns(), Notes(source)
-        ends = reader.read(start, lines[start : start + FILES_AT_ONCE], some, said)
-        return some, said, bytes(ends)
+    def read(start: int) -> tuple[Columns, list[Finding], bytes]:
+        some, notes = Columns(), Notes(source)
+        read_statuses = reader.read(start, lines[start : start + FILES_AT_ONCE], some, notes)
+        return some, notes.findings(), bytes(read_statuses)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for some, said, ends in pool.map(read, range(0, len(lines), FILES_AT_ONCE)):
+        for some, more, read_statuses in pool.map(read, range(0, len(lines), FILES_AT_ONCE)):
             columns.extend(some)
-            notes.merge(said)
-            statuses += ends
+            findings = fold([*findings, *more])
+            statuses += read_statuses
             progress(len(statuses) / len(lines))
     counts = Counter(Status(status) for status in statuses)
     missing = statuses.find(Status.MISSING)
     if missing >= 0:
         first = lines[missing][1] or f"none named for {lines[missing][0]}"
-        notes.backgrounds(counts[Status.MISSING], f"no annotation file: {first}")
+        kind, action = "image without annotations", "kept, as one without objects"
+        detail, count = f"no annotation file: {first}", counts[Status.MISSING]
+        findings.append(Finding(kind, "warning", action, detail, source, count=count))
     table = _table(source, lines, columns, np.frombuffer(statuses, np.uint8), reader)
-    return Split(table, notes.findings(), len(lines), counts)
+    return Split(table, findings, len(lines), counts)
 
 
 def _table(
@@ -136,10 +138,10 @@ def _table(
     statuses: np.ndarray,
     reader: AnnotationReader,
 ) -> SampleTable:
-    """Sizes are left open: `check` takes those of the files, which are the stored pixels."""
+    """Sizes are (0, 0), so that `check` reads them from the files: the stored pixels count."""
     kept = statuses <= Status.MISSING
     boxes = np.frombuffer(columns.boxes, np.float64).reshape(-1, 4)
-    place = np.cumsum(kept) - 1  # of a line among those that are kept
+    position = np.cumsum(kept) - 1  # of a line among those that are kept
     return SampleTable.from_columns(
         source=source,
         class_names=reader.classes.names,
@@ -147,7 +149,7 @@ def _table(
         paths=[image for (image, _), keep in zip(lines, kept.tolist(), strict=True) if keep],
         image_ids=np.flatnonzero(kept) + 1,
         sizes=np.zeros((int(kept.sum()), 2), np.int64),
-        owners=place[np.frombuffer(columns.owners, np.int64)],
+        owners=position[np.frombuffer(columns.owners, np.int64)],
         boxes=boxes,
         labels=np.frombuffer(columns.labels, np.int64),
         areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
@@ -157,7 +159,7 @@ def _table(
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
-    """The fields of each line that has any. Bytes that are no UTF-8 survive as surrogates."""
+    """The fields of each non-blank line. Bytes that are not UTF-8 become surrogates."""
     try:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
@@ -177,7 +179,7 @@ def _below(root: str, path: str) -> str:
 
 
 def _training_lines(task: Task, path: Path) -> list[tuple[str, str]]:
-    """Without annotations the platform exports an empty index: the key then tells why."""
+    """Without annotations the platform exports an empty index; `export_format` then shows why."""
     try:
         return read_index(path, task.input.root_dir)
     except TaskError as error:
@@ -186,11 +188,11 @@ def _training_lines(task: Task, path: Path) -> list[tuple[str, str]]:
 
 def _exported(task: Task) -> str:
     given = task.config.get("export_format")
-    return f" (export_format is {given!r}; det-ark:raw is what works best)" if given else ""
+    return f" (export_format is {given!r}; det-ark:raw works best)" if given else ""
 
 
 def _require_annotations(task: Task, split: Split, *, scored: bool) -> None:
-    """Raises TaskError if no image is left, or if there is nothing to learn from."""
+    """Raises TaskError if no image is left, or nothing to learn from."""
     if split.statuses[Status.READ] or (scored and split.statuses[Status.MISSING]):
         return
     first = split.findings[0]
@@ -205,7 +207,7 @@ def _require_annotations(task: Task, split: Split, *, scored: bool) -> None:
 
 
 def _as_task_error(error: BadDataset, train: Split, val: Split) -> TaskError:
-    """Which of the platform's codes a refused dataset has, and the first reason."""
+    """The error code of a rejected dataset, and the first reason."""
     for split in (train, val):
         name, total = split.table.source, len(split.table)
         gone = [one for one in error.findings if one.action == "removed" and one.source == name]

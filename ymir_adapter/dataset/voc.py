@@ -12,20 +12,20 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 def read_voc(
     data: bytes, owner: int, classes: Classes, path: str, columns: Columns, notes: Notes
 ) -> Status:
-    """Adds the objects; those of other classes than the task's are left out. The size that it
-    gives is not looked at: that of the stored pixels counts.
+    """Adds the objects of the task's classes. The annotated size is ignored: that of the stored
+    pixels counts.
     """
     try:
         root = ElementTree.fromstring(_safe_xml(data))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        return notes.broken(f"is not XML that can be used ({error})", path)
+        return notes.broken(f"is not usable XML ({error})", path)
     for number, element in enumerate(root.iter("object"), 1):
         label = classes.label(element.findtext("name") or "")
         try:
             corners = [float(element.findtext(f"bndbox/{key}") or "") for key in CORNERS]
             fault = fault_of(max(label, 0), classes.count, *corners)
         except ValueError:
-            fault = "malformed box"  # none at all is how the platform writes one of no extent
+            fault = "malformed box"  # the platform writes no bndbox for a box without area
         if label < 0:
             name = shown((element.findtext("name") or "").encode())
             notes.add("class outside the task", "warning", "dropped", f"{name}", path)
@@ -39,10 +39,12 @@ def read_voc(
 
 
 def _safe_xml(data: bytes) -> bytes | str:
-    """The document, if it declares nothing: an entity may stand for gigabytes, or for a file."""
+    """The document. Raises ValueError if it declares a document type: an entity could expand to
+    gigabytes, or to a file.
+    """
     text: bytes | str = data.decode("utf-16") if data[:2] in UTF16 else data
     if isinstance(text, str):
-        # An encoding that the text still names is no longer its own.
+        # ElementTree refuses text that declares an encoding.
         text = text.partition("?>")[2] if text.startswith("<?") else text
     plain = text if isinstance(text, str) else text.decode("latin-1")
     if "<!DOCTYPE" in plain or "<!ENTITY" in plain or "\0" in plain:

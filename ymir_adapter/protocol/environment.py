@@ -1,4 +1,4 @@
-"""`env.yaml`: which task this is, which protocol the platform speaks, and where all files lie."""
+"""`env.yaml`: which task this is, which protocol the platform uses, and where its files are."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from ymir_adapter.protocol.values import is_given, to_bool, to_text
 
 DEFAULT_ENV_FILE = "/in/env.yaml"
 FLAGS = ("run_training", "run_mining", "run_infer")
-# Where files lie below the roots unless env.yaml says otherwise.
+# Where files are below the roots unless env.yaml says otherwise.
 INPUT_FILES = {
     "assets_dir": "assets",
     "annotations_dir": "annotations",
@@ -37,7 +37,7 @@ OUTPUT_FILES = {
 
 @dataclass(frozen=True)
 class InputPaths:
-    """What the platform provides; nothing is ever written there."""
+    """What the platform provides; the executor never writes there."""
 
     root_dir: Path
     assets_dir: Path
@@ -62,69 +62,59 @@ class OutputPaths:
     monitor_file: Path
 
 
-@dataclass(frozen=True)
-class Environment:
-    """What `env.yaml` says."""
-
-    task_id: str
-    protocol: tuple[int, int, int]  # (0, 0, 0) where none is named
-    run_training: bool
-    run_mining: bool
-    run_infer: bool
-    input: InputPaths
-    output: OutputPaths
-
-
-def read_environment(path: str | Path | None = None) -> Environment:
-    """`env.yaml`: `path`, else the file that DEFAULT_ENV_FILE_PATH names.
-
-    Raises TaskError naming the file and key.
-    """
+def read_environment(path: str | Path | None = None) -> dict[str, Any]:
+    """The fields of a `Task` that `env.yaml` holds; see `read_task`."""
     path = _env_file(path)
     raw = read_mapping(path)
-    env = _checked(path, raw)
-    flags = {name: getattr(env, name) for name in FLAGS}
-    if not any(flags.values()):
-        raise TaskError(Code.CONFIG, f"{path}: one of {', '.join(FLAGS)} must be true")
-    if flags["run_training"]:  # the platform never asks for more beside it
-        flags |= {"run_mining": False, "run_infer": False}
-    return Environment(
-        task_id=env.task_id,
-        protocol=_protocol(raw),
-        **flags,
-        input=InputPaths(**_under_root(vars(env.input), INPUT_FILES)),
-        output=OutputPaths(**_under_root(vars(env.output), OUTPUT_FILES)),
-    )
+    try:
+        flags = {name: is_given(raw, name) and to_bool(name, raw[name]) for name in FLAGS}
+        if not any(flags.values()):
+            raise TaskError(Code.CONFIG, f"one of {', '.join(FLAGS)} must be true")
+        if flags["run_training"]:  # the platform never asks for more beside it
+            flags |= {"run_mining": False, "run_infer": False}
+        return {
+            **flags,
+            "task_id": _task_id(raw),
+            "protocol": _protocol(raw),
+            "input": InputPaths(**_paths(raw, "input", INPUT_FILES)),
+            "output": OutputPaths(**_paths(raw, "output", OUTPUT_FILES)),
+        }
+    except TaskError as error:
+        raise TaskError(error.code, f"{path}: {error}") from None
 
 
 def read_identity(path: str | Path | None = None) -> tuple[str, Path]:
-    """Task id and monitor file as far as they can be told, even of a broken `env.yaml`: a failure
-    to read it must be reported too. Never raises.
+    """Task id and monitor file, as far as even a broken `env.yaml` tells them: a failure to read it
+    must be reported too. Never raises.
     """
     path = _env_file(path)
-    for needed in (("task_id", "output"), ("output",)):  # another key may be what is wrong
-        try:
-            raw = read_mapping(path)
-            env = _checked(path, {key: raw[key] for key in needed if key in raw})
-            paths = _under_root(vars(env.output), OUTPUT_FILES)
-            return env.task_id, paths["monitor_file"]
-        except TaskError:
-            continue
+    try:
+        raw = read_mapping(path)
+        paths = _paths(raw, "output", OUTPUT_FILES)
+    except TaskError:
+        raw = _salvaged(path)
+        paths = _paths(raw, "output", OUTPUT_FILES)
+    try:
+        return _task_id(raw), paths["monitor_file"]
+    except TaskError:
+        return _task_id({}), paths["monitor_file"]
+
+
+def _salvaged(path: Path) -> dict[str, Any]:
+    """The two lines that `read_identity` needs, out of a file that is not YAML."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        text = ""
-    found = {}
+        return {}
+    values = {}
     for key in ("task_id", "monitor_file"):
         match = re.search(rf"^\s*{key}\s*:\s*['\"]?([^\s'\"#]+)", text, re.MULTILINE)
-        found[key] = match.group(1) if match else ""
-    default = EnvConfig()
-    monitor = Path(default.output.root_dir) / (found["monitor_file"] or "monitor.txt")
-    return found["task_id"] or default.task_id, monitor
+        values[key] = match.group(1) if match else None
+    return {"task_id": values["task_id"], "output": {"monitor_file": values["monitor_file"]}}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds keys and values; an empty one holds none."""
+    """A YAML file of keys and values; {} if it is empty. Raises TaskError."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -140,38 +130,25 @@ def _env_file(path: str | Path | None) -> Path:
     return Path(path or os.environ.get("DEFAULT_ENV_FILE_PATH") or DEFAULT_ENV_FILE)
 
 
-def _checked(path: Path, raw: Mapping[str, Any]) -> EnvConfig:
-    """The SDK's model of `env.yaml`. It refuses null and takes only text for text, so both are
-    dealt with before; what it does not know is dropped by it.
+def _task_id(raw: Mapping[str, Any]) -> str:
+    given = is_given(raw, "task_id")
+    return to_text("task_id", raw["task_id"]) if given else EnvConfig().task_id
+
+
+def _paths(raw: Mapping[str, Any], side: str, files: Mapping[str, str]) -> dict[str, Path]:
+    """The paths of "input" or "output". Relative ones and those that are not given are below the
+    root. The SDK's own model of `env.yaml` refuses null and numbers, so it only gives the default
+    root.
     """
-    try:
-        values: dict[str, Any] = {
-            name: to_bool(name, raw[name]) for name in FLAGS if is_given(raw, name)
-        }
-        if is_given(raw, "task_id"):
-            values["task_id"] = to_text("task_id", raw["task_id"])
-        for side in ("input", "output"):
-            paths = {} if raw.get(side) is None else raw[side]
-            if not isinstance(paths, dict):
-                raise TaskError(Code.CONFIG, f"{side} is {paths!r}; it must hold paths")
-            paths = {str(key): value for key, value in paths.items()}
-            given = [key for key in paths if is_given(paths, key)]
-            root = {"root_dir": getattr(EnvConfig(), side).root_dir}
-            values[side] = root | {key: to_text(f"{side}.{key}", paths[key]) for key in given}
-    except TaskError as error:
-        raise TaskError(error.code, f"{path}: {error}") from None
-    # Paths that are not given follow the root, so no default of the SDK may stand in for them.
-    blank = {
-        "input": dict.fromkeys(INPUT_FILES, ""),
-        "output": dict.fromkeys(OUTPUT_FILES, ""),
-    }
-    return EnvConfig(**{**values, **{side: blank[side] | values[side] for side in blank}})
+    given = {} if raw.get(side) is None else raw[side]
+    if not isinstance(given, dict):
+        raise TaskError(Code.CONFIG, f"{side} is {given!r}; it must hold paths")
 
+    def path(key: str, default: str) -> str:
+        return to_text(f"{side}.{key}", given[key]) if is_given(given, key) else default
 
-def _under_root(paths: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Path]:
-    """All paths of a side; relative ones and those not given are below its root."""
-    root = Path(paths["root_dir"])
-    below = {name: root / (paths[name] or default) for name, default in files.items()}
+    root = Path(path("root_dir", getattr(EnvConfig(), side).root_dir))
+    below = {key: root / path(key, default) for key, default in files.items()}
     return {"root_dir": root, **below}
 
 

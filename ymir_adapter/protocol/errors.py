@@ -1,10 +1,9 @@
-"""Failures of any kind to the platform's error codes and one readable line.
+"""Any failure to one of the platform's error codes and one readable line.
 
-Every rank leaves its failure in a folder; the parent process reports the one that tells the cause.
+Every rank writes its failure to a folder; the parent process reports the one that names the cause.
 """
 
 import json
-import os
 import time as clock
 import traceback as traces
 import urllib.error
@@ -13,11 +12,14 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from vidt.atomic import atomic_write
+from vidt.errors import UserError
+
 LONGEST_LINE = 500  # characters of a message
 
 
 class Code(IntEnum):
-    """The platform's error codes, as it spells their meaning."""
+    """The platform's error codes."""
 
     CONFIG = 300001
     DATASET = 300002
@@ -32,8 +34,8 @@ class Code(IntEnum):
     CONTAINER = 160004
 
 
-class TaskError(ValueError):
-    """A failure whose code is known: one line for people, naming the file or key."""
+class TaskError(UserError):
+    """A failure with a known code; the message names the file or key."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -42,7 +44,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a process died of. `time` is seconds since 1970."""
+    """Why a process ended. `time` is in seconds since 1970."""
 
     code: Code
     message: str
@@ -51,7 +53,7 @@ class Failure:
 
 
 def diagnose(error: BaseException) -> tuple[Code, str]:
-    """The code of any exception and one line for people; CONTAINER for a kind nobody foresaw."""
+    """The code of any exception and a line for people; CONTAINER for an unknown kind."""
     for each in _with_causes(error):
         code = _code(each)
         if code is not None:
@@ -60,33 +62,30 @@ def diagnose(error: BaseException) -> tuple[Code, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's own words without line breaks; its kind where it has none."""
+    """The message of an exception without line breaks; its class if there is no message."""
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:
-        # Raised in a loader's worker: torch puts the worker's traceback in front of the message.
+        # torch puts the traceback of a loader's worker in front of the message.
         text = text.strip().splitlines()[-1].partition(": ")[2]
     text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return _shortened(text) or type(error).__name__
 
 
 def write_failure(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves what a rank died of in `folder`; the first failure of a rank counts."""
+    """Writes the failure of a rank to `folder`; its first one counts."""
     path = folder / f"rank-{rank}.json"
     if path.exists():
         return
     code, message = diagnose(error)
     trace = "".join(traces.format_exception(error))
     failure = Failure(code, message, trace, clock.time())
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".rank-{rank}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    unfinished.replace(path)
+    atomic_write(path, json.dumps(asdict(failure)).encode(), durable=False)
 
 
 def first_failure(folder: Path) -> Failure | None:
-    """The earliest failure that names a cause, else the earliest; None if no rank left any.
+    """The earliest failure with a known cause, else the earliest; None if there is none.
 
-    When one rank fails the others soon lose their connection to it: that tells nobody anything.
+    After one rank fails, the others lose their connection to it; those failures mean nothing.
     """
     failures = []
     for path in folder.glob("rank-*.json"):
@@ -106,11 +105,11 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> Code | None:
-    """By the type of the exception; by its text where torch has no type of its own."""
+    """By the class of the exception, or by its text if torch has no class for it."""
     if isinstance(error, TaskError):
         return error.code
     if isinstance(error, ImportError):
-        return None  # perhaps torch itself, by which the other kinds are told
+        return None  # perhaps of torch itself, which `_codes` imports
     for kind, code in _codes().items():
         if isinstance(error, kind):
             return code
@@ -118,9 +117,9 @@ def _code(error: BaseException) -> Code | None:
 
 
 def _codes() -> dict[type[BaseException], Code]:
-    """Kinds of exceptions, the particular before the general.
+    """Classes of exceptions, the specific before the general.
 
-    Imported here, for a process without a detector has no use for torch: it takes seconds.
+    The imports stand here because the parent process must not spend seconds on torch.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""`monitor.txt`: the one record by which the platform sees that a task lives, and how far it is.
+"""`monitor.txt`: the record that shows the platform that a task is alive, and its progress.
 
 task id TAB seconds TAB percent TAB state [TAB code [TAB message]]
 """
@@ -17,16 +17,16 @@ from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
-RUNNING, FAILED = 2, 4  # states 1 and 3 are the platform's to write
+RUNNING, FAILED = 2, 4  # only the platform writes states 1 and 3
 HEARTBEAT = 2.0  # seconds
 SHORTEST_PAUSE = 0.5  # seconds between two writes
-MOST_LINES = 100  # that the platform keeps
+MOST_LINES = 100  # that the platform stores
 LONGEST_MESSAGE = 500
 
 
 @dataclass(frozen=True)
 class Record:
-    """The first line of the file, as far as we need it."""
+    """The first four columns of the file."""
 
     task_id: str
     timestamp: float
@@ -35,11 +35,11 @@ class Record:
 
 
 class Monitor:
-    """The task's record. Several processes may hold one, one after the other or at once: the
-    fraction and the time of the file never go back, and an error stays.
+    """Writes the task's record. Several processes may hold a monitor at the same time: the fraction
+    and the time in the file never decrease, and an error is final.
 
-    While entered as a context manager, a thread writes the record anew every two seconds: a phase
-    that says nothing for minutes is not taken for dead.
+    As a context manager it rewrites the record every two seconds from a thread, so that the task
+    does not look dead during a long phase.
     """
 
     def __init__(self, path: str | Path, task_id: str) -> None:
@@ -71,41 +71,41 @@ class Monitor:
             self._thread = None
 
     def update(self, fraction: float) -> None:
-        """Share of the task that is done. Written at once if it is the first or the last word, else
-        at most twice a second: the heartbeat makes up for what was held back.
+        """Sets the share of the task that is done. The first and the last value are written at
+        once, others at most twice a second; the heartbeat writes what was held back.
         """
         with self._lock:
             if not math.isnan(fraction):
                 self._fraction = max(self._fraction, min(fraction, 1.0))
             written = self._written[1] if self._written else 0.0
-            last_word = self._fraction == 1.0 and written < 1.0
-            if last_word or not self._wrote_just_now():
+            is_last = self._fraction == 1.0 and written < 1.0
+            if is_last or not self._wrote_recently():
                 self._write_running()
 
     def error(self, code: int, message: str, traceback: str = "") -> None:
-        """The record of a failure; nothing is written after it."""
+        """Writes the record of a failure, the last one."""
         with self._lock:
             self._ended = True
             words = " ".join(message.split())[:LONGEST_MESSAGE]
             stack = traceback.strip("\n").splitlines()[-(MOST_LINES - 1) :]
-            with self._alone():
+            with self._locked():
                 first = self._line(self._read(), 1.0, FAILED, str(int(code)), words)
                 self._replace("\n".join([first, *stack]) + "\n")
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             with self._lock:
-                if not self._wrote_just_now():
+                if not self._wrote_recently():
                     self._write_running()
 
-    def _wrote_just_now(self) -> bool:
+    def _wrote_recently(self) -> bool:
         return self._written is not None and time.monotonic() - self._written[0] < SHORTEST_PAUSE
 
     def _write_running(self) -> None:
-        with self._alone():
+        with self._locked():
             last = self._read()
             if last is not None:
-                # A task of the same name may have failed here before; that is not this one's end.
+                # An older record may be of an earlier task with the same name.
                 self._ended |= last.state == FAILED and last.timestamp >= self._since
                 if last.state == RUNNING:
                     self._fraction = max(self._fraction, last.fraction)
@@ -114,12 +114,12 @@ class Monitor:
                 self._written = (time.monotonic(), self._fraction)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Between reading the record and replacing it no other process does either."""
+    def _locked(self) -> Iterator[None]:
+        """Keeps other processes from writing between our reading and our replacing the record."""
         try:
             folder = os.open(self.path.parent, os.O_RDONLY)
         except OSError:
-            yield  # it is made, or complained about, where the record is written
+            yield  # writing the record makes the folder, or reports that it cannot
             return
         try:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -130,11 +130,11 @@ class Monitor:
 
     def _line(self, last: Record | None, fraction: float, state: int, *more: str) -> str:
         now = max(time.time(), last.timestamp if last else 0.0)
-        percent = math.floor(fraction * 100 + 1e-9) / 100  # 1.00 only when all is done
+        percent = math.floor(fraction * 100 + 1e-9) / 100  # rounded down: 1.00 means done
         return "\t".join([self.task_id, f"{now:.6f}", f"{percent:.2f}", str(state), *more])
 
     def _read(self) -> Record | None:
-        """The record of this task that is there, whoever wrote it; None if there is none."""
+        """The current record of this task, of any writer; None if there is none."""
         try:
             line = self.path.read_bytes().partition(b"\n")[0].decode(errors="replace")
             task_id, timestamp, fraction, state = line.split("\t")[:4]
@@ -145,11 +145,11 @@ class Monitor:
         return record if sane and record.task_id == self.task_id else None
 
     def _replace(self, text: str) -> None:
-        """By a rename; where the file itself is mounted, by one write over the old text. A disk
-        that takes neither is no reason to end a task.
+        """Replaces the record by a rename, or, if the file itself is mounted, by one write over the
+        old text. If both fail the task goes on.
         """
         data = text.encode("utf-8", "backslashreplace")
-        # A name of its own for each process: two may write at once.
+        # Named by process: two may write at once.
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class Monitor:
             self._overwrite(data)
 
     def _overwrite(self, data: bytes) -> None:
-        """Never truncates first: a reader finds the old record or the new one."""
+        """Writes before it truncates, so that a reader finds the old record or the new one."""
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:

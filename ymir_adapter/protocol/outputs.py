@@ -1,7 +1,7 @@
 """What the platform reads back: training result, mining ranking and inference JSON.
 
-Every file is replaced by a rename once it is whole: a kill at any instant leaves the old one or the
-new one, and every weights file that a result names is there. The monitor is in `monitor`.
+All writes are atomic: after a kill at any instant every weights file that a result names exists and
+is complete.
 """
 
 import contextlib
@@ -13,32 +13,28 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vidt.atomic import atomic_write
-from ymir_adapter.protocol.monitor import Monitor
+from vidt.atomic import atomic_file, atomic_write, unfinished
 from ymir_adapter.protocol.task import Task
 
 if TYPE_CHECKING:
     from vidt.predict.predictor import Detections
 
-__all__ = ["DetectionWriter", "Monitor", "TrainingResult", "write_ranking"]
-
 logger = logging.getLogger(__name__)
 
-LATEST_STAGES = 10  # kept beside the best one
-MAP, MAR = "map50", "mar_100"  # the trainer's names of what the platform calls mAP and mAR
+LATEST_STAGES = 10  # listed beside the best one
+MAP, MAR = "map50", "mar_100"  # the trainer's names of the platform's mAP and mAR
 
 
 class TrainingResult:
-    """`result.yaml` and the weights that it names, of a platform with stages or, for old ones,
-    flat with the best weights alone.
+    """`result.yaml` and the weights that it names: a list of stages, or for old platforms the best
+    weights alone.
 
-    A run in a folder that has a result already replaces it with its first stage; with `resumed` it
-    goes on with the stages that are there.
+    The first stage of a run replaces an earlier result in the same folder; with `resumed` the run
+    adds to its stages.
     """
 
     def __init__(self, task: Task, *, resumed: bool = False) -> None:
@@ -47,30 +43,30 @@ class TrainingResult:
         self.has_stages = task.has_stages
         listed = self._read()
         self._stale: set[Path] = {file for stage in listed.values() for file in stage["paths"]}
-        whole = {
+        complete = {
             name: one for name, one in listed.items() if all(p.is_file() for p in one["paths"])
         }
-        self._stages: dict[str, dict[str, Any]] = whole if resumed else {}
+        self._stages: dict[str, dict[str, Any]] = complete if resumed else {}
 
     @property
     def best(self) -> str | None:
-        """The stage with the highest mAP; of equal ones the latest."""
+        """The stage with the highest mAP, the latest of equal ones."""
         stages = self._stages.values()
         ranked = [(one["mAP"], one["timestamp"], at) for at, one in enumerate(stages)]
         return list(self._stages)[max(ranked)[2]] if ranked else None
 
     def add(self, stage_name: str, weights: Path, metrics: Mapping[str, float]) -> None:
-        """Takes a copy of an evaluated epoch's weights under the stage's own name, rewrites the
-        result, and only then removes files that it names no longer.
+        """Copies the weights of an evaluated epoch under the name of the stage, rewrites the
+        result, and only then removes files that it no longer names.
 
-        metrics are those of `trainer.report.progress`; what could not be scored (-1, NaN) counts 0.
-        `weights` may be replaced afterwards, but must not be written to in place.
+        `metrics` are those of `trainer.report.progress`; without ground truth (-1, NaN) they count
+        as 0. `weights` may be replaced afterwards, but must not be written to in place.
         """
         assert stage_name.isidentifier() and stage_name != "attachments", stage_name
         latest = max((stage["timestamp"] for stage in self._stages.values()), default=0)
         file_name = f"{stage_name}{weights.suffix}"
         place = self.folder / stage_name / file_name if self.has_stages else self.folder / file_name
-        self._stages.pop(stage_name, None)  # an epoch that is scored again is the latest
+        self._stages.pop(stage_name, None)  # an epoch that is evaluated again is the latest
         self._stages[stage_name] = {
             "stage_name": stage_name,
             "files": [file_name],
@@ -87,7 +83,7 @@ class TrainingResult:
         dropped = [one for name, one in self._stages.items() if name not in kept]
         self._stages = kept
         if stage_name in kept:
-            _copy_whole(weights, place)
+            _copy_atomically(weights, place)
         self._stale |= {file for stage in dropped for file in stage["paths"]}
         atomic_write(self.path, yaml.safe_dump(self._content(), sort_keys=False).encode())
         self._remove_stale()
@@ -105,7 +101,7 @@ class TrainingResult:
             "best_stage_name": self.best,
             "mAP": best["mAP"],
             "model_stages": stages,
-            # Scored as COCO does: the hundred best boxes of an image, without a threshold.
+            # As COCO: the hundred best boxes of an image, without a threshold.
             "evaluate_config": {"iou_thr": 0.5, "conf_thr": 0.0},
         }
 
@@ -114,12 +110,12 @@ class TrainingResult:
         for file in self._stale - named:
             file.unlink(missing_ok=True)
             if file.parent != self.folder:
-                with contextlib.suppress(OSError):  # somebody else's file is in it
+                with contextlib.suppress(OSError):  # it holds a foreign file
                     file.parent.rmdir()
         self._stale = set()
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """Stages of the result that is there, in its order; none if there is none of ours."""
+        """The stages of the existing result, in order; {} if there is none of ours."""
         try:
             content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
             if not self.has_stages:
@@ -136,7 +132,7 @@ class TrainingResult:
 
 
 def write_ranking(path: Path, ranked: Iterable[tuple[str, float]]) -> None:
-    """`result.tsv`: assets as the index spells them, with scores, the most informative first.
+    """Writes `result.tsv`: assets as the index spells them and scores, most informative first.
 
     Raises ValueError for a score that is not finite or higher than the one before.
     """
@@ -151,9 +147,9 @@ def write_ranking(path: Path, ranked: Iterable[tuple[str, float]]) -> None:
 
 
 class DetectionWriter:
-    """`infer-result.json`, written image by image under a temporary name; `close` puts it in place.
+    """Writes `infer-result.json` image by image under a temporary name; `close` puts it in place.
 
-    As a context manager it is closed at the end, or discarded after an exception.
+    As a context manager it closes at the end, and discards the file after an exception.
     """
 
     def __init__(self, task: Task) -> None:
@@ -162,25 +158,18 @@ class DetectionWriter:
         self.wanted = frozenset(task.class_names)
         self.count = 0
         self._names: set[str] = set()
-        self._unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = open(self._unfinished, "w", encoding="utf-8")  # noqa: SIM115
-        self._file.write('{"detection": {')
+        self._files = contextlib.ExitStack()
+        self._file = self._files.enter_context(atomic_file(self.path))
+        self._file.write(b'{"detection": {')
 
     def __enter__(self) -> "DetectionWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self.close()
         else:
-            self._file.close()
-            self._unfinished.unlink(missing_ok=True)
+            self._files.__exit__(kind, error, trace)
 
     def add(
         self,
@@ -189,9 +178,9 @@ class DetectionWriter:
         class_names: Sequence[str],
         detections: "Detections | None",
     ) -> None:
-        """One image: `size` is (height, width) of its stored pixels, None if it cannot be read;
-        `class_names` are those of the weights, by label. Classes that the task does not name are
-        left out. Of two assets with one base name the platform sees one: the first.
+        """Adds an image. `size` is (height, width) of its stored pixels, None if it is unreadable;
+        `class_names` are those of the weights, by label. Classes outside the task are left out. Of
+        two assets with one base name the platform sees only the first.
         """
         name = os.path.basename(asset)
         if name in self._names:
@@ -201,16 +190,14 @@ class DetectionWriter:
         boxes = []
         if size is not None and detections is not None:
             boxes = _boxes(size, class_names, detections, self.wanted)
-        self._file.write("," * (self.count > 0) + f"\n{_json(name)}: {_json({self.key: boxes})}")
+        entry = f"\n{_json(name)}: {_json({self.key: boxes})}"
+        self._file.write(("," * (self.count > 0) + entry).encode())
         self.count += 1
 
     def close(self) -> None:
         """Finishes the document and puts it in place."""
-        self._file.write("\n}}\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._unfinished.replace(self.path)
+        self._file.write(b"\n}}\n")
+        self._files.close()
 
 
 def _boxes(
@@ -219,7 +206,7 @@ def _boxes(
     detections: "Detections",
     wanted: frozenset[str],
 ) -> list[dict[str, Any]]:
-    """Whole pixels, inside the image, best first. The platform's parser refuses any other."""
+    """Boxes in whole pixels inside the image, best first. The platform's parser rejects others."""
     height, width = size
     scores = detections.scores.double().tolist()
     rows = zip(scores, detections.labels.tolist(), detections.boxes.double().tolist(), strict=True)
@@ -241,37 +228,33 @@ def _boxes(
 
 
 def _json(value: object) -> str:
-    """As UTF-8; names that are no text (bytes of another encoding) in ASCII escapes."""
+    """JSON in UTF-8; in ASCII escapes if a name has bytes of another encoding."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text if _is_text(text) else json.dumps(value, allow_nan=False)
-
-
-def _is_text(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
 def _unit(value: float) -> float:
-    """A plain number from 0 to 1; -1 and NaN say that there was nothing to score."""
+    """A plain number from 0 to 1; -1 and NaN, for nothing to score, become 0."""
     value = float(value)
     return min(value, 1.0) if value > 0 else 0.0
 
 
-def _copy_whole(source: Path, place: Path) -> None:
-    """Under a temporary name, flushed, then renamed; a second name of the same file where the file
-    system allows, since the trainer never writes to a file in place.
+def _copy_atomically(source: Path, target: Path) -> None:
+    """A copy that appears when it is complete: a hard link where the file system allows it, since
+    the trainer never writes to a weights file in place.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = place.with_name(f".{place.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    try:
-        os.link(source, unfinished)
-    except OSError:
-        shutil.copyfile(source, unfinished)
-    unfinished.chmod(0o644)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(place)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(target) as copy:
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(source, copy)
+        except OSError:
+            shutil.copyfile(source, copy)
+        copy.chmod(0o644)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+        copy.replace(target)

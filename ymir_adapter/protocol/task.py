@@ -1,25 +1,22 @@
-"""The platform's task description: `env.yaml` and `config.yaml` as typed values, and the trainer's
-settings that follow from them.
+"""The platform's task: `env.yaml` and `config.yaml` as typed values, and the trainer's settings.
 
-Nothing here imports torch before settings or weights are asked for: the process that only starts
-others must be quick to say what is wrong.
+torch is imported only where settings and weights are read: the process that starts the ranks must
+report a mistake at once.
 """
 
 import logging
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ymir_adapter.protocol.environment import (
-    DEFAULT_ENV_FILE,
     InputPaths,
     OutputPaths,
     read_environment,
-    read_identity,
     read_mapping,
 )
 from ymir_adapter.protocol.errors import Code, TaskError, one_line
@@ -28,30 +25,12 @@ from ymir_adapter.protocol.values import is_given, to_bool, to_float, to_int, to
 if TYPE_CHECKING:
     from trainer.settings.config import TrainConfig
 
-__all__ = [
-    "DEFAULT_ENV_FILE",
-    "CandidateSettings",
-    "InputPaths",
-    "OutputPaths",
-    "Task",
-    "candidate_settings",
-    "pick_weights",
-    "read_identity",
-    "read_task",
-    "to_bool",
-    "to_float",
-    "to_int",
-    "to_list",
-    "to_text",
-    "training_settings",
-]
-
 logger = logging.getLogger(__name__)
 
 STAGES_SINCE = (1, 0, 0)
 DETECTION = 2  # the platform's object_type
 ALGORITHMS = ("random", "entropy", "cald", "aldd")
-# Key of the training template, the trainer's flag, and how to read a value.
+# Key of the training template to the trainer's flag and the reader of its value.
 TEMPLATE = {
     "method": ("method", to_text),
     "backbone_name": ("backbone_name", to_text),
@@ -63,9 +42,7 @@ TEMPLATE = {
     "eval_size": ("eval_size", to_int),
     "weight_save_interval": ("save_interval", to_int),
 }
-
-
-# Flags of the trainer that say where data are.
+# Flags of the trainer that name its data.
 DATA_FLAGS = (
     *("dataset_file", "coco_path", "voc_path", "yolo_path"),
     *("train_json", "train_images", "val_json", "val_images"),
@@ -89,59 +66,60 @@ class Task:
 
     @property
     def has_stages(self) -> bool:
-        """Whether the platform knows model stages, and calls the boxes of a result `boxes`."""
+        """True if the platform reads model stages, and the list of a result as `boxes`."""
         return self.protocol >= STAGES_SINCE
 
     @property
     def weights(self) -> tuple[Path, ...]:
-        """The weights files that the task was given, whatever is in them; one that is not where
-        the task says may lie directly in `models_dir`, as packages of old platforms do.
+        """The weights files that the task names, of any kind. Packages of old platforms have them
+        directly in `models_dir`: a file missing at its path is looked for there.
         """
-        keys = (
-            ("pretrained_model_params", "pretrained_model_paths")
-            if self.run_training
-            else ("model_params_path",)
-        )
-        key = next((key for key in keys if is_given(self.config, key)), None)
-        values = [] if key is None else _paths(key, self.config[key])
-        return tuple(self._found(self.input.root_dir / value) for value in values)
+        keys = ["model_params_path"]
+        if self.run_training:
+            keys = ["pretrained_model_params", "pretrained_model_paths"]
+        for key in keys:
+            if is_given(self.config, key):
+                values = _entries(key, self.config[key])
+                paths = [to_text(key, value) for value in values if str(value or "").strip()]
+                return tuple(self._existing(self.input.root_dir / path) for path in paths)
+        return ()
 
-    def _found(self, path: Path) -> Path:
+    def _existing(self, path: Path) -> Path:
         flat = self.input.models_dir / path.name
         return flat if not path.is_file() and flat.is_file() else path
 
 
 @dataclass(frozen=True)
 class CandidateSettings:
-    """Settings of mining and inference. No default is zero or false but where a missing key means
-    just that: the web forms leave such values out.
+    """Settings of mining and inference. The web forms leave out zero and false, so that a default
+    may be one of them only where a missing key means the same.
 
-    `conf_threshold`: focal scores of a detector like ours are low; 0.1 keeps what a person would
-    want to see and drops most of the 100 guesses that every image has. Scoring by AP wants 0.005.
+    `conf_threshold`: scores learnt with the focal loss are low. 0.1 keeps what a person wants to
+    see and drops most of the 100 detections that every image has. AP needs 0.005.
     """
 
     conf_threshold: float = 0.1
     batch_size_per_gpu: int = 8
     num_workers_per_gpu: int = 2
-    mining_algorithm: str = "entropy"  # one look at each image, so inference can share it
+    mining_algorithm: str = "entropy"  # one forward pass for each image, which inference can share
     class_balance: bool = False
     seed: int = 42
 
 
 def read_task(path: str | Path | None = None) -> Task:
-    """The task of `env.yaml`: `path`, else the file that DEFAULT_ENV_FILE_PATH names.
+    """Reads the task from `env.yaml`: `path`, else the file that DEFAULT_ENV_FILE_PATH names.
 
     Raises TaskError naming the file and key.
     """
     environment = read_environment(path)
-    config = _read_config(environment.input.config_file)
+    config = _read_config(environment["input"].config_file)
     if is_given(config, "object_type"):
         kind = to_int("object_type", config["object_type"])
         if kind != DETECTION:
             message = f"object_type is {kind}; this image is for detection, {DETECTION}, only"
             raise TaskError(Code.OBJECT_TYPE, message)
     return Task(
-        **vars(environment),
+        **environment,
         config=config,
         class_names=_class_names(config),
         gpu_ids=_gpu_ids(config),
@@ -151,7 +129,7 @@ def read_task(path: str | Path | None = None) -> Task:
 def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
     """The trainer's settings and the fields of its ViDTConfig.
 
-    `args_options` holds flags of the trainer and wins over the template. Raises TaskError.
+    `args_options` holds flags of the trainer, which override the template. Raises TaskError.
     """
     from trainer.settings.config import given_settings, parse
     from trainer.settings.flags import ConfigError
@@ -168,7 +146,7 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
                 raise TaskError(Code.CONFIG, f"args_options: --{mode} trains nothing; leave it out")
         for flag in DATA_FLAGS:
             if own.get(flag) is not None:
-                message = f"args_options: --{flag}; the platform says which data, leave it out"
+                message = f"args_options: --{flag}; the platform provides the data, leave it out"
                 raise TaskError(Code.CONFIG, message)
         if own.get("with_vector"):
             message = "args_options: --with_vector needs masks, which this executor does not read"
@@ -189,34 +167,38 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
 
 def candidate_settings(task: Task) -> CandidateSettings:
     """Settings of mining and inference, from either template. Raises TaskError."""
-    values: dict[str, Any] = {}
-    readers = {
+    readers: dict[str, Callable[[str, object], Any]] = {
         "conf_threshold": to_float,
         "batch_size_per_gpu": to_int,
         "num_workers_per_gpu": to_int,
-        "mining_algorithm": to_text,
+        "mining_algorithm": lambda key, value: to_text(key, value).lower(),
         "class_balance": to_bool,
         "seed": to_int,
     }
-    for key, read in readers.items():
-        if is_given(task.config, key):
-            values[key] = read(key, task.config[key])
-    settings = CandidateSettings(**values | _lowered(values, "mining_algorithm"))
+    given = {key: read for key, read in readers.items() if is_given(task.config, key)}
+    settings = CandidateSettings(
+        **{key: read(key, task.config[key]) for key, read in given.items()}
+    )
     algorithms = f"one of {', '.join(ALGORITHMS)}"
-    _require(0 <= settings.conf_threshold <= 1, settings, "conf_threshold", "from 0 to 1")
-    _require(settings.batch_size_per_gpu >= 1, settings, "batch_size_per_gpu", "1 or more")
-    _require(settings.num_workers_per_gpu >= 0, settings, "num_workers_per_gpu", "0 or more")
-    _require(0 <= settings.seed < 2**32, settings, "seed", "from 0 to 4294967295")
-    _require(settings.mining_algorithm in ALGORITHMS, settings, "mining_algorithm", algorithms)
+    for key, is_valid, expected in (
+        ("conf_threshold", 0 <= settings.conf_threshold <= 1, "from 0 to 1"),
+        ("batch_size_per_gpu", settings.batch_size_per_gpu >= 1, "1 or more"),
+        ("num_workers_per_gpu", settings.num_workers_per_gpu >= 0, "0 or more"),
+        ("seed", 0 <= settings.seed < 2**32, "from 0 to 4294967295"),
+        ("mining_algorithm", settings.mining_algorithm in ALGORITHMS, algorithms),
+    ):
+        if not is_valid:
+            value = getattr(settings, key)
+            raise TaskError(Code.CONFIG, f"{key} is {value}; it must be {expected}")
     return settings
 
 
 def pick_weights(task: Task) -> Path | None:
-    """The file among `task.weights` that this detector can start from, told by its content: one of
-    ours (of several the one that scored best), else, for training, one that the predecessor wrote.
+    """The file of `task.weights` that this detector can load, by its content: one of ours (of
+    several the one with the best map50), else, for training, a file of the released code.
 
-    None if training was given no weights. Raises TaskError if none is given otherwise, if a file
-    is missing, or if none can be used.
+    None if a training names no weights. Raises TaskError if another task names none, if all are
+    missing, or if none can be used.
     """
     from vidt.weights.checkpoint import UnusableWeights, read_info, read_start
 
@@ -259,25 +241,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     return defaults | config
 
 
+def _entries(key: str, value: object) -> list[Any]:
+    """A list, text such as `[a, b]`, or one entry, which may have commas in it."""
+    is_one = isinstance(value, str) and not value.strip().startswith("[")
+    return [value] if is_one else to_list(key, value)
+
+
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not is_given(config, "class_names"):
         raise TaskError(Code.CONFIG, "class_names is missing; it must name one class or more")
     value = config["class_names"]
-    whole = isinstance(value, str) and not value.strip().startswith("[")
-    entries = [value] if whole else to_list("class_names", value)
-    names = [str(entry) for entry in entries]  # YAML makes numbers of `1` and truth of `yes`
+    entries = _entries("class_names", value)
+    names = [str(entry) for entry in entries]  # YAML reads `1` as a number and `yes` as True
     if not names or not all(isinstance(entry, str | int | float) for entry in entries):
         raise TaskError(Code.CONFIG, f"class_names is {value!r}; it must be a list of names")
-    twice = [name for name in names if names.count(name) > 1 or not name.strip()]
-    if twice:
-        raise TaskError(
-            Code.CONFIG, f"class_names has {twice[0]!r}; names must be there once, and not blank"
-        )
+    for name in names:
+        if names.count(name) > 1 or not name.strip():
+            message = f"class_names has {name!r}; each name must occur once and not be blank"
+            raise TaskError(Code.CONFIG, message)
     return tuple(names)
 
 
 def _gpu_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Numbers of GPUs, counted from 0 inside the container; the command line may only count."""
+    """GPU numbers, counted from 0 inside the container. The command line may give a count only."""
     if config.get("gpu_id") is None:
         count = to_int("gpu_count", config["gpu_count"]) if is_given(config, "gpu_count") else 0
         return tuple(range(count))
@@ -287,13 +273,6 @@ def _gpu_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
         message = f"gpu_id is {value!r}; it must be different numbers, 0 or more, such as 0,1"
         raise TaskError(Code.CONFIG, message)
     return ids
-
-
-def _paths(key: str, value: object) -> list[str]:
-    """One path, or a list; a path may have commas."""
-    whole = isinstance(value, str) and not value.strip().startswith("[")
-    parts = [value] if whole else to_list(key, value)
-    return [to_text(key, part) for part in parts if part is not None and str(part).strip()]
 
 
 def _option_words(config: Mapping[str, Any]) -> list[str]:
@@ -307,8 +286,9 @@ def _option_words(config: Mapping[str, Any]) -> list[str]:
 
 
 def _base_settings(task: Task) -> dict[str, Any]:
-    """What the template and the platform say, by the trainer's names. Damaged images never end a
-    task as long as one is left. The trainer's own files are no result: the platform deletes them.
+    """The settings of the template and the platform, by the trainer's names. Damaged images never
+    end a task while one is readable. The trainer's own files are no results: the platform deletes
+    them.
     """
     given = {
         flag: read(key, task.config[key])
@@ -324,17 +304,7 @@ def _base_settings(task: Task) -> dict[str, Any]:
 
 
 def _in_template_words(message: str) -> str:
-    """The trainer's complaint about a setting under the name that the template has for it."""
+    """A message of the trainer with the template's name of the setting."""
     for key, (flag, _) in TEMPLATE.items():
         message = re.sub(rf"^(--)?{flag} is ", f"{key} is ", message)
     return message
-
-
-def _lowered(values: Mapping[str, Any], key: str) -> dict[str, str]:
-    return {key: values[key].lower()} if key in values else {}
-
-
-def _require(condition: bool, settings: CandidateSettings, key: str, expected: str) -> None:
-    if not condition:
-        value = getattr(settings, key)
-        raise TaskError(Code.CONFIG, f"{key} is {value}; it must be {expected}")

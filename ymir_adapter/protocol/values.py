@@ -1,7 +1,7 @@
-"""What a web form or a YAML file holds, to numbers and words: one explicit rule for each kind.
+"""Converts values of web forms and YAML files, one function for each type.
 
-Forms send `'True'`, `'1e-4'`, `'[1, 2]'` and `'8'` for values that were typed; YAML itself reads
-`1e-4` as text. None, and text of nothing but blanks, count as not given: see `is_given`.
+Forms send typed values as text: `'True'`, `'1e-4'`, `'[1, 2]'`, `'8'`; YAML reads `1e-4` as text.
+None and blank text count as not given; see `is_given`.
 """
 
 import math
@@ -50,7 +50,7 @@ def to_bool(key: str, value: object) -> bool:
 
 
 def to_text(key: str, value: object) -> str:
-    """Text without blanks around it; numbers and truth values as Python writes them."""
+    """Stripped text; numbers and truth values as Python prints them."""
     if not isinstance(value, str | int | float) or not str(value).strip():
         raise _refused(key, value, "text")
     return str(value).strip()
@@ -75,7 +75,7 @@ def to_list(key: str, value: object) -> list[Any]:
 
 
 def _number(value: object) -> int | float | None:
-    """None for what is no finite number."""
+    """None if the value is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,7 +1,7 @@
-"""A task of the platform without the platform: `python -m ymir_adapter.sandbox --help`.
+"""Runs a task of the platform without the platform: `python -m ymir_adapter.sandbox --help`.
 
-Makes the folders that the platform would mount, runs the same program in them that the image's
-start script runs, and says what came out.
+Makes the folders that the platform would mount, runs the program of the image's start script on
+them, and prints the results.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from trainer.commands.command_flags import count
 from trainer.readers.coco import read_coco
 from trainer.readers.samples import SampleTable
 from vidt.arguments import OneLineParser
+from vidt.errors import UserError
 from vidt.weights.checkpoint import UnusableWeights, read_start
 from ymir_adapter.sandbox.tree import (
     EXPORT_FORMATS,
@@ -35,7 +37,7 @@ from ymir_adapter.sandbox.tree import (
 )
 
 EPILOG = """\
-example, with the blood cells that lie beside this project (minutes on a CPU):
+example, with a data set of blood cells beside this project (minutes on a CPU):
   python -m ymir_adapter.sandbox --task training --out try/training --limit 20 \\
       --from-coco ../shared/data/bccd/train.json --images ../shared/data/bccd/images \\
       --set epochs=1 --set eval_size=320 --set pre_trained=none
@@ -43,8 +45,8 @@ example, with the blood cells that lie beside this project (minutes on a CPU):
       --from-coco ../shared/data/bccd/val.json --images ../shared/data/bccd/images \\
       --weights WHAT_TRAINING_PRINTED
 
-Everything is a copy below --out: in/ is what a container would find as /in, out/ is its /out.
-The exit code is that of the task: 0 done, 1 failed; 2: nothing was started, a flag is wrong.
+All files are copied below --out: in/ is the container's /in, out/ is its /out. The exit code is
+that of the task: 0 done, 1 failed; 2: a flag is wrong, and nothing was started.
 """
 SHOWN = 5  # lines of a ranking
 POLL_SECONDS = 0.02
@@ -53,13 +55,13 @@ POLL_SECONDS = 0.02
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser()
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         check(args)
         splits = read_splits(args)
         request = make_request(args, next(iter(splits.values())).class_names)
         tree = make_tree(args.out.resolve(), request, splits)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     counts = ", ".join(f"{len(table)} {split} images" for split, table in splits.items())
     print(f"{args.task} with {counts}")
@@ -69,68 +71,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
-        prog="python -m ymir_adapter.sandbox",
+        "python -m ymir_adapter.sandbox",
         description="Runs a task of the YMIR platform on COCO data, without the platform.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--from-coco", type=Path, required=True, metavar="JSON", help="images and their boxes")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of these images")
     add("--task", required=True, choices=TASKS)
     add("--out", type=Path, required=True, metavar="DIR", help="folder for in/ and out/")
-    add("--val-json", type=Path, metavar="JSON", help="training: what to validate on")
+    add("--val-json", type=Path, metavar="JSON", help="training: the validation set")
     add("--val-images", type=Path, metavar="DIR", help="its images; default: those of --images")
-    add(
-        "--val-share",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="without --val-json: share of the images that are drawn for validation (0.2)",
-    )
-    add("--split-seed", type=int, default=0, metavar="N", help="of that draw (0)")
-    add("--limit", type=int, metavar="N", help="only the first N images of each file")
-    add(
-        "--weights",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="the model: what training starts from, what mining and infer use",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of the template, as typed into the platform's form; may be repeated",
-    )
+    text = "without --val-json: share of the images that is drawn for validation (%(default)s)"
+    add("--val-share", type=float, default=0.2, metavar="X", help=text)
+    add("--split-seed", type=int, default=0, metavar="N", help="seed of that draw (%(default)s)")
+    add("--limit", type=count, metavar="N", help="only the first N images of each file")
+    text = "the model: training starts from it, mining and infer use it"
+    add("--weights", type=Path, nargs="+", default=[], metavar="FILE", help=text)
+    text = "a field of the template, as typed into the platform's form; may be repeated"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     add("--protocol", choices=PROTOCOLS, default="1.1.0", help="age of the platform (1.1.0: 2.x)")
     add("--export-format", choices=list(EXPORT_FORMATS), default="ark", help="of annotations (ark)")
-    add("--gpus", type=int, default=0, metavar="N", help="GPUs that the task is given (0: the CPU)")
-    add("--processes", type=int, default=1, metavar="N", help="processes on the CPU (1)")
-    add(
-        "--history",
-        type=Path,
-        metavar="FILE",
-        help="write down every first line that monitor.txt has during the run",
-    )
+    add("--gpus", type=int, default=0, metavar="N", help="GPUs of the task (0: the CPU)")
+    add("--processes", type=count, default=1, metavar="N", help="processes on the CPU (1)")
+    text = "records every first line that monitor.txt has during the run"
+    add("--history", type=Path, metavar="FILE", help=text)
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together or name nothing."""
+    """Raises UserError for flags that exclude each other and for missing files."""
     _require("training" in args.task or args.weights, f"--task {args.task} needs --weights FILE")
     _require(args.val_json is None or args.task == "training", "--val-json is for training")
     _require(args.val_images is None or args.val_json, "--val-images is for --val-json")
     _require(0 < args.val_share < 1, f"--val-share {args.val_share} must be between 0 and 1")
-    _require(args.limit is None or args.limit > 0, f"--limit {args.limit} must be 1 or more")
     _require(args.gpus >= 0, f"--gpus {args.gpus} must be 0 or more")
-    _require(args.processes > 0, f"--processes {args.processes} must be 1 or more")
-    _require(args.processes == 1 or not args.gpus, "--processes is for the CPU; leave --gpus away")
+    _require(args.processes == 1 or not args.gpus, "--processes is for the CPU; leave out --gpus")
     for path in args.weights:
         _require(path.is_file(), f"--weights {path}: no such file")
     for setting in args.set:
@@ -139,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
 
 def _require(condition: object, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def read_splits(args: argparse.Namespace) -> dict[str, SampleTable]:
@@ -159,9 +137,9 @@ def first(table: SampleTable, limit: int | None) -> SampleTable:
 
 
 def draw(table: SampleTable, share: float, seed: int) -> dict[str, SampleTable]:
-    """At least one image for each split. Raises ValueError if there is only one in all."""
+    """Draws the validation images; each split gets one at least. Raises UserError for one image."""
     if len(table) < 2:
-        raise ValueError(f"{table.source} has one image; training and validation need two")
+        raise UserError(f"{table.source} has one image; training and validation need two")
     order = np.random.default_rng(seed).permutation(len(table)).tolist()
     count = min(max(1, round(share * len(table))), len(table) - 1)
     return {
@@ -171,7 +149,7 @@ def draw(table: SampleTable, share: float, seed: int) -> dict[str, SampleTable]:
 
 
 def make_request(args: argparse.Namespace, class_names: tuple[str, ...]) -> Request:
-    """Candidates come without annotations: their classes are those of the model."""
+    """Candidates have no annotations, so their class names are those of the model."""
     if args.task != "training":
         class_names = next(filter(None, map(classes_of, args.weights)), class_names)
     return Request(
@@ -186,7 +164,7 @@ def make_request(args: argparse.Namespace, class_names: tuple[str, ...]) -> Requ
 
 
 def classes_of(path: Path) -> tuple[str, ...] | None:
-    """What a weights file says; None for one that does not, or that the task is to refuse."""
+    """The class names of a weights file; None if it has none, or if the task will reject it."""
     try:
         return read_start(path)[2]
     except UnusableWeights:
@@ -194,9 +172,9 @@ def classes_of(path: Path) -> tuple[str, ...] | None:
 
 
 def run_task(tree: Tree, *, processes: int = 1, history: Path | None = None) -> int:
-    """Runs the task as the start script does; its output is shown and kept, as on the platform.
+    """Runs the task as the start script does. Its output is printed and logged as on the platform.
 
-    SIGINT and SIGTERM are handed on as SIGTERM, which is what `docker stop` sends.
+    SIGINT and SIGTERM reach it as SIGTERM, the signal of `docker stop`.
     """
     more = {"DEFAULT_ENV_FILE_PATH": str(tree.env_file), "PYTHONUNBUFFERED": "1"}
     if processes > 1:
@@ -223,7 +201,7 @@ def run_task(tree: Tree, *, processes: int = 1, history: Path | None = None) -> 
 
 @contextmanager
 def handed_on(process: subprocess.Popen) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the process."""
+    """Inside, SIGINT and SIGTERM terminate the process."""
     stops = (signal.SIGINT, signal.SIGTERM)
     before = {stop: signal.signal(stop, lambda *_: process.terminate()) for stop in stops}
     try:
@@ -234,7 +212,7 @@ def handed_on(process: subprocess.Popen) -> Iterator[None]:
 
 
 def show_and_keep(process: subprocess.Popen, log_file: Path) -> None:
-    """Output as it comes, progress bars included."""
+    """Copies output as it appears, progress bars included."""
     assert process.stdout is not None
     with log_file.open("ab") as log, process.stdout as output:
         while chunk := os.read(output.fileno(), 65536):
@@ -244,14 +222,14 @@ def show_and_keep(process: subprocess.Popen, log_file: Path) -> None:
 
 
 def watch(monitor: Path, history: Path | None, over: threading.Event) -> None:
-    """Every first line that the file has, as often as it changes, until `over`."""
+    """Records the first line of the file whenever it changes, until `over`."""
     if history is None:
         return
     history.parent.mkdir(parents=True, exist_ok=True)
     last = None
     with history.open("w", encoding="utf-8") as file:
         while True:
-            ending = over.wait(POLL_SECONDS)  # the record after the end is looked at as well
+            ending = over.wait(POLL_SECONDS)  # the last record is read too
             line = monitor.read_text(encoding="utf-8").partition("\n")[0]
             if line != last:
                 file.write(f"{line}\n")
@@ -261,7 +239,7 @@ def watch(monitor: Path, history: Path | None, over: threading.Event) -> None:
 
 
 def summary(tree: Tree, task: str) -> list[str]:
-    """What came out, in lines for people."""
+    """The results of the task, in lines to print."""
     first_line = tree.monitor.read_text(encoding="utf-8").partition("\n")[0]
     columns = first_line.split("\t")
     lines = [f"monitor  {float(columns[2]):.0%} done, state {columns[3]}"]
@@ -313,7 +291,7 @@ def of_inference(output: Path) -> list[str]:
 
 
 def boxes_of(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The list is called `annotations` on platforms before 1.2."""
+    """Platforms before 1.2 call the list `annotations`."""
     return entry.get("boxes", entry.get("annotations", []))
 
 

@@ -1,11 +1,10 @@
-"""The folders that the platform would hand to a container, made from COCO data: `ymir_adapter`'s
-view of the world, from the other side.
+"""Makes the folders that the platform mounts into a container, from COCO data.
 
-Names are hashes of the content, in folders named by their last two characters. The platform counts
-whole pixels and writes inclusive corners: a box from x1 to x2 becomes `x1, x2 - 1`. Before protocol
-1.1.0 ark lines have five fields, and weights lie flat.
+File names are hashes of the content, in folders named by the last two characters. The platform uses
+whole pixels and inclusive corners: a box from x1 to x2 becomes `x1, x2 - 1`. Before protocol 1.1.0
+ark lines have five fields, and weights lie flat.
 
-Left as it is, however wrong: what is read here must look as it does on the platform.
+Faulty data are not repaired: the task must meet them as on the platform.
 """
 
 import hashlib
@@ -23,18 +22,20 @@ import yaml
 from PIL import Image
 
 from trainer.readers.samples import Sample, SampleTable
+from vidt.errors import UserError
+from ymir_adapter.protocol.environment import INPUT_FILES, OUTPUT_FILES
 
 TASKS = ("training", "mining", "infer", "mining+infer")
 PROTOCOLS = ("none", "1.0.0", "1.1.0")
 EXPORT_FORMATS = {"ark": "det-ark:raw", "voc": "det-voc:raw", "coco": "coco:raw"}
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}  # told by content, as the platform does
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}  # by content, as on the platform
 TASK_ID = "sandbox"
 STAGE = "default_best_stage"  # the platform's name for weights of an unknown stage
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Where things are, below `root`."""
+    """The files below `root`."""
 
     root: Path
 
@@ -61,7 +62,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user of the platform would choose in its forms."""
+    """What a user of the platform chooses in its forms."""
 
     task: str = "training"
     protocol: str = "1.1.0"
@@ -73,7 +74,7 @@ class Request:
 
     @property
     def is_2x(self) -> bool:
-        """Whether a platform of today asks, or one from before 2.0."""
+        """True for a platform of 2.0 or later."""
         return self.protocol == "1.1.0"
 
     @property
@@ -84,17 +85,17 @@ class Request:
 def make_tree(root: Path, request: Request, splits: Mapping[str, SampleTable]) -> Tree:
     """Writes `root/in` and `root/out`. `splits` are "train" and "val", or "candidate".
 
-    Raises ValueError, in one line, if one of the two is there already or a setting cannot be sent.
+    Raises UserError if one of the two exists already or a setting cannot be sent.
     """
     tree = Tree(root)
     if request.protocol == "none" and request.export_format != "ark":
-        raise ValueError(
-            f"--export-format {request.export_format}: a platform without a protocol version knows "
-            "only ark"
+        raise UserError(
+            f"--export-format {request.export_format}: a platform without a protocol version "
+            "writes only ark"
         )
     for folder in (tree.input, tree.output):
         if folder.exists():
-            raise ValueError(f"{folder} is there already; remove it or choose another folder")
+            raise UserError(f"{folder} exists already; remove it or choose another folder")
     settings = task_settings(request)
     models = tree.input / "models"
     for folder in (models, tree.input / "assets", tree.input / "annotations"):
@@ -111,11 +112,11 @@ def make_tree(root: Path, request: Request, splits: Mapping[str, SampleTable]) -
 
 
 def task_settings(request: Request) -> dict[str, Any]:
-    """The template(s) of the task as a web form sends them: a number where the template has one,
-    else text; a cleared number is null in training; training leaves out empty text, the others
-    everything that is zero or empty.
+    """The template(s) of the task as the web forms send them. A field is a number where the
+    template has one, and text otherwise. Training sends a cleared number as null and leaves out
+    empty text; the other tasks leave out everything that is zero or empty.
 
-    Raises ValueError for text where the template has a number.
+    Raises UserError for text where the template has a number.
     """
     names = request.task.split("+")
     values = {key: value for name in names for key, value in read_template(name).items()}
@@ -128,8 +129,8 @@ def task_settings(request: Request) -> dict[str, Any]:
 
 
 def read_template(name: str) -> dict[str, Any]:
-    """The form of a task, "training", "mining" or "infer", with its defaults."""
-    path = Path(__file__).with_name("templates") / f"{name}-template.yaml"
+    """The template of "training", "mining" or "infer", with its defaults."""
+    path = Path(__file__).parents[1] / "templates" / f"{name}-template.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -144,12 +145,12 @@ def _as_form(key: str, typed: str, default: object) -> object:
         except ValueError:
             continue
     if isinstance(default, int | float):
-        raise ValueError(f"--set {key}={typed}: the form takes only a number here, as {default}")
+        raise UserError(f"--set {key}={typed}: the form takes only a number here, as {default}")
     return typed
 
 
 def injected(request: Request, weights: Sequence[Path]) -> dict[str, Any]:
-    """The keys of `config.yaml` that no user sees."""
+    """The keys that the platform adds to `config.yaml`."""
     values: dict[str, Any] = {
         "task_id": TASK_ID,
         "class_names": list(request.class_names),
@@ -169,30 +170,20 @@ def injected(request: Request, weights: Sequence[Path]) -> dict[str, Any]:
 
 def environment(tree: Tree, request: Request, indices: Mapping[str, Path]) -> dict[str, Any]:
     """`env.yaml`, with this tree's paths in place of /in and /out."""
-    inputs, outputs = tree.input, tree.output
+    index_files: dict[str, Any] = dict.fromkeys(
+        (key for key in INPUT_FILES if key.endswith("index_file")), ""
+    )
     names = {"train": "training_index_file", "val": "val_index_file"}
-    index_files = {names.get(split, f"{split}_index_file"): indices[split] for split in indices}
+    index_files |= {
+        names.get(split, f"{split}_index_file"): path for split, path in indices.items()
+    }
+    inputs = {key: tree.input / name for key, name in INPUT_FILES.items()}
+    outputs = {key: tree.output / name for key, name in OUTPUT_FILES.items()}
     values: dict[str, Any] = {
         "task_id": TASK_ID,
         **request.runs,
-        "input": {
-            "root_dir": inputs,
-            "assets_dir": inputs / "assets",
-            "annotations_dir": inputs / "annotations",
-            "models_dir": inputs / "models",
-            **dict.fromkeys((*names.values(), "candidate_index_file"), ""),
-            **index_files,
-            "config_file": inputs / "config.yaml",
-        },
-        "output": {
-            "root_dir": outputs,
-            "models_dir": outputs / "models",
-            "tensorboard_dir": outputs / "tensorboard",
-            "training_result_file": outputs / "models" / "result.yaml",
-            "mining_result_file": outputs / "result.tsv",
-            "infer_result_file": outputs / "infer-result.json",
-            "monitor_file": tree.monitor,
-        },
+        "input": {"root_dir": tree.input, **inputs, **index_files},
+        "output": {"root_dir": tree.output, **outputs},
     }
     if request.protocol != "none":
         values["protocol_version"] = request.protocol
@@ -205,7 +196,7 @@ def environment(tree: Tree, request: Request, indices: Mapping[str, Path]) -> di
 
 
 def make_output(tree: Tree, request: Request) -> None:
-    """`out` as it stands before a start: two folders, a first record, all open to any user."""
+    """`out` before a start: two folders and a first record, writable by any user."""
     for name in ("models", "tensorboard"):
         (tree.output / name).mkdir(parents=True)
     tree.log.touch()
@@ -217,7 +208,7 @@ def make_output(tree: Tree, request: Request) -> None:
 
 
 def copy_weights(path: Path, models: Path, is_2x: bool) -> Path:
-    """Where the task will find a copy of a weights file."""
+    """Copies a weights file to where the task will find it. Returns the copy."""
     target = (models / STAGE if is_2x else models) / path.name
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(path, target)
@@ -225,8 +216,8 @@ def copy_weights(path: Path, models: Path, is_2x: bool) -> Path:
 
 
 def copy_assets(table: SampleTable, tree: Tree) -> dict[Path, Sample]:
-    """The images of a table, copied. One that is there twice counts once: the platform knows images
-    by their content.
+    """Copies the images of a table. A duplicate counts once: to the platform an image is its
+    content.
     """
     pictures: dict[Path, Sample] = {}
     for sample in table:
@@ -235,11 +226,11 @@ def copy_assets(table: SampleTable, tree: Tree) -> dict[Path, Sample]:
 
 
 def copy_asset(path: Path, assets: Path) -> Path:
-    """The place of an image among the assets. Raises ValueError if it cannot be read."""
+    """Copies an image to the assets. Returns the copy. Raises UserError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
     target = assets / digest[-2:] / f"{digest}.{_extension(path)}"
     target.parent.mkdir(exist_ok=True)
@@ -251,12 +242,12 @@ def _extension(path: Path) -> str:
     try:
         with Image.open(path) as image:
             return EXTENSIONS.get(str(image.format), "unknown")
-    except OSError:  # a damaged file is handed on: let the task meet it
+    except OSError:  # a damaged file: the task must meet it
         return "unknown"
 
 
 def write_index(tree: Tree, split: str, pictures: Mapping[Path, Sample], request: Request) -> Path:
-    """The index file of a split, and the annotation files that it names."""
+    """Writes the index file of a split, and the annotation files that it names."""
     index = tree.input / f"{split}-index.tsv"
     with index.open("w", encoding="utf-8") as file:
         for asset, sample in pictures.items():
@@ -268,7 +259,7 @@ def write_index(tree: Tree, split: str, pictures: Mapping[Path, Sample], request
 
 
 def write_annotation(annotations: Path, asset: Path, sample: Sample, request: Request) -> Path:
-    """The annotation file of an image, as its index line names it."""
+    """Writes the annotation file of an image. Returns its path for the index."""
     if request.export_format == "coco":
         return annotations / "coco-annotations.json"  # one for all, written at the end
     folder = annotations / asset.parent.name
@@ -285,14 +276,15 @@ def write_annotation(annotations: Path, asset: Path, sample: Sample, request: Re
 
 
 def inclusive_corners(sample: Sample) -> np.ndarray:
-    """int64 [n, 4], xyxy: the first and the last pixel of each box. No width: the last before the
-    first."""
+    """The first and the last pixel of each box, int64 [n, 4] xyxy. Without width the last is
+    before the first.
+    """
     corners = np.floor(np.nan_to_num(sample.boxes.numpy().astype(np.float64)) + 0.5)
     return corners.astype(np.int64) - np.array([0, 0, 1, 1])
 
 
 def ark_text(sample: Sample, corners: np.ndarray, *, quality: bool) -> str:
-    """`class, xmin, ymin, xmax, ymax`, from protocol 1.1.0 on followed by quality and angle."""
+    """Lines `class, xmin, ymin, xmax, ymax`, since protocol 1.1.0 with quality and angle."""
     more = ", -1.0, 0.0" if quality else ""
     labels = sample.labels.tolist()
     return "".join(
@@ -302,7 +294,7 @@ def ark_text(sample: Sample, corners: np.ndarray, *, quality: bool) -> str:
 
 
 def voc_element(asset: Path, names: Sequence[str], corners: np.ndarray) -> ElementTree.Element:
-    """Names in lower case and boxes without area left out, both as the platform does it."""
+    """As the platform writes it: names in lower case, no bndbox for a box without area."""
     root = ElementTree.Element("annotation")
     _child(root, "filename", asset)
     width, height = _stored_size(asset)
@@ -331,7 +323,7 @@ def _child(parent: ElementTree.Element, tag: str, value: object = "") -> Element
 def write_coco(
     annotations: Path, pictures: Mapping[str, Mapping[Path, Sample]], class_names: Sequence[str]
 ) -> None:
-    """One file for all splits; category ids count from 0, and only classes that occur are named."""
+    """One file for all splits. Category ids count from 0; only classes that occur are listed."""
     images: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for asset, sample in {a: s for split in pictures.values() for a, s in split.items()}.items():
@@ -354,7 +346,7 @@ def write_coco(
 
 
 def _stored_size(path: Path) -> tuple[int, int]:
-    """(width, height) as stored; (0, 0) of a damaged file."""
+    """(width, height) as stored; (0, 0) for a damaged file."""
     try:
         with Image.open(path) as image:
             return image.size

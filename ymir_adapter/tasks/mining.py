@@ -1,32 +1,32 @@
-"""How informative an image is, by what the detector predicts for it: pure functions and a ranking.
+"""Scores how informative an image is by the detector's predictions: pure functions and a ranking.
 
-Every score is of one image alone, finite and bounded, and higher is more informative. None is a sum
-over boxes: an image of many boxes and one of few compare. An image's boxes are the queries whose
-best class scores at least the threshold, without duplicates.
+A score depends on one image only, is finite and bounded, and is higher for a more informative
+image. None is a sum over boxes, so that images with many and with few boxes compare. The boxes of
+an image are the queries whose best class scores at least the threshold, without duplicates.
 
-random   A hash of the seed and the asset's name; class balance does not touch it.
+random   A hash of the seed and the asset's name; class balance does not apply.
 entropy  Mean over the boxes of the entropy of the best class score, in bits. After the "average"
          aggregation of Brust et al. (arXiv 1809.09875). Instead of their margin between two softmax
-         scores the entropy of one sigmoid, which is what this detector predicts; where no box
-         reaches the threshold the best query counts, so that the score has no gap there.
+         scores it is the entropy of one sigmoid, which this detector predicts. If no box reaches
+         the threshold the best query counts, so that the score has no gap there.
 cald     Consistency under augmentation, Yu et al. (arXiv 2103.10374): minus the mean over four
          views of the least |IoU + C - 1.3|, see `view_consistency`. Departures: sigmoid scores
-         divided by their sum stand for the softmax; the smaller view keeps the canvas, framed in
+         divided by their sum replace the softmax; the smaller view is padded to the canvas with
          the mean colour, so that all views share a batch; the cut-outs lie anywhere, not beside
-         predicted boxes, so that no view waits for the boxes of the picture itself. Their second
-         stage needs the labelled images, which a mining task does not bring: see class balance.
+         predicted boxes, so that all views are predicted at once. Their second stage needs the
+         labelled images, which a mining task does not have: see class balance.
 aldd     Disagreement, after Aghdam et al. (ICCV 2019, arXiv 1911.09168): entropy of the mean
          prediction minus mean entropy of the predictions, its largest value in each region of the
-         picture, the mean over regions. Theirs compares neighbouring cells of a dense map of
-         scores. This detector has none, so the last decoder layers' predictions for the same query
-         are compared instead (the layers as a committee: Roy et al., BMVC 2018), and only regions
-         with a box count. Nothing is learnt for it; weights without scores of inner layers cannot.
+         picture, the mean over regions. The paper compares neighbouring cells of a dense score
+         map. This detector has none, so the predictions of the last decoder layers for the same
+         query are compared (the layers as a committee: Roy et al., BMVC 2018), and only regions
+         with a box count. It needs weights that were trained with scores of inner layers.
 
 Class balance weighs a score by how much the image's classes differ from those of all candidates
 (Jensen-Shannon divergence, as CALD's second stage against the labelled images).
 
 Letters: Q queries, K classes, M committee members, V views. Probabilities are sigmoid scores. Boxes
-are cxcywh in 0..1 of the canvas unless it says otherwise.
+are cxcywh in 0..1 of the canvas unless stated otherwise.
 """
 
 import hashlib
@@ -42,27 +42,27 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-DUPLICATE = 0.5  # boxes of one class that overlap more are one
-BASE = 1.3  # CALD's base point: a box that is as (in)consistent as this says most
-# What each algorithm's scores cannot fall below.
+DUPLICATE = 0.5  # IoU above which boxes of one class are duplicates
+BASE = 1.3  # CALD's base point: a box of this consistency is the most informative
+# The lowest score of each algorithm.
 FLOORS = {"random": 0.0, "entropy": 0.0, "cald": -BASE, "aldd": 0.0}
-# Scores are rounded to so many decimals. Another batch size adds in another order, which changes a
-# score by up to 1e-6; this hides it but for one in a hundred that lies at a border between two
-# rounded values and moves by 1e-4. More decimals would show all of it, fewer would tie images.
+# Decimals of a score. Another batch size changes the order of additions, and so a score by up to
+# 1e-6. Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer decimals
+# would tie images.
 DECIMALS = 4
-SHARE_UNITS = 1_000_000  # class shares are counted in these: sums of integers have no order
+SHARE_UNITS = 1_000_000  # of a class share: sums of integers do not depend on their order
 
 VIEWS = 4
 SHRINK = 0.8
 ANGLE = 5.0  # degrees, counter-clockwise
 CUTS, CUT_SIDE = 2, 0.2  # erased patches and their sides, as a share of the picture's
 
-COMMITTEE = 3  # the last decoder layers; earlier ones are still far from the answer
+COMMITTEE = 3  # number of last decoder layers; earlier ones are too inaccurate
 REGIONS = 4  # along each side of the picture
 
 
 def digest(seed: int, asset: str) -> int:
-    """64 bits that follow from the seed and the base name: wherever the file lies, in any order."""
+    """64 bits from the seed and the base name; the folder and the order of files do not matter."""
     text = f"{seed}\0{PurePosixPath(asset).name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
@@ -73,8 +73,8 @@ def random_score(seed: int, asset: str) -> float:
 
 
 def boxes_of(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
-    """Which queries count as boxes: bool [Q]. Of several of one class in one place only the surest:
-    the detector is not told to suppress the others, and none of them is a doubt of its own.
+    """Which queries count as boxes: bool [Q]. Of duplicates only the one with the highest score
+    counts: the detector does not suppress the others, which are no further uncertainty.
 
     probabilities [Q, K], boxes [Q, 4].
     """
@@ -86,7 +86,7 @@ def boxes_of(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
 
 
 def boxes_or_best(probabilities: Tensor, boxes: Tensor, threshold: float) -> Tensor:
-    """As `boxes_of`, but the best query if no other counts: bool [Q], never all False."""
+    """Like `boxes_of`, but at least the best query counts: bool [Q], never all False."""
     return boxes_of(probabilities, boxes, min(threshold, probabilities.max().item()))
 
 
@@ -138,11 +138,11 @@ def view_consistency(
     """
     if not len(boxes) or not len(view_boxes):
         return probabilities.new_zeros(())
-    # Where nothing overlaps, all boxes of the view fit alike: then the surest is compared.
-    surest_first = view_probabilities.amax(1).argsort(descending=True, stable=True)
-    overlap = box_iou(boxes, view_boxes[surest_first]).nan_to_num(0.0)  # 0 / 0: both are empty
+    # If no box overlaps, `max` returns the first, which is then the one with the highest score.
+    best_first = view_probabilities.amax(1).argsort(descending=True, stable=True)
+    overlap = box_iou(boxes, view_boxes[best_first]).nan_to_num(0.0)  # 0 / 0: both are empty
     best, match = overlap.max(1)
-    matched = view_probabilities[surest_first[match]]
+    matched = view_probabilities[best_first[match]]
     divergence = jensen_shannon(_distribution(probabilities), _distribution(matched))
     agreement = (probabilities.amax(1) + matched.amax(1)) / 2 * (1 - divergence)
     return (best + agreement - BASE).abs().amin()
@@ -170,8 +170,8 @@ def cald_score(
 
 
 def views(image: Tensor, seed: int, asset: str) -> Tensor:
-    """A normalised picture [3, h, w] mirrored, with patches erased, smaller, and turned:
-    [V, 3, h, w]. What is empty has the mean colour.
+    """A normalised picture [3, h, w] mirrored, with erased patches, shrunk, and rotated:
+    [V, 3, h, w]. Empty areas have the mean colour.
     """
     random = np.random.default_rng(digest(seed, asset))
     turned = F.rotate(image, ANGLE, InterpolationMode.BILINEAR, fill=0.0)
@@ -194,15 +194,15 @@ def _shrunk_sides(canvas: tuple[int, int]) -> tuple[int, int]:
 
 
 def _shrunk(image: Tensor) -> Tensor:
-    """Into the upper left corner, in whole pixels: so the boxes' scale is exact."""
+    """Shrunk into the upper left corner, by whole pixels, so that the scale of boxes is exact."""
     height, width = _shrunk_sides((image.shape[1], image.shape[2]))
     small = F.resize(image, [height, width], antialias=True)
     return F.pad(small, [0, 0, image.shape[2] - width, image.shape[1] - height], fill=0.0)
 
 
 def boxes_in_views(boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Where boxes [N, 4] are in the views of a picture of canvas (height, width): [V, N, 4] xyxy in
-    0..1, cut off at the border.
+    """Boxes [N, 4] moved into the views of a picture with canvas (height, width): [V, N, 4] xyxy in
+    0..1, clipped.
     """
     x1, y1, x2, y2 = box_convert(boxes, "cxcywh", "xyxy").unbind(1)
     height, width = canvas
@@ -210,7 +210,7 @@ def boxes_in_views(boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
     scale = boxes.new_tensor([small_width / width, small_height / height] * 2)
     plain = torch.stack([x1, y1, x2, y2], 1)
     mirrored = torch.stack([1 - x2, y1, 1 - x1, y2], 1)
-    # Turned, a box is the frame around its turned corners, in pixels from the centre.
+    # A rotated box is the bounding box of its rotated corners, in pixels from the centre.
     cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
     x = (torch.stack([x1, x2, x1, x2], 1) - 0.5) * width
     y = (torch.stack([y1, y1, y2, y2], 1) - 0.5) * height
@@ -220,7 +220,7 @@ def boxes_in_views(boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
 
 
 def class_shares(probabilities: Tensor, threshold: float) -> Tensor:
-    """probabilities [Q, K] -> [K] int64, of SHARE_UNITS in all: the best score of each class among
+    """probabilities [Q, K] -> [K] int64 with sum SHARE_UNITS: the best score of each class among
     the queries that reach the threshold, as a share. Zeros without boxes.
     """
     sure = probabilities.amax(1) >= threshold
@@ -231,7 +231,7 @@ def class_shares(probabilities: Tensor, threshold: float) -> Tensor:
 
 def class_weights(shares: Tensor, total: Tensor) -> Tensor:
     """shares [N, K] of images, total [K] over all candidates -> weights [N] in 0.5..1: close to 1
-    for an image of rare classes; 1 without boxes, where the classes are not known.
+    for an image of rare classes; 1 without boxes.
     """
     shares, total = shares.double(), total.double()
     divergence = jensen_shannon(_distribution(shares), _distribution(total)) / math.log(2)
@@ -239,15 +239,15 @@ def class_weights(shares: Tensor, total: Tensor) -> Tensor:
 
 
 def weighted(scores: Tensor, weights: Tensor, floor: float) -> Tensor:
-    """Scores brought nearer to the lowest possible one by their weights, elementwise."""
+    """Scores moved towards the lowest possible score by their weights, elementwise."""
     return floor + (scores - floor) * weights
 
 
 def rounded(score: float) -> float:
-    """As it is ranked and written."""
+    """The score to rank by and to write."""
     return round(score, DECIMALS) + 0.0  # no -0.0
 
 
 def ranking(scores: Sequence[float]) -> list[int]:
-    """Indices from the most informative on; ties in the order of the candidates."""
+    """Indices, the most informative first; ties in the order of the candidates."""
     return sorted(range(len(scores)), key=lambda index: -scores[index])

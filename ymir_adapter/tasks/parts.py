@@ -1,7 +1,7 @@
-"""What the ranks of a mining or inference task found, in files between the pass over the images and
-the results: written in the order in which images were done, read in the order of the candidates.
+"""Files in which the ranks of a mining or inference task store predictions until the results are
+written: in the order of processing, read in the order of the candidates.
 
-In memory is what has one size for each candidate, 40 bytes; boxes and class shares stay on disk.
+Memory holds 40 bytes for each candidate; boxes and class shares stay on disk.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vidt.predict.predictor import Detections
-from ymir_adapter.tasks.inference import Picture
+from ymir_adapter.tasks.inference import Candidate
 from ymir_adapter.tasks.mining import class_weights
 
-NAMED_UNREADABLE = 5  # unreadable candidates of which a rank keeps the reason
-ROWS_TOGETHER = 4096  # class shares that are read at a time
+NAMED_UNREADABLE = 5  # unreadable candidates whose reason a rank remembers
+ROWS_TOGETHER = 4096  # class shares that are read at once
 IMAGE = np.dtype(
     [
         *(("index", "<i8"), ("height", "<i4"), ("width", "<i4")),
@@ -27,15 +27,15 @@ BOX = np.dtype([("box", "<f4", (4,)), ("score", "<f4"), ("label", "<i4")])
 
 
 class Part:
-    """What one rank found, in three files that only grow: an IMAGE for each candidate, its BOXes,
-    and its class shares where the ranking is to be balanced.
+    """Three files of one rank, which only grow: an IMAGE for each candidate, its BOXes, and its
+    class shares if class balance is on.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
         names = (f"{rank}.images", f"{rank}.boxes", f"{rank}.shares")
         self._images, self._boxes, self._shares = ((folder / name).open("wb") for name in names)
         self.written = 0  # boxes
-        self.unreadable: list[str] = []  # why, of the first few
+        self.unreadable: list[str] = []  # the reasons of the first few
         self.num_unreadable = 0
 
     def __enter__(self) -> "Part":
@@ -47,12 +47,12 @@ class Part:
 
     def add(
         self,
-        picture: Picture,
+        picture: Candidate,
         score: float,
         detections: Detections | None = None,
         shares: Tensor | None = None,
     ) -> None:
-        """shares: int64 [K]; given for all pictures or for none."""
+        """shares: int64 [K], for all pictures or for none."""
         count = 0 if detections is None else len(detections.scores)
         row = (picture.index, *picture.size, self.written, count, score)
         self._images.write(np.array(row, IMAGE).tobytes())
@@ -70,7 +70,7 @@ class Part:
 
 
 class Parts:
-    """All ranks' files, read in the order of the candidates."""
+    """The files of all ranks, read in the order of the candidates."""
 
     def __init__(self, folder: Path, num_candidates: int, num_parts: int) -> None:
         tables = [np.fromfile(folder / f"{rank}.images", IMAGE) for rank in range(num_parts)]
@@ -103,7 +103,7 @@ class Parts:
         return Detections(scores, labels, corners)
 
     def class_weights(self, num_classes: int) -> np.ndarray:
-        """[N] in the order of the candidates."""
+        """Weights [N] in the order of the candidates."""
         total = torch.zeros(num_classes, dtype=torch.int64)
         for rows in self._class_shares(num_classes):
             total += rows.sum(0)
@@ -111,7 +111,7 @@ class Parts:
         return torch.cat(weights).numpy()[self.order]
 
     def _class_shares(self, num_classes: int) -> Iterator[Tensor]:
-        """int64 [some, K], in the order of the files: never all of them in memory."""
+        """int64 [some, K] in the order of the files, a bounded number at a time."""
         for path in self._shares:
             with path.open("rb") as file:
                 while read := file.read(ROWS_TOGETHER * num_classes * 8):

@@ -1,7 +1,7 @@
-"""One rank of a training task: the platform's dataset to the trainer, its progress to the platform.
+"""One rank of a training task: `accelerate launch -m ymir_adapter.tasks.training`.
 
-The main process alone writes: percent, a stage for every evaluation, TensorBoard, the trainer's own
-lines.
+Reads the platform's dataset for the trainer, and reports the trainer's progress to the platform.
+Only the main process writes: percent, a stage for every evaluation, TensorBoard, log lines.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ from trainer.settings.config import TrainConfig
 from trainer.train import make_accelerator, train
 from ymir_adapter.dataset.tables import read_tables
 from ymir_adapter.launch import run_rank
-from ymir_adapter.protocol.outputs import Monitor, TrainingResult
+from ymir_adapter.protocol.monitor import Monitor
+from ymir_adapter.protocol.outputs import TrainingResult
 from ymir_adapter.protocol.task import Task, training_settings
 
-LOADING = 0.05  # share of the whole that reading the dataset is said to be
-ALMOST = 0.99  # 1.00 means that all results are written
+LOADING = 0.05  # progress after reading the dataset
+ALMOST = 0.99  # progress until all results are written
 
 
 class Outcome:
@@ -40,7 +41,7 @@ class Outcome:
 
 
 def train_task(task: Task, monitor: Monitor | None) -> None:
-    """A training task from its dataset to its last stage. `monitor` is given on rank 0 only."""
+    """Runs a training task. `monitor`: on rank 0 only."""
     config, fields = training_settings(task)
     accelerator = make_accelerator()
     require_processes(accelerator.num_processes)
@@ -50,7 +51,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     )
     with reports(task, config, monitor) as report:
         train(config, fields, train_set, val_set, report, accelerator=accelerator)
-    agreement.gather(0)  # nobody can fail any more
+    agreement.gather(0)  # no rank can fail from here on
     if monitor is not None:
         monitor.update(1.0)
     accelerator.end_training()
@@ -59,7 +60,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
 def checked_tables(
     task: Task, config: TrainConfig, num_queries: int, monitor: Monitor | None
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits; findings go to the log and, at greater length, to `findings.csv`."""
+    """Both splits. Findings go to the log and, in full, to `findings.csv`."""
     update = (lambda fraction: None) if monitor is None else monitor.update
     return told(
         Path(config.output_dir),
@@ -74,7 +75,7 @@ def checked_tables(
 
 @contextlib.contextmanager
 def reports(task: Task, config: TrainConfig, monitor: Monitor | None) -> Iterator[Report]:
-    """What the main process makes of a run; nothing elsewhere."""
+    """The reports of the main process; an empty one on other ranks."""
     if monitor is None:
         yield fan_out()
         return
