@@ -221,19 +221,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "duration": duration,
-        "jpeg": _data_url,
-        "score": score,
-        "shortened": shortened,
-        "svg": _svg,
-    }
-    environment.globals |= {
-        "counted": counted,
-        "right": RIGHT,
-        "variables": VARIABLES,
-        "wrong": WRONG,
-    }
+    filters = {"duration": duration, "score": score, "shortened": shortened}
+    environment.filters |= filters | {"jpeg": _data_url, "svg": _svg}
+    environment.globals |= {"counted": counted, "variables": VARIABLES}
+    environment.globals |= {"right": RIGHT, "wrong": WRONG}
     return environment
 
 
