@@ -110,7 +110,7 @@ def announce(
             "total_epochs": run.config.epochs,
             "metrics": metrics or {},
         }
-        report(Progress(event=event, **{**moment, **more}))  # type: ignore[arg-type]
+        report(Progress(event=event, **{**moment, **more}))
 
 
 def evaluate_and_save(
