@@ -27,8 +27,9 @@ from trainer.report import page_run
 from trainer.report.console import duration, score
 from trainer.report.page_curves import curves_of
 from trainer.report.page_results import Scored, results_of
+from trainer.report.pictures import as_jpeg
 from trainer.report.plots import VARIABLES, Figure, as_svg, shortened
-from trainer.report.progress import Progress, as_jpeg, is_score
+from trainer.report.progress import Progress, is_score
 from trainer.report.run_history import RunHistory, evaluations_in
 from trainer.report.worst_pictures import RIGHT, WRONG, worst_pictures
 from trainer.scoring.evaluation import Evaluation
@@ -220,19 +221,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "duration": duration,
-        "jpeg": _data_url,
-        "score": score,
-        "shortened": shortened,
-        "svg": _svg,
-    }
-    environment.globals |= {
-        "counted": counted,
-        "right": RIGHT,
-        "variables": VARIABLES,
-        "wrong": WRONG,
-    }
+    filters = {"duration": duration, "score": score, "shortened": shortened}
+    environment.filters |= filters | {"jpeg": _data_url, "svg": _svg}
+    environment.globals |= {"counted": counted, "variables": VARIABLES}
+    environment.globals |= {"right": RIGHT, "wrong": WRONG}
     return environment
 
 

@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,34 +21,23 @@ AP_NAMES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Curves:
-    loss: Plot
-    terms: Plot
-    precision: Plot
-    classes: Plot
-    num_evaluations: int
-    since_best: int  # evaluations after the best one
-    loss_falls: bool | None  # in the last evaluation; None: fewer than two
-    num_classes: int  # that have a score, not all of which are drawn
-
-
-def curves_of(history: RunHistory, rows: Rows) -> Curves:
-    """Losses per log line are of this start, evaluations of all starts."""
-    losses = _column(rows, "loss")[1]
-    scores = _column(rows, "map50")[1]
+def curves_of(history: RunHistory, rows: Rows) -> dict[str, Any]:
+    """Plots and what is said of them. Losses per log line are of this start, evaluations of all
+    starts.
+    """
+    losses, scores = _column(rows, "loss")[1], _column(rows, "map50")[1]
     names = [name for name in (rows[-1] if rows else {}) if name.startswith("ap50/")]
     names = [name for name in names if _column(rows, name)[0]]
-    return Curves(
-        loss=_loss_plot(history, rows),
-        terms=_terms_plot(history, rows),
-        precision=_precision_plot(rows),
-        classes=_classes_plot(rows, names),
-        num_evaluations=len(scores),
-        since_best=len(scores) - 1 - int(np.argmax(scores)) if scores else 0,
-        loss_falls=losses[-1] < 0.98 * losses[-2] if len(losses) > 1 else None,
-        num_classes=len(names),
-    )
+    return {
+        "loss": _loss_plot(history, rows),
+        "terms": _terms_plot(history, rows),
+        "precision": _precision_plot(rows),
+        "classes": _classes_plot(rows, names),
+        "num_evaluations": len(scores),
+        "since_best": len(scores) - 1 - int(np.argmax(scores)) if scores else 0,
+        "loss_falls": losses[-1] < 0.98 * losses[-2] if len(losses) > 1 else None,
+        "num_classes": len(names),  # that have a score; not all are drawn
+    }
 
 
 def _loss_plot(history: RunHistory, rows: Rows) -> Plot:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,48 +46,30 @@ class Scored:
         return value if is_score(value) else math.nan
 
 
-@dataclass(frozen=True, eq=False)
-class Results:
-    """Extremes are (name, score), worst first; none where fewer than two could be scored."""
-
-    recall: Plot
-    f1: Plot
-    confusion: Plot
-    sizes: Plot
-    wide_confusion: bool
-    class_extremes: Sequence[tuple[str, float]]
-    size_extremes: Sequence[tuple[str, float]]
-    confused: Sequence[tuple[str, str, int, float]]  # true class, predicted as, boxes, share
-    worst: Sequence[tuple[str, str, Pair]]  # file, caption, truth and prediction
-    num_true: int
-    num_missed: int
-    num_false: int
-
-
-def results_of(scored: Scored, samples: SampleTable, by_size: Sequence[int]) -> Results:
-    """by_size: the number of small, medium and large true boxes."""
+def results_of(scored: Scored, samples: SampleTable, by_size: Sequence[int]) -> dict[str, Any]:
+    """Plots and what is said of them. by_size: the number of small, medium and large true boxes."""
     table = scored.diagnosis.confusion
     counts, rows, columns = condensed(scored.diagnosis)
-    class_scores = {name: scored.score(f"ap50/{name}") for name in class_names_in(scored.metrics)}
-    size_scores = {size: scored.score(f"map_{size}") for size in SIZES}
     judged = zip(scored.diagnosis.worst, scored.worst, strict=True)
-    return Results(
-        recall=_recall_plot(scored),
-        f1=_f1_plot(scored.diagnosis),
-        confusion=confusion_table(counts, rows, columns) if counts.any() else Plot(None),
-        sizes=_sizes_plot(scored, by_size),
-        wide_confusion=len(rows) > SMALL_TABLE,
-        class_extremes=_extremes(class_scores),
-        size_extremes=_extremes(size_scores),
-        confused=_confused(scored.diagnosis),
-        worst=[
+    return {
+        "recall": _recall_plot(scored),
+        "f1": _f1_plot(scored.diagnosis),
+        "confusion": confusion_table(counts, rows, columns) if counts.any() else Plot(None),
+        "wide_confusion": len(rows) > SMALL_TABLE,
+        "sizes": _sizes_plot(scored, by_size),
+        "class_extremes": _extremes(
+            {name: scored.score(f"ap50/{name}") for name in class_names_in(scored.metrics)}
+        ),
+        "size_extremes": _extremes({size: scored.score(f"map_{size}") for size in SIZES}),
+        "confused": _confused(scored.diagnosis),
+        "worst": [
             (samples.path(each.index).rpartition("/")[2], caption(each), pair)
             for each, pair in judged
         ],
-        num_true=int(table[:-1].sum()),
-        num_missed=int(table[:-1, -1].sum()),
-        num_false=int(table[-1, :-1].sum()),
-    )
+        "num_true": int(table[:-1].sum()),
+        "num_missed": int(table[:-1, -1].sum()),
+        "num_false": int(table[-1, :-1].sum()),
+    }
 
 
 def _drawn_curves(diagnosis: Diagnosis) -> list[tuple[ScoreCurve, str]]:
@@ -137,6 +120,7 @@ def _sizes_plot(scored: Scored, by_size: Sequence[int]) -> Plot:
 
 
 def _extremes(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The worst and the best, if two or more could be scored and one is above 0."""
     known = sorted((value, name) for name, value in scores.items() if is_score(value))
     if len(known) < 2 or not known[-1][0]:
         return []
@@ -144,7 +128,9 @@ def _extremes(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _confused(diagnosis: Diagnosis) -> list[tuple[str, str, int, float]]:
-    """The pairs of classes that are confused most often."""
+    """The pairs of classes that are confused most often: true class, predicted class, boxes, share
+    of the true boxes of that class.
+    """
     table, names = diagnosis.confusion[:-1], diagnosis.class_names
     between, totals = table[:, :-1].copy(), table.sum(1)
     np.fill_diagonal(between, 0)

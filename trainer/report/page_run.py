@@ -4,7 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import metadata
 from statistics import median
 from typing import Any
@@ -57,29 +57,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-@dataclass(frozen=True, eq=False)
-class DataPlots:
-    classes: Plot
-    sides: Plot
-    counts: Plot
-    rarest: tuple[str, int, int] | None  # class, boxes, images; None: one class only
-    most_boxes: int  # in one image
-
-
-def data_plots(splits: Sequence[Statistics], num_queries: int) -> DataPlots:
-    """Of one split, or two: training first, validation second."""
+def data_plots(splits: Sequence[Statistics], num_queries: int) -> dict[str, Any]:
+    """Plots of one split, or of two, training first; the rarest class as name, boxes, images."""
     first = splits[0]
     order = np.argsort(-first.per_class, kind="stable")
     last = int(order[-1])
     counts = (int(first.per_class[last]), int(first.images_per_class[last]))
     most = max(int(each.counts.max(initial=0)) for each in splits)
-    return DataPlots(
-        classes=_classes_plot(splits, order),
-        sides=_sides_plot(splits) if any(each.num_boxes for each in splits) else Plot(None),
-        counts=_counts_plot(splits, num_queries, most),
-        rarest=(first.class_names[last], *counts) if len(order) > 1 else None,
-        most_boxes=most,
-    )
+    return {
+        "classes": _classes_plot(splits, order),
+        "sides": _sides_plot(splits) if any(each.num_boxes for each in splits) else Plot(None),
+        "counts": _counts_plot(splits, num_queries, most),
+        "rarest": (first.class_names[last], *counts) if len(order) > 1 else None,
+        "most_boxes": most,  # in one image
+    }
 
 
 def _by_split(splits: Sequence[Statistics], columns: Sequence[np.ndarray]) -> dict[str, list]:
@@ -127,31 +118,23 @@ def _percent(counts: np.ndarray) -> np.ndarray:
     return 100 * counts / max(counts.sum(), 1)
 
 
-@dataclass(frozen=True)
-class FindingGroup:
-    """Findings of one severity, kind and action: the first ones as lines, and how many more."""
-
-    severity: str
-    kind: str
-    action: str
-    count: int
-    lines: Sequence[str]
-    more: int
-
-
-def finding_groups(findings: Sequence[Finding]) -> list[FindingGroup]:
-    """Gravest first."""
+def finding_groups(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Findings by severity, kind and action, gravest first; `more` counts those without a line."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.action), []).append(finding)
     return [
-        FindingGroup(
-            *key,
-            count=sum(finding.count for finding in groups[key]),
-            lines=[finding.line() for finding in groups[key][:MOST_FINDINGS]],
-            more=sum(finding.count for finding in groups[key][MOST_FINDINGS:]),
+        {
+            "severity": severity,
+            "kind": kind,
+            "action": action,
+            "count": sum(finding.count for finding in group),
+            "lines": [finding.line() for finding in group[:MOST_FINDINGS]],
+            "more": sum(finding.count for finding in group[MOST_FINDINGS:]),
+        }
+        for (severity, kind, action), group in sorted(
+            groups.items(), key=lambda item: GRAVEST_FIRST.index(item[0][0])
         )
-        for key in sorted(groups, key=lambda key: GRAVEST_FIRST.index(key[0]))
     ]
 
 
@@ -159,7 +142,8 @@ def changed_and_default(settings: Mapping[str, Any]) -> tuple[dict[str, Any], di
     """The settings that differ from their defaults, and those that do not."""
     owned = (*fields(TrainConfig), *fields(ViDTConfig))
     defaults = {field.name: field.default for field in owned}
-    changed, same = {}, {}
+    changed: dict[str, Any] = {}
+    same: dict[str, Any] = {}
     for name, value in settings.items():
         default = defaults.get(name)
         as_saved = list(default) if isinstance(default, tuple) else default

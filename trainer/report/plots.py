@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeAlias
 
@@ -88,7 +88,7 @@ class Axes:
     log_x: bool = False
     log_y: bool = False
     whole_x: bool = False  # ticks at whole numbers only
-    guides: Sequence[tuple[float, str]] = field(default=())  # vertical lines: x, text
+    guides: Sequence[tuple[float, str]] = ()  # vertical lines: x, text
 
 
 @contextmanager
