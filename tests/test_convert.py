@@ -22,7 +22,7 @@ from vidt.convert import main
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import load_model, read_start
-from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.published import coco_rows
 from vidt.weights.released import (
     imagenet_swin,
     name_in_released,
@@ -115,7 +115,10 @@ def test_every_released_tensor_finds_its_place(path: str) -> None:
 
 
 @golden.present
-@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if "base" in path else ()) for path in LISTS],
+)
 def test_there_and_back_is_the_identity(path: str) -> None:
     tensors = filled(path)
     config = released_config(tensors)
@@ -161,7 +164,7 @@ def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     torch.save({"model": tensors, "args": epff, "epoch": 49, "optimizer": {"state": {}}}, first)
     assert main([first, ours]) == 0
     model, info = load_model(ours)
-    assert info.class_names == COCO_ROWS and info.config == released_config(tensors)
+    assert info.class_names == coco_rows() and info.config == released_config(tensors)
     assert load_kept(ours).keys() == unread_tensors(tensors).keys()
     assert main([ours, back]) == 0
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -172,7 +175,7 @@ def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
         assert torch.equal(content["model"][name], tensor), name
     assert (tmp_path / "back.pth").stat().st_size < 1.01 * (tmp_path / "in.pth").stat().st_size
     again, config, class_names = read_start(back)
-    assert config == info.config and class_names == COCO_ROWS
+    assert config == info.config and class_names == coco_rows()
     assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
 
 
@@ -320,6 +323,7 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns if p.is_file() else 0 for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:
     """As a person starts it: nothing else is said, no file is left."""
     (tmp_path / "in.pth").write_bytes(b"no weights")

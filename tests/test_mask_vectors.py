@@ -15,18 +15,22 @@ from golden_compare import load
 from scipy.fft import dctn
 from torch import Tensor
 
-from vidt.losses.mask_vectors import (
-    decode_vectors,
-    encode_squares,
-    paste_squares,
-    square_masks,
-    zigzag,
-)
+from vidt.images import mask_drawing
+from vidt.images.mask_drawing import zigzag
+from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.model.vidt import ViDTConfig
 from vidt.predict.predictor import decode_for
 
 PLUS = "vidt_plus_swin_nano_300"
 BOXES = ("pred_logits", "pred_boxes")
+
+
+def decode_vectors(vectors: Tensor, side: int) -> Tensor:
+    return torch.from_numpy(mask_drawing.decode_vectors(vectors.numpy(), side))
+
+
+def paste_squares(squares: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(mask_drawing.paste_squares(squares.numpy(), boxes.numpy(), size))
 
 
 def bits(packed: Tensor, *shape: int) -> Tensor:

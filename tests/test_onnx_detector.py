@@ -17,10 +17,8 @@ from PIL import Image
 from tiny_runs import environment
 from torch import Tensor, nn
 
-from vidt.images import mask_drawing
 from vidt.images.canvas import canvas_of, fitted_shape, framed
 from vidt.images.preprocessing import Preprocessing
-from vidt.losses import mask_vectors
 from vidt.model.vidt import ViDTConfig
 from vidt.onnx.detector import FORMAT, OnnxDetector, _decoded
 from vidt.onnx.graph import ExportedDetector, make_graph
@@ -179,20 +177,6 @@ def test_fitting_into_a_frame(
     canvas: tuple[int, int], frame: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     assert fitted_shape(canvas, frame) == shape
-
-
-def test_masks_are_drawn_as_by_torch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(6, 30, generator=generator)
-    squares = mask_vectors.decode_vectors(vectors, 24)
-    found = mask_drawing.decode_vectors(vectors.numpy(), 24)
-    assert np.array_equal(found, squares.numpy())
-    usual, odd = [[3, 4, 30, 20], [-9, -5, 12, 80]], [[10.3, 2.2, 10.4, 9], [50, 50, 60, 70]]
-    boxes = torch.tensor([*usual, *odd, [5, 5, 5, 5], [float("nan"), 0, 4, 4]])
-    expected = mask_vectors.paste_squares(squares, boxes, (40, 50)).numpy()
-    drawn = mask_drawing.paste_squares(found, boxes.numpy(), (40, 50))
-    assert drawn.shape == expected.shape and expected.any((1, 2)).tolist()[:2] == [True, True]
-    assert (drawn != expected).mean() < 1e-4
 
 
 def foreign(path: Path, metadata: dict[str, str]) -> Path:

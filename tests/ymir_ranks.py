@@ -47,7 +47,7 @@ def both_fail(first: bool) -> None:
     if first:
         time.sleep(0.5)
         raise TaskError(Code.DATASET, "no images")
-    raise ValueError("no images")
+    raise UserError("no images")
 
 
 def dies_of(signum: int) -> Callable[[bool], None]:

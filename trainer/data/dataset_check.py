@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.box_check import judge_boxes
+from trainer.readers.coco_columns import judge_boxes
 from trainer.readers.findings import Finding, Severity, fold, listed
 from trainer.readers.samples import SampleTable
 from trainer.settings.wording import counted

@@ -2,7 +2,7 @@
 is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
 
 Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
-`trainer.data.box_check` judges them.
+`trainer.readers.coco_columns.judge_boxes` judges them.
 """
 
 import os

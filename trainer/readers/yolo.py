@@ -57,9 +57,7 @@ def _yaml_path(path: Path) -> Path:
         return path / "data.yaml"
     found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
     if len(found) != 1:
-        raise UserError(
-            f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own"
-        )
+        raise UserError(f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own")
     return found[0]
 
 

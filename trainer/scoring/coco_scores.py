@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.box_check import judge_boxes
+from trainer.readers.coco_columns import judge_boxes
 from trainer.readers.coco_file import (
     FOREIGN_CLASS,
     MALFORMED_BOX,
@@ -34,9 +34,9 @@ from trainer.scoring.average_precision import (
     coco_numbers,
     match,
     overlap_of_boxes,
+    overlap_of_masks,
     xywh,
 )
-from trainer.scoring.mask_overlap import overlap_of_masks
 from trainer.scoring.prediction_formats import ImagePredictions
 
 # The numbers in words, in COCO's order.

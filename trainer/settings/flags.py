@@ -82,7 +82,7 @@ def read_value(setting: Setting, raw: object, where: str) -> Any:
 
 
 def _scalar(kind: type, raw: object) -> Any:
-    """One value of the kind; raises UserError for anything else.
+    """One value of the kind; raises ValueError for anything else.
 
     YAML reads 1e-4 as text, so text may be a number; to Python True is 1, so that is ruled out.
     """

@@ -1,17 +1,19 @@
-"""Instance masks from their vectors as `vidt.losses.mask_vectors` draws them, for detectors that
-run without torch. See there for what a vector is; a test holds the two together.
+"""Instance masks drawn from their vectors, in NumPy: detectors that run without PyTorch need it.
+`vidt.losses.mask_vectors` encodes masks and says what a vector is.
 
 Letters: n objects, K numbers of a vector, S side of the square, H x W image.
 """
+
+from functools import cache
 
 import numpy as np
 
 
 def decode_vectors(vectors: np.ndarray, side: int) -> np.ndarray:
-    """Vectors [n, K] to squares, bool [n, S, S]: where the cosines' sum is in the upper half of its
-    range.
+    """Turn vectors [n, K] into squares, bool [n, S, S]: True where the sum of the cosines lies in
+    the upper half of its range.
     """
-    cells = _zigzag(side)[: vectors.shape[1]]
+    cells = zigzag(side)[: vectors.shape[1]]
     spectrum = np.zeros((len(vectors), side, side))
     spectrum[:, cells // side, cells % side] = vectors
     place = np.arange(side) + 0.5
@@ -22,8 +24,13 @@ def decode_vectors(vectors: np.ndarray, side: int) -> np.ndarray:
     return heights > middle
 
 
-def _zigzag(side: int) -> np.ndarray:
-    """The cells of a square, row by row numbered 0..S*S-1, by frequency: [S * S]."""
+@cache
+def zigzag(side: int) -> np.ndarray:
+    """The cells of a square, numbered row by row 0..S*S-1, in the order of their frequency: int64
+    [S * S].
+
+    Diagonals start at the corner; even ones run upwards, odd ones downwards.
+    """
     row, column = np.indices((side, side))
     diagonal = row + column
     along = np.where(diagonal % 2 == 0, column, row)
@@ -31,22 +38,24 @@ def _zigzag(side: int) -> np.ndarray:
 
 
 def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Squares [n, S, S] drawn into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W].
+    """Draw squares [n, S, S] into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W].
 
-    Interpolated linearly; of a box that sticks out of the image, what is inside it.
+    Interpolates linearly; what lies outside the image is cut off.
     """
-    pasted = np.zeros((len(squares), *size), bool)
+    # Column by column in memory, the order of COCO's run lengths.
+    pasted = np.zeros((len(squares), *size[::-1]), bool).transpose(0, 2, 1)
     for image, square, box in zip(pasted, squares.astype(np.float32), boxes.tolist(), strict=True):
         left, top, right, bottom = box
-        rows, columns = pixels_within(top, bottom, size[0]), pixels_within(left, right, size[1])
+        rows, columns = _pixels_within(top, bottom, size[0]), _pixels_within(left, right, size[1])
         drawn = _stretched(square, top, bottom, rows)  # [rows, S]
         drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
         image[rows.start : rows.stop, columns.start : columns.stop] = (drawn >= 0.5).T
     return pasted
 
 
-def pixels_within(low: float, high: float, length: int) -> range:
-    """Of an axis of `length` pixels, those whose centres may lie from low to high; none if NaN."""
+def _pixels_within(low: float, high: float, length: int) -> range:
+    """The pixels of an axis of `length` whose centres may lie between low and high; none for
+    NaN."""
     if not low < high:
         return range(0)
     start = min(max(low - 1, 0), length)
@@ -54,8 +63,8 @@ def pixels_within(low: float, high: float, length: int) -> range:
 
 
 def _stretched(square: np.ndarray, low: float, high: float, pixels: range) -> np.ndarray:
-    """Cells [S, X], stretched along S from low to high, at the centres of `pixels`: interpolated
-    between the centres of cells, zero beyond. [pixels, X].
+    """Stretch cells [S, X] along S from low to high and sample them at the centres of `pixels`,
+    linearly between the centres of cells, zero beyond: [pixels, X].
     """
     side = len(square)
     centres = np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5)

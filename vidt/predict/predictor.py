@@ -26,14 +26,14 @@ from vidt.images.inputs import (
     remembered,
     rows_of,
 )
+from vidt.images.mask_drawing import decode_vectors, paste_squares
 from vidt.images.preprocessing import resize
-from vidt.losses.mask_vectors import decode_vectors, paste_squares
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
 from vidt.ops.packing import pack
 from vidt.weights.checkpoint import WeightsInfo, load_model
-from vidt.weights.coco_classes import COCO_ROWS
+from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 
 TOP_K = 100  # detections per image, the released constant
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,9 +74,11 @@ class Detections:
         """
         if self.mask_vectors is None:
             return None
-        kept = self.mask_vectors
-        boxes = self.boxes if kept.boxes is None else kept.boxes
-        return paste_squares(decode_vectors(kept.vectors, kept.side), boxes, kept.size)
+        vectors, side = self.mask_vectors.vectors, self.mask_vectors.side
+        boxes = self.boxes if self.mask_vectors.boxes is None else self.mask_vectors.boxes
+        squares = decode_vectors(_as_array(vectors), side)
+        drawn = torch.from_numpy(paste_squares(squares, _as_array(boxes), self.mask_vectors.size))
+        return drawn.to(vectors.device)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
@@ -136,6 +138,11 @@ class Detections:
                 boxes=None if masks.boxes is None else change(masks.boxes),
             ),
         )
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16."""
+    return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
 
 
 def on_cpu(found: Sequence[Detections]) -> list[Detections]:
@@ -279,8 +286,8 @@ class Predictor:
     @property
     def category_ids(self) -> tuple[int, ...]:
         """What the training data called the classes, [K]; the label + 1 where that is not known."""
-        if self.class_names == COCO_ROWS:
-            return tuple(range(len(COCO_ROWS)))
+        if len(self.class_names) == NUM_COCO_ROWS and self.class_names == coco_rows():
+            return tuple(range(NUM_COCO_ROWS))
         ids = self.info.training.get("category_ids", ())
         counted = tuple(range(1, len(self.class_names) + 1))
         return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted

@@ -15,8 +15,7 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.weights.coco_classes import COCO_ROWS
-from vidt.weights.published import Unreachable, local_weights
+from vidt.weights.published import NUM_COCO_ROWS, Unreachable, coco_rows, local_weights
 from vidt.weights.released import TOKEN_CLASSES, fitting, released_config, released_vidt
 from vidt.weights.weights_file import (
     UnusableWeights,
@@ -157,8 +156,8 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
         raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that can be started from: {error}"
         ) from error
-    if not names and config.num_classes == len(COCO_ROWS):
-        names = COCO_ROWS
+    if not names and config.num_classes == NUM_COCO_ROWS:
+        names = coco_rows()
     return tensors, WeightsInfo(config, names, preprocessing, file.metrics)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import urllib.request
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
@@ -24,9 +25,20 @@ BODIES = {
     "small": "swin_small",
     "base": "swin_base_win7_22k",
 }
+NUM_COCO_ROWS = 91
 HASH = "sha256="  # of an address ending in #sha256=0123...
 PATIENCE = 60  # seconds without a byte after which a download is given up
 CHUNK = 1 << 20
+
+
+@cache
+def coco_rows() -> tuple[str, ...]:
+    """The class names of the released COCO heads, 91 rows: row i is category id i."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights  # takes a second
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    unused = ("__background__", "N/A")
+    return tuple(f"unused {i}" if name in unused else name for i, name in enumerate(names))
 
 
 class Unreachable(UserError):
