@@ -277,7 +277,7 @@ def test_a_written_configuration_repeats_the_run(tiny_data: Path, room: Path) ->
     first = run(tiny_data, room, "--max_steps 2")
     words = ["--config", str(room / "config.yaml"), "--output_dir", str(room / "again")]
     assert main_here(words) == 0
-    state, _ = resume.load(resume.checkpoints(room / "again/checkpoints")[0])
+    state = resume.load(resume.checkpoints(room / "again/checkpoints")[0]).state
     assert state.best_metrics == first
 
 

@@ -16,6 +16,7 @@ from trainer.commands.command_line import main
 pytest.importorskip("onnxruntime")
 pytest.importorskip("vidt.onnx.export")
 
+pytestmark = pytest.mark.slow
 WITHOUT_PYTORCH = """
 import sys
 for name in ("torch", "torchvision", "timm", "accelerate"):

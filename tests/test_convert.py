@@ -115,7 +115,10 @@ def test_every_released_tensor_finds_its_place(path: str) -> None:
 
 
 @golden.present
-@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if "base" in path else ()) for path in LISTS],
+)
 def test_there_and_back_is_the_identity(path: str) -> None:
     tensors = filled(path)
     config = released_config(tensors)
@@ -320,6 +323,7 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns if p.is_file() else 0 for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_program_starts_and_fails_in_one_line(tmp_path: Path) -> None:
     """As a person starts it: nothing else is said, no file is left."""
     (tmp_path / "in.pth").write_bytes(b"no weights")

@@ -22,21 +22,21 @@ LOSSES = {
 }
 
 
-def of_step(data: Path, room: Path, portions: int, flags: str, step: int) -> dict[str, Tensor]:
+def of_step(data: Path, room: Path, micro_batches: int, flags: str, step: int) -> dict[str, Tensor]:
     """Eight images, of which one has no boxes."""
-    flags = f"--batch_size 8 --n_iter_to_acc {portions} --dropout 0 {flags}"
+    flags = f"--batch_size 8 --n_iter_to_acc {micro_batches} --dropout 0 {flags}"
     config, fields = settings(data, room, flags)
     return gradients_of_step(config, fields, tables(config, fields)[0], step, cpu())
 
 
 @pytest.mark.parametrize("flags", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("step", [0, 1], ids=["a step", "the epoch's filled-up last step"])
-def test_portions_do_not_matter(masked_data: Path, room: Path, flags: str, step: int) -> None:
+def test_micro_batches_do_not_matter(masked_data: Path, room: Path, flags: str, step: int) -> None:
     whole = of_step(masked_data, room, 1, flags, step)
     assert all(torch.isfinite(gradient).all() for gradient in whole.values())
-    for portions in (2, 4, 8):
-        share, name = furthest(of_step(masked_data, room, portions, flags, step), whole)
-        assert share < ROUNDING, f"{portions} portions: {name} differs by {share:.1e}"
+    for micro_batches in (2, 4, 8):
+        share, name = furthest(of_step(masked_data, room, micro_batches, flags, step), whole)
+        assert share < ROUNDING, f"{micro_batches} micro-batches: {name} differs by {share:.1e}"
 
 
 def test_other_images_are_seen_in_the_gradients(tiny_data: Path, room: Path) -> None:
@@ -66,9 +66,9 @@ def test_the_loop_reports_the_same_first_step(tiny_data: Path, room: Path) -> No
         if progress.event == "step":
             seen.append(dict(progress.metrics))
 
-    for portions in (1, 4):
-        flags = f"--n_iter_to_acc {portions} --dropout 0 --max_steps 1"
-        run(tiny_data, room / str(portions), flags, report=report)
+    for micro_batches in (1, 4):
+        flags = f"--n_iter_to_acc {micro_batches} --dropout 0 --max_steps 1"
+        run(tiny_data, room / str(micro_batches), flags, report=report)
     one, four = seen
     names = [name for name in one if name.startswith(("loss", "grad"))]
     assert {name: four[name] for name in names} == pytest.approx(

@@ -28,7 +28,7 @@ from trainer.loop.agreement import Agreement
 from trainer.readers.coco import coco_folder, read_coco
 from trainer.readers.masks import decode, encode
 from trainer.readers.run_lengths import areas_of, as_coco, read_segmentation
-from trainer.readers.samples import SampleTable
+from trainer.readers.samples import Sample, SampleTable
 from trainer.report.pictures import Comparison, compare
 from trainer.scoring.average_precision import COCO_NUMBERS, STATS
 from trainer.scoring.evaluation import (
@@ -397,7 +397,10 @@ def test_drawn_in_the_colour_of_the_class() -> None:
     masks[1, 300:400, 300:400] = True
     boxes = torch.tensor([[90.0, 90.0, 210.0, 210.0], [290.0, 290.0, 410.0, 410.0]])
     labels, scores = torch.tensor([0, 1]), torch.tensor([0.9, 0.2])
-    row = Comparison(image, boxes, labels, boxes, labels, scores, "", encode(masks), encode(masks))
+    drawn_masks, no_crowd = tuple(encode(masks)), torch.zeros(2, dtype=torch.bool)
+    size, areas = (image.height, image.width), torch.ones(2)
+    sample = Sample("", 1, size, boxes, labels, areas, no_crowd, masks=drawn_masks)
+    row = Comparison(image, sample, Detections(scores, labels, boxes), drawn_masks)
     pair = np.asarray(compare(row, ["a", "b"], min_score=0.3, panel=480))
     top = pair.shape[0] - 480
     drawn = pair[top:, :480].astype(np.float32)  # the truth

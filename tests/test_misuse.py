@@ -361,6 +361,7 @@ def test_in_a_process_of_its_own(words: str) -> None:
     assert done.returncode == 2 and one_line(done.stderr)
 
 
+@pytest.mark.slow
 def test_who_stops_listening_is_no_error(playground: Path) -> None:
     words = f"vidt check --coco_path {playground}/data | true; exit ${{PIPESTATUS[0]}}"
     code = f"'{sys.executable}' -m trainer.commands.command_line"

@@ -26,8 +26,9 @@ def test_weights_give_the_same_detections(tiny_data: Path) -> None:
         detector.predict(pictures, threshold=0.0), EXPECTED["detections"], strict=True
     ):
         assert found.labels.tolist() == expected["labels"]
+        # Layer norms over two channels, as here, magnify differences of rounding.
         torch.testing.assert_close(
-            found.scores, torch.tensor(expected["scores"]), rtol=0, atol=1e-5
+            found.scores, torch.tensor(expected["scores"]), rtol=0, atol=1e-4
         )
         torch.testing.assert_close(found.boxes, torch.tensor(expected["boxes"]), rtol=0, atol=1e-2)
 

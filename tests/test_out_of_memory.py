@@ -1,4 +1,4 @@
-"""Memory that runs out: the same images in smaller portions, and the same result."""
+"""Memory that runs out: the same images in smaller micro-batches, and the same result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_runs import argv, differences, end_of, last_checkpoint, run
 
+import trainer.loop.step
 import trainer.train
 from trainer.loop import resume
 from trainer.report.progress import Progress
@@ -48,7 +49,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line for line in caplog.messages if "out of memory" in line]
 
 
-def test_smaller_portions_with_the_same_result(
+def test_smaller_micro_batches_with_the_same_result(
     tiny_data: Path,
     room: Path,
     room_for: Callable[..., list[int]],
@@ -61,7 +62,7 @@ def test_smaller_portions_with_the_same_result(
     assert tried == [4, 2, 2, 2, 2]
     assert differences(end_of(room / "short"), end_of(room / "planned")) == []
     (line,) = warnings(caplog)
-    assert "2 portions" in line and "--n_iter_to_acc 2" in line and "\n" not in line
+    assert "2 micro-batches" in line and "--n_iter_to_acc 2" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("error", MESSAGES, ids=["CUDA", "any device", "older", "CPU"])
@@ -100,12 +101,12 @@ def test_in_the_middle_of_a_run(
     assert len(warnings(caplog)) == 2  # four, then two, then one at a time
 
 
-def test_the_next_process_goes_on_with_the_smaller_portions(
+def test_the_next_process_goes_on_with_the_smaller_micro_batches(
     tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
 ) -> None:
     tried = room_for(2)
     run(tiny_data, room, "--max_steps 1")
-    assert resume.load(last_checkpoint(room))[0].n_iter_to_acc == 2
+    assert resume.load(last_checkpoint(room)).state.n_iter_to_acc == 2
     run(tiny_data, room, "--max_steps 2 --resume")
     assert tried == [4, 2, 2, 2, 2]
 
@@ -142,6 +143,7 @@ def room_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[in
     return limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--ema", "--no-ema"])
 def test_evaluation_in_halves(
     tiny_data: Path, room: Path, room_to_evaluate: Callable[[int], list[int]], flags: str
@@ -165,7 +167,7 @@ def test_one_image_is_too_much_to_evaluate(
     assert "\n" not in str(caught.value)
 
 
-def test_memory_that_ends_where_portions_do_not_help(
+def test_memory_that_ends_where_micro_batches_do_not_help(
     tiny_data: Path,
     room: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +176,7 @@ def test_memory_that_ends_where_portions_do_not_help(
     def nothing_left(*given: object) -> None:
         raise MESSAGES[0]
 
-    monkeypatch.setattr(trainer.train, "sum_gradients", nothing_left)
+    monkeypatch.setattr(trainer.loop.step, "sum_gradients", nothing_left)
     with pytest.raises(SystemExit) as ended:
         trainer.train.main(argv(tiny_data, room, "--max_steps 1"))
     said = capsys.readouterr().err.splitlines()

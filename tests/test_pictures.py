@@ -1,7 +1,7 @@
-"""Boxes on pictures and the grid of truth beside prediction."""
+"""Boxes on pictures, and the grid of truth beside prediction."""
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from PIL import Image
 
 from trainer.readers.samples import Sample, SampleTable
 from trainer.report.pictures import (
-    Array,
     Comparison,
     compare,
     comparisons,
@@ -39,31 +38,47 @@ def changed(picture: Image.Image) -> np.ndarray:
     return np.any(np.asarray(picture) != 128, axis=2)
 
 
-def row(width: int, height: int, num_found: int = 2, score: float = 0.9) -> Comparison:
-    boxes = np.array([[2, 2, width / 2, height / 2], [width / 3, height / 3, width, height]])
-    return Comparison(
-        image=grey(width, height),
-        truth_boxes=boxes,
-        truth_labels=[0, 1],
-        boxes=boxes[:num_found],
-        labels=[0, 1][:num_found],
-        scores=[score] * num_found,
-        name=f"{width}x{height}.jpg",
+def comparison(
+    image: Image.Image,
+    truth: Sequence[tuple[Sequence[float], int]] = (),
+    found: Sequence[tuple[Sequence[float], int, float]] = (),
+    name: str = "",
+) -> Comparison:
+    """True boxes with their labels, and predicted ones with labels and scores."""
+    boxes = torch.tensor([box for box, _ in truth], dtype=torch.float32).reshape(-1, 4)
+    labels = torch.tensor([label for _, label in truth], dtype=torch.int64)
+    no_crowd = torch.zeros(len(labels), dtype=torch.bool)
+    size = (image.height, image.width)
+    sample = Sample(name, 1, size, boxes, labels, torch.ones(len(labels)), no_crowd)
+    detections = Detections(
+        torch.tensor([score for *_, score in found]),
+        torch.tensor([label for _, label, _ in found], dtype=torch.int64),
+        torch.tensor([box for box, *_ in found], dtype=torch.float32).reshape(-1, 4),
     )
+    return Comparison(image, sample, detections)
+
+
+def row(width: int, height: int, num_found: int = 2, score: float = 0.9) -> Comparison:
+    boxes = [[2, 2, width / 2, height / 2], [width / 3, height / 3, width, height]]
+    found = [(box, label, score) for label, box in enumerate(boxes)][:num_found]
+    truth = [(box, label) for label, box in enumerate(boxes)]
+    return comparison(grey(width, height), truth, found, f"{width}x{height}.jpg")
 
 
 def drawn_alone(
-    image: Image.Image, boxes: Array, labels: Array, scores: Array | None, panel: int | None = None
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    scores: Sequence[float] | None,
+    panel: int | None = None,
 ) -> Image.Image:
-    """The half of a pair that shows boxes without scores, as the truth, or with them, as what was
-    found; without its caption. For pictures that are no higher than wide.
+    """The half of a pair that shows boxes without scores, as the truth, or with them, as the
+    prediction; without its caption. For pictures that are no higher than wide.
     """
-    nothing: Array = np.zeros((0, 4))
-    empty = Comparison(image, nothing, np.zeros(0), nothing, np.zeros(0), np.zeros(0))
     if scores is None:
-        pictured = replace(empty, truth_boxes=boxes, truth_labels=labels)
+        pictured = comparison(image, truth=list(zip(boxes, labels, strict=True)))
     else:
-        pictured = replace(empty, boxes=boxes, labels=labels, scores=scores)
+        pictured = comparison(image, found=list(zip(boxes, labels, scores, strict=True)))
     panel = panel or image.width
     pair = compare(pictured, NAMES, min_score=0.0, panel=panel)
     left = 0 if scores is None else pair.width - panel
@@ -113,24 +128,9 @@ def test_wild_boxes_are_drawn_somehow(box: list[float]) -> None:
     assert changed(drawn_alone(grey(600, 400), [box], [0], [0.1])).any()
 
 
-def test_tensors_arrays_and_lists_draw_the_same() -> None:
-    boxes, labels, scores = [[10.0, 20.0, 50.0, 60.0]], [2], [0.25]
-    drawn = [
-        drawn_alone(grey(100, 100), boxes, labels, scores),
-        drawn_alone(grey(100, 100), np.array(boxes), np.array(labels), np.array(scores)),
-        drawn_alone(
-            grey(100, 100), torch.tensor(boxes), torch.tensor(labels), torch.tensor(scores)
-        ),
-    ]
-    assert changed(drawn[0]).any()
-    assert drawn[0].tobytes() == drawn[1].tobytes() == drawn[2].tobytes()
-
-
 def test_no_boxes_is_a_clean_picture() -> None:
-    nothings: list[list[float] | torch.Tensor] = [[], torch.zeros(0, 4)]
-    for nothing in nothings:
-        drawn = drawn_alone(grey(600, 400), nothing, [], [])
-        assert not changed(drawn).any()
+    for scores in (None, []):
+        assert not changed(drawn_alone(grey(600, 400), [], [], scores)).any()
 
 
 def test_palette_and_transparent_pictures_can_be_drawn_on() -> None:
@@ -178,10 +178,9 @@ def test_grid_of_real_pictures_is_saved_whole(tmp_path: Path) -> None:
     rows = []
     for image in table["images"][:2]:
         boxes = [a["bbox"] for a in table["annotations"] if a["image_id"] == image["id"]]
-        corners = np.array([[x, y, x + w, y + h] for x, y, w, h in boxes])
-        labels = [0] * len(boxes)
+        truth = [([x, y, x + w, y + h], 0) for x, y, w, h in boxes]
         picture = Image.open(BCCD / "images" / image["file_name"])
-        rows.append(Comparison(picture, corners, labels, corners, labels, np.full(len(boxes), 0.5)))
+        rows.append(comparison(picture, truth, [(box, label, 0.5) for box, label in truth]))
     sheet = truth_beside_prediction(rows, ["cell"], [compare(each, ["cell"]) for each in rows])
     path = tmp_path / "out" / "predictions.jpg"
     save_picture(sheet, path)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,31 +12,32 @@ import pytest
 from tiny_runs import environment
 
 from trainer.report.plots import (
-    NUM_SERIES,
+    REST,
+    SERIES,
     Axes,
+    Plot,
     Series,
-    Theme,
     as_picture,
     as_svg,
     bars,
     confusion_table,
+    histograms,
     lines,
-    shares,
     thinned,
 )
 
 HOSTILE = '<script>$x^2$ & "it"</script>\n\x07'
 AXES = Axes("steps", "share", y_range=(0, 1), guides=[(0.5, HOSTILE)])
-EVERY = [Series(str(number), [0, 1], [0, number / 9], number) for number in range(NUM_SERIES)]
-DRAWN: dict[str, Callable] = {
-    "lines": lines([*EVERY, Series("rest", [0, 1], [1, 1], -1, mark=(0, 1))], AXES),
+EVERY = [Series(each, [0, 1], [0, number / 9], each) for number, each in enumerate(SERIES)]
+DRAWN: dict[str, Plot] = {
+    "lines": lines([*EVERY, Series("rest", [0, 1], [1, 1], REST, mark=(0, 1))], AXES),
     "a point": lines([Series("a", [5.0], [0.5], dots=True)], Axes(whole_x=True)),
     "nan": lines([Series("a", [1, 2, 3], [np.nan, 0.5, np.nan])], Axes(whole_x=True)),
     "log": lines([Series("a", [1, 2], [0.001, 900.0])], Axes(log_y=True)),
-    "shares": shares([1, 2, 4, 8], [10, 80, 10], [0, 0, 100], Axes(log_x=True)),
-    "one share": shares([0, 1], [0.0], None, Axes()),
-    "bars": bars(["cat", HOSTILE], [[0.5, np.nan], [0.0, 1.0]], "{:.3f}".format, 1.0),
-    "no bars": bars(["cat"], [[0.0]], "{:.0f}".format),
+    "histograms": histograms([1, 2, 4, 8], {"a": [10, 80, 10], "b": [0, 0, 100]}, Axes(log_x=True)),
+    "one histogram": histograms([0, 1], {"a": [0.0]}, Axes()),
+    "bars": bars(["cat", HOSTILE], {"a": [0.5, np.nan], "b": [0.0, 1.0]}, "{:.3f}", 1.0),
+    "no bars": bars(["cat"], {"a": [0.0]}),
     "confusion": confusion_table(np.array([[7, 0], [123456, 2]]), ["cat", "-"], ["cat", HOSTILE]),
     "no confusion": confusion_table(np.zeros((2, 2), np.int64), ["cat", "-"], ["cat", "-"]),
 }
@@ -45,7 +45,7 @@ DRAWN: dict[str, Callable] = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_colour_is_the_pages_own(name: str) -> None:
-    svg = as_svg(DRAWN[name], HOSTILE)
+    svg = as_svg(DRAWN[name].figure, HOSTILE)
     assert re.findall(r"(?:fill|stroke): *#\w+", svg) == []
     assert "var(--" in svg
     ElementTree.fromstring(svg)  # well-formed: HOSTILE was escaped
@@ -53,17 +53,22 @@ def test_every_colour_is_the_pages_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_nothing_in_it_clashes_with_the_page(name: str) -> None:
-    svg = as_svg(DRAWN[name], "a plot")
+    svg = as_svg(DRAWN[name].figure, "a plot")
     ids = re.findall(r'\bid="([^"]+)"', svg)
     used = set(re.findall(r"#(\w+)\b", " ".join(re.findall(r'(?:url\(|href=")#\w+', svg))))
     assert len(ids) == len(set(ids)) and used <= set(ids)
-    assert not re.search(r'\bid="\w+_\d+"', svg), "another plot on the page has the same"
+    assert not re.search(r'\bid="[\w.]+_\d+"', svg), "another plot on the page has the same"
     assert "font-family" not in svg and "<style" not in svg and "<metadata" not in svg
     assert set(re.findall(r'https?://[^"]*', svg)) <= {"http://www.w3.org/1999/xlink"}
 
 
+def test_a_name_that_looks_like_a_colour_is_a_name() -> None:
+    svg = as_svg(bars([SERIES[0]], {"a": [1.0]}).figure, "a plot")
+    assert f">{SERIES[0]}</text>" in svg
+
+
 def test_numbers_are_written_whole_and_names_as_they_are() -> None:
-    texts = re.findall(r">([^<>\n]+)</text>", as_svg(DRAWN["bars"], "a plot"))
+    texts = re.findall(r">([^<>\n]+)</text>", as_svg(DRAWN["bars"].figure, "a plot"))
     assert {"0.500", "no such objects", "1.000", "cat"} <= set(texts)
     assert "&lt;script&gt;$x^2$ &amp; .." in texts
 
@@ -71,14 +76,13 @@ def test_numbers_are_written_whole_and_names_as_they_are() -> None:
 def test_a_script_that_the_font_lacks_is_left_to_the_page() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        svg = as_svg(bars(["\u7269\u4f53"], [[1.0]], "{:.0f}".format), "a plot")
+        svg = as_svg(bars(["\u7269\u4f53"], {"a": [1.0]}).figure, "a plot")
     assert "\u7269\u4f53" in svg
 
 
 def test_lines_end_within_their_axes() -> None:
     """The last point lies in the last tenth of the axis, not far beyond it."""
-    draw = lines([Series("a", [400.0, 900.0], [0.2, 0.4])], Axes(whole_x=True))
-    figure = draw(Theme())
+    figure = lines([Series("a", [400.0, 900.0], [0.2, 0.4])], Axes(whole_x=True)).figure
     left, right = figure.axes[0].get_xlim()
     assert left == 0 and 900 <= right <= 1000
 
@@ -87,23 +91,24 @@ def test_one_point_is_seen_and_its_axis_says_what_it_is() -> None:
     """Also where log lines beside it are all but equal: no offset, no axis of millionths."""
     points = [
         Series("a", [5, 10], [18.25600, 18.25662], faint=True),
-        Series("b", [10], [18.256], 1),
+        Series("b", [10], [18.256]),
     ]
-    figure = lines(points, Axes(whole_x=True))(Theme())
+    figure = lines(points, Axes(whole_x=True)).figure
     assert figure.axes[0].lines[1].get_marker() == "o"
     low, high = figure.axes[0].get_ylim()
     assert 15 < low < 17 and 19 < high < 21
-    svg = as_svg(lines(points, Axes(whole_x=True)), "a plot")
+    svg = as_svg(figure, "a plot")
     shown = [float(each) for each in re.findall(r">([\d.e+-]+)</text>", svg)]
     assert any(16 < each < 20 for each in shown) and max(shown) < 21
 
 
 def test_the_same_plot_is_the_same_text() -> None:
-    assert as_svg(DRAWN["lines"], "a") == as_svg(DRAWN["lines"], "a")
+    one, other = (as_svg(lines(EVERY, AXES).figure, "a") for _ in range(2))
+    assert one == other
 
 
 def test_a_picture_for_a_light_background() -> None:
-    picture = as_picture(DRAWN["confusion"])
+    picture = as_picture(DRAWN["confusion"].figure)
     pixels = np.asarray(picture)
     assert (pixels[0] == 255).all() and picture.width > 200
     strong = (pixels == (11, 98, 193)).all(2)  # a field that has all of its row

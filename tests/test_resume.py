@@ -259,7 +259,7 @@ def test_portions_asked_for_when_resuming_count(
     tiny_data: Path, one_step: Path, room: Path
 ) -> None:
     run(tiny_data, room, f"--max_steps 2 --n_iter_to_acc 2 --resume {one_step}")
-    assert resume.load(last_checkpoint(room))[0].n_iter_to_acc == 2
+    assert resume.load(last_checkpoint(room)).state.n_iter_to_acc == 2
 
 
 def test_more_patience_when_resuming(tmp_path: Path, room: Path) -> None:
@@ -267,7 +267,7 @@ def test_more_patience_when_resuming(tmp_path: Path, room: Path) -> None:
     data = write_coco(tmp_path / "data", random_pictures(4, 0), random_pictures(2, 1))
     flags = "--epochs 4 --lr 1e-12 --min_lr 0 --no-ema"
     run(data, room, flags, "--patience 1")
-    state = resume.load(last_checkpoint(room))[0]
+    state = resume.load(last_checkpoint(room)).state
     assert state.stopped_early and state.step == 2
     watch = Watch()
     run(data, room, flags, "--patience 3 --resume", report=watch)

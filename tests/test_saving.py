@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import newest_checkpoint
 from torch import Tensor
 
 from trainer.loop import resume
-from trainer.loop.resume import RunState, find, load, save
+from trainer.loop.resume import RunState, load, save
 
 SIZE = 50_000  # numbers in a checkpoint
 
@@ -38,7 +39,8 @@ def root(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     state = RunState(step=7, best_metrics={"map50": float("nan")}, scaler={"scale": 2.0})
     path = save(tmp_path, state, tensors(7), keep=1)
-    found, loaded = load(path)
+    checkpoint = load(path)
+    found, loaded = checkpoint.state, checkpoint.tensors
     assert repr(found) == repr(state)
     assert torch.equal(loaded["model/weight"], tensors(7)["model/weight"])
 
@@ -46,9 +48,9 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_found_by_any_name(root: Path) -> None:
     newest = root / "step-00000009"
     for wanted in (root.parent, root, newest):
-        assert find(wanted) == (newest, [])
-    assert find(root / "step-00000003") == (root / "step-00000003", [])
-    assert find(root.parent / "nowhere") == (None, [])
+        assert newest_checkpoint(wanted) == (newest, [])
+    assert newest_checkpoint(root / "step-00000003") == (root / "step-00000003", [])
+    assert newest_checkpoint(root.parent / "nowhere") == (None, [])
 
 
 def cut_tensors(path: Path) -> None:
@@ -119,13 +121,13 @@ def test_what_is_not_whole_is_named_and_passed_over(
 ) -> None:
     newest = root / "step-00000009"
     damage(newest)
-    path, passed_over = find(root.parent)
+    path, passed_over = newest_checkpoint(root.parent)
     assert path == root / "step-00000006"
     assert len(passed_over) == 1 and str(newest) in passed_over[0]
     assert "\n" not in passed_over[0]
     # What follows is the newest, and the damaged one does not take a whole one's place.
     save_step(root, 7, keep=2)
-    assert find(root.parent)[0] == root / "step-00000007"
+    assert newest_checkpoint(root.parent)[0] == root / "step-00000007"
     left = {"step-00000006", "step-00000007"}
     assert set(os.listdir(root)) == left | ({newest.name} if newest.is_file() else set())
 
@@ -133,7 +135,7 @@ def test_what_is_not_whole_is_named_and_passed_over(
 def test_nothing_whole_at_all(root: Path) -> None:
     for path in root.iterdir():
         cut_tensors(path)
-    path, passed_over = find(root)
+    path, passed_over = newest_checkpoint(root)
     assert path is None
     assert [line.split()[1] for line in passed_over] == [
         str(root / f"step-0000000{step}") for step in (9, 6, 3)
@@ -153,15 +155,15 @@ def test_the_same_step_saved_over_and_over(tmp_path: Path, keep: int) -> None:
     save_step(tmp_path, 3, keep=keep)
     for best_step in range(12):
         path = save_step(tmp_path, 4, keep=keep, best_step=best_step)
-        assert find(tmp_path) == (path, [])
-        assert load(path)[0].best_step == best_step
+        assert newest_checkpoint(tmp_path) == (path, [])
+        assert load(path).state.best_step == best_step
         assert len(os.listdir(tmp_path)) == keep
 
 
 def test_leftovers_of_a_kill_are_not_found_and_go_with_the_next_save(root: Path) -> None:
     (root / "step-00000009").rename(root / ".step-00000009.77.unfinished")
     shutil.copytree(root / "step-00000006", root / ".step-00000006.removed")
-    assert find(root) == (root / "step-00000006", [])
+    assert newest_checkpoint(root) == (root / "step-00000006", [])
     save_step(root, 9)
     assert sorted(os.listdir(root)) == [f"step-0000000{step}" for step in (3, 6, 9)]
 
@@ -183,14 +185,14 @@ def test_a_full_disk_costs_nothing_but_the_new_one(root: Path, num_bytes: int) -
         save_step(root, 12, keep=1)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(root)) == [f"step-0000000{step}" for step in (3, 6, 9)]
-    assert find(root) == (root / "step-00000009", [])
+    assert newest_checkpoint(root) == (root / "step-00000009", [])
 
 
 def test_room_for_the_tensors_but_not_for_the_state(root: Path) -> None:
     settings = {"long": "x" * 8 * SIZE}
     with full_disk(4 * SIZE + 1000), pytest.raises(OSError, match="step-00000012"):
         save_step(root, 12, keep=1, settings=settings)
-    assert find(root) == (root / "step-00000009", [])
+    assert newest_checkpoint(root) == (root / "step-00000009", [])
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
@@ -250,11 +252,12 @@ def test_killed_at_any_instant_of_a_save(
             break
         except Killed:
             instants = len(done)
-        path, passed_over = find(root)
+        path, passed_over = newest_checkpoint(root)
         assert path is not None and passed_over == []
-        assert load(path)[0].step == (3 if "rename" in done else 2)
+        assert load(path).state.step == (3 if "rename" in done else 2)
         save_step(root, 3, keep=keep)
-        state, loaded = load(find(root)[0])
+        checkpoint = load(newest_checkpoint(root)[0])
+        state, loaded = checkpoint.state, checkpoint.tensors
         assert state.step == 3 and bool((loaded["model/weight"] == 3).all())
         assert not [name for name in os.listdir(root) if name.startswith(".")]
     assert instants >= 6

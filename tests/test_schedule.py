@@ -174,7 +174,7 @@ def test_the_average_follows_closely_at_first() -> None:
 
 def test_the_average_is_what_is_evaluated_and_saved(tiny_data: Path, room: Path) -> None:
     run(tiny_data, room, "--max_steps 3 --ema_decay 0.99 --lr 1e-2 --clip_max_norm 0")
-    _, tensors = resume.load(last_checkpoint(room))
+    tensors = resume.load(last_checkpoint(room)).tensors
     saved = load_file(room / "last.safetensors")
     averaged = {n.removeprefix("ema/module."): t for n, t in tensors.items() if n.startswith("ema")}
     trained = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model")}

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, command, environment, program, published
+from tiny_runs import ROOT, command, environment, newest_checkpoint, program, published
 
-from trainer.loop.resume import find
 from trainer.loop.stopping import SAME_REQUEST, Stopped, StopRequest
 
 TIMEOUT = 120.0
@@ -56,7 +55,7 @@ def test_stopped_by_a_signal(
     last = said.splitlines()[-1]
     assert last == f"stopped by {name}; everything is saved, go on with --resume"
     assert "Traceback" not in said
-    path, passed_over = find(room)
+    path, passed_over = newest_checkpoint(room)
     assert path is not None and passed_over == []
     assert 2 <= int(path.name.removeprefix("step-")) < 30
 
@@ -72,7 +71,7 @@ def test_the_launcher_passes_it_on(tiny_data: Path, room: Path) -> None:
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert "stopped by SIGTERM; everything is saved" in said
-    assert find(room)[0] is not None
+    assert newest_checkpoint(room)[0] is not None
 
 
 STUBBORN = f"""

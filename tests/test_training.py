@@ -89,7 +89,7 @@ def test_the_best_is_kept_when_it_gets_worse(
     assert best["map50"] == 0.5 and told[-1].metrics["best_epoch"] == 1
     assert load_weights(room / "best.safetensors")[1].metrics["map50"] == 0.5
     assert load_weights(room / "last.safetensors")[1].metrics["map50"] == 0.5
-    state, _ = resume.load(last_checkpoint(room))
+    state = resume.load(last_checkpoint(room)).state
     assert (state.best_step, state.stale_evaluations) == (2, 2)
 
 
@@ -101,7 +101,7 @@ def test_patience(one_step_epochs: Path, room: Path, patience: int, steps: int) 
     run(one_step_epochs, room, flags, report=told.append)
     assert told[-1].step == steps
     assert ("stopped early" in told[-1].message) == (patience > 0)
-    assert resume.load(last_checkpoint(room))[0].step == steps
+    assert resume.load(last_checkpoint(room)).state.step == steps
 
 
 def test_max_steps_beyond_and_within_the_epochs(tiny_data: Path, room: Path) -> None:

@@ -28,6 +28,7 @@ from tiny_runs import (
     differences,
     environment,
     furthest,
+    newest_checkpoint,
     numbers_of,
     program,
     random_pictures,
@@ -38,7 +39,6 @@ from tiny_runs import (
 from two_processes import LOSSES, VALIDATION, step_gradients, training
 
 from trainer.loop.agreement import Agreement
-from trainer.loop.resume import find
 from trainer.scoring.evaluation import evaluate
 from vidt.weights.checkpoint import load_model
 
@@ -109,7 +109,7 @@ def ended(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 @pytest.mark.parametrize("losses", LOSSES)
 def test_gradients_are_those_of_one_process(ended: Ended, tmp_path: Path, losses: str) -> None:
-    """Two processes with four images each, whole or in two portions; one process with eight."""
+    """Two processes with four images each, in one or two micro-batches; one process with 8."""
     first, second = (seen[f"gradients {losses}"] for seen in ended.seen)
     flags = f"--batch_size 8 {LOSSES[losses]}"
     for ours, theirs, alone in zip(
@@ -138,7 +138,7 @@ def test_gradients_where_one_process_has_no_boxes(ended: Ended, tmp_path: Path) 
 def test_gradients_of_all_parts_where_one_process_has_no_boxes(
     ended: Ended, tmp_path: Path
 ) -> None:
-    """ViDT+ with a teacher, in portions; every parameter has a gradient on both processes."""
+    """ViDT+ with a teacher, in micro-batches; every parameter has a gradient on both processes."""
     flags = f"--batch_size 4 {PLUS} --distil_model_path {ended.folder}/plus"
     alone = step_gradients(ended.folder / "bare", tmp_path, flags)
     for seen in ended.seen:
@@ -196,7 +196,7 @@ def test_memory_that_runs_out_on_one_process_makes_both_take_less(ended: Ended) 
 
 def test_a_signal_to_one_process_stops_both(ended: Ended) -> None:
     assert [seen["stopped"] for seen in ended.seen] == ["stopped by SIGTERM"] * 2
-    path, passed_over = find(ended.folder / "results/stopped")
+    path, passed_over = newest_checkpoint(ended.folder / "results/stopped")
     assert path is not None and path.name == "step-00000002" and passed_over == []
 
 
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
         )
     _, finding = json.loads((output / "non_finite.json").read_text())
     assert finding["step"] == 2 and str(finding["image_ids"]) in line
-    path, _ = find(output)
+    path, _ = newest_checkpoint(output)
     assert path is not None and path.name == "step-00000002"
 
 

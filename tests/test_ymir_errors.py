@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.dataset_check import BadDataset
+from trainer.loop.execution import OutOfMemory
 from trainer.loop.loss_log import NonFiniteLoss
-from trainer.loop.out_of_memory import OutOfMemory
-from trainer.loop.step import smaller_portions
+from trainer.loop.step import more_micro_batches
 from trainer.settings.config import parse
+from vidt.errors import UserError
 from vidt.images.files import UnreadableImage, read_image
 from vidt.weights.checkpoint import load_model
 from vidt.weights.published import Unreachable, local_weights
@@ -78,7 +79,7 @@ def test_what_trainer_and_detector_raise_is_told_by_type(
         Code.MODEL: lambda: load_model(tmp_path / "none.safetensors"),
         Code.IMAGE_FORMAT: lambda: read_image(tmp_path / "none.jpg"),
         Code.NETWORK: lambda: local_weights("http://127.0.0.1:9/w.safetensors"),
-        Code.OOM: lambda: smaller_portions(parse([], own_data=True)[0], 2, (64, 64)),
+        Code.OOM: lambda: more_micro_batches(parse([], own_data=True)[0], 2, (64, 64)),
     }
     assert {code: diagnose(raised(work))[0] for code, work in cases.items()} == {
         code: code for code in cases
@@ -109,7 +110,7 @@ def test_a_failure_in_a_loaders_worker_is_one_line():
 
 
 def test_a_long_message_of_any_characters_is_one_readable_line():
-    _, line = diagnose(ValueError("a\n\tb \udcff" + "x" * 9999))
+    _, line = diagnose(UserError("a\n\tb \udcff" + "x" * 9999))
     assert line.startswith("a b \\udcff") and len(line) <= LONGEST_LINE
     assert diagnose(RuntimeError()) == (Code.CONTAINER, "RuntimeError")
 

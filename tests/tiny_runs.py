@@ -235,9 +235,16 @@ def last_checkpoint(output: Path) -> Path:
     return resume.checkpoints(output / "checkpoints")[0]
 
 
+def newest_checkpoint(wanted: Path) -> tuple[Path | None, list[str]]:
+    """The path of the checkpoint that a run would resume from, and what it would skip."""
+    checkpoint, skipped = resume.find(wanted)
+    return (checkpoint.path if checkpoint else None), skipped
+
+
 def end_of(output: Path) -> dict[str, Any]:
     """Everything in a finished run that must not depend on how often the run was interrupted."""
-    state, tensors = resume.load(last_checkpoint(output))
+    checkpoint = resume.load(last_checkpoint(output))
+    state, tensors = checkpoint.state, checkpoint.tensors
     facts: dict[str, Any] = {f"state/{name}": value for name, value in vars(state).items()}
     del facts["state/settings"]  # where the results are
     files = ("best.safetensors", "last.safetensors")

@@ -36,7 +36,7 @@ from vidt.model.vidt import ViDT
 from vidt.weights.checkpoint import load_model
 
 LOSSES = {"plain": "", "denoising": "--denoising 9"}
-PORTIONS = {"plain": 1, "denoising": 2}
+MICRO_BATCHES = {"plain": 1, "denoising": 2}
 VALIDATION = (1, 3, 6)  # images to share among two
 NON_FINITE_STEP = 2
 
@@ -52,7 +52,7 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     data, room = folder / "data", folder / "results"
     seen: dict[str, Any] = {}
     for name, flags in LOSSES.items():
-        dealt = f"--batch_size 4 --n_iter_to_acc {PORTIONS[name]} {flags}"
+        dealt = f"--batch_size 4 --n_iter_to_acc {MICRO_BATCHES[name]} {flags}"
         seen[f"gradients {name}"] = step_gradients(data, room, dealt)
     taught = f"--batch_size 4 --n_iter_to_acc 2 --distil_model_path {folder}/learnt.safetensors"
     seen["gradients with a teacher"] = step_gradients(data, room, taught)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vidt.errors import UserError
 from ymir_adapter.__main__ import main
 from ymir_adapter.launch import run_rank
 from ymir_adapter.protocol.errors import Code, TaskError
@@ -47,7 +48,7 @@ def both_fail(first: bool) -> None:
     if first:
         time.sleep(0.5)
         raise TaskError(Code.DATASET, "no images")
-    raise ValueError("no images")
+    raise UserError("no images")
 
 
 def dies_of(signum: int) -> Callable[[bool], None]:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from trainer.commands.image_files import ImageFile
 from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
+from vidt.errors import UserError
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
-from vidt.images.files import UnreadableImage, read_image
+from vidt.images.files import read_image
 
 WINDOW_PIXELS = 2**26  # of all images of a window: 200 MB of RGB
 Entry = TypeVar("Entry")
@@ -46,7 +47,7 @@ def read_file(file: ImageFile, size: tuple[int, int] | None = None) -> Read:
     """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
     try:
         return Read(file, read_image(file.path, size))
-    except (UnreadableImage, ValueError) as error:
+    except UserError as error:
         return Read(file, None, str(error))
 
 

@@ -23,6 +23,7 @@ from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.config import TrainConfig
+from vidt.errors import UserError
 from vidt.images.files import read_image
 from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 
@@ -61,7 +62,7 @@ class DetectionDataset(Dataset):
         `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of them, and `has_mask` [N] bool:
         False for an object without, whose `masks` are empty.
 
-        Raises ValueError only if no picture of the dataset can be read.
+        Raises UserError only if no picture of the dataset can be read.
         """
         sample, geometry, image, random = self._read_from(*key)
         objects = ~sample.crowd  # crowd regions are for scoring
@@ -90,7 +91,7 @@ class DetectionDataset(Dataset):
             try:
                 image = read_image(sample.path, sample.size, at_least=geometry.needed)
                 return sample, geometry, image, random
-            except ValueError as error:  # damaged, gone, or no longer the size that was checked
+            except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
@@ -151,7 +152,7 @@ class EvaluationDataset(Dataset):
         sample = self.samples[index]
         try:
             return index, self.preprocessing.pixels(read_image(sample.path, sample.size))
-        except ValueError:
+        except UserError:
             return index, None
 
 

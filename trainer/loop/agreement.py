@@ -14,6 +14,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from vidt.errors import UserError
+
 PATIENCE = timedelta(hours=12)  # a process that died is noticed at once, by its closed connection
 
 
@@ -57,21 +59,21 @@ class Agreement:
         return box[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Does `work` on the main process and gives its result to all. A ValueError or OSError of
-        it is raised there, and as ValueError with its words on the others.
+        """Does `work` on the main process and gives its result to all. A UserError or OSError of
+        it is raised there, and as UserError with its words on the others.
         """
         result, failure = None, None
         if self.is_main:
             try:
                 result = work()
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 failure = error
         # Words travel, exceptions do not: not every one of them can be pickled.
         result, problem = self.from_main((result, str(failure) if failure else ""))
         if failure:
             raise failure
         if problem:
-            raise ValueError(problem)
+            raise UserError(problem)
         return result
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:

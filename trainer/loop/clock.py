@@ -1,15 +1,22 @@
-"""How long a run is, in optimiser steps and in work, and what falls due at a step."""
+"""The length of a run in optimiser steps and in work, what is due at a step, and the record of it
+all in a weights file.
+"""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import PurePath
+from typing import Any
 
-from trainer.settings.config import TrainConfig
+import vidt
+from trainer.readers.samples import SampleTable
+from trainer.settings.config import PLACES, TrainConfig
 
-TRAIN_WORK = 3  # cost of an image in training, in evaluations of an image; for the progress bar
+TRAIN_WORK = 3  # training on an image costs as much as evaluating three; for the progress bar
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How long a run is, in optimiser steps and in work (for progress)."""
+    """The length of a run in optimiser steps and in work, the unit of its progress."""
 
     per_epoch: int
     total_steps: int
@@ -38,12 +45,12 @@ class Clock:
         )
 
     def pause_due(self, step: int, config: TrainConfig) -> bool:
-        """Whether anything is due: the losses must be looked at before something is written."""
+        """Whether anything is due: the losses are checked before anything is written."""
         return self.epoch_ends(step) or self.evaluation_due(step) or self.save_due(step, config)
 
     def fraction(self, step: int, evaluating: float = 0.0) -> float:
-        """Share of the run's work that is done after `step` steps and part of the evaluation that
-        follows them.
+        """Share of the run's work done after `step` steps and the part `evaluating` (0..1) of the
+        evaluation that follows them.
         """
         every = self.per_epoch * self.eval_interval
         evaluations = max(step - 1, 0) // every + evaluating
@@ -51,3 +58,28 @@ class Clock:
         all_evaluations = -(-self.total_steps // every)
         total = self.total_steps * self.step_images * TRAIN_WORK + all_evaluations * self.val_images
         return min(work / total, 1.0)
+
+
+def training_record(
+    config: TrainConfig, train_set: SampleTable, val_set: SampleTable, clock: Clock, step: int
+) -> dict[str, Any]:
+    """Settings and data of a run after `step` steps, for the header of its weights. It has no path,
+    since weights files are passed on.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    for name in ("pre_trained", "load_from", "distil_model_path"):
+        if settings[name] is not None:
+            settings[name] = PurePath(settings[name]).name
+    return {
+        "version": vidt.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "epochs_done": round(step / clock.per_epoch, 2),
+        "steps_done": step,
+        "images_per_step": clock.step_images,
+        "data": {
+            name: {"source": table.source, "images": len(table), "boxes": len(table.labels)}
+            for name, table in (("training", train_set), ("validation", val_set))
+        },
+        "category_ids": list(train_set.category_ids),
+        "settings": settings,
+    }

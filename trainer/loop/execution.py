@@ -1,5 +1,5 @@
-"""How a model runs, without a change to what it computes: compiled, or with activations
-recomputed in the backward pass.
+"""How a model runs, without a change to what it computes: compiled, with activations recomputed in
+the backward pass, and within the memory that there is.
 """
 
 import math
@@ -9,20 +9,41 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vidt.errors import UserError
 from vidt.model import coat, decoder, swin
 
 BLOCKS = (swin.SwinBlock, coat.CoatBlock, decoder.DecoderLayer)
-SIDES = 6  # a compiled run knows about as many lengths of a side
-# More than `compiled_canvas` leaves of a run, whose portions may become smaller on the way too.
+SIDES = 6  # a compiled run has about as many lengths of a side
+# More shapes than `compiled_canvas` produces, also if micro-batches become smaller during the run.
 COMPILED_SHAPES = 4 * (SIDES + 2) ** 2
+# Texts of RuntimeErrors, where torch has no type for them: CUDA and its like, Triton, cuBLAS, CPU.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+class OutOfMemory(UserError):
+    """Not even one image at a time fits into memory; the message says what reduces it."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether smaller batches may help. accelerate's `should_reduce_batch_size` is not used: it
+    misses Triton and cuBLAS, and counts cuDNN's CUDNN_STATUS_NOT_SUPPORTED.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Blocks of the backbone and layers of the decoder keep their inputs only, and are computed
     again in the backward pass: less memory for a third more time.
 
-    Their forward is replaced, rather than they wrapped, so that weights keep their names. A copy
-    of the model made later would run the original's blocks.
+    This replaces their `forward` instead of wrapping them, so that weights keep their names. A copy
+    of the model made afterwards would run the blocks of the original.
     """
     for module in model.modules():
         if isinstance(module, BLOCKS):

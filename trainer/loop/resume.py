@@ -1,9 +1,9 @@
-"""Crash-safe checkpoints of a run: everything that a run needs to go on as if nothing had happened.
+"""Crash-safe checkpoints: a resumed run computes what the uninterrupted run would have computed.
 
-A checkpoint is a folder `step-00000123` that appears by one rename, after its files were written
-and flushed. Its `state.json` names the size and SHA-256 of its tensors, so a torn or foreign folder
-is seen, named and skipped. Nothing in it is pickled. Random numbers need no place in it: they
-follow from (seed, step) and (seed, epoch, image).
+A checkpoint is a folder `step-00000123` that appears by one rename, after its files are written
+and flushed. Its `state.json` holds the size and SHA-256 of its tensors, so that a torn or foreign
+folder is noticed, named and skipped. Nothing in it is pickled. It holds no random state: random
+numbers follow from (seed, step) and (seed, epoch, image).
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vidt.errors import UserError
+
 PREFIX = "step-"
-# The step, and from the second save of it on, which save.
+# The step, and a number for a step that was saved more than once.
 NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
-# What a run leaves in its folder; each file is written anew and put in place of the last.
+# The results in a run's folder; each save replaces them.
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 RESULTS = (
     *("best.safetensors", "last.safetensors", "config.yaml", "metrics.csv"),
@@ -37,7 +38,7 @@ RESULTS = (
 
 @dataclass
 class RunState:
-    """Where a run stands, beside its tensors."""
+    """The state of a run apart from its tensors."""
 
     step: int = 0  # optimiser steps done
     saved_step: int = -1  # the step of the last checkpoint that was due
@@ -55,7 +56,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
-        """The one place where "best" is decided; True if this evaluation is the best so far."""
+        """Records an evaluation; True if it is the best so far. Only this function decides that."""
         self.evaluated_step = self.step
         score = metrics["map50"]
         # With nothing to score (-1) the latest weights are the best guess.
@@ -66,6 +67,15 @@ class RunState:
         else:
             self.stale_evaluations += 1
         return best
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and is intact."""
+
+    path: Path
+    state: RunState
+    tensors: dict[str, Tensor]
 
 
 def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -84,9 +94,9 @@ def tensors_of(model: nn.Module, ema: nn.Module | None, optimizer: Optimizer) ->
 def restore_tensors(
     tensors: dict[str, Tensor], model: nn.Module, ema: nn.Module | None, optimizer: Optimizer
 ) -> None:
-    """The inverse of `tensors_of`, onto the devices of the model.
+    """Restores what `tensors_of` returned, on the devices of the model.
 
-    Raises ValueError if the tensors are those of another architecture.
+    Raises UserError if the tensors are those of another architecture.
     """
     try:
         model.load_state_dict(_under("model/", tensors), strict=True)
@@ -94,16 +104,14 @@ def restore_tensors(
             ema.load_state_dict(_under("ema/", tensors), strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--resume: the checkpoint is of another architecture: {reason}"
-        ) from error
+        raise UserError(f"--resume: the checkpoint is of another architecture: {reason}") from error
     parameters = dict(model.named_parameters())
     fused = optimizer.defaults["fused"]
     for full_name, tensor in _under("optimizer/", tensors).items():
         key, name = full_name.split("/", 1)
-        # The count of steps is read on the host, unless the optimiser is one kernel.
-        there = parameters[name].device if fused or key != "step" else torch.device("cpu")
-        optimizer.state[parameters[name]][key] = tensor.to(there)
+        # AdamW reads its step count on the host, unless it is fused.
+        device = parameters[name].device if fused or key != "step" else torch.device("cpu")
+        optimizer.state[parameters[name]][key] = tensor.to(device)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,11 +123,11 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) -> Path:
-    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes others: the
-    newest `keep` stay. Raises OSError, and leaves the others alone, if it cannot be written.
+    """Writes a checkpoint under a temporary name, flushes it, renames it, then removes all but the
+    newest `keep`. Raises OSError, and removes none, if it cannot be written.
     """
-    # The same step may be saved again, with its evaluation: beside the first, so that one of them
-    # is always there.
+    # A step that is saved again, with its evaluation, gets a folder of its own, so that one of the
+    # two exists at every instant.
     again = [_order(path)[1] + 1 for path in checkpoints(root) if _order(path)[0] == state.step]
     final = root / (f"{PREFIX}{state.step:08d}" + (f".{max(again)}" if again else ""))
     unfinished = root / f".{final.name}.{os.getpid()}.unfinished"
@@ -145,10 +153,10 @@ def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) 
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Keeps `newest`, which is whole, and the keep - 1 before it. Those of later steps go too: this
-    run started afresh, or from an earlier checkpoint, and they would pass for its newest.
+    """Keeps `newest`, which is intact, and the keep - 1 before it. Checkpoints of later steps go
+    too: this run started afresh or from an earlier checkpoint, and they would pass for its newest.
 
-    Each is renamed first, so that none is ever half there under its own name.
+    Each folder is renamed before it is deleted, so that no half-deleted one has a valid name.
     """
     root = newest.parent
     before = [path for path in checkpoints(root) if _order(path) < _order(newest)]
@@ -161,13 +169,13 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def set_aside(output: Path) -> Path | None:
-    """Moves the run that `output` holds to a folder `earlier` in it, in place of what was there, to
-    be gone on with; the new place, or None if there is no run.
+    """Moves the run in `output` into its folder `earlier`, replacing that, and returns the folder;
+    None if there is no run. The moved run can be resumed.
 
-    Its files stay where they are as well, for --load_from may name them, until they are replaced.
-    The checkpoints go last: killed before, the next call does the rest.
+    Its files also stay in `output` until they are replaced: --load_from may name them. The
+    checkpoints move last, so that after a kill the next call completes the move.
     """
-    place, half = output / "earlier", output / ".earlier.half"
+    earlier, half = output / "earlier", output / ".earlier.half"
     if checkpoints(output / CHECKPOINTS):
         half.mkdir(exist_ok=True)
         for name in RESULTS:
@@ -178,82 +186,78 @@ def set_aside(output: Path) -> Path | None:
                 (output / name).rename(half / name)
     elif not (half / CHECKPOINTS).exists():
         return None
-    shutil.rmtree(place, ignore_errors=True)
-    half.rename(place)
-    return place
+    shutil.rmtree(earlier, ignore_errors=True)
+    half.rename(earlier)
+    return earlier
 
 
-def _link(file: Path, place: Path) -> None:
-    """A second name of the file, which keeps what it holds when the first is replaced."""
+def _link(file: Path, target: Path) -> None:
+    """Gives the file a second name, whose content stays when the first is replaced."""
     try:
-        place.hardlink_to(file)
-    except OSError:  # a file system without
-        shutil.copyfile(file, place)
+        target.hardlink_to(file)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(file, target)
 
 
 def sweep(root: Path) -> None:
-    """Removes what a kill in the middle of a save or a removal left."""
+    """Removes the remains of saves and removals that were killed."""
     for leftover in root.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """What is named like a checkpoint, whole or not, newest first."""
+    """Folders that are named like a checkpoint, intact or not, newest first."""
     found = [path for path in root.glob(f"{PREFIX}*") if NAME.fullmatch(path.name)]
     return sorted(found, key=_order, reverse=True)
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """The step of a checkpoint, and which save of that step it is, from 0."""
+    """The step of a checkpoint and the number of the save of that step, from 0."""
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1]), int(match[2] or 0)
 
 
-def load(path: Path) -> tuple[RunState, dict[str, Tensor]]:
-    """A whole checkpoint. Raises ValueError naming the folder and what is wrong with it."""
+def load(path: Path) -> Checkpoint:
+    """Reads an intact checkpoint. Raises UserError naming the folder and what is wrong with it."""
     try:
         content = json.loads((path / STATE).read_text())
         if _fingerprint(path / TENSORS) != content["files"][TENSORS]:
-            raise ValueError(f"{TENSORS} is not the file that was written")
-        return RunState(**content["state"]), load_file(path / TENSORS)
+            raise UserError(f"{TENSORS} is not the file that was written")
+        return Checkpoint(path, RunState(**content["state"]), load_file(path / TENSORS))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} is not whole: {type(error).__name__}: {error}"
         ) from error
 
 
-def newest_whole(candidates: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The first that loads, and a line about each that was passed over."""
-    passed_over: list[str] = []
-    for path in candidates:
-        try:
-            load(path)
-            return path, passed_over
-        except ValueError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+def find(wanted: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest intact checkpoint, and a line about each newer one that was skipped.
 
-
-def find(wanted: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run's output folder, of a folder of checkpoints, or the one
-    named itself; None if there is none; and a line about each that was passed over.
+    wanted is a run's output folder, a folder of checkpoints, or a checkpoint.
     """
-    if (wanted / STATE).exists():
-        return newest_whole([wanted])
     inner = wanted / CHECKPOINTS
-    return newest_whole(checkpoints(inner if inner.is_dir() else wanted))
+    one = (wanted / STATE).exists()
+    skipped: list[str] = []
+    for path in [wanted] if one else checkpoints(inner if inner.is_dir() else wanted):
+        try:
+            return load(path), skipped
+        except UserError as error:
+            skipped.append(str(error))
+    return None, skipped
 
 
 def changed_settings(old: RunState, new: RunState) -> list[str]:
-    """A line for each setting that differs. Raises ValueError for what a run cannot go on with."""
+    """A line for each setting that differs. Raises UserError for a difference that prevents
+    resuming.
+    """
     for name, meaning in (
         ("step_images", "images per optimiser step"),
         ("dataset", "training set"),
     ):
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
-            raise ValueError(
+            raise UserError(
                 f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
                 "same data, --batch_size and number of processes, or start anew with --load_from"
             )

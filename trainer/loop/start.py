@@ -1,18 +1,16 @@
-"""What a run starts from: random weights, an ImageNet body, another run's weights, or a checkpoint
-of its own.
+"""Weights that a run starts from or learns from: ImageNet backbones, detectors, teachers. The main
+process fetches and reads a file; the others receive its tensors.
 """
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
-from trainer.loop import resume as checkpoints
 from trainer.loop.agreement import Agreement
-from trainer.loop.resume import RunState
 from trainer.settings.config import TrainConfig
+from vidt.errors import UserError
 from vidt.losses.distillation import TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -24,22 +22,22 @@ from vidt.weights.weights_file import UnusableWeights, WeightsInfo, fill_strictl
 
 logger = get_logger(__name__)
 
-BODIES = ("imagenet", "none")  # what --pre_trained names that is no file
+NO_FILE = ("imagenet", "none")  # values of --pre_trained that are not a path
 
 
 def require_files(config: TrainConfig) -> None:
-    """Raises ValueError if a file of weights that the run will read is not there: it is read only
-    after the data, which can take long.
+    """Raises UserError if a weights file that the run needs does not exist. Checked first, because
+    the file is read only after the data, which can take long.
     """
     files = {"--distil_model_path": config.distil_model_path, "--load_from": config.load_from}
-    if config.resume is None and config.load_from is None and config.pre_trained not in BODIES:
+    if config.resume is None and config.load_from is None and config.pre_trained not in NO_FILE:
         files["--pre_trained"] = config.pre_trained
     for flag, source in files.items():
         if source is None or "://" in source or Path(source).is_file():
             continue
         what = "a folder" if Path(source).is_dir() else "no such file"
-        words = f"{', '.join(BODIES)} or " if flag == "--pre_trained" else ""
-        raise ValueError(f"{flag} {source}: {what}; give {words}the path of a weights file")
+        words = f"{', '.join(NO_FILE)} or " if flag == "--pre_trained" else ""
+        raise UserError(f"{flag} {source}: {what}; give {words}the path of a weights file")
 
 
 def load_start(
@@ -48,10 +46,8 @@ def load_start(
     class_names: tuple[str, ...],
     agreement: Agreement,
 ) -> None:
-    """Fills a fresh model: a whole detector where --load_from is given, else the body.
-
-    The main process fetches and reads, the others get the tensors from it. Raises ValueError on
-    all of them.
+    """Fills a fresh model: all of it from --load_from, else the backbone from --pre_trained. Raises
+    UserError on every process.
     """
 
     def load() -> None:
@@ -71,8 +67,7 @@ def load_teacher(
     """The frozen detector that --distil_model or --distil_model_path names, on this process's
     device and in the run's precision; None without either.
 
-    The main process fetches and reads it. Raises ValueError on all of them, also for a teacher that
-    this student cannot learn from.
+    Raises UserError on every process, also for a teacher that this student cannot learn from.
     """
     published = TEACHERS[config.distil_model] if config.distil_model else None
     source = config.distil_model_path or (published.url if published else None)
@@ -105,9 +100,7 @@ def load_detector(
     source: str, agreement: Agreement, dec_layers: int | None = None
 ) -> tuple[nn.Module, WeightsInfo]:
     """A detector as it was saved, from a file or a URL, with its first dec_layers decoder layers or
-    all; read by the main process, the same on all.
-
-    Raises ValueError on all of them.
+    all of them. Raises UserError on every process.
     """
     loaded: list[nn.Module] = []
 
@@ -120,56 +113,3 @@ def load_detector(
     model = loaded[0] if loaded else build_detector(info.config)
     agreement.copy_from_main(model.state_dict().values())
     return model, info
-
-
-def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Path | None:
-    """What to resume from, the same on every process; None for a fresh run.
-
-    Raises ValueError if --resume names a place without a whole checkpoint.
-    """
-    if config.resume is None:
-        aside = agreement.on_main(lambda: checkpoints.set_aside(Path(config.output_dir)))
-        if aside is not None:
-            logger.warning(
-                f"{config.output_dir} holds a run already: this one starts anew, and that one is "
-                f"put into {aside} in place of what was there; to go on with that one pass "
-                f"--resume --output_dir {aside}"
-            )
-        return None
-    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
-    found = agreement.on_main(lambda: checkpoints.find(wanted))
-    path, passed_over = found
-    for line in passed_over:
-        logger.warning(f"passed over: {line}")
-    if path is None and (passed_over or config.resume != "auto"):
-        raise ValueError(
-            f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
-        )
-    if path is None:
-        logger.info(f"nothing to resume in {wanted}: a fresh run")
-    return path
-
-
-def restore(
-    path: Path,
-    fresh: RunState,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: Any,
-    accelerator: Accelerator,
-) -> RunState:
-    """State and tensors of a checkpoint. Raises ValueError for one that this run cannot go on
-    from.
-    """
-    state, tensors = checkpoints.load(path)
-    for line in checkpoints.changed_settings(state, fresh):
-        logger.warning(line)
-    checkpoints.restore_tensors(tensors, model, ema, optimizer)
-    if accelerator.scaler is not None and state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    asked = ("batch_size", "n_iter_to_acc")
-    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
-        state.n_iter_to_acc = fresh.n_iter_to_acc  # else what memory allowed still holds
-    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
-    state.settings = fresh.settings
-    return state

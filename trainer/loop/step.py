@@ -1,27 +1,83 @@
-"""One optimiser step: its micro-batches, what all processes must agree on about it, its gradients.
+"""One optimiser step: its micro-batches, what all processes agree on about it, its gradients.
 
-The gradients of a step are the same however its images are dealt out to processes and
-micro-batches: one canvas for all of them, and one normaliser, the boxes of the whole step.
+The gradients of a step do not depend on how processes and micro-batches share its images: all have
+one canvas and one normaliser, the number of boxes of the whole step.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from trainer.data.loader import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
-from trainer.loop.agreement import Agreement
-from trainer.loop.out_of_memory import OutOfMemory, is_out_of_memory
+from trainer.loop.agreement import Agreement, sum_gradients
+from trainer.loop.execution import OutOfMemory, compiled_canvas, is_out_of_memory
+from trainer.loop.optim import learning_rate, set_learning_rate
+from trainer.loop.set_up import Run
+from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 
 logger = get_logger(__name__)
+
+
+def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    """Trains on the images of step `run.state.step`. Returns this process's loss terms, the norm of
+    the gradient over all processes (0 if fp16 overflowed), and this process's image ids.
+
+    Raises Stopped, before it touches the weights, if any process got a signal, and OutOfMemory if
+    not even one image at a time fits.
+    """
+    config, state, accelerator = run.config, run.state, run.accelerator
+    parameters = list(run.model.parameters())
+    set_learning_rate(run.optimizer, learning_rate(state.step, run.clock.total_steps, config))
+    while True:
+        if run.micro_batches is None:
+            steps = range(state.step, run.clock.total_steps)
+            run.micro_batches = micro_batches(
+                run.dataset, config, state.n_iter_to_acc, steps, accelerator
+            )
+        batches = [next(run.micro_batches) for _ in range(state.n_iter_to_acc)]
+        num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
+        if signum:
+            raise Stopped(signum)
+        if config.compile:
+            canvas = compiled_canvas(canvas, config.eval_size, run.dataset.augmentation.max_size)
+        # All that is random in a step follows from its number: there is nothing to save.
+        set_seed(step_seed(config.seed, state.step, accelerator.process_index))
+        terms = gradients(
+            *(run.forward, run.criterion, accelerator, batches, canvas, num_boxes, run.teacher),
+            denoising_queries=config.denoising,
+        )
+        if not run.agreement.any(terms is None):
+            break
+        # Every process frees its memory and loads the same images again in smaller micro-batches.
+        run.optimizer.zero_grad()
+        run.micro_batches, batches = None, []
+        clear_device_cache(garbage_collection=True)
+        state.n_iter_to_acc = more_micro_batches(config, state.n_iter_to_acc, canvas)
+    assert terms is not None
+    sum_gradients(parameters, accelerator.num_processes)
+    norm = accelerator.clip_grad_norm_(parameters, config.clip_max_norm or float("inf"))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if accelerator.optimizer_step_was_skipped:
+        state.skipped_updates += 1
+        norm = torch.zeros_like(norm)  # fp16 overflowed; the weights are as they were
+    elif run.ema is not None:
+        run.ema.update(run.model, step=state.step - state.skipped_updates)
+    state.step += 1
+    return terms, norm, [target["image_id"] for batch in batches for target in batch["targets"]]
 
 
 def micro_batches(
@@ -31,9 +87,7 @@ def micro_batches(
     steps: range,
     accelerator: Accelerator,
 ) -> Iterator[dict[str, Any]]:
-    """This process's micro-batches from the present step to the end of the run, on its device, with
-    images float32, normalised.
-    """
+    """This process's micro-batches of the steps, on its device, with images float32, normalised."""
     loader = training_loader(
         dataset,
         config,
@@ -47,47 +101,51 @@ def micro_batches(
 
 
 def agree_on(
-    window: list[dict[str, Any]], signum: int, agreement: Agreement
+    batches: list[dict[str, Any]], signum: int, agreement: Agreement
 ) -> tuple[float, tuple[int, int], int]:
-    """What a step needs to know of all its micro-batches on all processes: the number of boxes (at
-    least 1), the (height, width) to pad to, and the signal to stop by (0: none). One exchange
-    between hosts.
+    """Facts about a step's micro-batches on all processes: the number of boxes (at least 1), the
+    (height, width) to pad to, and the signal to stop for (0: none). One exchange between hosts.
     """
-    boxes = sum(len(target["labels"]) for batch in window for target in batch["targets"])
-    height = max(batch["images"].shape[2] for batch in window)
-    width = max(batch["images"].shape[3] for batch in window)
+    boxes = sum(len(target["labels"]) for batch in batches for target in batch["targets"])
+    height = max(batch["images"].shape[2] for batch in batches)
+    width = max(batch["images"].shape[3] for batch in batches)
     rows = agreement.gather(boxes, height, width, signum)
     most = rows.amax(0)
     return max(rows[:, 0].sum().item(), 1.0), (int(most[1]), int(most[2])), int(most[3])
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The seed of dropout and drop path, different for each step and process."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
 def gradients(
     model: nn.Module,
     criterion: SetCriterion | SoftmaxCriterion,
     accelerator: Accelerator,
-    window: list[dict[str, Any]],
+    batches: list[dict[str, Any]],
     canvas: tuple[int, int],
     num_boxes: float,
     teacher: TokenMatching | None = None,
     denoising_queries: int = 1,
 ) -> dict[str, Tensor] | None:
-    """Adds the window's gradients to the parameters; returns its loss terms, or None if memory ran
-    out.
+    """Adds the gradients of a step's micro-batches to the parameters. Returns the loss terms, or
+    None if memory ran out.
 
-    Terms are normalised by the boxes and the images of the whole step, so micro-batches and
-    processes simply add up.
+    Terms are divided by the boxes and the images of the whole step, so micro-batches and processes
+    simply add up.
     """
-    num_images = sum(len(batch["images"]) for batch in window) * accelerator.num_processes
+    num_images = sum(len(batch["images"]) for batch in batches) * accelerator.num_processes
     counts = {"num_boxes": num_boxes, "num_images": num_images}
-    wanted = {name: counts[name] for name in criterion.normalised_by}
+    normalisers = {name: counts[name] for name in criterion.normalised_by}
     names: list[str] = []
     sums: Tensor | None = None
     try:
-        for batch in window:
+        for batch in batches:
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
             outputs = model(images, padding, noised_batch(targets, denoising_queries))
-            terms = criterion(outputs, targets, **wanted)
+            terms = criterion(outputs, targets, **normalisers)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)
             names, values = list(terms), torch.stack(list(terms.values()))
@@ -101,10 +159,10 @@ def gradients(
     return dict(zip(names, sums.unbind(), strict=True))
 
 
-def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int, int]) -> int:
+def more_micro_batches(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int, int]) -> int:
     """The next number of micro-batches that divides the batch, at least twice the present one.
 
-    Raises OutOfMemory when a micro-batch is one image already.
+    Raises OutOfMemory if a micro-batch is already one image.
     """
     size = config.batch_size
     larger = [n for n in range(2 * n_iter_to_acc, size + 1) if size % n == 0] or [size]
@@ -114,7 +172,7 @@ def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int,
             "lower --eval_size or --train_max_size, or choose a smaller --backbone_name"
         )
     logger.warning(
-        f"out of memory: --batch_size {size} is now computed in {larger[0]} portions on every "
+        f"out of memory: --batch_size {size} is now split into {larger[0]} micro-batches on every "
         f"process; the result is the same. Pass --n_iter_to_acc {larger[0]} to start that way"
     )
     return larger[0]
@@ -123,18 +181,22 @@ def smaller_portions(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int,
 def check_readable(
     dataset: DetectionDataset, max_bad_fraction: float, agreement: Agreement
 ) -> None:
-    """Says how many images went bad since the check before training, on any process.
+    """Logs the images that any process could not read since the check before training.
 
-    Raises ValueError when they are more than --max_bad_fraction allows.
+    Raises UserError if they are more than --max_bad_fraction of all.
     """
-    unreadable = int(agreement.gather(int(dataset.unreadable.sum())).max())
-    if unreadable > max_bad_fraction * len(dataset):
-        raise ValueError(
-            f"{unreadable} of {counted(len(dataset), 'training image')} can no longer be read, "
-            f"more than --max_bad_fraction {max_bad_fraction:g} allows"
+    own = dataset.unreadable.nonzero().flatten().tolist()
+    unreadable = sorted({index for each in agreement.gather_objects(own) for index in each})
+    if len(unreadable) == dataset.reported:
+        return
+    dataset.reported = len(unreadable)
+    paths = ", ".join(dataset.samples.path(index) for index in unreadable[:3])
+    if len(unreadable) > max_bad_fraction * len(dataset):
+        raise UserError(
+            f"{len(unreadable)} of {counted(len(dataset), 'training image')} can no longer be "
+            f"read, more than --max_bad_fraction {max_bad_fraction:g} allows; such as {paths}"
         )
-    if unreadable > dataset.reported:
-        paths = [dataset.samples.path(i) for i in dataset.unreadable.nonzero().flatten().tolist()]
-        gone = counted(unreadable, "image")
-        logger.warning(f"{gone} can no longer be read, others stand in: {paths[:3]}")
-        dataset.reported = unreadable
+    logger.warning(
+        f"{counted(len(unreadable), 'image')} can no longer be read, and other images replace "
+        f"them: {paths}"
+    )

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT as requests: the step in hand is finished, the run is saved, then it ends.
+"""SIGTERM and SIGINT as requests: the run finishes its step, saves, and ends.
 
-A second signal ends the process at once; one that follows within a moment is the same request (a
-launcher forwards what the terminal has sent already). Exit codes are the shell's: 128 + the
-signal's number (130, 143).
+A second signal ends the process at once, but not within SAME_REQUEST of the first: a launcher
+forwards a signal that the terminal has already sent. Exit codes are the shell's: 128 + the number
+of the signal (130, 143).
 """
 
 import signal
@@ -16,7 +16,7 @@ SAME_REQUEST = 2.0  # seconds
 
 
 class Stopped(Exception):
-    """A run ended because it was asked to; everything was saved."""
+    """A run was asked to stop by the signal `signum`; raised on every process alike."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -32,9 +32,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # elsewhere Python refuses handlers
+        # Python allows handlers on the main thread only.
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -51,7 +50,7 @@ class StopRequest:
             self.signum, self._since = signum, time.monotonic()
         elif time.monotonic() - self._since > SAME_REQUEST:
             self._restore()
-            signal.raise_signal(signum)  # as if we were not here
+            signal.raise_signal(signum)  # now handled as without us
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,17 +1,17 @@
-"""A dataset's own classes to contiguous labels, matched by name."""
+"""Maps a dataset's own classes to contiguous labels, by name."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.readers.findings import Finding
+from vidt.errors import UserError
 
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """`label_of` maps the dataset's own ids to labels, -1 where the class is not to be learnt.
-
-    `category_ids[label]` is the own id, -1 for a class that the dataset does not have.
+    """`label_of` maps the dataset's own ids to labels, -1 for a class that is not trained.
+    `category_ids[label]` is the dataset's id, -1 for a class that it does not have.
     """
 
     names: tuple[str, ...]
@@ -22,21 +22,21 @@ class ClassMatch:
 def match_classes(
     source: str, own_names: Mapping[int, str], class_names: Sequence[str] | None
 ) -> ClassMatch:
-    """Match own ids and names to `class_names`; without it all are taken, in the order of ids.
+    """Match the dataset's ids and names to `class_names`; None takes all, in the order of ids.
 
-    Raises ValueError if there is no class, if two have the same name, or if a name is not one line.
+    Raises UserError if there is no class, if two have the same name, or if a name is not one line.
     """
     if not own_names:
-        raise ValueError(f"{source}: no classes are named")
+        raise UserError(f"{source}: no classes are named")
     own_ids = sorted(own_names)
     names = tuple(own_names[own_id] for own_id in own_ids) if class_names is None else class_names
     for where, given in ((source, own_names.values()), ("class_names", names)):
         twice = [name for name, times in Counter(given).items() if times > 1]
         broken = [name for name in given if len(name.splitlines()) > 1]
         if broken:
-            raise ValueError(f"{where}: class name {broken[0]!r} is not one line; rename it")
+            raise UserError(f"{where}: class name {broken[0]!r} is not one line; rename it")
         if twice:
-            raise ValueError(f"{where}: class name {twice[0]!r} is used twice; names must differ")
+            raise UserError(f"{where}: class name {twice[0]!r} is used twice; names must differ")
     id_of = {own_names[own_id]: own_id for own_id in own_ids}
     label_of_name = {name: label for label, name in enumerate(names)}
     return ClassMatch(
@@ -47,7 +47,7 @@ def match_classes(
 
 
 def foreign_class_findings(source: str, names: Iterable[str]) -> list[Finding]:
-    """One finding for each class that is not to be learnt, given the class of each such box."""
+    """One finding per class that is not trained; `names` holds the class of each of its boxes."""
     return [
         Finding(
             kind="class not trained",

@@ -1,7 +1,7 @@
-"""A COCO file as columns, each annotation with its image, its label, and why it is left out if it
-is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
+"""A COCO file as columns: each annotation with its image, its label and, if it is left out, the
+reason. The trainer and `vidt evaluate` both use this reader. NumPy, without PyTorch.
 
-Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
+The file is read part by part: a million annotations are common. Boxes stay as annotated:
 `trainer.readers.coco_columns.judge_boxes` judges them.
 """
 
@@ -15,8 +15,9 @@ from trainer.readers.classes import ClassMatch, match_classes
 from trainer.readers.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
 from trainer.readers.json_stream import NotJSON, read_members
 from trainer.readers.run_lengths import RunLengths, read_segmentation
+from vidt.errors import UserError
 
-# Why an annotation is left out, in the order in which it is asked.
+# Why an annotation is left out; the first reason that applies counts.
 UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(5)
 
 
@@ -30,18 +31,18 @@ class CocoFile:
     classes: ClassMatch
     images: ImageColumns
     annotations: Annotations
-    odd: dict[int, Row]  # first annotations with something else than numbers, by place
-    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 for none that is known
-    labels: np.ndarray  # int64 [M], -1 for a class that is not asked for, -2 for an unknown one
+    odd: dict[int, Row]  # the first annotations with values that are not numbers, by position
+    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 if unknown
+    labels: np.ndarray  # int64 [M], -1 for a class that is not trained, -2 for an unknown one
     faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
 
 
 def read_coco_file(
     json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> CocoFile:
-    """Labels follow the sorted category ids, or `class_names`, which are matched with the file's.
+    """Read a file. Labels follow the sorted category ids, or `class_names`, matched by name.
 
-    Raises ValueError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
+    Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
     """
     images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
@@ -85,13 +86,13 @@ def _read(
             add[key](rows)
             missing.pop(key, None)
     except OSError as error:
-        raise ValueError(f"{json_path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{json_path}: cannot be read ({error.strerror})") from error
     except NotJSON as error:
-        raise ValueError(f"{json_path}: not JSON ({error})") from error
+        raise UserError(f"{json_path}: not JSON ({error})") from error
     for key in missing:
-        raise ValueError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+        raise UserError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
     if not images.num_rows:
-        raise ValueError(f'{json_path}: empty dataset: its list "images" has no entry')
+        raise UserError(f'{json_path}: empty dataset: its list "images" has no entry')
 
 
 def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
@@ -99,13 +100,13 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
     for category in categories:
         own_id, name = category.get("id"), category.get("name")
         if not isinstance(own_id, int) or not isinstance(name, str) or own_id in names:
-            raise ValueError(
+            raise UserError(
                 f"{json_path}: category {category} needs a name and an integer id of its own"
             )
         try:
             name.encode()
-        except UnicodeEncodeError:  # half of a character that JSON writes as two
-            raise ValueError(
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise UserError(
                 f"{json_path}: category {category} has a name that is no text"
             ) from None
         names[own_id] = name
@@ -113,19 +114,19 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
 
 
 def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> None:
-    """Raises ValueError if no image can be used, or two have the same id."""
+    """Raises UserError if no image can be used, or two have the same id."""
     repeated = images.repeated()
     if repeated:
         own_id, first, second = repeated
-        raise ValueError(
+        raise UserError(
             f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
         )
     if not images.ids:
-        raise ValueError(f"{json_path}: no image has an integer id and a file_name")
+        raise UserError(f"{json_path}: no image has an integer id and a file_name")
 
 
 def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
-    """The image, 0..N-1, of each annotation, -1 for none that is known: int64 [M]."""
+    """The image, 0..N-1, of each annotation, -1 if unknown: int64 [M]."""
     ids = np.array(image_ids, np.int64)
     order = ids.argsort()
     places = np.searchsorted(ids, annotations.image_ids, sorter=order)
@@ -135,7 +136,7 @@ def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
 
 
 def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
-    """-1 for a class that is not asked for, -2 for an unknown category: int64 [M]."""
+    """-1 for a class that is not trained, -2 for an unknown category: int64 [M]."""
     used, places = np.unique(annotations.category_ids, return_inverse=True)
     labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
     return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
@@ -144,10 +145,11 @@ def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
 def read_masks(
     file: CocoFile, keep: np.ndarray, sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, RunLengths, str]]:
-    """Of the annotations where `keep`, bool [M], holds: row, run lengths, b"" for none, and what is
-    wrong with them if something is. sizes: (height, width) of each image, (0, 0) if not known.
+    """Yield (row, run lengths, problem) of the annotations where `keep`, bool [M], holds; run
+    lengths are b"" for no mask, the problem "" for none. sizes: (height, width) of each image,
+    (0, 0) if unknown.
 
-    The file is read a second time: before, sizes of images that come later in it were not known.
+    This reads the file a second time, because images may follow the annotations in it.
     """
     row = -1
     for key, part in read_members(file.path):

@@ -11,6 +11,7 @@ import torch
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.readers.findings import Finding, fold
 from trainer.readers.samples import Sample, SampleTable
+from vidt.errors import UserError
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -39,7 +40,7 @@ def read_voc(
     (xmin - 1, ymin - 1, xmax, ymax). Objects marked difficult become crowd: ignored in training
     and neither rewarded nor punished in scoring. Images are numbered from 1.
 
-    Raises ValueError if no folder has the split, or if nothing in it can be read.
+    Raises UserError if no folder has the split, or if nothing in it can be read.
     """
     pictures: list[_Picture] = []
     findings: list[Finding] = []
@@ -47,7 +48,7 @@ def read_voc(
     for split_file in split_files:
         _read_year(split_file, pictures, findings)
     if not pictures:
-        raise ValueError(f"{split_files[0]}: empty dataset: no image in it has annotations")
+        raise UserError(f"{split_files[0]}: empty dataset: no image in it has annotations")
     own_names = sorted({thing.name for picture in pictures for thing in picture.objects})
     if class_names is not None:
         own_names = sorted({*own_names, *class_names})
@@ -65,7 +66,7 @@ def _split_files(root: Path, split: str) -> list[Path]:
     files = [folder / "ImageSets" / "Main" / f"{split}.txt" for folder in folders]
     found = [file for file in files if file.is_file()]
     if not found:
-        raise ValueError(f"{files[0]}: not found; {root} must be a VOC folder or hold VOC20xx ones")
+        raise UserError(f"{files[0]}: not found; {root} must be a VOC folder or hold VOC20xx ones")
     return found
 
 
@@ -74,7 +75,7 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
     source = f"{folder.name}/{split_file.name}"
     image_dir = folder / "JPEGImages"
     if not image_dir.is_dir():
-        raise ValueError(f"{image_dir}: no such image folder")
+        raise UserError(f"{image_dir}: no such image folder")
     file_names = {name.rsplit(".", 1)[0]: name for name in sorted(os.listdir(image_dir))}
     for line in split_file.read_text().splitlines():
         if not line.strip():
@@ -85,7 +86,7 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
         try:
             tree = ElementTree.parse(xml_path).getroot()
         except (OSError, ElementTree.ParseError) as error:
-            # Kept without boxes, the image would teach that its objects are background.
+            # Without boxes, the image would train its objects as background.
             detail = f"{xml_path.name} cannot be read ({error})"
             findings.append(
                 Finding("unreadable annotations", "error", "removed", detail, source, path)

@@ -12,6 +12,7 @@ from trainer.readers.classes import ClassMatch, foreign_class_findings, match_cl
 from trainer.readers.findings import Finding, fold
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.wording import counted
+from vidt.errors import UserError
 from vidt.images.files import ImageHeader, probe_images
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -23,13 +24,13 @@ def read_yolo(
     """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
 
     Labels follow the yaml's names, or `class_names` where given: boxes of other classes are left
-    out with a finding. Lines are "class cx cy w h", with a score behind it or without (detectors
-    write it, nothing here uses it), or "class x1 y1 x2 y2 ..." for a polygon, of which the box
-    around it is taken. An image without a label file has no boxes. Coordinates are relative, to the
-    image as YOLO tools show it: turned by its EXIF orientation. Images are numbered from 1 by
+    out with a finding. Lines are "class cx cy w h", optionally followed by a score, which is
+    ignored, or "class x1 y1 x2 y2 ..." for a polygon, which becomes the box around it. An image
+    without a label file has no boxes. Coordinates are relative to the image as YOLO tools show it:
+    turned by its EXIF orientation. Images are numbered from 1 by
     sorted path.
 
-    Raises ValueError if the yaml or the split is missing or malformed, or has no image.
+    Raises UserError if the yaml or the split is missing or malformed, or has no image.
     """
     yaml_path = _yaml_path(Path(root_or_yaml))
     config = _load(yaml_path)
@@ -56,9 +57,7 @@ def _yaml_path(path: Path) -> Path:
         return path / "data.yaml"
     found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
     if len(found) != 1:
-        raise ValueError(
-            f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own"
-        )
+        raise UserError(f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own")
     return found[0]
 
 
@@ -66,16 +65,16 @@ def _load(yaml_path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(yaml_path.read_bytes())
     except yaml.YAMLError as error:
-        raise ValueError(f"{yaml_path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{yaml_path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{yaml_path}: needs the keys names, train and val")
+        raise UserError(f"{yaml_path}: needs the keys names, train and val")
     return config
 
 
 def _names(yaml_path: Path, names: Any) -> dict[int, str]:
     pairs = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(pairs, dict) or not all(isinstance(key, int) for key in pairs):
-        raise ValueError(f'{yaml_path}: "names" must list the class names, but is {names!r}')
+        raise UserError(f'{yaml_path}: "names" must list the class names, but is {names!r}')
     return {key: str(name) for key, name in pairs.items()}
 
 
@@ -87,7 +86,7 @@ def _image_paths(yaml_path: Path, config: dict[str, Any], split: str) -> list[st
     """Images of a split: its entries are folders, or text files that list images."""
     entries = config.get(split) or (config.get("valid") if split == "val" else None)
     if not entries:
-        raise ValueError(f'{yaml_path}: has no entry "{split}"')
+        raise UserError(f'{yaml_path}: has no entry "{split}"')
     paths: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         place = _resolve(yaml_path, config, str(entry))
@@ -98,7 +97,7 @@ def _image_paths(yaml_path: Path, config: dict[str, Any], split: str) -> list[st
             files = (Path(top) / name for top, _, names in os.walk(place) for name in names)
             paths += [str(file) for file in files if file.suffix.lower() in _SUFFIXES]
     if not paths:
-        raise ValueError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
+        raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
     return sorted(set(paths))
 
 
@@ -109,11 +108,11 @@ def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise ValueError(f"{yaml_path}: {places[0]}: no such folder or list of images")
+    raise UserError(f"{yaml_path}: {places[0]}: no such folder or list of images")
 
 
 def _label_path(image_path: str) -> Path:
-    """The last folder named images, replaced by labels; with none, beside the image."""
+    """The path with its last folder `images` replaced by `labels`, else beside the image."""
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")

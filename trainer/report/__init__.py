@@ -1,1 +1,1 @@
-"""What a run shows: progress, console, TensorBoard, pictures, `report.html`."""
+"""What people see of a run: `Progress`, console, TensorBoard, pictures, `report.html`."""

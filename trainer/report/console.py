@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""A run on the console: a progress bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -13,14 +13,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from trainer.report.progress import Progress, class_names_in, is_score
 
 SCORES_EXPLAINED = (
-    "AP50 counts a box as found if it overlaps the true box by half; AP is the mean over ten\n"
-    "stricter demands. 1 is perfect, 0 finds nothing, - means no such objects to validate on."
+    "AP50 counts a box as correct if its IoU with a true box is at least 0.5; AP is the mean over\n"
+    "IoU 0.5 to 0.95. 1 is perfect; - means that the validation set has no such objects."
 )
 BAR = "{percentage:3.0f}%|{bar:12}| "  # in tqdm's notation
 
 
 def duration(seconds: float) -> str:
-    """Two units are enough: '45s', '12m05s', '3h07m', '2d04h'."""
+    """In one or two units: '45s', '12m05s', '3h07m', '2d04h'."""
     whole = max(0, round(seconds))
     for unit, size, below, below_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
         if whole >= size:
@@ -33,7 +33,7 @@ def score(value: float) -> str:
 
 
 def score_table(metrics: Mapping[str, float]) -> str:
-    """AP50 and AP of every class and of all together, as aligned columns."""
+    """AP50 and AP of each class and of all classes, as aligned columns."""
     nothing = float("nan")
     rows = [
         (name, score(metrics.get(f"ap50/{name}", nothing)), score(metrics[f"ap/{name}"]))
@@ -49,11 +49,11 @@ def score_table(metrics: Mapping[str, float]) -> str:
 
 
 class Console:
-    """Shows a run on `stream` (standard output); the bar only if that is a terminal.
+    """A `Report` that writes to `stream` (default: standard output), with a bar if it is a
+    terminal.
 
-    `files` says in the end where the results are, those of them that exist: {"best weights": path}.
-    `clock` gives seconds. A run that breaks off sends no "end": `contextlib.closing` puts the bar
-    away then.
+    `files` names results, {"best weights": path}; those that exist are listed at the end. `clock`
+    gives seconds. A run that breaks off sends no "end": call `close` to leave the terminal clean.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._files = dict(files or {})
         self._clock = clock
-        self._begin: tuple[float, Progress] | None = None  # when, and from where, we began
+        self._begin: tuple[float, Progress] | None = None  # time and event of the start
         self._bar: tqdm | None = None
         self._bar_exit = ExitStack()
         self._evaluating = False
@@ -87,7 +87,7 @@ class Console:
             self._show_end(progress)
 
     def close(self) -> None:
-        """Leave the bar where it stands; harmless when repeated."""
+        """Leave the bar as it is; harmless when repeated."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -109,7 +109,7 @@ class Console:
             )
 
     def _line(self, text: str) -> None:
-        """A line of its own with the time of day, above the bar if there is one."""
+        """Write a line with date and time, above the bar if there is one."""
         text = f"{time.strftime('%m-%d %H:%M:%S')}  {text}"
         if self._bar is not None:
             tqdm.write(self._writable(text), file=self._stream)
@@ -121,14 +121,14 @@ class Console:
         self._stream.flush()
 
     def _writable(self, text: str) -> str:
-        """A class name that the terminal cannot show must not end a night's run."""
+        """A class name that the terminal cannot show must not end a run."""
         encoding = self._stream.encoding or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)
 
     def _show_step(self, progress: Progress) -> None:
         self._evaluating = False
         steps = f"step {progress.step}/{progress.total_steps}"
-        ahead = f"ETA {self._remaining(progress)}"  # early: a narrow terminal cuts the end
+        ahead = f"ETA {self._remaining(progress)}"  # early: a narrow terminal cuts the line
         text = "  ".join([_epoch(progress), steps, ahead, *_numbers(progress.metrics)])
         if self._bar is None:
             self._line(text)
@@ -139,7 +139,7 @@ class Console:
         if self._bar is not None:
             text = f"{_epoch(progress)}  evaluating  ETA {self._remaining(progress)}"
             self._move_bar(progress, text)
-        elif not self._evaluating:  # once per evaluation: a log needs no more
+        elif not self._evaluating:  # one line per evaluation
             self._line(f"{_epoch(progress)}  evaluating")
         self._evaluating = True
 
@@ -161,12 +161,13 @@ class Console:
     def _move_bar(self, progress: Progress, text: str) -> None:
         assert self._bar is not None
         self._bar.n = progress.step
-        self._bar.bar_format = BAR + text  # tqdm's own fields for text come with commas
+        self._bar.bar_format = BAR + text  # tqdm's own field for text adds a comma
         self._bar.refresh()
 
     def _remaining(self, progress: Progress) -> str:
-        """From the share done since this process began: a resumed run must not claim the speed
-        of work that an earlier process did."""
+        """Estimated from what this process did; work of the process before a resume says nothing
+        about its speed.
+        """
         assert self._begin is not None
         begin, first = self._begin
         done = progress.fraction - first.fraction
@@ -195,10 +196,10 @@ class Console:
         self._write("\n" + "\n".join(lines) + "\n")
 
     def _best_lines(self, end: Progress) -> list[str]:
-        """The best evaluation: as told by the trainer, else the best that was seen here."""
+        """The best evaluation that the trainer names, or else the best of this process."""
         metrics = end.metrics or (self._best.metrics if self._best else {})
         if "map50" not in metrics:
-            return ["no evaluation took place"]
+            return ["no evaluation"]
         if "best_epoch" in metrics:
             epoch = f" in epoch {int(metrics['best_epoch']) + 1}"
         else:

@@ -1,8 +1,7 @@
-"""How a run is followed: `Progress`, the one seam to the outside, and the files kept from it.
+"""`Progress`, by which everything outside follows a run, and two reports: metrics.csv, TensorBoard.
 
-The trainer calls `report(progress)` on the main process only. A reporter is any callable that takes
-a `Progress`; the console is in `trainer.report.console`, the drawing of pictures in
-`trainer.report.pictures`.
+The trainer calls `report(progress)` on the main process only. A `Report` is any callable that takes
+a `Progress`; `trainer.report.console` and `trainer.report.page` have others.
 """
 
 import csv
@@ -19,11 +18,13 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.report.pictures import as_jpeg, joined
 from trainer.report.plots import as_picture, confusion_table
 from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.scoring.mistakes import Diagnosis, condensed
 from trainer.scoring.scores import ScoreCurve
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 
 NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
 Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
@@ -32,38 +33,38 @@ Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
 
 @dataclass(frozen=True)
 class Progress:
-    """One moment of a run. What `metrics` holds depends on `event`:
+    """One event of a run. What `metrics` holds depends on `event`:
 
-    - "start": nothing. `step` is 0, or the step that the run resumes from; sent once.
+    - "start", once: nothing. `step` is 0, or the step from which the run resumes.
     - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr` (more groups as
       `lr/NAME`), `grad_norm`, `images_per_second`, `memory_gib`.
-    - "evaluating": nothing; scoring has begun, or goes on (`fraction` moves).
-    - "evaluation": the names in `COCO_NUMBERS`, for masks with `segm_` before them, `ap/CLASS` and
-      `ap50/CLASS`; -1 or NaN where the validation set has no such objects.
+    - "evaluating": nothing. Evaluation has begun, or continues (`fraction` moves).
+    - "evaluation": the names in `COCO_NUMBERS`, with the prefix `segm_` for masks, `ap/CLASS` and
+      `ap50/CLASS`. -1 or NaN: the validation set has no such objects.
     - "saved": nothing.
-    - "end": the numbers of the best evaluation, and its epoch as `best_epoch`. May be empty.
+    - "end": the metrics of the best evaluation, its epoch as `best_epoch`. May be empty.
     """
 
     event: Event
-    fraction: float  # share of the whole run that is done: 0..1, never falls
-    epoch: int  # index of the epoch under way, from 0; people are shown epoch + 1
+    fraction: float  # share of the run that is done: 0..1, never falls
+    epoch: int  # current epoch, from 0; people see epoch + 1
     step: int  # optimiser steps done
     total_steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-    total_epochs: int = 0  # 0: not known
-    message: str = ""  # one line for people, shown as it is
+    total_epochs: int = 0  # 0: unknown
+    message: str = ""  # one line for people
     weights: Path | None = None  # the weights file that belongs to "evaluation", "saved" or "end"
     best: bool = False  # this evaluation is the best so far
-    pictures: Sequence[Image.Image] = ()  # validation pictures with their boxes drawn
+    pictures: Sequence[Image.Image] = ()  # validation images with boxes drawn on them
     diagnosis: Diagnosis | None = None  # of an "evaluation"
-    worst: Sequence[Pair] = ()  # its worst images drawn, in the order of the diagnosis
+    worst: Sequence[Pair] = ()  # its worst images with boxes, in the order of `diagnosis.worst`
 
 
 Report = Callable[[Progress], None]
 
 
 def fan_out(*reports: Report) -> Report:
-    """One report that calls all of them, in order."""
+    """A report that calls each of these, in order."""
 
     def report(progress: Progress) -> None:
         for each in reports:
@@ -73,26 +74,21 @@ def fan_out(*reports: Report) -> Report:
 
 
 def is_score(value: float) -> bool:
-    """False for -1 and NaN, by which pycocotools and we say: no such objects, nothing to score."""
+    """False for -1 (pycocotools) and NaN (ours), which mean: there are no such objects."""
     return not math.isnan(value) and value >= 0
 
 
 def class_names_in(metrics: Mapping[str, float]) -> list[str]:
-    """The classes that an evaluation scored, in its order."""
+    """The classes that an evaluation scored, in order."""
     return [name.removeprefix("ap/") for name in metrics if name.startswith("ap/")]
 
 
-def as_jpeg(picture: Image.Image, *, quality: int) -> bytes:
-    encoded = io.BytesIO()
-    picture.convert("RGB").save(encoded, "JPEG", quality=quality, optimize=True)
-    return encoded.getvalue()
-
-
 class CsvLog:
-    """`metrics.csv`: a row per evaluation, with the mean of the loss terms reported since the last.
+    """A `Report` that writes `metrics.csv`: a row per evaluation, with the mean of each loss term
+    since the evaluation before.
 
-    Epochs count from 1, as on the console; an empty cell means: nothing to score. A resumed run
-    first drops the rows that lie beyond the step it resumes from, a fresh run drops all.
+    Epochs count from 1, as on the console. A cell is empty if there was nothing to score. A resumed
+    run first drops the rows after the step from which it resumes, a fresh run drops all rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +98,7 @@ class CsvLog:
         self._rates: dict[str, float] = {}
 
     def __call__(self, progress: Progress) -> None:
-        """Raises ValueError if a resumed run finds a file that is not ours."""
+        """Raises UserError if a resumed run finds a file that is not ours."""
         if self._rows is None:
             self._rows = self._read_rows(progress.step)
             if self.path.exists():
@@ -122,7 +118,7 @@ class CsvLog:
             with self.path.open(newline="", encoding="utf-8") as file:
                 return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: cannot continue this file, it has no readable column 'step'; "
                 "move it away and resume again"
             ) from error
@@ -140,7 +136,7 @@ class CsvLog:
         row |= {name: f"{rate:.6g}" for name, rate in self._rates.items()}
         self._losses.clear()
         scores = progress.metrics
-        order = dict.fromkeys((*COCO_NUMBERS, *scores))  # ours first, whatever else after
+        order = dict.fromkeys((*COCO_NUMBERS, *scores))  # COCO's first
         shown = {name: float(scores.get(name, math.nan)) for name in order}
         return row | {name: f"{x:.6g}" if is_score(x) else "" for name, x in shown.items()}
 
@@ -155,10 +151,11 @@ class CsvLog:
 
 
 class TensorBoard:
-    """TensorBoard events: `train/` (losses; those of inner decoder layers in `train_inner/`),
-    `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`, `val_ap50/`,
-    `val_f1/` and `val_threshold/` (the highest F1 and the score that gives it), `pictures/`,
-    `worst/`, `confusion`, and under PR CURVES `precision_recall/`."""
+    """A `Report` that writes TensorBoard events: `train/` (losses; those of inner decoder layers in
+    `train_inner/`), `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`,
+    `val_ap50/`, `val_f1/` and `val_threshold/` (the highest F1 and its score threshold),
+    `pictures/`, `worst/`, `confusion`, and under PR CURVES `precision_recall/`.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -166,8 +163,8 @@ class TensorBoard:
 
     def __call__(self, progress: Progress) -> None:
         if self._writer is None:
-            # What a killed run wrote beyond its last checkpoint is hidden, so that no curve
-            # doubles back. A fresh run in a used folder hides all of it.
+            # Hides what a killed run wrote after its last checkpoint, so that no curve doubles
+            # back. A fresh run in a used folder hides everything.
             purge_step = progress.step + 1 if progress.step else 0
             self._writer = SummaryWriter(str(self.directory), purge_step=purge_step)
         if progress.event == "step":
@@ -179,7 +176,7 @@ class TensorBoard:
             self.close()
 
     def close(self) -> None:
-        """Write out what is buffered; harmless when repeated."""
+        """Flush; harmless when repeated."""
         if self._writer is not None:
             self._writer.close()
 
@@ -191,7 +188,7 @@ class TensorBoard:
         for number, picture in enumerate(progress.pictures):
             _add_picture(writer, f"pictures/{number:02d}", picture, progress.step)
         for number, pair in enumerate(progress.worst):
-            _add_picture(writer, f"worst/{number:02d}", _side_by_side(pair), progress.step)
+            _add_picture(writer, f"worst/{number:02d}", joined(pair, gap=4), progress.step)
         if progress.diagnosis is not None:
             _add_diagnosis(writer, progress.diagnosis, progress.step)
         writer.flush()
@@ -214,48 +211,30 @@ def _add_diagnosis(writer: SummaryWriter, diagnosis: Diagnosis, step: int) -> No
             writer.add_scalar(f"val_threshold/{curve.name}", curve.best.threshold, step)
     for curve in (*diagnosis.main_curves, diagnosis.together):
         if len(curve.thresholds) and curve.num_truths:
-            right, false, missed, precision, recall = _counts_by_threshold(curve)
-            writer.add_pr_curve_raw(
-                f"precision_recall/{curve.name}",
-                right,
-                false,
-                np.zeros_like(right),  # boxes that are rightly not found cannot be counted
-                missed,
-                precision,
-                recall,
-                step,
-                NUM_THRESHOLDS,
-            )
-    picture = as_picture(confusion_table(*condensed(diagnosis)))
+            true_positives, false_positives, false_negatives, *curves = _counts_by_threshold(curve)
+            unknown = np.zeros_like(true_positives)  # true negatives cannot be counted
+            counts = (true_positives, false_positives, unknown, false_negatives)
+            tag = f"precision_recall/{curve.name}"
+            writer.add_pr_curve_raw(tag, *counts, *curves, step, NUM_THRESHOLDS)
+    picture = as_picture(confusion_table(*condensed(diagnosis)).figure)
     _add_picture(writer, "confusion", picture, step)
 
 
 def _counts_by_threshold(curve: ScoreCurve) -> tuple[np.ndarray, ...]:
-    """Right and false boxes, missed ones, precision and recall at evenly spaced thresholds from 0
-    to 1, each [NUM_THRESHOLDS].
+    """True positives, false positives, false negatives, precision and recall at evenly spaced
+    thresholds from 0 to 1, each [NUM_THRESHOLDS].
     """
     thresholds = np.linspace(0, 1, NUM_THRESHOLDS)
-    place = np.searchsorted(-curve.thresholds, -thresholds, side="right")  # boxes kept begin here
-    precision = np.concatenate([[1.0], curve.precision])[place]
-    recall = np.concatenate([[0.0], curve.recall])[place]
-    right = (recall * curve.num_truths).round()
-    false = (right / np.maximum(precision, 1e-9) - right).round()
-    return right, false, curve.num_truths - right, precision, recall
-
-
-def _side_by_side(pair: Pair) -> Image.Image:
-    sheet = Image.new("RGB", (pair[0].width + pair[1].width + 4, pair[0].height), "#ffffff")
-    sheet.paste(pair[0], (0, 0))
-    sheet.paste(pair[1], (pair[0].width + 4, 0))
-    return sheet
+    reached = np.searchsorted(-curve.thresholds, -thresholds, side="right")  # points of the curve
+    precision = np.concatenate([[1.0], curve.precision])[reached]
+    recall = np.concatenate([[0.0], curve.recall])[reached]
+    true_positives = (recall * curve.num_truths).round()
+    false_positives = (true_positives / np.maximum(precision, 1e-9) - true_positives).round()
+    false_negatives = curve.num_truths - true_positives
+    return true_positives, false_positives, false_negatives, precision, recall
 
 
 def _add_picture(writer: SummaryWriter, tag: str, picture: Image.Image, step: int) -> None:
-    summary = Summary(value=[_picture_value(tag, picture)])
-    writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]
-
-
-def _picture_value(tag: str, picture: Image.Image) -> Summary.Value:
     """As JPEG: SummaryWriter.add_image makes PNG, about twice the size for photographs."""
     image = Summary.Image(
         height=picture.height,
@@ -263,4 +242,5 @@ def _picture_value(tag: str, picture: Image.Image) -> Summary.Value:
         colorspace=3,
         encoded_image_string=as_jpeg(picture, quality=85),
     )
-    return Summary.Value(tag=tag, image=image)
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]

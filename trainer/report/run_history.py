@@ -1,5 +1,5 @@
-"""What a run has been through so far, for its page: losses and speed of this start, evaluations of
-all starts, and where the time went.
+"""The history of a run, for its page: losses and speed of this start, evaluations of all starts,
+and where the time went.
 """
 
 import csv
@@ -13,8 +13,8 @@ from trainer.report.progress import Progress
 
 
 @dataclass
-class History:
-    """Fed by `Progress`. Of a run that was resumed, `steps` begin where it was."""
+class RunHistory:
+    """A `Report` that remembers. `steps` of a resumed run begin where it resumes."""
 
     clock: Callable[[], float] = time.monotonic  # seconds
     first_step: int = 0
@@ -37,7 +37,7 @@ class History:
                 self.seconds_evaluating += self.clock() - self._evaluating_since
                 self._evaluating_since = None
         if progress.event == "step":
-            self._note_step(progress.step, progress.metrics)
+            self._add_step(progress.step, progress.metrics)
         self.last = progress
 
     @property
@@ -46,10 +46,15 @@ class History:
         return 0.0 if self._began is None else self.clock() - self._began
 
     def of(self, name: str) -> list[float]:
+        """A value for each of `steps`, NaN where a log line lacks it; empty if all lack it."""
         return self.numbers.get(name, [])
 
-    def _note_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name in {*self.numbers, *metrics}:  # equally long, whatever a line holds
+    def known(self, name: str) -> list[float]:
+        """The values of `of` that are not NaN."""
+        return [value for value in self.of(name) if not math.isnan(value)]
+
+    def _add_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name in {*self.numbers, *metrics}:
             column = self.numbers.setdefault(name, [math.nan] * len(self.steps))
             column.append(float(metrics.get(name, math.nan)))
         self.steps.append(step)

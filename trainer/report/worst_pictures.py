@@ -1,7 +1,5 @@
-"""The images on which a detector errs most, drawn: truth, and what was found.
-
-What is right stays in the background; what is wrong is bright and named. Boxes are xyxy in pixels
-of the image they belong to.
+"""The images with the most errors, drawn: truth and prediction. Correct boxes stay in the
+background; wrong ones are bright and labelled.
 """
 
 from collections.abc import Sequence
@@ -10,53 +8,51 @@ from torch import Tensor
 
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
-from trainer.report.pictures import Mark, class_text, draw_marks, picture_of
+from trainer.report.pictures import Mark, draw_marks, image_of
 from trainer.report.progress import Pair
 from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
+from vidt.images.drawing import class_text
 
-# Told apart by any eye, on pictures of any colour.
+# Any eye can tell these apart, on pictures of any colour.
 RIGHT, WRONG = "#56b4e9", "#ffb000"
 PANEL = 480  # pixels of the longer side
 
 
 def worst_pictures(samples: SampleTable, worst: Sequence[JudgedImage]) -> list[Pair]:
-    """Truth and prediction of each."""
+    """Truth and prediction of each image."""
     return [_pair(samples, judged) for judged in worst]
 
 
 def _pair(samples: SampleTable, judged: JudgedImage) -> Pair:
-    sample, names = samples[judged.index], samples.class_names
-    image = picture_of(sample)
+    sample, found, names = samples[judged.index], judged.found, samples.class_names
+    image = image_of(sample)
     scale = PANEL / max(image.size)
-    truth = _marks(
-        sample.boxes,
-        [class_text(label, names) for label in sample.labels.tolist()],
-        [one in (label, CROWD) for one, label in _rows(judged.truth_as, sample.labels)],
-        sample.masks,
-    )
-    found = judged.found
+    truth_texts = [class_text(label, names) for label in sample.labels.tolist()]
     texts = []
-    for (true, label), score in zip(
-        _rows(judged.found_as, found.labels), found.scores.tolist(), strict=True
+    for label, score, true in zip(
+        found.labels.tolist(), found.scores.tolist(), judged.found_as.tolist(), strict=True
     ):
         text = f"{class_text(label, names)} {score:.2f}"
         texts.append(text if true == NOTHING else f"{text} is {class_text(true, names)}")
-    right = [one in (label, CROWD) for one, label in _rows(judged.found_as, found.labels)]
-    predicted = _marks(found.boxes, texts, right, judged.masks)
+    truth = _marks(sample.boxes, truth_texts, sample.labels, judged.truth_as, sample.masks)
+    predicted = _marks(found.boxes, texts, found.labels, judged.found_as, judged.masks)
     return draw_marks(image, truth, scale), draw_marks(image, predicted[::-1], scale)
 
 
-def _rows(first: Tensor, second: Tensor) -> list[tuple[int, int]]:
-    return list(zip(first.tolist(), second.tolist(), strict=True))
-
-
 def _marks(
-    boxes: Tensor, texts: list[str], right: list[bool], masks: Sequence[RunLengths] | None
+    boxes: Tensor,
+    texts: Sequence[str],
+    labels: Tensor,
+    matched: Tensor,
+    masks: Sequence[RunLengths] | None,
 ) -> list[Mark]:
-    drawn: Sequence[RunLengths | None] = masks or [None] * len(texts)
+    """Boxes matched to their own class or to a crowd region are right."""
+    right = ((matched == labels) | (matched == CROWD)).tolist()
     return [
-        Mark(box, "" if good else text, RIGHT if good else WRONG, mask or None, quiet=good)
-        for box, text, good, mask in zip(boxes.numpy(), texts, right, drawn, strict=True)
+        Mark(box, "" if good else text, RIGHT if good else WRONG, mask)
+        for box, text, good, mask in zip(
+            boxes.numpy(), texts, right, masks or [None] * len(texts), strict=True
+        )
     ]
 
 

@@ -26,7 +26,8 @@ from trainer.data.loader import (
     leave_signals_to_the_parent,
 )
 from trainer.loop.agreement import Agreement
-from trainer.loop.out_of_memory import OutOfMemory, is_out_of_memory
+from trainer.loop.execution import OutOfMemory, is_out_of_memory
+from trainer.loop.stopping import Stopped
 from trainer.readers.masks import encode
 from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
 from trainer.readers.samples import SampleTable
@@ -51,14 +52,6 @@ from vidt.ops.packing import packed
 from vidt.predict.detections import Detections, decode_for, on_cpu
 
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
-
-
-class Interrupted(Exception):
-    """A stop was asked for while evaluating, by `signum`; raised on every process alike."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"signal {signum}")
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def evaluate(
     the samples have any and the model predicts them.
 
     tick gets the share of the work that is done, 0..1. stop is asked between batches; if any
-    process is told to, all raise Interrupted.
+    process is told to, all raise Stopped.
     """
     canvases = [preprocessing.canvas(height, width) for height, width in samples.sizes.tolist()]
     batches = canvas_batches(canvases, batch_size)
@@ -127,7 +120,7 @@ def evaluate(
                 break
     signum = int(agreement.gather(signum).max())
     if signum:
-        raise Interrupted(signum)
+        raise Stopped(signum)
     indices = sorted(index for batch in mine for index in batch)
     shares = agreement.gather_objects(score_images(samples, indices, detections))
     metrics = summarise(samples, shares)

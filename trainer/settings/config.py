@@ -25,6 +25,7 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
@@ -373,7 +374,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     """What ViDTConfig refuses is refused now; its defaults stand for what is told later."""
     try:
         ViDTConfig(**{name: value for name, value in model.items() if value is not None})
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(str(error)) from None
 
 

@@ -153,7 +153,7 @@ class _Words(argparse.Action):
 def _parser(settings: Mapping[str, Setting]) -> OneLineParser:
     parser = OneLineParser("vidt train", usage=argparse.SUPPRESS, add_help=False)
     parser.add_argument(*HELP, action="store_true", help=argparse.SUPPRESS)
-    options = {"action": _Words, "nargs": "*", "default": argparse.SUPPRESS}
+    options: dict[str, Any] = {"action": _Words, "nargs": "*", "default": argparse.SUPPRESS}
     group = parser.add_argument_group()
     for name, setting in settings.items():
         if "group" in setting.metadata:

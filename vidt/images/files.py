@@ -16,6 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from vidt.errors import UserError
+
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     5: Image.Transpose.TRANSPOSE,
@@ -29,7 +31,7 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _TAIL_BYTES = 4096
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """A file that is missing, damaged, truncated or too large to decode; one line names it."""
 
 
@@ -67,7 +69,7 @@ def read_image(
     Alpha is dropped, not blended: the colours beneath are what other detectors train on, and a
     blend would need a background colour that nobody chose.
 
-    Raises UnreadableImage, or ValueError if the image has another size either way round.
+    Raises UnreadableImage, or UserError if the image has another size either way round.
     """
     with _failures_named(path), Image.open(path) as image:
         orientation = _orientation(image)
@@ -116,13 +118,13 @@ def find_turn(
 ) -> Image.Transpose | None:
     """The turn that brings an image of `stored` size to the annotated `size`, None for no turn.
 
-    Raises ValueError if neither the stored nor the turned image has that size.
+    Raises UserError if neither the stored nor the turned image has that size.
     """
     if size is None or tuple(size) == stored:
         return None
     if orientation in _TURNS and tuple(size) == stored[::-1]:
         return _TURNS[orientation]
-    raise ValueError(
+    raise UserError(
         f"{path}: image is {stored[1]} x {stored[0]} (width x height), "
         f"but its annotations say {size[1]} x {size[0]}"
     )

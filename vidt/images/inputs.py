@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from vidt.errors import UserError
 from vidt.images.files import as_rgb, read_image
 
 # A path, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]. See `as_picture`.
@@ -25,7 +26,7 @@ def as_picture(image: ImageLike) -> Image.Image:
       uint16 [H, W]; or the same shapes in float, from 0 to 1
     - PyTorch tensor: [3, H, W] or [1, H, W], uint8, or float from 0 to 1; on any device
 
-    Raises `vidt.images.files.UnreadableImage` for a file, ValueError for an array or tensor of
+    Raises `vidt.images.files.UnreadableImage` for a file, UserError for an array or tensor of
     another shape, type or range, TypeError for anything else.
     """
     if isinstance(image, str | PathLike):
@@ -51,9 +52,9 @@ def is_one(images: Any) -> bool:
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises ValueError for a threshold that no score has."""
+    """Raises UserError for a threshold that no score has."""
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; it must be from 0 to 1")
+        raise UserError(f"threshold is {threshold}; it must be from 0 to 1")
 
 
 def rows_of(which: Any, count: int) -> Any:
@@ -73,11 +74,11 @@ def remembered(image: ImageLike) -> ImageLike:
 
 def picture_of(kept: ImageLike, given: ImageLike = None) -> Image.Image:
     """The picture to draw detections on: of the image that is given, else of the one that was kept
-    with them. Raises ValueError if there is neither, else as `as_picture`.
+    with them. Raises UserError if there is neither, else as `as_picture`.
     """
     image = kept if given is None else given
     if image is None:
-        raise ValueError("these detections do not know their image; pass it to plot(image)")
+        raise UserError("these detections do not know their image; pass it to plot(image)")
     return as_picture(image)
 
 
@@ -88,7 +89,7 @@ def _is_tensor(image: object) -> bool:
 def _from_tensor(tensor: Any) -> Image.Image:
     shape = tuple(tensor.shape)
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"tensor of shape {shape}; it must be 3 x height x width (RGB), or 1 x height x width"
         )
     tensor = tensor.detach().cpu()
@@ -101,12 +102,12 @@ def _from_array(array: np.ndarray, what: str, expected: str) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"{what} of shape {array.shape}; it must be {expected}")
+        raise UserError(f"{what} of shape {array.shape}; it must be {expected}")
     if not array.size:
-        raise ValueError(f"{what} of shape {array.shape} has no pixels")
+        raise UserError(f"{what} of shape {array.shape} has no pixels")
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # NaN fails both
-            raise ValueError(
+            raise UserError(
                 f"{what} of floats from {array.min():g} to {array.max():g}; they must be from 0 to "
                 "1, or uint8"
             )
@@ -114,5 +115,5 @@ def _from_array(array: np.ndarray, what: str, expected: str) -> Image.Image:
     elif array.dtype == np.bool_:
         array = array * np.uint8(255)
     elif array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
-        raise ValueError(f"{what} of {array.dtype}; it must be uint8, or floats from 0 to 1")
+        raise UserError(f"{what} of {array.dtype}; it must be uint8, or floats from 0 to 1")
     return as_rgb(Image.fromarray(np.ascontiguousarray(array)))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vidt.errors import UserError
 from vidt.images.canvas import (
     canvas_of,
     longest_side,
@@ -25,7 +26,7 @@ from vidt.images.canvas import (
 @dataclass(frozen=True)
 class Preprocessing:
     """How pictures are made ready for evaluation and prediction; saved with the weights. Raises
-    ValueError for what no picture can be made ready with.
+    UserError for what no picture can be made ready with.
     """
 
     eval_size: int = 800
@@ -34,9 +35,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.eval_size < 1:
-            raise ValueError(f"eval_size is {self.eval_size}; it must be 1 or more")
+            raise UserError(f"eval_size is {self.eval_size}; it must be 1 or more")
         if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"mean is {self.mean} and std {self.std}; they must be three numbers each, of std "
                 "above 0"
             )

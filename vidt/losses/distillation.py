@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
 
 # In these a teacher and its student must agree, or their tokens do not stand for the same things.
@@ -42,15 +43,15 @@ def _lengths(ours: Tensor, theirs: Tensor, *, dim: int) -> Tensor:
 
 
 def require_pair(student: ViDTConfig, teacher: ViDTConfig, source: str) -> None:
-    """Raises ValueError, naming the first flag, for a teacher that this student cannot learn
+    """Raises UserError, naming the first flag, for a teacher that this student cannot learn
     from.
     """
     if teacher.method != "vidt":
-        raise ValueError(f"the teacher {source} has method {teacher.method}; choose one with vidt")
+        raise UserError(f"the teacher {source} has method {teacher.method}; choose one with vidt")
     for name in SHARED:
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"the teacher {source} has {name} {theirs}, this run {ours}; pass --{name} {theirs}"
             )
 

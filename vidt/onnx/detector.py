@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+from vidt.errors import UserError
 from vidt.images.canvas import canvas_of, fitted_shape, framed
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import (
@@ -49,9 +50,9 @@ class OnnxInfo:
 
     @classmethod
     def of(cls, metadata: dict[str, str], source: object) -> "OnnxInfo":
-        """Raises ValueError, naming the source, if the metadata are not ours."""
+        """Raises UserError, naming the source, if the metadata are not ours."""
         if metadata.get("format") != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
             )
         try:
@@ -59,9 +60,9 @@ class OnnxInfo:
             names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
             info = cls(class_names=names, frame=frame, **values)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source} has metadata that cannot be read: {error!r}") from error
+            raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
         if info.decoding not in DECODINGS:
-            raise ValueError(f"{source} wants decoding {info.decoding}; known: {DECODINGS}")
+            raise UserError(f"{source} wants decoding {info.decoding}; known: {DECODINGS}")
         return info
 
 
@@ -99,7 +100,7 @@ class OnnxDetections:
         """A copy of the image that they were found in, or of the given one, RGB and of its size,
         with boxes, names, scores and masks drawn on it.
 
-        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        Raises UserError if the image was not kept and none is given, `UnreadableImage` if its file
         can no longer be read.
         """
         return draw_detections(
@@ -149,7 +150,7 @@ class OnnxDetector:
         of an operation on the CPU; None: one for each core. On a machine that does other work too
         fewer are faster: they wait for each other.
 
-        Raises ValueError, in one line that names the file, for one that is no model of ours, and
+        Raises UserError, in one line that names the file, for one that is no model of ours, and
         for a device that this onnxruntime does not know.
         """
         self._session = _session(Path(path), device, threads)
@@ -157,9 +158,9 @@ class OnnxDetector:
         self.class_names, self.frame = self.info.class_names, self.info.frame
         inputs = {each.name: each.shape for each in self._session.get_inputs()}
         if set(inputs) - {"sizes"} != {"images", "padding"}:
-            raise ValueError(f"{path} takes {', '.join(inputs)}; expected images and padding")
+            raise UserError(f"{path} takes {', '.join(inputs)}; expected images and padding")
         if tuple(inputs["images"][2:]) != self.frame:
-            raise ValueError(
+            raise UserError(
                 f"{path} takes pictures of {inputs['images'][2:]}, its metadata say {self.frame}"
             )
         self._takes_sizes = "sizes" in inputs
@@ -181,8 +182,8 @@ class OnnxDetector:
 
         Returns `OnnxDetections`; boxes are clipped to the image.
 
-        Raises `vidt.images.files.UnreadableImage` for a damaged file, ValueError or TypeError for
-        what is no image, ValueError for a threshold that no score has.
+        Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
+        what is no image, UserError for a threshold that no score has.
         """
         check_threshold(threshold)
         if is_one(images):
@@ -197,7 +198,7 @@ class OnnxDetector:
         their picture, unless `clip` is False.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+            raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch or batch_size)):
             found = self._detect([image for _, image in batch])
@@ -246,17 +247,17 @@ class OnnxDetector:
 
 def _session(path: Path, device: str, threads: int | None) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a model that vidt export wrote")
+        raise UserError(f"{path} does not exist; name a model that vidt export wrote")
     kind, _, number = device.partition(":")
     providers: dict[str, list[Any]] = {
         "cpu": ["CPUExecutionProvider"],
         "cuda": [("CUDAExecutionProvider", {"device_id": number or "0"}), "CPUExecutionProvider"],
     }
     if kind not in providers or (number and not number.isdecimal()):
-        raise ValueError(f"device is {device}; it must be cpu, cuda or cuda:N")
+        raise UserError(f"device is {device}; it must be cpu, cuda or cuda:N")
     available = onnxruntime.get_available_providers()
     if kind == "cuda" and "CUDAExecutionProvider" not in available:
-        raise ValueError(
+        raise UserError(
             f"device is {device}, but this onnxruntime has only {', '.join(available)}; pip "
             "install onnxruntime-gpu"
         )
@@ -267,13 +268,13 @@ def _session(path: Path, device: str, threads: int | None) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers[kind])
     except Exception as error:  # onnxruntime has a class of its own for each failure, no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as an ONNX model: {reason}") from error
+        raise UserError(f"{path} cannot be read as an ONNX model: {reason}") from error
 
 
 def _decoded(
     outputs: dict[str, np.ndarray], sizes: np.ndarray, decoding: str
 ) -> dict[str, np.ndarray]:
-    """Decode raw outputs [B, Q, ...] as `vidt.predict.detections.decode_for` does; sizes [B, 2]."""
+    """Raw outputs [B, Q, ...] decoded as `vidt.predict.detections.decode_for` does; sizes [B, 2]."""
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     if decoding == "best_class":
         powers = np.exp(logits - logits.max(-1, keepdims=True))

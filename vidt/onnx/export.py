@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vidt.atomic import naming, unfinished
+from vidt.errors import UserError
 from vidt.images.canvas import GRANULE, whole_granules
 from vidt.images.files import probe_image, read_image
 from vidt.onnx.detector import OnnxDetector
@@ -149,7 +150,7 @@ def export(
     called with the class names before anything is exported, returns the dataset on which map50 of
     both is compared.
 
-    Nobody ever sees half a file under `output`. Raises ValueError in one line for weights that
+    Nobody ever sees half a file under `output`. Raises UserError in one line for weights that
     cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
     OSError in one line for a file that cannot be written.
     """
@@ -200,20 +201,20 @@ def export(
 
 def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...]) -> None:
     if "size" in dynamic:
-        raise ValueError(
+        raise UserError(
             "dynamic size: a graph has one size here; export one for each (--size H W) or rely on "
             "padding"
         )
     for axis in dynamic:
         if axis not in DYNAMIC:
-            raise ValueError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
+            raise UserError(f"dynamic is {axis}; it must be one of {', '.join(DYNAMIC)}")
     for side in size or ():
         if side < GRANULE or side % GRANULE:
-            raise ValueError(
+            raise UserError(
                 f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
             )
     if not output.parent.is_dir():
-        raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
+        raise UserError(f"{output} cannot be written: there is no folder {output.parent}")
 
 
 class _Pictures:

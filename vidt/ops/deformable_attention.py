@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidt.errors import UserError
 from vidt.ops import deformable_cpu
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, *, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"nheads {num_heads} does not divide reduced_dim {dim}")
+            raise UserError(f"nheads {num_heads} does not divide reduced_dim {dim}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
         self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)

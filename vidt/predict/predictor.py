@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidt.errors import UserError
 from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.images.canvas import resize
 from vidt.images.inputs import (
@@ -48,13 +49,13 @@ class Predictor:
         canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
         is moved, and on a CPU packed (see `vidt.ops.packing.pack`).
 
-        Raises ValueError for a precision that does not exist, or not on this device.
+        Raises UserError for a precision that does not exist, or not on this device.
         """
         self.device = torch.device(device)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+            raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
         if precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("precision is fp16; on a CPU it must be fp32 or bf16")
+            raise UserError("precision is fp16; on a CPU it must be fp32 or bf16")
         self.model = model.to(self.device).eval()
         if precision == "fp32" and not compile:
             pack(self.model)
@@ -92,7 +93,7 @@ class Predictor:
         precision: str = "fp32",
         compile: bool = False,
     ) -> "Predictor":
-        """Reads a weights file of ours or a released one. Raises ValueError, naming the file, for
+        """Reads a weights file of ours or a released one. Raises UserError, naming the file, for
         any other.
         """
         return cls(*load_model(path), device=device, precision=precision, compile=compile)
@@ -116,8 +117,8 @@ class Predictor:
         image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
         falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
-        Raises `vidt.images.files.UnreadableImage` for a damaged file, ValueError or TypeError for
-        what is no image, ValueError for a threshold that no score has.
+        Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
+        what is no image, UserError for a threshold that no score has.
         """
         check_threshold(threshold)
         if is_one(images):
@@ -148,7 +149,7 @@ class Predictor:
         clipped to their picture, unless `clip` is False.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+            raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         sources: dict[int, ImageLike] = {}
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:
@@ -218,20 +219,20 @@ def _first(outputs: dict, count: int) -> dict:
 def usable_device(name: str | None) -> torch.device:
     """The device of that name; without a name a GPU if there is one, else the CPU.
 
-    Raises ValueError for a device that PyTorch does not know or does not find here.
+    Raises UserError for a device that PyTorch does not know or does not find here.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name}; it must be cpu, cuda or cuda:1, for example") from None
+        raise UserError(f"device is {name}; it must be cpu, cuda or cuda:1, for example") from None
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = torch.cuda.device_count()
         here = f"{found} CUDA devices" if found else "no GPU that PyTorch can use"
-        raise ValueError(f"device is {name}; there is {here} here: try cpu") from None
+        raise UserError(f"device is {name}; there is {here} here: try cpu") from None
     if device.type == "meta":
-        raise ValueError("device is meta; it must be one that computes, such as cpu")
+        raise UserError("device is meta; it must be one that computes, such as cpu")
     return device

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -131,7 +132,7 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
         tensors = released_vidt(file.tensors, config)
         preprocessing = Preprocessing(**fitting(Preprocessing, file.settings))
         if names and len(names) != config.num_classes:
-            raise ValueError(f"it names {len(names)} classes and has {config.num_classes}")
+            raise UserError(f"it names {len(names)} classes and has {config.num_classes}")
     except (KeyError, ValueError) as error:
         raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that can be started from: {error}"

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urldefrag, urlparse
 
+from vidt.errors import UserError
+
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
 BODIES = {
     "nano": "swin_nano",
@@ -39,7 +41,7 @@ def coco_rows() -> tuple[str, ...]:
     return tuple(f"unused {i}" if name in unused else name for i, name in enumerate(names))
 
 
-class Unreachable(ValueError):
+class Unreachable(UserError):
     """Weights that could not be downloaded; one line says how to do without."""
 
 

@@ -14,6 +14,7 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
+from vidt.errors import UserError
 from vidt.model.config import COAT_VARIANTS, NECK_PARTS, NUM_LEVELS, SWIN_VARIANTS, ViDTConfig
 from vidt.model.swin import COARSE_DIM, WINDOW
 
@@ -97,7 +98,7 @@ def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[
     """A released ViDT's state dict under our names, for a strict load into the detector of
     `config`.
 
-    Raises ValueError if tensors differ that are one and the same, in the released code or, as heads
+    Raises UserError if tensors differ that are one and the same, in the released code or, as heads
     that all levels share, by the configuration.
     """
     converted: dict[str, Tensor] = {}
@@ -108,7 +109,7 @@ def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[
             first = SHARED_HEAD.sub(r"\1.0.", name)
             hint = "every level has a head of its own; load it with with_box_refine=True"
         if first != name and not _same(tensor, state_dict.get(first)):
-            raise ValueError(f"{name} differs from {first}: {hint}")
+            raise UserError(f"{name} differs from {first}: {hint}")
         if ours is not None and first == name:
             converted[ours] = tensor
     return converted
@@ -236,12 +237,12 @@ def released_config(
 
     What leaves no trace in them (cross_indices, gt_mask_len, dropout, how the decoder's heads and
     points divide their product ...) is as in `settings`, the released flags by name, and where
-    those do not tell has the default. Raises ValueError for a file of another kind, naming what is
+    those do not tell has the default. Raises UserError for a file of another kind, naming what is
     not there.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if "backbone.det_token" not in shapes:
-        raise ValueError("it holds no backbone.det_token")
+        raise UserError("it holds no backbone.det_token")
     told = fitting(ViDTConfig, settings or {})
     common: dict[str, Any] = {
         "backbone_name": _backbone_name(shapes),
@@ -259,7 +260,7 @@ def released_config(
         heads = told.get("nheads", ViDTConfig.nheads)
         own = {"method": "vidt", **_neck_settings(shapes, heads), **_plus_settings(shapes)}
     else:
-        raise ValueError("it holds no class_embed.0.weight")
+        raise UserError("it holds no class_embed.0.weight")
     return ViDTConfig(**{**told, **common, **own})
 
 
@@ -301,7 +302,7 @@ def _backbone_name(shapes: Shapes) -> str:
             if ((body.embed_dim,), body.depths) == (dims, depths)
         ]
     if not found:
-        raise ValueError(f"its body has width {dims} and depths {depths}, which no known body has")
+        raise UserError(f"its body has width {dims} and depths {depths}, which no known body has")
     return found[0]
 
 
@@ -323,13 +324,13 @@ def _neck_settings(shapes: Shapes, nheads: int) -> dict[str, Any]:
     }
     heads = _count(shapes, "class_embed.")
     if heads != layers + 1:
-        raise ValueError(f"it holds {layers} decoder layers and {heads} heads, not {layers + 1}")
+        raise UserError(f"it holds {layers} decoder layers and {heads} heads, not {layers + 1}")
     if layers:
         weights = shapes["transformer.decoder.layers.0.cross_attn.attention_weights.weight"]
         settings["dim_feedforward"] = shapes["transformer.decoder.layers.0.linear1.weight"][0]
         settings["dec_n_points"], rest = divmod(weights[0], max(nheads, 1) * NUM_LEVELS)
         if rest:
-            raise ValueError(f"its {weights[0]} attention weights are not of {nheads} heads")
+            raise UserError(f"its {weights[0]} attention weights are not of {nheads} heads")
     return settings
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 
@@ -29,7 +30,7 @@ FORMAT = "vidt-weights-1"
 KEPT = "released."
 
 
-class UnusableWeights(ValueError):
+class UnusableWeights(UserError):
     """A weights file that is missing, damaged, of another kind or of another architecture; one line
     names it.
     """

@@ -5,6 +5,7 @@ The platform defines no unit for the angle, which is usually 0, so it is ignored
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,12 @@ def _read_together(
         return True
     if not all(line.strip() for line in lines):  # which loadtxt skips
         return False
-    fields = {"delimiter": ",", "comments": None, "usecols": range(NUM_FIELDS), "ndmin": 2}
+    fields: dict[str, Any] = {
+        "delimiter": ",",
+        "comments": None,
+        "usecols": range(NUM_FIELDS),
+        "ndmin": 2,
+    }
     try:
         numbers = np.loadtxt(lines, **fields)
     except ValueError:

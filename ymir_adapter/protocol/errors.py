@@ -124,8 +124,8 @@ def _codes() -> dict[type[BaseException], Code]:
     import torch
 
     from trainer.data.dataset_check import BadDataset
+    from trainer.loop.execution import OutOfMemory
     from trainer.loop.loss_log import NonFiniteLoss
-    from trainer.loop.out_of_memory import OutOfMemory
     from trainer.settings.flags import ConfigError
     from vidt.images.files import UnreadableImage
     from vidt.weights.published import Unreachable

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +77,12 @@ class Task:
         keys = ["model_params_path"]
         if self.run_training:
             keys = ["pretrained_model_params", "pretrained_model_paths"]
-        key = next((key for key in keys if is_given(self.config, key)), None)
-        values = [] if key is None else _entries(key, self.config[key])
-        paths = (to_text(key, part) for part in values if part is not None and str(part).strip())
-        return tuple(self._existing(self.input.root_dir / path) for path in paths)
+        for key in keys:
+            if is_given(self.config, key):
+                values = _entries(key, self.config[key])
+                paths = [to_text(key, value) for value in values if str(value or "").strip()]
+                return tuple(self._existing(self.input.root_dir / path) for path in paths)
+        return ()
 
     def _existing(self, path: Path) -> Path:
         flat = self.input.models_dir / path.name
@@ -165,7 +167,7 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
 
 def candidate_settings(task: Task) -> CandidateSettings:
     """Settings of mining and inference, from either template. Raises TaskError."""
-    readers = {
+    readers: dict[str, Callable[[str, object], Any]] = {
         "conf_threshold": to_float,
         "batch_size_per_gpu": to_int,
         "num_workers_per_gpu": to_int,

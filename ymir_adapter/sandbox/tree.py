@@ -170,7 +170,9 @@ def injected(request: Request, weights: Sequence[Path]) -> dict[str, Any]:
 
 def environment(tree: Tree, request: Request, indices: Mapping[str, Path]) -> dict[str, Any]:
     """`env.yaml`, with this tree's paths in place of /in and /out."""
-    index_files = dict.fromkeys((key for key in INPUT_FILES if key.endswith("index_file")), "")
+    index_files: dict[str, Any] = dict.fromkeys(
+        (key for key in INPUT_FILES if key.endswith("index_file")), ""
+    )
     names = {"train": "training_index_file", "val": "val_index_file"}
     index_files |= {
         names.get(split, f"{split}_index_file"): path for split, path in indices.items()

@@ -1,0 +1,207 @@
+"""The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.loop import resume
+from trainer.loop.agreement import PATIENCE, Agreement
+from trainer.loop.clock import Clock
+from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.optim import make_ema, make_optimizer
+from trainer.loop.resume import Checkpoint, RunState
+from trainer.loop.start import load_start, load_teacher
+from trainer.readers.samples import SampleTable
+from trainer.settings.config import TrainConfig, resolved
+from vidt.errors import UserError
+from vidt.images.preprocessing import Preprocessing
+from vidt.losses.criterion import SetCriterion, criterion_for
+from vidt.losses.distillation import TokenMatching
+from vidt.losses.softmax_criterion import SoftmaxCriterion
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import build_detector
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with. `state` and `micro_batches` change from step to step."""
+
+    config: TrainConfig
+    model_config: ViDTConfig
+    accelerator: Accelerator
+    agreement: Agreement
+    model: nn.Module
+    forward: nn.Module  # the model as training steps call it: compiled if --compile is given
+    ema: ModelEmaV3 | None
+    optimizer: Optimizer
+    criterion: SetCriterion | SoftmaxCriterion
+    teacher: TokenMatching | None
+    dataset: DetectionDataset
+    clock: Clock
+    state: RunState
+    micro_batches: Iterator[dict[str, Any]] | None = None  # of the steps to come
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model to evaluate and to save: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def make_accelerator() -> Accelerator:
+    """An accelerator without trackers; the launcher sets processes and precision."""
+    # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
+    try:
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            rng_types=[],
+        )
+    except ValueError as error:  # such as a precision that the device does not have
+        raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
+
+
+def set_up(
+    config: TrainConfig,
+    model_fields: Mapping[str, Any],
+    train_set: SampleTable,
+    val_set: SampleTable,
+    accelerator: Accelerator,
+) -> Run:
+    """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
+    agreement = Agreement(accelerator)
+    set_seed(config.seed)
+    class_names = train_set.class_names
+    model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
+    require_decoder(config, model_config)
+
+    detector = build_detector(model_config)
+    checkpoint = find_checkpoint(config, agreement)
+    if checkpoint is None:
+        load_start(detector, config, class_names, agreement)
+    teacher = load_teacher(config, model_config, accelerator, agreement)
+    ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
+    if config.activation_checkpointing:
+        checkpoint_activations(detector)
+    # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
+    model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
+    scaled = accelerator.scaler is not None
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
+
+    step_images = config.batch_size * accelerator.num_processes
+    per_epoch = steps_per_epoch(len(train_set), step_images)
+    total_steps = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+    state = RunState(
+        n_iter_to_acc=config.n_iter_to_acc,
+        step_images=step_images,
+        dataset=train_set.fingerprint(),
+        settings=resolved(config, model_fields),
+    )
+    if checkpoint is not None:
+        state = restore(checkpoint, state, model, ema, optimizer, accelerator)
+    return Run(
+        config=config,
+        model_config=model_config,
+        accelerator=accelerator,
+        agreement=agreement,
+        model=model,
+        forward=compiled(model) if config.compile else model,
+        ema=ema,
+        optimizer=optimizer,
+        criterion=criterion_for(model_config),
+        teacher=teacher,
+        dataset=DetectionDataset(
+            train_set,
+            Augmentation.from_config(config),
+            Preprocessing(eval_size=config.eval_size),
+            seed=config.seed,
+            denoising_queries=config.denoising,
+        ),
+        clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
+        state=state,
+    )
+
+
+def require_decoder(config: TrainConfig, model: ViDTConfig) -> None:
+    """Raises UserError if --denoising is given for a model that cannot denoise."""
+    if config.denoising and not model.with_box_refine:
+        raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
+    if config.denoising and (model.method != "vidt" or not model.dec_layers):
+        flags = f"--method {model.method} --dec_layers {model.dec_layers}"
+        raise UserError(f"--denoising needs a decoder; {flags} has none")
+
+
+def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | None:
+    """The checkpoint to resume from, the same on every process; None for a fresh run.
+
+    Without --resume, a run that the output folder already holds is moved aside. Raises UserError if
+    --resume names a folder without an intact checkpoint.
+    """
+    if config.resume is None:
+        aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
+        if aside is not None:
+            logger.warning(
+                f"{config.output_dir} already holds a run; this one starts anew. The earlier run "
+                f"is now in {aside}, in place of any run that was there; to continue it pass "
+                f"--resume --output_dir {aside}"
+            )
+        return None
+    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
+    on_main: list[Checkpoint] = []
+
+    def find() -> tuple[Path | None, list[str]]:
+        checkpoint, skipped = resume.find(wanted)
+        if checkpoint is None:
+            return None, skipped
+        on_main.append(checkpoint)
+        return checkpoint.path, skipped
+
+    path, skipped = agreement.on_main(find)
+    for line in skipped:
+        logger.warning(f"passed over: {line}")
+    if path is None and (skipped or config.resume != "auto"):
+        raise UserError(
+            f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
+        )
+    if path is None:
+        logger.info(f"nothing to resume in {wanted}: a fresh run")
+        return None
+    return on_main[0] if on_main else resume.load(path)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    fresh: RunState,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> RunState:
+    """Restores all tensors of a checkpoint and returns its state with this run's settings.
+
+    Raises UserError for a checkpoint of another architecture, dataset or batch size.
+    """
+    state = checkpoint.state
+    for line in resume.changed_settings(state, fresh):
+        logger.warning(line)
+    resume.restore_tensors(checkpoint.tensors, model, ema, optimizer)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    asked = ("batch_size", "n_iter_to_acc")
+    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
+        state.n_iter_to_acc = fresh.n_iter_to_acc  # else the number that memory allowed still holds
+    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
+    state.settings = fresh.settings
+    return state
