@@ -11,6 +11,7 @@ from trainer.readers.samples import SampleTable
 from trainer.report.pictures import Mark, draw_marks, image_of
 from trainer.report.progress import Pair
 from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
+from trainer.settings.wording import counted
 from vidt.images.drawing import class_text
 
 # Any eye can tell these apart, on pictures of any colour.
@@ -57,10 +58,10 @@ def _marks(
 
 
 def caption(judged: JudgedImage) -> str:
-    """'3 missed, 1 false, 2 of the wrong class'."""
+    """'3 missed, 1 false positive, 2 of the wrong class'."""
     counts = (
-        (judged.num_missed, "missed"),
-        (judged.num_false, "false"),
-        (judged.num_confused, "of the wrong class"),
+        (judged.num_missed, f"{judged.num_missed:,} missed"),
+        (judged.num_false, counted(judged.num_false, "false positive")),
+        (judged.num_confused, f"{judged.num_confused:,} of the wrong class"),
     )
-    return ", ".join(f"{count} {what}" for count, what in counts if count)
+    return ", ".join(text for count, text in counts if count)
