@@ -29,7 +29,7 @@ import torch
 from trainer.data.shapes import write_shapes
 from vidt import Predictor, ViDT, ViDTConfig
 from vidt.images.preprocessing import Preprocessing
-from vidt.weights.checkpoint import WeightsInfo
+from vidt.weights.weights_file import WeightsInfo
 from ymir_adapter.protocol.environment import InputPaths, OutputPaths
 from ymir_adapter.protocol.task import CandidateSettings, Task
 from ymir_adapter.tasks.candidates import Search, algorithm_of, make_detector

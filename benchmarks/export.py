@@ -31,7 +31,8 @@ from vidt.images.files import read_image
 from vidt.onnx import detector as onnx_detector
 from vidt.onnx.export import export
 from vidt.onnx.proof import FULL, HALF, compare
-from vidt.weights.checkpoint import load_model, save_weights
+from vidt.weights.checkpoint import load_model
+from vidt.weights.weights_file import save_weights
 
 BATCHES = (1, 4)
 

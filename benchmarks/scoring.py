@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from trainer.readers.samples import SampleTable
 from trainer.scoring.average_precision import STATS
 from trainer.scoring.evaluation import score_images, summarise
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 
 OBJECTS = 7  # of an image, on average
 NEAR = 5  # detections of each object

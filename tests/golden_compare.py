@@ -18,7 +18,7 @@ from vidt.losses.matcher import Matches, matched_targets
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.vidt import build_detector
 from vidt.model.without_neck import decode_best_class
-from vidt.predict.predictor import Detections, decode_top_k
+from vidt.predict.detections import Detections, decode_top_k
 from vidt.weights.released import released_name, released_vidt
 
 # Folders of the golden data that hold results, and the family of each.

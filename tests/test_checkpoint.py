@@ -20,19 +20,10 @@ from torch import Tensor
 from vidt import ViDT, ViDTConfig
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
-from vidt.weights.checkpoint import (
-    Unreachable,
-    WeightsInfo,
-    load_model,
-    load_weights,
-    local_weights,
-    read_pickled,
-    read_start,
-    save_weights,
-    start_from,
-)
-from vidt.weights.published import PUBLISHED, TEACHERS
+from vidt.weights.checkpoint import load_model, read_start, start_from
+from vidt.weights.published import PUBLISHED, TEACHERS, Unreachable, local_weights
 from vidt.weights.released import to_released
+from vidt.weights.weights_file import WeightsInfo, load_weights, read_pickled, save_weights
 
 NAMES = ("disc", "square", "star")
 

@@ -18,7 +18,7 @@ from tiny_runs import (
 )
 from torch import Tensor
 
-from vidt.weights.checkpoint import load_weights
+from vidt.weights.weights_file import load_weights
 
 
 def test_ids_with_gaps_are_learnt(learnt: Learnt) -> None:

@@ -32,7 +32,7 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import METHODS, ViDTConfig
 from vidt.model.vidt import build_detector
 from vidt.onnx.detector import OnnxDetections
-from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
+from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 
 BCCD = ROOT.parent / "shared/data/bccd"
 Output = pytest.CaptureFixture[str]

@@ -24,7 +24,8 @@ from trainer.scoring.average_precision import COCO_NUMBERS, STATS
 from trainer.scoring.evaluation import Evaluation, evaluate, score_images, summarise
 from vidt import Detections, Predictor
 from vidt.ops.packing import PackedLinear, onednn_runs
-from vidt.weights.checkpoint import load_model, load_weights
+from vidt.weights.checkpoint import load_model
+from vidt.weights.weights_file import load_weights
 
 WITH_NEVER = (*NAMES, "never")  # a class that no picture shows
 IDS = (7, 900, 3, 12)

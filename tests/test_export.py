@@ -21,7 +21,8 @@ from tiny_runs import SWIN_VARIANTS, Learnt, blurred
 import vidt.onnx.export
 from trainer.commands.export import scored_images
 from vidt import Predictor, ViDTConfig
-from vidt.images.preprocessing import Preprocessing, pad_batch, resize, to_pixels
+from vidt.images.canvas import resize
+from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 from vidt.model.config import COAT_VARIANTS, CoatVariant
 from vidt.model.swin import SwinVariant
 from vidt.model.vidt import build_detector
@@ -30,8 +31,8 @@ from vidt.onnx.export import ExportReport, export
 from vidt.onnx.graph import ExportedDetector
 from vidt.onnx.half import halved
 from vidt.onnx.proof import FULL, HALF, compare
-from vidt.predict.predictor import Detections
-from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
+from vidt.predict.detections import Detections
+from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 
 # With shifted windows, which need two blocks.
 SWIN_VARIANTS["swin_test_shift"] = SwinVariant(24, (1, 2, 1, 1), (1, 2, 4, 8), 0.0)

@@ -14,7 +14,8 @@ from tiny_runs import Learnt, call
 import vidt
 from vidt.images.batching import PENDING_BATCHES, Picture, equal_canvases, in_order, read_ahead
 from vidt.images.inputs import as_picture
-from vidt.predict.predictor import Detections, Predictor
+from vidt.predict.detections import Detections
+from vidt.predict.predictor import Predictor
 
 SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64)]
 

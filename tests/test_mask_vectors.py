@@ -19,7 +19,7 @@ from vidt.images import mask_drawing
 from vidt.images.mask_drawing import zigzag
 from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.model.vidt import ViDTConfig
-from vidt.predict.predictor import decode_for
+from vidt.predict.detections import decode_for
 
 PLUS = "vidt_plus_swin_nano_300"
 BOXES = ("pred_logits", "pred_boxes")

@@ -43,7 +43,7 @@ from vidt.images.drawing import class_colour
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.model.vidt import ViDTConfig, build_detector
-from vidt.predict.predictor import Detections, MaskVectors
+from vidt.predict.detections import Detections, MaskVectors
 
 SIZE = (30, 40)
 SQUARE = [4, 3, 20, 3, 20, 17, 4, 17]

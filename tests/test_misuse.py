@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import Learnt, environment, random_pictures, write_coco
 
 from trainer.commands.command_line import main
-from vidt.weights.checkpoint import load_weights, save_weights
+from vidt.weights.weights_file import load_weights, save_weights
 
 Make = Callable[[Path], object]
 # A mistake: the words after `vidt`, in which {name} is a path of the playground, and what the line

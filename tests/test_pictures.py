@@ -18,7 +18,7 @@ from trainer.report.pictures import (
     truth_beside_prediction,
 )
 from vidt.images.drawing import LONGEST_NAME, class_colour, class_text
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 
 NAMES = ["rectangle", "ellipse", "triangle"]
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"

@@ -12,8 +12,8 @@ from vidt import Detections, Predictor, ViDT, decode_top_k
 from vidt.images.files import UnreadableImage
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import PackedLinear, onednn_runs, unpack
-from vidt.predict.predictor import MaskVectors
-from vidt.weights.checkpoint import WeightsInfo, save_weights
+from vidt.predict.detections import MaskVectors
+from vidt.weights.weights_file import WeightsInfo, save_weights
 
 SIZES = [(60, 80), (80, 60), (60, 80), (200, 40), (60, 80), (33, 47)]
 

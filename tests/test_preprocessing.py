@@ -7,14 +7,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from vidt.images.preprocessing import (
-    Preprocessing,
-    canvas_batches,
-    pad_batch,
-    resize,
-    resized_shape,
-    to_pixels,
-)
+from vidt.images.canvas import canvas_batches, resize, resized_shape
+from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 
 
 @golden.present

@@ -32,7 +32,7 @@ from vidt.losses.distillation import TokenMatching
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector
 from vidt.predict.predictor import Predictor
-from vidt.weights.checkpoint import WeightsInfo
+from vidt.weights.weights_file import WeightsInfo
 
 DEVICE = torch.device("meta")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

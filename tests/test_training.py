@@ -24,7 +24,7 @@ from trainer.loop import resume
 from trainer.report.progress import Progress
 from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.train import train
-from vidt.weights.checkpoint import load_weights
+from vidt.weights.weights_file import load_weights
 
 
 def test_four_pictures_are_learnt(learnt: Learnt) -> None:

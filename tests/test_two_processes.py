@@ -109,7 +109,7 @@ def ended(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 @pytest.mark.parametrize("losses", LOSSES)
 def test_gradients_are_those_of_one_process(ended: Ended, tmp_path: Path, losses: str) -> None:
-    """Two processes with four images each, in one or in two micro-batches; one process with eight."""
+    """Two processes with four images each, in one or two micro-batches; one process with 8."""
     first, second = (seen[f"gradients {losses}"] for seen in ended.seen)
     flags = f"--batch_size 8 {LOSSES[losses]}"
     for ours, theirs, alone in zip(

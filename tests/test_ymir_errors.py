@@ -16,7 +16,9 @@ from trainer.loop.step import more_micro_batches
 from trainer.settings.config import parse
 from vidt.errors import UserError
 from vidt.images.files import UnreadableImage, read_image
-from vidt.weights.checkpoint import Unreachable, UnusableWeights, load_model, local_weights
+from vidt.weights.checkpoint import load_model
+from vidt.weights.published import Unreachable, local_weights
+from vidt.weights.weights_file import UnusableWeights
 from ymir_adapter.protocol.errors import (
     LONGEST_LINE,
     Code,

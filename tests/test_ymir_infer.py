@@ -23,7 +23,8 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.predict.predictor import Predictor
-from vidt.weights.checkpoint import WeightsInfo, load_model, save_weights
+from vidt.weights.checkpoint import load_model
+from vidt.weights.weights_file import WeightsInfo, save_weights
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.tasks.candidates import PARTS
 from ymir_adapter.tasks.inference import (

@@ -21,7 +21,7 @@ import yaml
 from kill_program import run_kills
 from ymir_runs import TIMEOUT, Tree, processes_with, start, training_task, wait_until_gone
 
-from vidt.weights.checkpoint import load_weights
+from vidt.weights.weights_file import load_weights
 from ymir_adapter.protocol.task import read_task
 
 EPOCHS = 14  # more than the stages that are kept

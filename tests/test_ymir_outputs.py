@@ -14,7 +14,7 @@ import torch
 import yaml
 from ymir_task import PROTOCOLS, Tree, make_tree
 
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 from ymir_adapter.protocol.monitor import HEARTBEAT, LONGEST_MESSAGE, MOST_LINES, Monitor
 from ymir_adapter.protocol.outputs import (
     LATEST_STAGES,

@@ -17,7 +17,7 @@ from ymir_runs import CHECKER
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT, ViDTConfig
 from vidt.predict.predictor import Predictor
-from vidt.weights.checkpoint import WeightsInfo, load_weights, save_weights
+from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import candidate_settings, read_task
 from ymir_adapter.tasks.candidates import Search, make_detector

@@ -15,7 +15,7 @@ from ymir_task import NAMES, PROTOCOLS, Tree, make_tree
 from trainer.settings.config import parse, resolved
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT, ViDTConfig
-from vidt.weights.checkpoint import WeightsInfo, save_weights
+from vidt.weights.weights_file import WeightsInfo, save_weights
 from ymir_adapter.protocol.environment import DEFAULT_ENV_FILE, read_identity
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import (

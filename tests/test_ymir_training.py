@@ -29,7 +29,7 @@ from ymir_runs import (
 
 from trainer.report.progress import Progress
 from vidt.model.vidt import ViDT
-from vidt.weights.checkpoint import load_weights
+from vidt.weights.weights_file import load_weights
 from ymir_adapter.protocol.errors import Code, diagnose, first_failure, write_failure
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.outputs import TrainingResult

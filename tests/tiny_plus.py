@@ -10,7 +10,7 @@ from tiny_runs import NAMES, blurred
 
 from vidt import ViDT, ViDTConfig
 from vidt.images.preprocessing import Preprocessing
-from vidt.weights.checkpoint import WeightsInfo, save_weights
+from vidt.weights.weights_file import WeightsInfo, save_weights
 
 PLUS = "--epff --iou_aware --token_label --with_vector --n_keep 16 --gt_mask_len 32"
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vidt.errors import UserError
 from ymir_adapter.__main__ import main
 from ymir_adapter.launch import run_rank
 from ymir_adapter.protocol.errors import Code, TaskError

@@ -40,7 +40,7 @@ from trainer.scoring.evaluation import Evaluation, evaluate
 from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
 from trainer.settings.wording import counted
 from vidt.errors import UserError
-from vidt.weights.checkpoint import WeightsInfo, save_weights
+from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
 
@@ -110,7 +110,7 @@ def announce(
             "total_epochs": run.config.epochs,
             "metrics": metrics or {},
         }
-        report(Progress(event=event, **{**moment, **more}))  # type: ignore[arg-type]
+        report(Progress(event=event, **{**moment, **more}))
 
 
 def evaluate_and_save(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vidt.losses.criterion import SetCriterion
     from vidt.losses.matcher import HungarianMatcher
     from vidt.model.vidt import ViDT, ViDTConfig
-    from vidt.predict.predictor import Detections, Predictor, decode_top_k
+    from vidt.predict.detections import Detections, decode_top_k
+    from vidt.predict.predictor import Predictor
 
 __all__ = [
     "Detections",
@@ -31,13 +32,13 @@ __all__ = [
     "load",
 ]
 _HOMES = {
-    "Detections": "predict.predictor",
+    "Detections": "predict.detections",
     "HungarianMatcher": "losses.matcher",
     "Predictor": "predict.predictor",
     "SetCriterion": "losses.criterion",
     "ViDT": "model.vidt",
     "ViDTConfig": "model.config",
-    "decode_top_k": "predict.predictor",
+    "decode_top_k": "predict.detections",
     "load": "loading",
 }
 

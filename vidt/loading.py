@@ -40,8 +40,7 @@ def load(
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:
-        from vidt.predict.devices import usable_device
-        from vidt.predict.predictor import Predictor
+        from vidt.predict.predictor import Predictor, usable_device
     except ModuleNotFoundError as error:
         raise UserError(
             f"{path} needs {error.name}, which is not installed; install it, or export the "

@@ -102,9 +102,8 @@ def _detector(given: Any) -> Any:
         return load(given.weights, **how)
     from vidt.images.preprocessing import Preprocessing
     from vidt.model.vidt import build_detector
-    from vidt.predict.devices import usable_device
-    from vidt.predict.predictor import Predictor
-    from vidt.weights.checkpoint import WeightsInfo
+    from vidt.predict.predictor import Predictor, usable_device
+    from vidt.weights.weights_file import WeightsInfo
 
     config = ViDTConfig(backbone_name=given.weights)
     names = tuple(f"class {number}" for number in range(config.num_classes))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.settings.config import TrainConfig
-from vidt.images.preprocessing import GRANULE, resize, resized_shape
+from vidt.images.canvas import GRANULE, resize, resized_shape
 
 RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation size
 RELEASED_LADDER = (480, 800)  # short sides drawn from, in steps of 16

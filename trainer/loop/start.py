@@ -15,17 +15,10 @@ from vidt.losses.distillation import TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.weights.checkpoint import (
-    UnusableWeights,
-    WeightsInfo,
-    load_model,
-    local_weights,
-    read_start,
-    start_from,
-)
+from vidt.weights.checkpoint import load_model, read_start, start_from
 from vidt.weights.pretrained import load_imagenet
-from vidt.weights.published import TEACHERS
-from vidt.weights.weights_file import fill_strictly
+from vidt.weights.published import TEACHERS, local_weights
+from vidt.weights.weights_file import UnusableWeights, WeightsInfo, fill_strictly
 
 logger = get_logger(__name__)
 

@@ -6,6 +6,7 @@ Python writes and turns half a surrogate pair into "?"; msgspec refuses both and
 the file in memory.
 """
 
+import io
 import json
 import os
 import re
@@ -31,13 +32,14 @@ def read_members(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """
     with open(path, "rb") as file:
         start = file.read(4)
-    if not start:
-        raise NotJSON("the file is empty")
-    with open(path, encoding=json.detect_encoding(start), newline="") as text:
+        if not start:
+            raise NotJSON("the file is empty")
+        file.seek(0)
+        text = io.TextIOWrapper(file, json.detect_encoding(start), newline="")
         try:
             yield from _members(_Stream(text))
         except UnicodeDecodeError as error:
-            position = text.buffer.tell() - len(error.object) + error.start
+            position = file.tell() - len(error.object) + error.start
             raise NotJSON(f"{error.reason} at byte {position}") from error
 
 

@@ -142,7 +142,8 @@ def changed_and_default(settings: Mapping[str, Any]) -> tuple[dict[str, Any], di
     """The settings that differ from their defaults, and those that do not."""
     owned = (*fields(TrainConfig), *fields(ViDTConfig))
     defaults = {field.name: field.default for field in owned}
-    changed, same = {}, {}
+    changed: dict[str, Any] = {}
+    same: dict[str, Any] = {}
     for name, value in settings.items():
         default = defaults.get(name)
         as_saved = list(default) if isinstance(default, tuple) else default

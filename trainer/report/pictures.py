@@ -22,7 +22,7 @@ from vidt.atomic import atomic_write
 from vidt.errors import UserError
 from vidt.images.drawing import class_colour, class_text, clipped, draw_boxes_on, tint
 from vidt.images.files import read_image
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 
 MOST_PAIRS = 16  # validation images shown after an evaluation
 BACKGROUND = "#ffffff"

@@ -46,9 +46,10 @@ from trainer.scoring.average_precision import (
     xywh,
 )
 from trainer.scoring.mistakes import Diagnosis, diagnose
-from vidt.images.preprocessing import Preprocessing, canvas_batches
+from vidt.images.canvas import canvas_batches
+from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
-from vidt.predict.predictor import Detections, decode_for, on_cpu
+from vidt.predict.detections import Detections, decode_for, on_cpu
 
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
 

@@ -19,7 +19,7 @@ from trainer.readers.samples import Sample, SampleTable
 from trainer.scoring.average_precision import DetectionMatches
 from trainer.scoring.scores import ScoreCurve, curve, hits_of, pooled
 from trainer.settings.wording import counted
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 
 MIN_IOU = 0.5
 MOST_IMAGES = 12  # of the worst

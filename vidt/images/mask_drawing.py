@@ -54,8 +54,7 @@ def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int])
 
 
 def _pixels_within(low: float, high: float, length: int) -> range:
-    """The pixels of an axis of `length` whose centres may lie between low and high; none for
-    NaN."""
+    """The pixels of an axis whose centres may lie between low and high; none for NaN."""
     if not low < high:
         return range(0)
     start = min(max(low - 1, 0), length)

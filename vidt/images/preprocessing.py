@@ -17,15 +17,10 @@ from torch import Tensor
 
 from vidt.errors import UserError
 from vidt.images.canvas import (
-    GRANULE,
-    canvas_batches,
     canvas_of,
     longest_side,
     resize,
-    resized_shape,
 )
-
-__all__ = ["GRANULE", "Preprocessing", "canvas_batches", "pad_batch", "resize", "resized_shape"]
 
 
 @dataclass(frozen=True)

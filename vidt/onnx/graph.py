@@ -25,7 +25,7 @@ from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
 from vidt.onnx.detector import FORMAT, OnnxInfo
 from vidt.onnx.half import halved
-from vidt.predict.predictor import best_pairs
+from vidt.predict.detections import best_pairs
 from vidt.weights.weights_file import WeightsInfo
 
 OPSET = 20

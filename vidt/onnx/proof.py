@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vidt.images.canvas import resize
 from vidt.images.mask_drawing import decode_vectors
-from vidt.images.preprocessing import pad_batch, resize, to_pixels
+from vidt.images.preprocessing import pad_batch, to_pixels
 from vidt.onnx.detector import TOP_K, OnnxDetections, OnnxDetector
-from vidt.predict.predictor import Detections, Predictor
+from vidt.predict.detections import Detections
+from vidt.predict.predictor import Predictor
 
 SHOWN = 0.05  # detections that score less are not asked to be found again
 SAME_BOX = 0.95  # IoU from which two boxes are the same

@@ -15,7 +15,7 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.weights.published import NUM_COCO_ROWS, Unreachable, coco_rows, local_weights
+from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.released import TOKEN_CLASSES, fitting, released_config, released_vidt
 from vidt.weights.weights_file import (
     UnusableWeights,
@@ -23,27 +23,8 @@ from vidt.weights.weights_file import (
     fill_strictly,
     is_ours,
     load_weights,
-    read_info,
-    read_pickled,
     read_pickled_file,
-    save_weights,
 )
-
-__all__ = [
-    "HeadTransfer",
-    "Unreachable",
-    "UnusableWeights",
-    "WeightsInfo",
-    "load_model",
-    "load_weights",
-    "local_weights",
-    "read_info",
-    "read_pickled",
-    "read_released",
-    "read_start",
-    "save_weights",
-    "start_from",
-]
 
 logger = logging.getLogger(__name__)
 

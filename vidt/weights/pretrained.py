@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidt.model.config import COAT_VARIANTS
-from vidt.weights.checkpoint import Unreachable, UnusableWeights, local_weights, read_pickled
+from vidt.weights.published import Unreachable, local_weights
 from vidt.weights.released import imagenet_coat, imagenet_swin
+from vidt.weights.weights_file import UnusableWeights, read_pickled
 
 TIMM_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",

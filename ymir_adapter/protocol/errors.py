@@ -128,7 +128,8 @@ def _codes() -> dict[type[BaseException], Code]:
     from trainer.loop.loss_log import NonFiniteLoss
     from trainer.settings.flags import ConfigError
     from vidt.images.files import UnreadableImage
-    from vidt.weights.checkpoint import Unreachable, UnusableWeights
+    from vidt.weights.published import Unreachable
+    from vidt.weights.weights_file import UnusableWeights
 
     return {
         ConfigError: Code.CONFIG,

@@ -21,7 +21,7 @@ from vidt.atomic import atomic_file, atomic_write, unfinished
 from ymir_adapter.protocol.task import Task
 
 if TYPE_CHECKING:
-    from vidt.predict.predictor import Detections
+    from vidt.predict.detections import Detections
 
 logger = logging.getLogger(__name__)
 

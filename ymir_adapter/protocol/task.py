@@ -200,7 +200,8 @@ def pick_weights(task: Task) -> Path | None:
     None if a training names no weights. Raises TaskError if another task names none, if all are
     missing, or if none can be used.
     """
-    from vidt.weights.checkpoint import UnusableWeights, read_info, read_start
+    from vidt.weights.checkpoint import read_start
+    from vidt.weights.weights_file import UnusableWeights, read_info
 
     listed = task.weights
     if not listed:

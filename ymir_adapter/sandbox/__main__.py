@@ -26,7 +26,8 @@ from trainer.readers.coco import read_coco
 from trainer.readers.samples import SampleTable
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
-from vidt.weights.checkpoint import UnusableWeights, read_start
+from vidt.weights.checkpoint import read_start
+from vidt.weights.weights_file import UnusableWeights
 from ymir_adapter.sandbox.tree import (
     EXPORT_FORMATS,
     PROTOCOLS,

@@ -19,7 +19,8 @@ from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
 from trainer.train import make_accelerator
 from vidt.images.files import UnreadableImage, probe_images
-from vidt.predict.predictor import Detections, Predictor
+from vidt.predict.detections import Detections
+from vidt.predict.predictor import Predictor
 from ymir_adapter.dataset.tables import candidates, locate
 from ymir_adapter.launch import run_rank
 from ymir_adapter.protocol.errors import Code, TaskError

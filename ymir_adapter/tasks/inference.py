@@ -18,9 +18,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vidt.images.batching import read_ahead
+from vidt.images.canvas import resize
 from vidt.images.files import UnreadableImage, read_image
-from vidt.images.preprocessing import Preprocessing, resize
-from vidt.predict.predictor import Detections, Predictor, score_for
+from vidt.images.preprocessing import Preprocessing
+from vidt.predict.detections import Detections, score_for
+from vidt.predict.predictor import Predictor
 from ymir_adapter.protocol.errors import Code, TaskError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidt.predict.predictor import Detections
+from vidt.predict.detections import Detections
 from ymir_adapter.tasks.inference import Candidate
 from ymir_adapter.tasks.mining import class_weights
 

@@ -1,0 +1,219 @@
+"""The detections of an image, and the decoding of a detector's outputs into them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from vidt.images.drawing import draw_detections
+from vidt.images.inputs import ImageLike, picture_of, rows_of
+from vidt.images.mask_drawing import decode_vectors, paste_squares
+from vidt.model.config import ViDTConfig
+from vidt.model.without_neck import decode_best_class
+
+TOP_K = 100  # detections per image, the released constant
+
+
+@dataclass(frozen=True, eq=False)
+class MaskVectors:
+    """How masks are kept until they are asked for: a kilobyte each, whatever the picture's size."""
+
+    vectors: Tensor  # [N, n_keep]
+    side: int  # of the square that a vector describes: the configuration's gt_mask_len
+    size: tuple[int, int]  # (height, width) of the original image
+    boxes: Tensor | None = None  # [N, 4] that the squares fill; None: those of the detections
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one image, best first."""
+
+    scores: Tensor  # [N] in 0..1
+    labels: Tensor  # [N] int64
+    # [N, 4] xyxy, pixels of the original image; `Predictor.predict` clips them to it, decoding does
+    # not.
+    boxes: Tensor
+    mask_vectors: MaskVectors | None = None  # None: the detector gives no masks
+    class_names: tuple[str, ...] = ()  # of the detector: those of all labels that it knows
+    source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection; [N]."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    @property
+    def masks(self) -> Tensor | None:
+        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Drawn
+        anew each time: take only what is needed, as by `above`, first.
+        """
+        if self.mask_vectors is None:
+            return None
+        vectors, side = self.mask_vectors.vectors, self.mask_vectors.side
+        boxes = self.boxes if self.mask_vectors.boxes is None else self.mask_vectors.boxes
+        squares = decode_vectors(_as_array(vectors), side)
+        drawn = torch.from_numpy(paste_squares(squares, _as_array(boxes), self.mask_vectors.size))
+        return drawn.to(vectors.device)
+
+    def plot(self, image: ImageLike = None) -> Image.Image:
+        """A copy of the image that they were found in, or of the given one, RGB and of its size,
+        with boxes, names, scores and masks drawn on it.
+
+        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
+        can no longer be read.
+        """
+        found = self.cpu()
+        return draw_detections(
+            picture_of(self.source, image),
+            found.boxes.float().numpy(),
+            found.labels.tolist(),
+            found.scores.tolist(),
+            self.class_names,
+            None if found.masks is None else found.masks.numpy(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, threshold: float) -> "Detections":
+        """Those that score at least `threshold`."""
+        return self[self.scores >= threshold]
+
+    def __getitem__(self, which: int | slice | Tensor) -> "Detections":
+        """Those of a slice, an index or a mask; of a whole number, that one alone."""
+        rows = rows_of(which, len(self))
+        return self._map(lambda column: column[rows])
+
+    def cpu(self) -> "Detections":
+        """The same in the memory of the CPU."""
+        return self._map(Tensor.cpu)
+
+    def clipped(self, size: tuple[int, int]) -> "Detections":
+        """The same with boxes that end where the picture, of `size` (height, width), does. Masks
+        stay as they are.
+        """
+        masks = self.mask_vectors
+        if masks is not None and masks.boxes is None:
+            masks = replace(masks, boxes=self.boxes)
+        limits = self.boxes.new_tensor([size[1], size[0], size[1], size[0]])
+        boxes = self.boxes.clamp(min=0).minimum(limits)
+        return replace(self, boxes=boxes, mask_vectors=masks)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
+        masks = self.mask_vectors
+        return replace(
+            self,
+            scores=change(self.scores),
+            labels=change(self.labels),
+            boxes=change(self.boxes),
+            mask_vectors=masks
+            and replace(
+                masks,
+                vectors=change(masks.vectors),
+                boxes=None if masks.boxes is None else change(masks.boxes),
+            ),
+        )
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16."""
+    return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+
+
+def on_cpu(found: Sequence[Detections]) -> list[Detections]:
+    """The same in the memory of the CPU, float32: detections of one detector in several images, one
+    at least, all in one transfer, since each would have to be waited for.
+    """
+    columns = [
+        [each.scores[:, None], each.labels[:, None], each.boxes]
+        + ([each.mask_vectors.vectors] if each.mask_vectors else [])
+        for each in found
+    ]
+    # Labels are whole numbers far below 2 ** 24: float32 keeps them.
+    rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
+    counts = [len(each) for each in found]
+    return [
+        replace(
+            each,
+            scores=own[:, 0],
+            labels=own[:, 1].long(),
+            boxes=own[:, 2:6],
+            mask_vectors=each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:]),
+        )
+        for each, own in zip(found, rows.cpu().split(counts), strict=True)
+    ]
+
+
+def decode_top_k(
+    outputs: dict, sizes: Tensor, top_k: int = TOP_K, *, mask_len: int = 128
+) -> list[Detections]:
+    """The best (query, class) pairs of each image; no suppression, no threshold.
+
+    outputs of `ViDT`; sizes [B, 2] as (height, width) of the original images, in pixels; mask_len
+    is the configuration's gt_mask_len.
+    """
+    scores, labels, boxes, query = best_pairs(outputs, sizes, top_k)
+    masks = _mask_vectors(outputs, query, sizes, mask_len)
+    return [Detections(*image) for image in zip(scores, labels, boxes, masks, strict=True)]
+
+
+def best_pairs(
+    outputs: dict, sizes: Tensor, top_k: int = TOP_K
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best (query, class) pairs of each image as `decode_top_k` gives them: scores, labels,
+    boxes and queries, [B, N] or [B, N, 4] each.
+    """
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    num_classes = logits.shape[-1]
+    scores = logits.sigmoid().flatten(1)  # [B, Q * K]
+    scores, index = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    query = index.div(num_classes, rounding_mode="floor")
+    scale = sizes.to(boxes, non_blocking=True).flip(1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
+    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * scale[:, None]
+    return scores, index % num_classes, boxes, query
+
+
+def _mask_vectors(
+    outputs: dict, query: Tensor, sizes: Tensor, mask_len: int
+) -> Sequence[MaskVectors | None]:
+    """Those of the chosen queries [B, N], for each image."""
+    if "pred_vectors" not in outputs:
+        return [None] * len(query)
+    vectors = outputs["pred_vectors"]
+    vectors = vectors.gather(1, query[..., None].expand(-1, -1, vectors.shape[2]))
+    return [
+        MaskVectors(each, mask_len, (height, width))
+        for each, (height, width) in zip(vectors, sizes.tolist(), strict=True)
+    ]
+
+
+def decode_all(outputs: dict, sizes: Tensor) -> list[Detections]:
+    """Every [DET] token of a detector without neck with its best class, best first."""
+    scores, labels, boxes = decode_best_class(outputs, sizes)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    labels, boxes = labels.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    return [Detections(*image) for image in zip(scores, labels, boxes, strict=True)]
+
+
+def score_for(config: ViDTConfig) -> Callable[[Tensor], Tensor]:
+    """How logits [..., columns] of a detector of this configuration become one probability for each
+    class: [..., K].
+    """
+    if config.method == "vidt_wo_neck":
+        return lambda logits: logits.softmax(-1)[..., :-1]  # the last column is the background
+    return torch.sigmoid
+
+
+def decode_for(config: ViDTConfig) -> Callable[[dict, Tensor], list[Detections]]:
+    """How the outputs of a detector of this configuration become detections: called with them and
+    the sizes [B, 2] of the original images as (height, width).
+    """
+    if config.method == "vidt_wo_neck":
+        return decode_all
+    return partial(decode_top_k, mask_len=config.gt_mask_len)
