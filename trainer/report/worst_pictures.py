@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
-from trainer.report.pictures import Mark, draw_marks, image_of
+from trainer.report.pictures import Mark, draw_marks, image_of, masks_or_none
 from trainer.report.progress import Pair
 from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
 from trainer.settings.wording import counted
@@ -52,7 +52,7 @@ def _marks(
     return [
         Mark(box, "" if good else text, RIGHT if good else WRONG, mask)
         for box, text, good, mask in zip(
-            boxes.numpy(), texts, right, masks or [None] * len(texts), strict=True
+            boxes.numpy(), texts, right, masks_or_none(masks, len(texts)), strict=True
         )
     ]
 
