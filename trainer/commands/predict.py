@@ -43,7 +43,7 @@ SUMMARY = """
 Detects objects in images: in files, in folders and all folders inside, in files that match a
 pattern, or in files that standard input lists, one a line. Writes the images with boxes drawn on
 them, and the class, the score from 0 to 1 and the box of each object, in pixels of the original
-image. PredictionWriter appear in the order of the images, as they are ready: a million images take no more
+image. Results appear in the order of the images, as they are ready: a million images take no more
 memory than a hundred. Unreadable files are skipped and named at the end. Images are used as they
 are stored, not turned as their EXIF says; training and evaluation turn an image if its annotated
 size says so.
