@@ -13,7 +13,7 @@ from trainer.scoring.mistakes import (
     MOST_IMAGES,
     MOST_ROWS,
     NOTHING,
-    Judged,
+    JudgedImage,
     condensed,
     judge,
 )
@@ -26,7 +26,7 @@ def judged(
     truth: list[tuple[list[int], int]],
     found: list[tuple[list[int], int, float]],
     crowd: list[bool] | None = None,
-) -> Judged:
+) -> JudgedImage:
     sample = Sample(
         path="a.png",
         image_id=1,
