@@ -281,6 +281,44 @@ def test_a_written_configuration_repeats_the_run(tiny_data: Path, room: Path) ->
     assert state.best_metrics == first
 
 
+BUG = """
+import sys
+from trainer.data import load
+
+def buggy(*given, **more):
+    return dict(zip((1, 2), (1,), strict=True))
+
+load.read_datasets = buggy
+"""
+# In place of the programs that `accelerate launch` and the console start.
+TRAIN = BUG + "import trainer.train\ntrainer.train.main()\n"
+CHECK = BUG + (
+    "import trainer.commands.check, trainer.commands.command_line as vidt\n"
+    "trainer.commands.check.run = buggy\n"
+    "sys.exit(vidt.main(['check', *sys.argv[1:]]))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("program_text", "launcher"),
+    [
+        pytest.param(TRAIN, ["accelerate", "launch", "--cpu"], marks=pytest.mark.slow),
+        pytest.param(CHECK, ["python"], id="vidt"),
+    ],
+)
+def test_a_bug_of_ours_keeps_its_traceback(
+    tiny_data: Path, room: Path, program_text: str, launcher: list[str]
+) -> None:
+    script = room / "program.py"
+    script.write_text(program_text)
+    words = [program(launcher[0]), *launcher[1:], str(script), *published(tiny_data, room / "run")]
+    done = call(words, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in buggy" in done.stderr
+    assert "ValueError: zip() argument 2 is shorter than argument 1" in done.stderr
+    assert "error: zip" not in done.stderr
+
+
 @pytest.mark.slow
 def test_in_a_process_of_its_own_a_mistake_leaves_no_trace_of_python(
     tiny_data: Path, room: Path

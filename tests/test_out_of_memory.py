@@ -10,6 +10,7 @@ from tiny_runs import argv, differences, end_of, last_checkpoint, run
 import trainer.loop.step
 import trainer.train
 from trainer.loop import resume
+from trainer.loop.execution import is_out_of_memory
 from trainer.report.progress import Progress
 from vidt.model.vidt import ViDT
 
@@ -74,6 +75,23 @@ def test_one_image_is_too_much(
         run(tiny_data, room, "--max_steps 1")
     assert tried == [4, 2, 1]
     assert "--eval_size" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("MPS backend out of memory (MPS allocated: 8.00 GB)", True),
+        ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed", False),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", False),
+    ],
+)
+def test_texts_that_mean_out_of_memory(text: str, expected: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == expected
+    assert not is_out_of_memory(ValueError(text))
 
 
 def test_in_the_middle_of_a_run(

@@ -110,6 +110,20 @@ def test_broken_off_and_resumed(
     assert {*first.scores, *second.scores} == {3, 6}
 
 
+def test_a_checkpoint_is_read_once(
+    tiny_data: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_data, room, "--max_steps 1")
+    path, read, hashed = last_checkpoint(room), [], []
+    load_file, fingerprint = resume.load_file, resume._fingerprint
+    monkeypatch.setattr(resume, "load_file", lambda file: (read.append(file), load_file(file))[1])
+    monkeypatch.setattr(
+        resume, "_fingerprint", lambda file: (hashed.append(file), fingerprint(file))[1]
+    )
+    run(tiny_data, room, "--max_steps 1 --resume")
+    assert read == hashed == [path / resume.TENSORS]
+
+
 @pytest.mark.slow
 def test_broken_off_again_and_again(
     tiny_data: Path, room: Path, whole_runs: Callable[[str], tuple[dict[str, Any], Watch]]
@@ -181,10 +195,10 @@ def test_a_fresh_run_in_a_used_folder(
 ) -> None:
     """Its checkpoints count, though the old ones are of later steps; so does a branch's."""
     run(tiny_data, room, "--keep 1")
-    assert "holds a run already" not in caplog.text
+    assert "already holds a run" not in caplog.text
     with pytest.raises(Crash):
         run(tiny_data, room, "--keep 2 --seed 7 --save_steps 1", report=Watch("step", 3))
-    assert "holds a run already" in caplog.text
+    assert "already holds a run" in caplog.text
     assert len(os.listdir(room / "earlier" / "checkpoints")) == 1, "nothing of the first is lost"
     names = sorted(os.listdir(room / "checkpoints"))
     assert names == ["step-00000001", "step-00000002"]
@@ -255,7 +269,7 @@ def test_another_dataset_cannot_be_resumed_on(one_step: Path, room: Path) -> Non
         run(other, one_step, "--max_steps 2 --resume")
 
 
-def test_portions_asked_for_when_resuming_count(
+def test_micro_batches_asked_for_when_resuming_count(
     tiny_data: Path, one_step: Path, room: Path
 ) -> None:
     run(tiny_data, room, f"--max_steps 2 --n_iter_to_acc 2 --resume {one_step}")

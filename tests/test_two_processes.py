@@ -6,6 +6,7 @@ what they saw in two_processes.py is then looked at test by test.
 
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tiny_runs import (
     newest_checkpoint,
     numbers_of,
     program,
+    published,
     random_pictures,
     settings,
     tables,
@@ -194,6 +196,16 @@ def test_memory_that_runs_out_on_one_process_makes_both_take_less(ended: Ended) 
     assert (ended.folder / "results/memory/short/best.safetensors").exists()
 
 
+def test_unreadable_images_of_all_processes_count_together(ended: Ended) -> None:
+    """Seven of twelve, of which neither process alone meets more than five."""
+    first, second = (seen["unreadable"] for seen in ended.seen)
+    assert first == second
+    borne, refused = first
+    assert "7 images can no longer be read" in borne and "102.png" in borne
+    assert "7 of 12 training images" in refused and "--max_bad_fraction 0.5" in refused
+    assert "102.png" in refused and "\n" not in refused
+
+
 def test_a_signal_to_one_process_stops_both(ended: Ended) -> None:
     assert [seen["stopped"] for seen in ended.seen] == ["stopped by SIGTERM"] * 2
     path, passed_over = newest_checkpoint(ended.folder / "results/stopped")
@@ -219,6 +231,31 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(ended: Ended) -> Non
     assert finding["step"] == 2 and str(finding["image_ids"]) in line
     path, _ = newest_checkpoint(output)
     assert path is not None and path.name == "step-00000002"
+
+
+def test_a_package_named_datasets_does_no_harm(tmp_path: Path) -> None:
+    """The script's folder, trainer/, comes first on the import path, and accelerate imports Hugging
+    Face's `datasets` where it is installed and there are two processes.
+    """
+    write_coco(tmp_path / "data", random_pictures(4, 0), random_pictures(2, 1))
+    package, info = tmp_path / "site/datasets", tmp_path / "site/datasets-9.9.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    imported = tmp_path / "imported"
+    (package / "__init__.py").write_text(
+        f"__version__ = '9.9'\nopen({str(imported)!r}, 'a').write('x')\n"
+        "class IterableDataset: pass\nclass Dataset: pass\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 9.9\n")
+    words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "trainer/train.py")]
+    flags = "--max_steps 1 --batch_size 1"
+    done = call(
+        [*words, *published(tmp_path / "data", tmp_path / "run", flags)],
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]),
+    )
+    assert done.returncode == 0, done.stderr
+    assert imported.read_text() == "xx", "both processes import the package"
+    assert (tmp_path / "run/best.safetensors").exists()
 
 
 def test_torchrun_evaluates_as_one_process_does(learnt: Learnt, tmp_path: Path) -> None:

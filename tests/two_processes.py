@@ -27,10 +27,14 @@ from tiny_runs import (
 
 import trainer.train
 from trainer.data.dataset_check import BadDataset
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.loop import step
 from trainer.loop.agreement import Agreement
+from trainer.loop.step import check_readable
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import evaluate
+from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion
 from vidt.model.vidt import ViDT
 from vidt.weights.checkpoint import load_model
@@ -63,6 +67,7 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
     seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")
     seen["out of memory"] = out_of_memory(data, room / "memory", rank)
+    seen["unreadable"] = unreadable(data, room)
     seen["stopped"] = stopped(data, room / "stopped", rank)
     seen["bad dataset"] = bad_dataset(folder / "bad", room / "bad")
     return seen
@@ -121,6 +126,27 @@ def out_of_memory(data: Path, output: Path, rank: int) -> list[str]:
         run(data, output / "short", flags)
     run(data, output / "planned", f"{flags} --n_iter_to_acc 2")
     return [] if rank else differences(end_of(output / "short"), end_of(output / "planned"))
+
+
+def unreadable(data: Path, room: Path) -> list[str]:
+    """Each process meets bad images: the first three, the second five, one of them the same. What
+    both hear for a limit of six tenths, and for one that is less than the union of seven.
+    """
+    config, fields = settings(data, room)
+    train_set, _ = tables(config, fields)
+    heard = []
+    for limit in (0.6, 0.5):
+        dataset = DetectionDataset(
+            train_set, Augmentation.from_config(config), Preprocessing(64), seed=0
+        )
+        bad = [8, 9, 10] if os.environ["RANK"] == "0" else [1, 2, 3, 4, 8]
+        dataset.unreadable[bad] = True
+        with swapped(step.logger, "warning", heard.append):
+            try:
+                check_readable(dataset, limit, Agreement(cpu()))
+            except ValueError as error:
+                heard.append(str(error))
+    return heard
 
 
 def stopped(data: Path, output: Path, rank: int) -> str:

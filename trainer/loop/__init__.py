@@ -1,1 +1,1 @@
-"""The parts of the training loop: optimiser, one step, agreement, resume, signals."""
+"""The parts of the training loop: set-up, one step, optimiser, agreement, resume, signals."""

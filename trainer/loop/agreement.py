@@ -1,8 +1,7 @@
-"""What the processes of a run must agree on, exchanged between hosts and never through the
-accelerator.
+"""Agreement between the processes of a run, over a gloo group on the CPU.
 
-A gloo group of its own: no wait for queued device work, and no 600 s limit while the main process
-scores or reads. With one process everything here is the identity.
+Such a group does not wait for queued device work, and has no limit of 600 s while the main process
+scores or reads. With one process nothing is exchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from vidt.errors import UserError
 
-PATIENCE = timedelta(hours=12)  # a process that died is noticed at once, by its closed connection
+PATIENCE = timedelta(hours=12)  # a dead process is noticed at once, by its closed connection
 
 
 class Agreement:
@@ -59,8 +58,8 @@ class Agreement:
         return box[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Does `work` on the main process and gives its result to all. A UserError or OSError of
-        it is raised there, and as UserError with its words on the others.
+        """Does `work` on the main process and returns its result on all. If it raises UserError or
+        OSError, so does the main process, and the others raise UserError with the same message.
         """
         result, failure = None, None
         if self.is_main:
@@ -68,7 +67,7 @@ class Agreement:
                 result = work()
             except (UserError, OSError) as error:
                 failure = error
-        # Words travel, exceptions do not: not every one of them can be pickled.
+        # The message is sent instead of the exception: not every exception can be pickled.
         result, problem = self.from_main((result, str(failure) if failure else ""))
         if failure:
             raise failure
@@ -77,18 +76,17 @@ class Agreement:
         return result
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors, in place and on the CPU, with those of the main process."""
+        """Overwrites tensors on the CPU, in place, with those of the main process."""
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> None:
-    """Adds up gradients over processes, in place, in one collective.
+    """Adds up the gradients of all processes, in place, in one collective per optimiser step.
 
-    Done once per optimiser step and by hand, not by DistributedDataParallel: a process that ran out
-    of memory half way through its backward pass would leave the others waiting inside DDP's
-    collectives.
+    DistributedDataParallel is not used: a process that runs out of memory half way through its
+    backward pass would leave the others waiting inside DDP's collectives.
     """
     if num_processes == 1:
         return

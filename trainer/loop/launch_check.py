@@ -1,10 +1,8 @@
-"""What a user asked the launcher for, and whether this run can be it.
+"""Checks that the launcher started what the user asked for.
 
-How many processes were asked for is not always how many the launcher starts.
-
-`accelerate launch` starts one process, and says nothing, when asked for several with `--cpu`, or
-with a config file whose `distributed_type` is NO or MULTI_CPU. It does not hand the number on, so
-its command line is read; where there is no /proc to read it in, the answer is "unknown".
+`accelerate launch` silently starts one process instead of several with `--cpu`, or with a config
+file whose `distributed_type` is NO or MULTI_CPU. It does not pass the number on, so this file reads
+the launcher's command line; without /proc the number is unknown.
 """
 
 import os
@@ -17,7 +15,7 @@ from accelerate.commands.config import default_config_file
 
 from trainer.settings.flags import ConfigError
 
-# Variables by which the launcher says that a model is to be split over processes.
+# Variables by which the launcher asks to split the model over processes.
 _SPLIT_BY = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -27,8 +25,8 @@ _SPLIT_BY = {
 
 
 def asked_processes() -> int | None:
-    """Processes asked of the launcher of this process; None without a launcher, or if unknown."""
-    if "WORLD_SIZE" in os.environ:  # torchrun, also underneath accelerate: it starts what was asked
+    """Number of processes asked of the launcher; None without a launcher or if unknown."""
+    if "WORLD_SIZE" in os.environ:  # torchrun, also under accelerate, starts them all
         return int(os.environ["WORLD_SIZE"])
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
@@ -38,7 +36,7 @@ def asked_processes() -> int | None:
 
 
 def require_processes(num_processes: int) -> None:
-    """Raises ConfigError when more processes were asked for than the run has."""
+    """Raises ConfigError if the launcher was asked for more processes than the run has."""
     asked = asked_processes()
     if asked is not None and asked > num_processes:
         raise ConfigError(
@@ -48,21 +46,21 @@ def require_processes(num_processes: int) -> None:
 
 
 def refuse_split_models() -> None:
-    """Raises ConfigError when the launcher is to split the model, as FSDP and DeepSpeed do: the
-    loop sums gradients by itself and saves whole weights, and was tried with whole models alone.
+    """Raises ConfigError if the launcher splits the model, as FSDP and DeepSpeed do: the loop sums
+    gradients and saves weights itself, and expects whole models.
 
-    To be called before there is an Accelerator: that one would first ask for their packages.
+    Call it before making an Accelerator, which would first ask for those packages.
     """
     for variable, name in _SPLIT_BY.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise ConfigError(
-                f"{name} is asked for, and was not tested with this trainer; launch with "
-                "distributed_type MULTI_GPU, where every process holds the whole model"
+                f"{name} is not supported: every process must hold the whole model; launch with "
+                "distributed_type MULTI_GPU"
             )
 
 
 def asked_of_accelerate(words: Sequence[str]) -> int | None:
-    """`num_processes` of an `accelerate launch` command line or of the config file that it uses."""
+    """`num_processes` from an `accelerate launch` command line or from the config file it uses."""
     options = _launch_options(words)
     if options is None:
         return None
@@ -77,7 +75,7 @@ def asked_of_accelerate(words: Sequence[str]) -> int | None:
 
 
 def _launch_options(words: Sequence[str]) -> list[str] | None:
-    """Options of the launcher and of its script; None if this is another program."""
+    """Options of the launcher and of its script; None for another program."""
     for index, word in enumerate(words):
         name = Path(word).name
         if (
@@ -91,7 +89,7 @@ def _launch_options(words: Sequence[str]) -> list[str] | None:
 
 
 def _default_file(cpu: bool) -> str | None:
-    """The file written by `accelerate config`, which launch does not look at with --cpu."""
+    """The file written by `accelerate config`, which launch ignores with --cpu."""
     return default_config_file if os.path.isfile(default_config_file) and not cpu else None
 
 

@@ -1,4 +1,4 @@
-"""Loss terms between two looks at them: means for the report, and the guard against NaN."""
+"""Loss terms of the steps since the last report: their means, and the check for NaN."""
 
 import json
 import math
@@ -17,12 +17,12 @@ NORM = "grad_norm"
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite; nothing was saved since."""
+    """The loss or its gradient became NaN or infinite; nothing has been saved since."""
 
 
 class LossLog:
-    """Loss terms and gradient norms of the steps since the last look. They stay on the device until
-    then: no wait at every step.
+    """Loss terms and gradient norms of the steps since the last check. Until then they stay on the
+    device, so that steps do not wait for them.
     """
 
     def __init__(self, agreement: Agreement, output: Path, *, step_images: int) -> None:
@@ -31,20 +31,20 @@ class LossLog:
         self.pending: list[tuple[int, dict[str, Tensor], list[int]]] = []
 
     def add(self, step: int, terms: dict[str, Tensor], norm: Tensor, image_ids: list[int]) -> None:
-        """norm is that of the gradient over all processes, 0 where the weights did not move."""
+        """norm: of the gradient over all processes; 0 if the step did not change the weights."""
         self.pending.append((step, {**terms, NORM: norm}, image_ids))
 
     def check(self) -> dict[str, float]:
-        """Means over the steps since the last call, summed over processes, with speed and memory.
+        """Means over the steps since the last call, summed over processes; speed and memory.
 
-        Raises NonFiniteLoss on every process if any of them met one, after writing
-        `non_finite.json`.
+        If any process met a loss that is not finite, writes `non_finite.json` and raises
+        NonFiniteLoss on every process.
         """
         if not self.pending:
             return {}
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(terms.values())) for _, terms, _ in self.pending])
-        values = values.cpu().double()  # [steps, terms and the norm]; the one wait
+        values = values.cpu().double()  # [steps, terms and norm]; waits for the device
         self._refuse_non_finite(names, values)
         means = self.agreement.gather(*values[:, :-1].mean(0).tolist()).sum(0).tolist()
         now = time.monotonic()
@@ -64,26 +64,26 @@ class LossLog:
             step, _, image_ids = self.pending[bad_rows[0]]
             terms = dict(zip(names, values[bad_rows[0]].tolist(), strict=True))
             finding = {"step": step, "terms": terms, "image_ids": image_ids}
-        findings = [found for found in self.agreement.gather_objects(finding) if found is not None]
+        findings = [each for each in self.agreement.gather_objects(finding) if each is not None]
         if not findings:
             return
         path = self.output / "non_finite.json"
         if self.agreement.is_main:
             atomic_write(path, json.dumps(findings, indent=1).encode())
-        self.agreement.any(False)  # it is there before a process ends, by which others are ended
+        self.agreement.any(False)  # wait for the file: the first process to end ends the others
         raise NonFiniteLoss(_message(findings, path))
 
 
 def _message(findings: list[dict[str, Any]], path: Path) -> str:
-    """Names the first such step, and the images of the processes whose loss it was: the gradient,
-    being a sum, is not finite on any of them.
+    """Names the first such step and the images of the processes with a bad loss. The gradient does
+    not tell: as a sum over processes it is bad on all of them.
     """
-    step = min(found["step"] for found in findings)
-    first = [found for found in findings if found["step"] == step]
-    own = [found for found in first if any(name != NORM for name in _bad_terms(found))]
+    step = min(each["step"] for each in findings)
+    first = [each for each in findings if each["step"] == step]
+    own = [each for each in first if any(name != NORM for name in _bad_terms(each))]
     blamed = own or first
     bad = [f"{name} {blamed[0]['terms'][name]}" for name in _bad_terms(blamed[0])]
-    images = [image_id for found in blamed for image_id in found["image_ids"]]
+    images = [image_id for each in blamed for image_id in each["image_ids"]]
     return (
         f"the loss is not finite at step {step}: {', '.join(bad)}; images {images} "
         f"(more in {path}); the weights on disk are from before. "
@@ -96,7 +96,7 @@ def _bad_terms(finding: dict[str, Any]) -> list[str]:
 
 
 def memory_gib() -> float:
-    """Most memory used so far: of the accelerator if there is one, else of the process."""
+    """Peak memory in GiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux

@@ -1,6 +1,4 @@
-"""Optimiser, learning rate as a pure function of the step, and the moving average of the
-weights.
-"""
+"""The optimiser, the learning rate as a function of the step, the moving average of the weights."""
 
 import math
 from typing import Any
@@ -11,16 +9,15 @@ from torch.optim import AdamW, Optimizer
 
 from trainer.settings.config import TrainConfig
 
-# Tables and tokens that are looked up rather than multiplied: decay would only pull them to zero.
+# Tables and tokens, which nothing multiplies with: weight decay would only pull them to zero.
 TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table")
 
+# Weights that decide where a query looks. The position table is small (std 0.02) and passes a norm,
+# so a step of the common size moves all positions at once; Deformable DETR (arXiv 2010.04159,
+# appendix A.4) trains its projections to positions at a tenth of the rate.
+POSITION_WEIGHTS = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
 
-# What decides where a query looks. The position table is small (std 0.02) and passes a norm, so a
-# step of the common size redraws all places at once; Deformable DETR (arXiv 2010.04159, appendix
-# A.4) slows its projections to places down to a tenth.
-PLACING = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
-
-# The inputs of a matrix whose rate --lr_fan_in_power leaves alone: those of most in the decoder.
+# Inputs of a matrix whose rate --lr_fan_in_power does not change; most in the decoder have as many.
 COMMON_FAN_IN = 256
 
 
@@ -28,27 +25,27 @@ def parameter_groups(
     model: nn.Module,
     weight_decay: float,
     *,
-    placing_mult: float = 1.0,
-    body_mult: float = 1.0,
+    position_mult: float = 1.0,
+    backbone_mult: float = 1.0,
     fan_in_power: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms, biases, tokens and position tables without. (The released
-    recipe also decays the head's biases and norms; that is not kept.)
+    """Parameter groups: matrices with weight decay; norms, biases, tokens and position tables
+    without. (The released recipe also decays the head's biases and norms.)
 
-    `lr_mult` of a group is its rate relative to the run's: placing_mult for PLACING, body_mult for
-    all else of the body, either times (COMMON_FAN_IN / n) ** fan_in_power for a matrix with n
-    inputs. Adam moves each weight by about its rate, so an output that sums n of them moves n times
-    that: one rate for all is too high for wide layers and too low for narrow ones. For hidden
-    matrices the power is 1 by theory (Tensor Programs V, arXiv 2203.03466, table 3); 0 is one rate
-    for all. A depthwise filter's inputs do not grow with the width.
+    `lr_mult` of a group is its rate relative to the run's: position_mult for POSITION_WEIGHTS,
+    backbone_mult for the rest of the backbone, and either times (COMMON_FAN_IN / n) ** fan_in_power
+    for a matrix with n inputs. Adam moves each weight by about its rate, so an output that sums n
+    weights moves n times as far: one rate for all is too high for wide layers and too low for
+    narrow ones. In theory the power is 1 for hidden matrices (Tensor Programs V, arXiv 2203.03466,
+    table 3); 0 means one rate for all. A depthwise filter has as many inputs at any width.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         bare = parameter.ndim < 2 or parts[-1] in TABLES
-        mult = body_mult if "backbone" in parts else 1.0
-        if any(part in PLACING for part in parts):
-            mult = placing_mult
+        mult = backbone_mult if "backbone" in parts else 1.0
+        if any(part in POSITION_WEIGHTS for part in parts):
+            mult = position_mult
         depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
         if not bare and not depthwise:
             mult *= (COMMON_FAN_IN / parameter[0].numel()) ** fan_in_power
@@ -60,16 +57,16 @@ def parameter_groups(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, *, scaled: bool = False) -> AdamW:
-    """AdamW; its learning rate is set before every step by `set_learning_rate`.
+    """AdamW; `set_learning_rate` sets its rate before every step.
 
-    scaled: a loss scaler (fp16) will step it. Fused, AdamW then leaves the weights alone inside its
-    kernel when the gradients overflowed, which nobody else gets to know; Accelerate must.
+    scaled: a loss scaler (fp16) will step it. A fused AdamW skips an overflowed step inside its
+    kernel, unnoticed; Accelerate has to notice it.
     """
     groups = parameter_groups(
         model,
         config.weight_decay,
-        placing_mult=config.lr_linear_proj_mult,
-        body_mult=config.lr_backbone_mult,
+        position_mult=config.lr_linear_proj_mult,
+        backbone_mult=config.lr_backbone_mult,
         fan_in_power=config.lr_fan_in_power,
     )
     betas = (0.9, config.adam_beta2)
@@ -80,8 +77,8 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine or a line from lr to min_lr over the rest of the run, per
     optimiser step.
 
-    A function of the step alone: nothing to save, nothing that a resumed or a multi-process run
-    could count wrongly.
+    It depends on the step alone, so there is no state to save, and resumed and multi-process runs
+    cannot miscount.
     """
     warmup = min(config.warmup_steps, total_steps // 3)
     if step < warmup:
@@ -92,16 +89,16 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """`rate` times each group's `lr_mult`."""
+    """Sets each group's rate to `rate` times its `lr_mult`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_mult"]
 
 
 def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
-    """timm's average, with its warm-up: it follows closely at first, so a short run has a useful
-    average too.
+    """timm's average, with its warm-up: it follows the weights closely at first, so that it is of
+    use in short runs too.
 
-    Must be made before Accelerate prepares the model: a copy of a prepared model would call the
-    original's forward.
+    Make it before Accelerate prepares the model: a copy of a prepared model calls the original's
+    forward.
     """
     return ModelEmaV3(model, decay=decay, use_warmup=True)
