@@ -13,7 +13,7 @@ from trainer.scoring.mistakes import (
     MOST_IMAGES,
     MOST_ROWS,
     NOTHING,
-    Judged,
+    JudgedImage,
     condensed,
     judge,
 )
@@ -26,7 +26,7 @@ def judged(
     truth: list[tuple[list[int], int]],
     found: list[tuple[list[int], int, float]],
     crowd: list[bool] | None = None,
-) -> Judged:
+) -> JudgedImage:
     sample = Sample(
         path="a.png",
         image_id=1,
@@ -50,7 +50,7 @@ def test_right_missed_false_and_of_the_wrong_class() -> None:
     assert result.found_as.tolist() == [0, 1, NOTHING]
     assert result.truth_as.tolist() == [0, 2]
     assert (result.num_missed, result.num_false, result.num_confused) == (0, 1, 1)
-    assert caption(result) == "1 false, 1 of the wrong class"
+    assert caption(result) == "1 false positive, 1 of the wrong class"
 
 
 def test_a_box_counts_from_the_threshold_of_its_class() -> None:

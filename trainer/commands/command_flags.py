@@ -88,13 +88,14 @@ def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:
 
 def say(text: str) -> None:
     """Prints text on standard output at once."""
-    print(text, flush=True)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """Prints a line on standard error, apart from the results."""
     sys.stdout.flush()
-    print(text, file=sys.stderr)
+    sys.stderr.write(text + "\n")
 
 
 def write_result(path: Path, data: bytes) -> None:

@@ -1,5 +1,5 @@
-"""What becomes of a training picture: the released recipe of mirroring, cropping and resizing,
-drawn once and applied to pixels, boxes and masks alike.
+"""Augmentation of training images: the released recipe of flipping, cropping and resizing, drawn
+once and applied to pixels, boxes and masks.
 
 Boxes are xyxy in pixels.
 """
@@ -18,10 +18,10 @@ RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation s
 RELEASED_LADDER = (480, 800)  # short sides drawn from, in steps of 16
 RELEASED_CROP_RESIZE = (400, 500, 600)  # short sides before a crop
 RELEASED_CROP = (384, 600)  # sides of the crop
-# A picture is decoded at a fraction of its size if at least so many times as large as it is needed.
-# The antialiased resize then still averages over pixels, and what differs from decoding it whole is
-# less than what another resampling filter would make of it: 0.1 to 0.35 of 255 on average, at most
-# 6, measured on photographs. Evaluation and prediction decode all.
+# An image is decoded at a fraction of its size as long as it stays SPARE times as large as needed,
+# so that the antialiased resize still averages over pixels. Compared with decoding in full,
+# photographs differ by 0.1 to 0.35 of 255 on average and by at most 6, less than with another
+# resampling filter. Evaluation and prediction decode in full.
 SPARE = 2
 
 
@@ -55,7 +55,7 @@ class Augmentation:
         )
 
     def draw(self, size: tuple[int, int], random: np.random.Generator) -> "Geometry":
-        """What becomes of a picture of `size` (height, width) this time."""
+        """Draw the geometry for an image of `size` (height, width)."""
         flip = self.flip and random.random() < 0.5
         area, crop = size, None
         if self.crop and random.random() < 0.5:
@@ -68,7 +68,7 @@ class Augmentation:
     def _crop_area(
         self, size: tuple[int, int], random: np.random.Generator
     ) -> tuple[int, int, int, int]:
-        """Top, left, height and width inside a picture of `size`."""
+        """Top, left, height and width of a crop from an image of `size`."""
         low, high = self.crop_range
         height, width = (int(random.integers(min(low, side), min(high, side) + 1)) for side in size)
         top = int(random.integers(0, size[0] - height + 1))
@@ -82,7 +82,7 @@ def _one_of(sizes: tuple[int, ...], random: np.random.Generator) -> int:
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a picture, in pixels, after it was resized to `before` (height, width)."""
+    """A part of an image, in pixels, after a resize to `before` (height, width)."""
 
     before: tuple[int, int]
     top: int
@@ -97,8 +97,8 @@ class Crop:
 
 @dataclass(frozen=True)
 class Geometry:
-    """One drawing of an augmentation, the same for pixels, boxes and masks: mirror, crop, resize
-    from `size` to `shape`, both (height, width).
+    """One draw of an augmentation, the same for pixels, boxes and masks: flip, crop, resize from
+    `size` to `shape`, both (height, width).
     """
 
     size: tuple[int, int]
@@ -108,15 +108,14 @@ class Geometry:
 
     @property
     def needed(self) -> tuple[int, int]:
-        """(height, width) at which the picture may be decoded, or larger."""
+        """The smallest (height, width) at which the image may be decoded."""
         height, width = self.crop.before if self.crop else self.shape
         return SPARE * height, SPARE * width
 
     def on_image(self, image: Image.Image) -> Image.Image:
-        """image: of `size`, or of a half, a quarter or an eighth of it, rounded up.
+        """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up.
 
-        Mirrored last, when it is smallest. Of a picture that is cropped no more is resized than the
-        crop shows.
+        The flip comes last, when the image is smallest; only the cropped part is resized.
         """
         fraction = round(self.size[0] / image.height)
         height, width = self.size[0] / fraction, self.size[1] / fraction
@@ -127,7 +126,7 @@ class Geometry:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
     def _crop_box(self, height: float, width: float) -> tuple[float, float, float, float]:
-        """The crop in the picture as it was decoded, xyxy: before it was resized and mirrored."""
+        """The crop in the decoded image, xyxy, before resize and flip."""
         assert self.crop is not None
         crop, (before_height, before_width) = self.crop, self.crop.before
         left = before_width - crop.left - crop.width if self.flip else crop.left
@@ -140,10 +139,10 @@ class Geometry:
         )
 
     def on_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, 4] xyxy pixels to those of which a crop leaves something, and which these are:
-        bool [N].
+        """Boxes [N, 4] xyxy pixels to those that the crop leaves visible, and bool [N], which these
+        are.
         """
-        moved = boxes.numpy().copy()  # NumPy takes a fraction of PyTorch's time for so few numbers
+        moved = boxes.numpy().copy()  # NumPy is much faster than PyTorch for so few numbers
         kept: np.ndarray = np.ones(len(moved), np.bool_)
         size = self.size
         if self.flip:
@@ -158,7 +157,7 @@ class Geometry:
         return torch.from_numpy(_scaled(moved, size, self.shape)), torch.from_numpy(kept)
 
     def on_masks(self, masks: Tensor) -> Tensor:
-        """Masks [N, *size] to [N, *shape]: each pixel is the one that its centre came from."""
+        """Masks [N, *size] to [N, *shape], by the nearest neighbour of each pixel's centre."""
         rows, columns = (torch.arange(side) for side in self.size)
         if self.flip:
             columns = columns.flip(0)
@@ -167,7 +166,7 @@ class Geometry:
             rows = _nearest(rows, self.crop.before[0])[top : top + height]
             columns = _nearest(columns, self.crop.before[1])[left : left + width]
         rows, columns = _nearest(rows, self.shape[0]), _nearest(columns, self.shape[1])
-        # Masks lie column by column: whole columns are picked, then whole rows.
+        # Masks are stored column by column: pick whole columns first, then whole rows.
         picked = masks.transpose(1, 2).index_select(1, columns).transpose(1, 2).contiguous()
         return picked.index_select(1, rows)
 
@@ -179,5 +178,5 @@ def _scaled(boxes: np.ndarray, before: tuple[int, int], after: tuple[int, int]) 
 
 
 def _nearest(places: Tensor, length: int) -> Tensor:
-    """An axis resized to `length`: of each new pixel the place that its centre falls on."""
+    """An axis resized to `length`: for each new pixel, the position under its centre."""
     return places[(2 * torch.arange(length) + 1) * len(places) // (2 * length)]

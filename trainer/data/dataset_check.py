@@ -1,7 +1,7 @@
-"""Look a dataset over before training: repair what can be, leave out what cannot, name it all.
+"""Check a dataset before training: repair or leave out what is wrong, and report all of it.
 
-Image files are only opened for their headers, so that this takes seconds. Damage that the header
-and the end of a file do not show is met when the image is decoded, in the loader.
+Only the header and the end of each image file are read, so that this takes seconds. The loader
+meets all other damage when it decodes an image.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from trainer.settings.wording import counted
 from vidt.errors import UserError
 from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_images
 
-# Rounding in annotation tools leaves boxes that stick out by less than this many pixels.
+# Rounding in annotation tools moves boxes beyond the image by less than this many pixels.
 _ROUNDING = 1.0
 
 
 class BadDataset(UserError):
-    """A dataset that cannot be trained on; `findings` say why at length."""
+    """A dataset that is unfit for training; `findings` give the details."""
 
     def __init__(self, message: str, findings: Sequence[Finding]) -> None:
         super().__init__(message)
@@ -37,10 +37,10 @@ class BadDataset(UserError):
 def clean(
     table: SampleTable, *, max_bad_fraction: float = 0.05
 ) -> tuple[SampleTable, list[Finding]]:
-    """The samples that can be used, with boxes inside their images, and all that was found.
+    """Return the usable samples, with boxes inside their images, and all findings.
 
-    Images that are missing, unreadable or of another size than annotated are removed, boxes that
-    are not finite, have no area or lie outside their image are dropped, others clipped.
+    Removes images that are missing, unreadable or of another size than annotated; drops boxes that
+    are not finite, have no area or lie outside their image; clips the others.
 
     Raises BadDataset if the removed images are more than `max_bad_fraction` of all, or all.
     """
@@ -55,9 +55,9 @@ def check(
     num_queries: int,
     max_bad_fraction: float = 0.05,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
-    """Both splits as `clean` gives them, and all that was found in each and between them.
+    """Clean both splits (see `clean`) and return them with all findings in and between them.
 
-    `num_queries` is the number of [DET] tokens, the most objects that can be found in an image.
+    `num_queries` is the number of [DET] tokens, the most objects that an image can have.
 
     Raises BadDataset as `clean` does, or if there is no box to learn from.
     """
@@ -123,7 +123,7 @@ def _usable_images(
 def _examine(
     table: SampleTable, index: int, header: ImageHeader | UnreadableImage, size: tuple[int, int]
 ) -> tuple[Finding | None, tuple[int, int] | None]:
-    """What to say about an image, and the (height, width) to read it at; None to remove it."""
+    """The finding about an image, if any, and the (height, width) to read it at, None to remove."""
 
     def finding(kind: str, severity: Severity, action: str, detail: str) -> Finding:
         return _image_finding(table, index, kind, severity, action, detail)
@@ -174,7 +174,7 @@ def _mode_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Findi
 
 
 def _mode_kind(mode: str) -> str:
-    """Kind of finding for a Pillow mode, "" for plain RGB."""
+    """The kind of finding for a Pillow mode, "" for RGB."""
     if mode.startswith("I") or mode == "F":
         return "image of more than 8 bits"
     if mode in ("L", "1"):
@@ -262,7 +262,7 @@ def _shared_images(
     val: SampleTable,
     val_headers: list[ImageHeader],
 ) -> Iterator[Finding]:
-    """Validation images that are training images too, by path or by content."""
+    """Validation images that are also training images, by path or by content."""
     train_of_path = {os.path.realpath(path): index for index, path in enumerate(train.paths())}
     alike: dict[tuple[int, int], list[int]] = {}
     for index, header in enumerate(train_headers):
@@ -275,7 +275,7 @@ def _shared_images(
 
     for index, (path, header) in enumerate(zip(val.paths(), val_headers, strict=True)):
         twin = train_of_path.get(os.path.realpath(path))
-        # Whole files are read only where the sizes and the last bytes agree, each of them once.
+        # Files are read in full, once each, only where sizes and last bytes agree.
         if twin is None and header.fingerprint in alike:
             twin = by_content(header.fingerprint).get(_digest(path))
         if twin is not None:

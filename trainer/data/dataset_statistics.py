@@ -1,6 +1,6 @@
-"""What is in a split: how many images and boxes, of which class, how large, how many together.
+"""Statistics of a split: images and boxes, per class, by size and per image.
 
-Crowd regions are counted, but not among the boxes. K classes.
+Crowd regions are counted separately from boxes. K classes.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MOST_BARS = 30  # of boxes in an image
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of one split. Sides of boxes are the roots of their areas, pixels of the images."""
+    """Statistics of one split. The side of a box is the root of its area, in pixels."""
 
     source: str
     num_images: int
@@ -28,7 +28,7 @@ class Statistics:
     per_class: np.ndarray  # boxes of each class, int64 [K]
     images_per_class: np.ndarray  # images with such a box, int64 [K]
     by_size: tuple[int, int, int]  # small, medium, large, by annotated area as COCO counts
-    sides: np.ndarray  # boxes in each bin of SIDE_EDGES, int64
+    sides: np.ndarray  # int64, boxes in each bin of SIDE_EDGES
     counts: np.ndarray  # boxes of each image, int64 [N]
     image_sizes: tuple[tuple[int, int], ...]  # the most frequent (height, width), three at most
     num_image_sizes: int

@@ -1,4 +1,4 @@
-"""Which files a run's settings name, read and checked: settings in, sample tables and findings
+"""Reads and checks the dataset that a run's settings name: settings in, sample tables and findings
 out.
 """
 
@@ -18,7 +18,7 @@ from trainer.settings.config import TrainConfig
 from trainer.settings.wording import counted
 from vidt.errors import UserError
 
-# Of "train" or "val", class names to keep to, and whether masks are asked for.
+# Takes "train" or "val", the class names to match, and whether to read masks.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
 SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
 
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 
 def reader_of(config: TrainConfig) -> Reader:
-    """A function that reads one split; only COCO's files can have masks."""
+    """A function that reads one split; only COCO files have masks."""
     if config.val_json is not None:
         files = {
             "train": (config.train_json, config.train_images),
@@ -51,9 +51,8 @@ def read_datasets(
     masks: bool = False,
     token_label: bool = False,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
-    """Training and validation samples that can be used, and all that was found wrong with them.
-    With `masks`, those of both are read; `token_label` takes those of the training samples, if
-    there are any.
+    """The usable training and validation samples, and all findings. `masks` reads the masks of both
+    splits; `token_label` those of the training split, if it has any.
 
     Raises UserError: one line for a file that cannot be read, too many damaged images, nothing to
     learn from, `masks` and no object that has one, or a number of classes that is not the given
@@ -82,8 +81,8 @@ def read_datasets(
 def read_validation(
     config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
 ) -> tuple[SampleTable, list[Finding]]:
-    """The validation samples alone, labelled by the class names of a weights file. Raises as
-    `read_datasets`, but for masks.
+    """The validation samples alone, labelled by the class names of a weights file. Raises what
+    `read_datasets` raises, except about masks.
     """
     val, findings = reader_of(config)("val", class_names, masks)
     val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)

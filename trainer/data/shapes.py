@@ -1,7 +1,7 @@
-"""The embedded dataset: pictures of coloured shapes, written once as a COCO folder.
+"""The embedded dataset: images of coloured shapes, written once as a COCO folder.
 
-A picture is a function of (seed, split, index) alone. Shapes are rasterised here, without
-anti-aliasing, rather than by a drawing library, so that no version of one changes a pixel.
+An image depends on (seed, split, index) alone. Shapes are rasterised here, without anti-aliasing,
+because a drawing library may change pixels between versions.
 """
 
 import json
@@ -18,10 +18,10 @@ from PIL import Image
 CLASS_NAMES = ("rectangle", "ellipse", "triangle")
 
 _SPLITS = ("train", "val")
-_VERSION = 3  # part of the folder's name: raise it with any change to the pictures
+_VERSION = 3  # part of the folder's name: increment it when images change
 _MAX_OBJECTS = 6
 _MAX_HIDDEN = 0.2  # of an object's pixels
-_MIN_CONTRAST = 40.0  # distance in RGB, from the background and from shapes drawn over
+_MIN_CONTRAST = 40.0  # distance in RGB to the background and to shapes beneath
 _GREY = (90.0, 160.0)  # background, drawn for each picture
 _NOISE = (4.0, 12.0)  # standard deviation, drawn for each picture
 _OUTLINE_POINTS = 32
@@ -51,10 +51,10 @@ def write_shapes(
     size: int = 128,
     seed: int = 0,
 ) -> Path:
-    """The folder in `root` that holds these pictures in the layout of COCO 2017.
+    """Return the folder in `root` that holds these images in the layout of COCO 2017.
 
-    Written if it is not there or not whole: beside it first, then renamed, so that processes that
-    do this at the same time end with one whole folder.
+    Writes it if it is missing or incomplete: first beside it, then by a rename, so that concurrent
+    processes end with one complete folder.
     """
     folder = Path(root) / f"shapes-v{_VERSION}-{size}px-{num_train}-{num_val}-seed{seed}"
     counts = {"train": num_train, "val": num_val}
@@ -69,8 +69,8 @@ def write_shapes(
 
 
 def draw_picture(seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, list[Shape]]:
-    """A picture, uint8 [size, size, 3], and its one to six shapes, the last drawn on top: shapes of
-    any colour on noisy grey.
+    """An image, uint8 [size, size, 3], and its one to six shapes, the last on top: shapes of any
+    colour on noisy grey.
     """
     rng = np.random.default_rng([seed, _SPLITS.index(split), index])
     background = np.full(3, rng.uniform(*_GREY))
@@ -88,7 +88,7 @@ def draw_picture(seed: int, split: str, index: int, size: int) -> tuple[np.ndarr
 def _place(
     rng: np.random.Generator, size: int, background: np.ndarray, shapes: list[Shape]
 ) -> Shape | None:
-    """A shape that fits in with those before it; None if a crowded picture has no room."""
+    """A shape that fits beside the others; None if the image has no room."""
     label = int(rng.integers(len(CLASS_NAMES)))  # not drawn again: all classes are as frequent
     for _ in range(200):
         shape = _random_shape(rng, label, size)
@@ -103,7 +103,7 @@ def _place(
 
 
 def _all_visible(shapes: list[Shape]) -> bool:
-    """Whether each shape shows enough of its pixels from under those after it."""
+    """Whether the later shapes leave enough of each shape visible."""
     above = np.zeros_like(shapes[0].mask)
     for shape in reversed(shapes):
         if (shape.mask & above).sum() > _MAX_HIDDEN * shape.mask.sum():
@@ -127,7 +127,7 @@ def _random_shape(rng: np.random.Generator, label: int, size: int) -> Shape:
 
 
 def _rectangle(rng: np.random.Generator) -> np.ndarray:
-    """Corners in the unit square, as of the two shapes below; clockwise on the screen."""
+    """Corners in the unit square, clockwise on the screen, like the two outlines below."""
     return np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
 
 
@@ -137,7 +137,7 @@ def _ellipse(rng: np.random.Generator) -> np.ndarray:
 
 
 def _triangle(rng: np.random.Generator) -> np.ndarray:
-    """One whole side of the square for a base, the tip anywhere on the opposite side."""
+    """The base is one side of the square, the tip anywhere on the opposite side."""
     corners = np.array([[rng.uniform(), 0.0], [1.0, 1.0], [0.0, 1.0]])
     for _ in range(rng.integers(4)):  # quarter turns
         corners = np.stack([1 - corners[:, 1], corners[:, 0]], 1)
@@ -207,7 +207,7 @@ def _is_whole(folder: Path, counts: dict[str, int]) -> bool:
 
 
 def _put_in_place(temporary: Path, folder: Path, counts: dict[str, int]) -> None:
-    """Rename temporary/new to `folder`, unless another process was faster."""
+    """Rename temporary/new to `folder`, unless another process did so first."""
     if folder.exists() and not _is_whole(folder, counts):
         with suppress(FileNotFoundError):  # another process moved it away first
             os.rename(folder, temporary / "damaged")

@@ -1,4 +1,4 @@
-"""A dataset's own classes to contiguous labels, matched by name."""
+"""Maps a dataset's own classes to contiguous labels, by name."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +10,8 @@ from vidt.errors import UserError
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """`label_of` maps the dataset's own ids to labels, -1 where the class is not to be learnt.
-
-    `category_ids[label]` is the own id, -1 for a class that the dataset does not have.
+    """`label_of` maps the dataset's own ids to labels, -1 for a class that is not trained.
+    `category_ids[label]` is the dataset's id, -1 for a class that it does not have.
     """
 
     names: tuple[str, ...]
@@ -23,7 +22,7 @@ class ClassMatch:
 def match_classes(
     source: str, own_names: Mapping[int, str], class_names: Sequence[str] | None
 ) -> ClassMatch:
-    """Match own ids and names to `class_names`; without it all are taken, in the order of ids.
+    """Match the dataset's ids and names to `class_names`; None takes all, in the order of ids.
 
     Raises UserError if there is no class, if two have the same name, or if a name is not one line.
     """
@@ -48,7 +47,7 @@ def match_classes(
 
 
 def foreign_class_findings(source: str, names: Iterable[str]) -> list[Finding]:
-    """One finding for each class that is not to be learnt, given the class of each such box."""
+    """One finding per class that is not trained; `names` holds the class of each of its boxes."""
     return [
         Finding(
             kind="class not trained",

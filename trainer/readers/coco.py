@@ -1,7 +1,7 @@
 """COCO JSON to a sample table.
 
-Boxes stay as annotated, however wrong: `trainer.data.dataset_check` repairs them. Left out here,
-with a finding each, is only what a table cannot hold.
+Boxes stay as annotated: `trainer.data.dataset_check` repairs them. This reader leaves out, with a
+finding each, only what a table cannot hold.
 """
 
 import os
@@ -27,7 +27,7 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
 from vidt.errors import UserError
 
-# Kind of finding, and the key whose value the detail tells.
+# Kind of finding, the key at fault, and the detail with its value.
 _FAULTS = {
     UNKNOWN_IMAGE: ("unknown image id", "image_id", "image_id {} is not among the images"),
     UNKNOWN_CATEGORY: (
@@ -57,12 +57,12 @@ def read_coco(
     *,
     masks: bool = False,
 ) -> tuple[SampleTable, list[Finding]]:
-    """Read a COCO file and list what had to be left out.
+    """Read a COCO file and list what was left out.
 
     Labels follow the sorted category ids, or `class_names` where given (a validation set takes
     those of its training set): categories are then matched by name, and boxes of other classes
     are left out with a finding, since the model has no output for them. Segmentations are read only
-    if `masks` are asked for; an object whose own is unusable keeps its box.
+    with `masks`; an object with an unusable one keeps its box.
 
     Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
@@ -133,7 +133,7 @@ def _fault_findings(file: CocoFile, folder: str) -> Iterator[Finding]:
         numbers, is_odd = columns[key]
         if row in file.odd:
             value = repr(file.odd[row].get(key))
-        else:  # what it is was kept of the first odd ones only
+        else:  # only the values of the first odd rows are stored
             value = "(not shown)" if is_odd[row] else str(numbers[row])
         return _finding(file, folder, row, kind, "dropped", detail.format(value))
 
@@ -142,7 +142,7 @@ def _fault_findings(file: CocoFile, folder: str) -> Iterator[Finding]:
 
 
 def _finding(file: CocoFile, folder: str, row: int, kind: str, action: str, detail: str) -> Finding:
-    """Of an annotation."""
+    """A finding about an annotation."""
     owner = int(file.owners[row])
     return Finding(
         kind=kind,
@@ -159,7 +159,7 @@ def _finding(file: CocoFile, folder: str, row: int, kind: str, action: str, deta
 def _masks(
     file: CocoFile, keep: np.ndarray, folder: str
 ) -> tuple[MaskColumn | None, list[Finding]]:
-    """The masks of the rows where `keep` holds; None if not one of them has any."""
+    """The masks of the rows where `keep` holds, None if no object has one; and the findings."""
     found: list[RunLengths] = []
     num_malformed = 0
 

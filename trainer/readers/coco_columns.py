@@ -1,5 +1,5 @@
-"""Rows of COCO's lists to columns, a part of a list at a time: what is kept of millions of them
-is arrays.
+"""Rows of COCO's lists as columns, a part of a list at a time: millions of rows are stored as a few
+arrays. Also decides which boxes are usable. NumPy alone, without PyTorch.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ import numpy as np
 from trainer.readers.findings import MOST_OF_A_KIND
 
 Row = dict[str, Any]
-KEYS = ("image_id", "category_id", "bbox")  # of an annotation, without which it is of no use
+KEYS = ("image_id", "category_id", "bbox")  # that an annotation must have
 
 
 @dataclass
 class ImageColumns:
-    """The images that can be used, and the entries of those that cannot."""
+    """The usable images, and the entries of the malformed ones."""
 
     ids: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width), (0, 0): not given
-    malformed: list[Row] = field(default_factory=list)  # the first of them
+    malformed: list[Row] = field(default_factory=list)  # the first MOST_OF_A_KIND
     num_malformed: int = 0
     num_rows: int = 0
 
@@ -42,7 +42,7 @@ class ImageColumns:
                     self.malformed.append(row)
 
     def repeated(self) -> tuple[int, str, str] | None:
-        """An id that is there twice, and the names of the first two images that have it."""
+        """An id that is used twice and the names of the first two images with it, or None."""
         if len(set(self.ids)) == len(self.ids):
             return None
         first: dict[int, str] = {}
@@ -55,26 +55,26 @@ class ImageColumns:
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
-    """M annotations as they are in the file, however wrong."""
+    """M annotations as in the file, malformed ones included."""
 
-    ids: np.ndarray  # int64 [M]; where the file gives none, the place in the list, from 1
+    ids: np.ndarray  # int64 [M]; the position in the list, from 1, where the file has none
     image_ids: np.ndarray  # int64 [M]
     category_ids: np.ndarray  # int64 [M]
-    no_image: np.ndarray  # bool [M], no number for an image
-    no_category: np.ndarray  # bool [M]
+    no_image: np.ndarray  # bool [M], image_id is no integer
+    no_category: np.ndarray  # bool [M], category_id is no integer
     boxes: np.ndarray  # float32 [M, 4], xyxy
-    no_box: np.ndarray  # bool [M], not four numbers
-    areas: np.ndarray  # float32 [M]; where the file gives none, that of the box
+    no_box: np.ndarray  # bool [M], bbox is not four numbers
+    areas: np.ndarray  # float32 [M]; that of the box where the file has none
     no_area: np.ndarray  # bool [M]
     crowd: np.ndarray  # bool [M]
 
 
 class AnnotationColumns:
-    """Gathers annotations part by part."""
+    """Collects annotations part by part."""
 
     def __init__(self) -> None:
         self.num_rows = 0
-        # What rows with something else than numbers hold, by place: the first of each kind.
+        # Values of the first rows of each kind that are not numbers, by position.
         self.odd: dict[int, Row] = {}
         self._num_odd = Counter[str]()
         self._parts: list[dict[str, np.ndarray]] = []
@@ -91,7 +91,7 @@ class AnnotationColumns:
         self._parts.append(part)
 
     def joined(self) -> Annotations:
-        """All parts. They are given up column by column: there is never all of it twice."""
+        """Join and release the parts column by column, so that memory never holds all twice."""
         parts = self._parts or [_annotations([], 1)]
         self._parts = []
         names = list(parts[0])
@@ -103,7 +103,7 @@ class AnnotationColumns:
 def _is_file_name(name: Any) -> TypeGuard[str]:
     try:
         return isinstance(name, str) and bool(os.fsencode(name))
-    except UnicodeEncodeError:  # half of a character that JSON writes as two
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
 
 
@@ -112,7 +112,7 @@ def _fits(number: int) -> bool:
 
 
 def _annotations(rows: list[Row], first: int) -> dict[str, np.ndarray]:
-    """The columns of `Annotations`; `first` is the place of the first row."""
+    """The columns of `Annotations`; `first` is the position of the first row."""
     ids, no_id = _numbers([row.get("id") for row in rows])
     places = np.arange(first, first + len(rows))
     image_ids, no_image = _numbers([row.get("image_id") for row in rows])
@@ -120,7 +120,7 @@ def _annotations(rows: list[Row], first: int) -> dict[str, np.ndarray]:
     xywh, well_formed = _box_columns([row.get("bbox") for row in rows])
     areas = _floats([row.get("area") for row in rows])
     no_area = np.isnan(areas)
-    with np.errstate(over="ignore", invalid="ignore"):  # the check drops what has no area
+    with np.errstate(over="ignore", invalid="ignore"):  # the dataset check drops boxes without area
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
         box_areas = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
         areas = np.where(no_area, box_areas, areas).astype(np.float32)
@@ -140,7 +140,7 @@ def _annotations(rows: list[Row], first: int) -> dict[str, np.ndarray]:
 
 
 def _numbers(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [M], 0 where a value is no whole number; and where that is: bool [M]."""
+    """int64 [M], 0 where a value is no integer, and bool [M], where that is so."""
     if set(map(type, values)) == {int}:
         with contextlib.suppress(OverflowError):
             return np.array(values, np.int64), np.zeros(len(values), np.bool_)
@@ -150,7 +150,7 @@ def _numbers(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _floats(values: list[Any]) -> np.ndarray:
-    """float64 [M], NaN where a value is no number."""
+    """float64 [M], NaN where a value is not a number."""
     if set(map(type, values)) <= {int, float}:
         with contextlib.suppress(OverflowError):
             return np.array(values, np.float64)
@@ -158,7 +158,7 @@ def _floats(values: list[Any]) -> np.ndarray:
 
 
 def _box_columns(boxes: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """xywh, float64 [M, 4], and which are four numbers; the rest is NaN."""
+    """xywh, float64 [M, 4], NaN where a box is not four numbers, and bool [M], which ones are."""
     if set(map(type, boxes)) == {list} and set(map(len, boxes)) == {4}:
         values = list(chain.from_iterable(boxes))
         if set(map(type, values)) <= {int, float}:
@@ -176,10 +176,10 @@ def _box_columns(boxes: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def number_of(value: Any) -> float:
-    """NaN for what is no number."""
+    """NaN for a value that is not a number."""
     try:
         return float(value) if isinstance(value, (int, float)) else float("nan")
-    except OverflowError:  # a whole number of more than 300 digits
+    except OverflowError:  # an integer of more than 300 digits
         return float("inf")
 
 
@@ -193,14 +193,14 @@ def _size(image: Row) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class JudgedBoxes:
-    """Boxes inside their images, and what was wrong with them as they were."""
+    """Boxes clipped to their images, and what is wrong with the annotated ones."""
 
     boxes: np.ndarray  # float32 [M, 4], clipped
-    areas: np.ndarray  # float32 [M], of the objects: at most those of their boxes
+    areas: np.ndarray  # float32 [M], of the objects: at most the area of the box
     finite: np.ndarray  # bool [M]
     empty: np.ndarray  # bool [M], without area
-    outside: np.ndarray  # bool [M], without area in their image
-    excess: np.ndarray  # float32 [M], pixels by which they stick out
+    outside: np.ndarray  # bool [M], without area inside their image
+    excess: np.ndarray  # float32 [M], pixels by which they exceed the image
 
     @property
     def usable(self) -> np.ndarray:
@@ -208,15 +208,15 @@ class JudgedBoxes:
 
 
 def judge_boxes(boxes: np.ndarray, areas: np.ndarray, sizes: np.ndarray) -> JudgedBoxes:
-    """boxes float32 [M, 4] and areas [M] as annotated; sizes [M, 2] are (height, width) of the
-    image of each, infinite where they are not known.
+    """Judge boxes float32 [M, 4], xyxy in pixels, and areas [M] as annotated; sizes [M, 2] are the
+    (height, width) of each box's image, infinite where unknown.
     """
     corner = np.tile(sizes[:, ::-1].astype(np.float32), 2)
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities, of boxes that go
+    with np.errstate(invalid="ignore", over="ignore"):  # from boxes that are dropped
         clipped = np.minimum(np.maximum(boxes, 0), corner)
         box_areas = (clipped[:, 2:] - clipped[:, :2]).prod(1)
         excess = np.abs(boxes - clipped).max(1, initial=0)
-    # The area of a mask is smaller than its box; one that is not cannot be of what is left.
+    # A mask is no larger than its box; a larger area belongs to the unclipped box.
     areas = np.where(areas > 0, np.minimum(areas, box_areas), box_areas)
     finite = np.isfinite(boxes).all(1)
     return JudgedBoxes(clipped, areas, finite, _empty(boxes), _empty(clipped), excess)

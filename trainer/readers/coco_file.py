@@ -1,7 +1,7 @@
-"""A COCO file as columns, each annotation with its image, its label, and why it is left out if it
-is: what the trainer and `vidt evaluate` both read. NumPy, without PyTorch.
+"""A COCO file as columns: each annotation with its image, its label and, if it is left out, the
+reason. The trainer and `vidt evaluate` both use this reader. NumPy, without PyTorch.
 
-Read part by part, since a million annotations are usual. Boxes stay as annotated, however wrong:
+The file is read part by part: a million annotations are common. Boxes stay as annotated:
 `trainer.readers.coco_columns.judge_boxes` judges them.
 """
 
@@ -17,7 +17,7 @@ from trainer.readers.json_stream import NotJSON, read_members
 from trainer.readers.run_lengths import RunLengths, read_segmentation
 from vidt.errors import UserError
 
-# Why an annotation is left out, in the order in which it is asked.
+# Why an annotation is left out; the first reason that applies counts.
 UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(5)
 
 
@@ -31,16 +31,16 @@ class CocoFile:
     classes: ClassMatch
     images: ImageColumns
     annotations: Annotations
-    odd: dict[int, Row]  # first annotations with something else than numbers, by place
-    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 for none that is known
-    labels: np.ndarray  # int64 [M], -1 for a class that is not asked for, -2 for an unknown one
+    odd: dict[int, Row]  # the first annotations with values that are not numbers, by position
+    owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 if unknown
+    labels: np.ndarray  # int64 [M], -1 for a class that is not trained, -2 for an unknown one
     faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
 
 
 def read_coco_file(
     json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> CocoFile:
-    """Labels follow the sorted category ids, or `class_names`, which are matched with the file's.
+    """Read a file. Labels follow the sorted category ids, or `class_names`, matched by name.
 
     Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
@@ -105,7 +105,7 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
             )
         try:
             name.encode()
-        except UnicodeEncodeError:  # half of a character that JSON writes as two
+        except UnicodeEncodeError:  # half of a surrogate pair
             raise UserError(
                 f"{json_path}: category {category} has a name that is no text"
             ) from None
@@ -126,7 +126,7 @@ def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> 
 
 
 def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
-    """The image, 0..N-1, of each annotation, -1 for none that is known: int64 [M]."""
+    """The image, 0..N-1, of each annotation, -1 if unknown: int64 [M]."""
     ids = np.array(image_ids, np.int64)
     order = ids.argsort()
     places = np.searchsorted(ids, annotations.image_ids, sorter=order)
@@ -136,7 +136,7 @@ def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
 
 
 def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
-    """-1 for a class that is not asked for, -2 for an unknown category: int64 [M]."""
+    """-1 for a class that is not trained, -2 for an unknown category: int64 [M]."""
     used, places = np.unique(annotations.category_ids, return_inverse=True)
     labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
     return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
@@ -145,10 +145,11 @@ def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
 def read_masks(
     file: CocoFile, keep: np.ndarray, sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, RunLengths, str]]:
-    """Of the annotations where `keep`, bool [M], holds: row, run lengths, b"" for none, and what is
-    wrong with them if something is. sizes: (height, width) of each image, (0, 0) if not known.
+    """Yield (row, run lengths, problem) of the annotations where `keep`, bool [M], holds; run
+    lengths are b"" for no mask, the problem "" for none. sizes: (height, width) of each image,
+    (0, 0) if unknown.
 
-    The file is read a second time: before, sizes of images that come later in it were not known.
+    This reads the file a second time, because images may follow the annotations in it.
     """
     row = -1
     for key, part in read_members(file.path):

@@ -1,4 +1,4 @@
-"""What was found wrong, or worth knowing, in a dataset, and what was done about it."""
+"""Findings: what is wrong with a dataset, or worth knowing, and what was done about it."""
 
 import csv
 import os
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
 GRAVEST_FIRST = ("error", "warning", "info")
-MOST_OF_A_KIND = 300  # one by one; all else of a kind is one finding, and the page stays readable
+MOST_OF_A_KIND = 300  # listed one by one; the rest of a kind is one finding
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding; `count` is above 1 only where it speaks for several boxes or images at once.
+    """One finding; `count` is above 1 only where it covers several boxes or images.
 
     `source` is the split (`SampleTable.source`). `action` says what was done: kept, dropped (a
     box), removed (an image), clipped, turned, computed.
@@ -31,7 +31,7 @@ class Finding:
     count: int = 1
 
     def line(self) -> str:
-        """Where it is and what it is, for people."""
+        """One line: the place and the detail."""
         place = [self.source, self.file]
         place += [] if self.image_id is None else [f"image {self.image_id}"]
         place += [] if self.annotation_id is None else [f"annotation {self.annotation_id}"]
@@ -39,13 +39,13 @@ class Finding:
 
 
 def listed(rows: Sequence[int], finding: Callable[[int], Finding]) -> list[Finding]:
-    """Findings that are alike: one for each of the first rows, and one for all others."""
+    """Findings of one kind: one for each of the first rows, and one for all others."""
     found = [finding(row) for row in rows[:MOST_OF_A_KIND]]
     return [*found, *_others(found, len(rows) - len(found))]
 
 
 def fold(findings: Iterable[Finding]) -> list[Finding]:
-    """The first of each kind one by one, and one for all others of it; never more in memory."""
+    """The first findings of each kind, and one for all others of it; no more are held in memory."""
     first: dict[tuple[str, ...], list[Finding]] = {}
     others = Counter[tuple[str, ...]]()
     for finding in findings:
@@ -59,7 +59,7 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _others(group: list[Finding], count: int) -> list[Finding]:
-    """None if there are none."""
+    """One finding for `count` more, or none."""
     if not count:
         return []
     like, detail = group[0], f"{count} more of the same"
@@ -67,9 +67,8 @@ def _others(group: list[Finding], count: int) -> list[Finding]:
 
 
 def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: int = 3) -> str:
-    """Findings by kind, gravest first, with a count and at most `limit` of each kind in words.
-
-    Kinds of severity "info" are mostly counts: at most `info_limit` of each are in words.
+    """Findings by kind, gravest first: a count, and at most `limit` lines for each kind, or
+    `info_limit` for severity "info".
     """
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
@@ -82,7 +81,7 @@ def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: in
         lines += [f"    {finding.line()}" for finding in group[:shown]]
         more = sum(finding.count for finding in group[shown:])
         lines += [f"    and {more} more"] if more else []
-    # File names need not be valid text, but what is printed must be.
+    # File names need not be valid text; printed text must be.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
@@ -95,7 +94,7 @@ def write_findings(path: str | os.PathLike[str], findings: Iterable[Finding]) ->
 
 
 def read_findings(path: str | os.PathLike[str]) -> list[Finding]:
-    """What `write_findings` wrote."""
+    """Read a file that `write_findings` wrote."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [_finding(row) for row in csv.DictReader(file)]
 

@@ -1,5 +1,5 @@
-"""Instance masks of a table as run lengths end to end, no Python object for any; and between run
-lengths and pixels.
+"""Instance masks of a table as one array of run lengths, without Python objects; and conversion
+between run lengths and pixels.
 
 n objects of an H x W image.
 """
@@ -47,13 +47,13 @@ class MaskColumn:
 
 
 def encode(masks: Tensor) -> list[RunLengths]:
-    """Masks bool [n, H, W] on the CPU to run lengths; quickest if they lie column by column."""
+    """Masks bool [n, H, W] on the CPU to run lengths; fastest if stored column by column."""
     columns = np.asfortranarray(masks.numpy().view(np.uint8).transpose(1, 2, 0))
     return [each["counts"] for each in coco_mask.encode(columns)]
 
 
 def decode(masks: Sequence[RunLengths], size: tuple[int, int]) -> Tensor:
-    """Run lengths of an image of `size` (height, width) to bool [n, H, W]; b"" to nothing."""
+    """Run lengths of an image of `size` (height, width) to bool [n, H, W]; b"" is an empty mask."""
     found = torch.zeros(len(masks), size[1], size[0], dtype=torch.bool)
     present = [index for index, mask in enumerate(masks) if mask]
     if present:

@@ -1,5 +1,5 @@
-"""Instance masks as COCO's compressed run lengths: a few hundred bytes for an object, whatever its
-picture's size. NumPy and pycocotools, without PyTorch.
+"""Instance masks as COCO's compressed run lengths: a few hundred bytes per object at any image
+size. NumPy and pycocotools, without PyTorch.
 
 Polygons become run lengths once, when they are read. b"" stands for an object without a mask.
 """
@@ -14,12 +14,12 @@ RunLengths: TypeAlias = bytes
 
 
 def as_coco(mask: RunLengths, size: tuple[int, int]) -> dict[str, Any]:
-    """As pycocotools takes it."""
+    """The dictionary that pycocotools expects."""
     return {"size": list(size), "counts": mask}
 
 
 def areas_of(entries: list[dict[str, Any]]) -> list[float]:
-    """Pixels of each of some masks as pycocotools takes them."""
+    """Pixels of each mask; entries as of `as_coco`."""
     # One at a time: with NumPy 2 pycocotools raises OverflowError for more than 255 at once.
     return [float(coco_mask.area(entry)) for entry in entries]
 
@@ -31,11 +31,10 @@ def rectangle(box: Sequence[float], size: tuple[int, int]) -> RunLengths:
 
 
 def read_segmentation(segmentation: Any, size: tuple[int, int]) -> RunLengths:
-    """What COCO's JSON says of an object in an image of `size` (height, width): polygons, run
-    lengths as numbers, or compressed ones. b"" where it says nothing, or nothing of any area.
+    """Convert the `segmentation` of an object in an image of `size` (height, width): polygons, run
+    lengths as numbers, or compressed run lengths. Returns b"" for none, or one without area.
 
-    Raises ValueError with what is wrong. Nothing goes unexamined to pycocotools, whose C code
-    believes what it is told.
+    Raises ValueError with the fault. Every value is checked first: pycocotools' C code does not.
     """
     if not segmentation:
         return b""
@@ -49,10 +48,10 @@ def read_segmentation(segmentation: Any, size: tuple[int, int]) -> RunLengths:
 
 
 def _polygon(part: Any, size: tuple[int, int]) -> np.ndarray:
-    """x, y, x, y, ... as float64, at most one image's size away from the image."""
+    """x, y, x, y, ... as float64, clipped to one image size around the image."""
     try:
         numbers = np.array(part, np.float64)
-    except (TypeError, ValueError, OverflowError):  # the last: a whole number of 300 digits
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of 300 digits
         raise ValueError("a polygon is not a list of numbers") from None
     if numbers.ndim != 1 or len(numbers) % 2 or not np.isfinite(numbers).all():
         raise ValueError("a polygon is not a list of finite x, y, x, y, ...")
@@ -62,7 +61,7 @@ def _polygon(part: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _merged(polygons: list[np.ndarray], size: tuple[int, int]) -> RunLengths:
-    # Four numbers would be taken for a box; fewer than three corners have no area.
+    # pycocotools takes four numbers for a box; fewer than three corners have no area.
     parts = [polygon.tolist() for polygon in polygons if len(polygon) >= 6]
     if not parts:
         return b""
@@ -89,9 +88,9 @@ def _check_runs(runs: np.ndarray, size: tuple[int, int]) -> None:
 
 
 def _unpacked(text: bytes) -> np.ndarray:
-    """The numbers in COCO's compressed run lengths: five bits a character, the lowest first, a
-    sixth that says "more follows", and from the fourth number on the difference to the one before
-    the last. Raises ValueError for what is not that.
+    """Decode COCO's compressed run lengths: each character holds five bits, lowest first, and a
+    sixth for "more follows"; from the fourth on, a number is the difference to the last but one.
+    Raises ValueError for anything else.
     """
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 32) == 0)

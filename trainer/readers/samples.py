@@ -1,8 +1,8 @@
 """Annotated images as flat tensors.
 
-Python objects are copied into every forked worker as soon as their reference counts are touched,
-and pickled into every spawned one. Tensors are neither: a forked worker reads the parent's pages,
-and a spawned one maps the same shared memory. A table of a million images costs a worker nothing.
+A forked worker copies Python objects as soon as it touches their reference counts, and a spawned
+one unpickles them. Tensors avoid both: a forked worker reads the parent's pages, a spawned one maps
+the same shared memory. A table of a million images costs a worker no memory.
 
 N images, M boxes. Boxes are xyxy in pixels of the annotated image.
 """
@@ -26,11 +26,10 @@ from trainer.readers.run_lengths import RunLengths
 class Sample:
     """One image and its n boxes.
 
-    `size` is (height, width) as annotated, (0, 0) where the annotations do not say. `labels` count
-    from 0 without gaps. `crowd` marks regions to ignore in training and to honour in scoring.
-    `annotation_ids` are the dataset's own; None numbers boxes in the order of the table. `masks`
-    are n run lengths as of `trainer.readers.run_lengths`, None where no object of the dataset has
-    one.
+    `size` is (height, width) as annotated, (0, 0) if not given. `labels` count from 0 without gaps.
+    `crowd` marks regions that training ignores and scoring honours. `annotation_ids` are the
+    dataset's own; None numbers boxes in the order of the table. `masks` are n run lengths (see
+    `trainer.readers.run_lengths`), None if no object of the dataset has one.
     """
 
     path: str
@@ -49,7 +48,7 @@ class SampleTable:
     """All samples of a split. `source` names it in messages.
 
     `category_ids[label]` is the dataset's own id of a class, -1 for a class it does not have.
-    `masks` is None where none were asked for, or none are there.
+    `masks` is None if they were not read, or if there are none.
     """
 
     source: str
@@ -153,7 +152,7 @@ class SampleTable:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
-        """A sample whose tensors are its own."""
+        """A sample with copies of its tensors."""
         index = range(len(self))[index]
         boxes = slice(*self.box_offsets[index : index + 2].tolist())
         height, width = self.sizes[index].tolist()
@@ -178,7 +177,7 @@ class SampleTable:
         return (os.fsdecode(blob[a:b]) for a, b in pairwise(offsets))
 
     def fingerprint(self) -> str:
-        """Tells tables apart by their classes and annotations, wherever the files lie."""
+        """A hash of the classes and annotations, independent of where the files are."""
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for column in (self.image_ids, self.sizes, self.box_offsets, self.boxes, self.labels):
             digest.update(column.contiguous().numpy().tobytes())

@@ -86,7 +86,7 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
         try:
             tree = ElementTree.parse(xml_path).getroot()
         except (OSError, ElementTree.ParseError) as error:
-            # Kept without boxes, the image would teach that its objects are background.
+            # Without boxes, the image would train its objects as background.
             detail = f"{xml_path.name} cannot be read ({error})"
             findings.append(
                 Finding("unreadable annotations", "error", "removed", detail, source, path)

@@ -24,10 +24,10 @@ def read_yolo(
     """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
 
     Labels follow the yaml's names, or `class_names` where given: boxes of other classes are left
-    out with a finding. Lines are "class cx cy w h", with a score behind it or without (detectors
-    write it, nothing here uses it), or "class x1 y1 x2 y2 ..." for a polygon, of which the box
-    around it is taken. An image without a label file has no boxes. Coordinates are relative, to the
-    image as YOLO tools show it: turned by its EXIF orientation. Images are numbered from 1 by
+    out with a finding. Lines are "class cx cy w h", optionally followed by a score, which is
+    ignored, or "class x1 y1 x2 y2 ..." for a polygon, which becomes the box around it. An image
+    without a label file has no boxes. Coordinates are relative to the image as YOLO tools show it:
+    turned by its EXIF orientation. Images are numbered from 1 by
     sorted path.
 
     Raises UserError if the yaml or the split is missing or malformed, or has no image.
@@ -112,7 +112,7 @@ def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
 
 
 def _label_path(image_path: str) -> Path:
-    """The last folder named images, replaced by labels; with none, beside the image."""
+    """The path with its last folder `images` replaced by `labels`, else beside the image."""
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")

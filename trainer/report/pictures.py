@@ -131,8 +131,14 @@ def _marks(
     texts = [class_text(label, class_names) for label in classes]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
-    columns = (boxes.numpy(), texts, map(class_colour, classes), masks or [None] * len(texts))
+    colours = map(class_colour, classes)
+    columns = (boxes.numpy(), texts, colours, masks_or_none(masks, len(texts)))
     return [Mark(*row) for row in zip(*columns, strict=True)]
+
+
+def masks_or_none(masks: Sequence[RunLengths] | None, count: int) -> Sequence[RunLengths | None]:
+    """A mask, or None, for each of `count` objects."""
+    return [None] * count if masks is None else masks
 
 
 def _prediction_caption(scores: Sequence[float], num_kept: int, min_score: float) -> str:
@@ -155,7 +161,8 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark], scale: float) -> Image
     line = max(3, round(longest / 250))
     for mark in marks:
         if not mark.text:
-            draw.rectangle(clipped(mark.box * scale, size), outline=mark.colour, width=line - 1)
+            box = clipped((mark.box * scale).tolist(), size)
+            draw.rectangle(box, outline=mark.colour, width=line - 1)
     labelled = [(tuple(mark.box * scale), mark.text, mark.colour) for mark in marks if mark.text]
     draw_boxes_on(canvas, labelled, line=line, font_size=max(12, round(longest / 45)))
     return canvas

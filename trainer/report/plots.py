@@ -30,7 +30,7 @@ VARIABLES = {  # CSS variable of each colour
     **{INK: "ink", MUTED: "muted", LINE: "line", CARD: "card", REST: "rest", ACCENT: "accent"},
     **{colour: f"series-{number}" for number, colour in enumerate(SERIES[1:], 2)},
 }
-STYLE = {  # where it differs from matplotlib's defaults
+STYLE: Any = {  # where it differs from matplotlib's defaults
     "svg.fonttype": "none",
     "svg.hashsalt": "the same plot gives the same text",
     "text.parse_math": False,  # "$" is a letter

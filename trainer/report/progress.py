@@ -211,11 +211,11 @@ def _add_diagnosis(writer: SummaryWriter, diagnosis: Diagnosis, step: int) -> No
             writer.add_scalar(f"val_threshold/{curve.name}", curve.best.threshold, step)
     for curve in (*diagnosis.main_curves, diagnosis.together):
         if len(curve.thresholds) and curve.num_truths:
-            true_positives, false_positives, false_negatives, *curves = _counts_by_threshold(curve)
-            unknown = np.zeros_like(true_positives)  # true negatives cannot be counted
-            counts = (true_positives, false_positives, unknown, false_negatives)
+            positives, false, missed, precision, recall = _counts_by_threshold(curve)
+            unknown = np.zeros_like(positives)  # true negatives cannot be counted
             tag = f"precision_recall/{curve.name}"
-            writer.add_pr_curve_raw(tag, *counts, *curves, step, NUM_THRESHOLDS)
+            counts = (positives, false, unknown, missed)
+            writer.add_pr_curve_raw(tag, *counts, precision, recall, step, NUM_THRESHOLDS)
     picture = as_picture(confusion_table(*condensed(diagnosis)).figure)
     _add_picture(writer, "confusion", picture, step)
 

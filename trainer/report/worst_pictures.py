@@ -8,9 +8,10 @@ from torch import Tensor
 
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
-from trainer.report.pictures import Mark, draw_marks, image_of
+from trainer.report.pictures import Mark, draw_marks, image_of, masks_or_none
 from trainer.report.progress import Pair
 from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
+from trainer.settings.wording import counted
 from vidt.images.drawing import class_text
 
 # Any eye can tell these apart, on pictures of any colour.
@@ -51,16 +52,16 @@ def _marks(
     return [
         Mark(box, "" if good else text, RIGHT if good else WRONG, mask)
         for box, text, good, mask in zip(
-            boxes.numpy(), texts, right, masks or [None] * len(texts), strict=True
+            boxes.numpy(), texts, right, masks_or_none(masks, len(texts)), strict=True
         )
     ]
 
 
 def caption(judged: JudgedImage) -> str:
-    """'3 missed, 1 false, 2 of the wrong class'."""
+    """'3 missed, 1 false positive, 2 of the wrong class'."""
     counts = (
-        (judged.num_missed, "missed"),
-        (judged.num_false, "false"),
-        (judged.num_confused, "of the wrong class"),
+        (judged.num_missed, f"{judged.num_missed:,} missed"),
+        (judged.num_false, counted(judged.num_false, "false positive")),
+        (judged.num_confused, f"{judged.num_confused:,} of the wrong class"),
     )
-    return ", ".join(f"{count} {what}" for count, what in counts if count)
+    return ", ".join(text for count, text in counts if count)
