@@ -38,8 +38,7 @@ from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
 from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)

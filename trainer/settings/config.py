@@ -179,7 +179,9 @@ class TrainConfig:
 
     pre_trained: str = field(
         default="imagenet",
-        metadata=_help("weights of the backbone: imagenet, none or a file", group="Weights and state"),
+        metadata=_help(
+            "weights of the backbone: imagenet, none or a file", group="Weights and state"
+        ),
     )
     load_from: str | None = field(
         default=None, metadata=_help("weights to start from: a file or a URL")
@@ -196,7 +198,9 @@ class TrainConfig:
     resume: str | None = field(
         default=None,
         metadata=_help(
-            "run to resume: its folder, or auto (the bare flag) for output_dir", bare="auto", saved=False
+            "run to resume: its folder, or auto (the bare flag) for output_dir",
+            bare="auto",
+            saved=False,
         ),
     )
     save_interval: int = field(default=1, metadata=_help("epochs between resumable checkpoints"))
@@ -370,7 +374,7 @@ def _read_recipe(dataset_file: str) -> dict[str, Any]:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what ViDTConfig refuses. Its defaults stand in for fields that the data
+    """Raises ConfigError if ViDTConfig raises. Its defaults stand in for fields that the data
     or the weights determine later.
     """
     try:
