@@ -127,7 +127,9 @@ def _predict(given: Any) -> int:
         given.weights, device=given.device, precision=given.precision, compile=given.compile
     )
     kind = given.format or ("json" if given.out else None)
-    with Results(given.out, kind, detector, given, pictures=not given.no_pictures) as results:
+    with PredictionWriter(
+        given.out, kind, detector, given, pictures=not given.no_pictures
+    ) as results:
         with tqdm(
             total=files.count() if sys.stderr.isatty() else None,
             unit="image",
@@ -194,7 +196,7 @@ def check_output(out: Path | None, kind: str | None) -> None:
         raise UserError(f"--out {out} is a file; name a folder")
 
 
-def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Predicted]:
+def _placed(predicted: Iterable[Predicted], results: "PredictionWriter") -> Iterator[Predicted]:
     """Gives each readable image a name that no other has. Raises UserError if a drawn image would
     overwrite its original.
     """
@@ -210,7 +212,7 @@ def _placed(predicted: Iterable[Predicted], results: "Results") -> Iterator[Pred
         yield replace(each, file=file)
 
 
-class Results:
+class PredictionWriter:
     """Writes predictions to files in `out`, or to standard output without it."""
 
     def __init__(
@@ -225,7 +227,7 @@ class Results:
         self._open_files = ExitStack()
         self._file: TextIO | None = None
 
-    def __enter__(self) -> "Results":
+    def __enter__(self) -> "PredictionWriter":
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -274,7 +274,7 @@ def _session(path: Path, device: str, threads: int | None) -> Any:
 def _decoded(
     outputs: dict[str, np.ndarray], sizes: np.ndarray, decoding: str
 ) -> dict[str, np.ndarray]:
-    """Raw outputs [B, Q, ...] decoded as `vidt.predict.detections.decode_for` does; sizes [B, 2]."""
+    """Raw outputs [B, Q, ...], decoded as in `vidt.predict.detections`; sizes [B, 2]."""
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     if decoding == "best_class":
         powers = np.exp(logits - logits.max(-1, keepdims=True))
