@@ -24,7 +24,7 @@ from trainer.loop.agreement import Agreement
 from trainer.loop.clock import training_record
 from trainer.loop.launch_check import refuse_split_models, require_processes
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
-from trainer.loop.optim import learning_rate
+from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.set_up import Run, make_accelerator, set_up
 from trainer.loop.start import load_detector, require_files
 from trainer.loop.step import check_readable, train_step
@@ -38,8 +38,7 @@ from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
 from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
@@ -80,9 +79,11 @@ def train(
             for step in range(state.step, clock.total_steps):
                 if state.stopped_early:
                     break
-                losses.add(step, *train_step(run, stop))
+                rate = learning_rate(step, clock.total_steps, config)
+                set_learning_rate(run.optimizer, rate)
+                terms, norm, image_ids = train_step(run, stop)
+                losses.add(step, terms, norm, image_ids)
                 if state.step % config.log_interval == 0 or clock.pause_due(state.step, config):
-                    rate = learning_rate(step, clock.total_steps, config)
                     say("step", {**losses.check(), "lr": rate})
                     check_readable(run.dataset, config.max_bad_fraction, run.agreement)
                 evaluate_and_save(run, train_set, val_set, say, stop)

@@ -17,9 +17,8 @@ from trainer.commands.command_flags import (
 from trainer.commands.image_files import SUFFIXES
 from trainer.readers.findings import Finding, format_findings
 from trainer.settings.config import COCO_FILES, DATASETS, TrainConfig
-from trainer.settings.wording import counted
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 
 SUMMARY = """
 Reads every annotation and the header of every image, and prints what is wrong with them and what a

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import command_parser, say
-from trainer.settings.wording import counted
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 
 SUMMARY = """
 Prints what is in a weights file: the detector, its classes, how images are prepared for it, its

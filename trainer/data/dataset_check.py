@@ -18,8 +18,7 @@ from torch import Tensor
 from trainer.readers.coco_columns import judge_boxes
 from trainer.readers.findings import Finding, Severity, fold, listed
 from trainer.readers.samples import SampleTable
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_images
 
 # Rounding in annotation tools moves boxes beyond the image by less than this many pixels.

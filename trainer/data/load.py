@@ -15,8 +15,7 @@ from trainer.readers.samples import SampleTable
 from trainer.readers.voc import read_voc
 from trainer.readers.yolo import read_yolo
 from trainer.settings.config import TrainConfig
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 
 # Takes "train" or "val", the class names to match, and whether to read masks.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import vidt
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import PLACES, TrainConfig
+from trainer.settings.config import PATHS, TrainConfig
 
 TRAIN_WORK = 3  # training on an image costs as much as evaluating three; for the progress bar
 
@@ -66,7 +66,7 @@ def training_record(
     """Settings and data of a run after `step` steps, for the header of its weights. It has no path,
     since weights files are passed on.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    settings = {name: value for name, value in asdict(config).items() if name not in PATHS}
     for name in ("pre_trained", "load_from", "distil_model_path"):
         if settings[name] is not None:
             settings[name] = PurePath(settings[name]).name

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from trainer.data.loader import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
 from trainer.loop.agreement import Agreement, sum_gradients
 from trainer.loop.execution import OutOfMemory, compiled_canvas, is_out_of_memory
-from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
@@ -40,7 +38,6 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
     """
     config, state, accelerator = run.config, run.state, run.accelerator
     parameters = list(run.model.parameters())
-    set_learning_rate(run.optimizer, learning_rate(state.step, run.clock.total_steps, config))
     while True:
         if run.micro_batches is None:
             steps = range(state.step, run.clock.total_steps)

@@ -11,8 +11,7 @@ import yaml
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.readers.findings import Finding, fold
 from trainer.readers.samples import Sample, SampleTable
-from trainer.settings.wording import counted
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.files import ImageHeader, probe_images
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

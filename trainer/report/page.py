@@ -35,8 +35,8 @@ from trainer.report.worst_pictures import RIGHT, WRONG, worst_pictures
 from trainer.scoring.evaluation import Evaluation
 from trainer.scoring.mistakes import Diagnosis
 from trainer.settings.config import TrainConfig, resolved
-from trainer.settings.wording import counted
 from vidt.atomic import atomic_write
+from vidt.errors import counted
 from vidt.model.config import ViDTConfig
 
 PAGE_NAME = "report.html"

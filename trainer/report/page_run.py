@@ -19,7 +19,7 @@ from trainer.report.console import duration
 from trainer.report.plots import Axes, Plot, Series, bars, histograms, lines, thinned
 from trainer.report.run_history import RunHistory
 from trainer.settings.config import TrainConfig
-from trainer.settings.wording import counted
+from vidt.errors import counted
 from vidt.model.config import ViDTConfig
 
 MOST_CLASSES = 14  # in a plot; the others are summed up

@@ -17,9 +17,8 @@ from torch import Tensor
 from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
-from trainer.settings.wording import counted
 from vidt.atomic import atomic_write
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.drawing import class_colour, class_text, clipped, draw_boxes_on, tint
 from vidt.images.files import read_image
 from vidt.predict.detections import Detections

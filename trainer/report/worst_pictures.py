@@ -11,7 +11,7 @@ from trainer.readers.samples import SampleTable
 from trainer.report.pictures import Mark, draw_marks, image_of, masks_or_none
 from trainer.report.progress import Pair
 from trainer.scoring.mistakes import CROWD, NOTHING, JudgedImage
-from trainer.settings.wording import counted
+from vidt.errors import counted
 from vidt.images.drawing import class_text
 
 # Any eye can tell these apart, on pictures of any colour.

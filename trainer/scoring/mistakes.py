@@ -18,7 +18,7 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.scoring.average_precision import DetectionMatches
 from trainer.scoring.scores import ScoreCurve, curve, hits_of, pooled
-from trainer.settings.wording import counted
+from vidt.errors import counted
 from vidt.predict.detections import Detections
 
 MIN_IOU = 0.5

@@ -1,10 +1,10 @@
 """Settings of a training run and its command line.
 
 Every setting has one owner: architecture in `vidt.ViDTConfig` (saved with the weights),
-optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. Flags, YAML
-keys and help text are read off the fields of the two dataclasses: a new field is a new flag. Of a
-setting given more than once, the first of these counts: flag, `--config` file, the dataset's recipe
-(`recipes/<dataset_file>.yaml`), default of the dataclass.
+optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. The fields
+of the two dataclasses define flags, YAML keys and help text: a new field is a new flag. A flag
+overrides the `--config` file, which overrides the dataset's recipe (`recipes/<dataset_file>.yaml`),
+which overrides the default of the dataclass.
 """
 
 import math
@@ -30,18 +30,18 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
-WEIGHTS_OWN = 0  # eval_size of an evaluation that was not told one
-SMALLEST_SIZE = 32  # pixels: a body's coarsest map is 1/32 of the image
+WEIGHTS_OWN = 0  # eval_size of an evaluation that uses the size saved with the weights
+SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
-# What people look for among the flags, and what has it.
+# Settings that people expect among these flags, and where they are.
 ELSEWHERE = {
     "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
     "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
 }
 ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
-# Settings that say where something lies on this machine.
-PLACES = (
+# Settings that hold paths on this machine.
+PATHS = (
     *COCO_FILES,
     *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
 )
@@ -53,7 +53,7 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation and data of a run. Raises ConfigError for values that no run can have."""
+    """Optimisation and data of a run. Raises ConfigError for invalid values."""
 
     dataset_file: str = field(
         default="shapes", metadata=_help("which dataset: shapes, coco, voc or yolo", group="Data")
@@ -79,7 +79,7 @@ class TrainConfig:
     )
     max_bad_fraction: float = field(
         default=0.05,
-        metadata=_help("share of damaged images that is skipped; with more the run ends"),
+        metadata=_help("largest share of damaged images to skip; with more the run ends"),
     )
     check: bool = field(default=False, metadata=_help("only check the dataset"))
 
@@ -113,10 +113,10 @@ class TrainConfig:
     lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
     lr_linear_proj_mult: float = field(
         default=1.0,
-        metadata=_help("rate, relative to lr, of the weights that say where queries look"),
+        metadata=_help("rate, relative to lr, of the weights that decide where queries look"),
     )
     lr_backbone_mult: float = field(
-        default=1.0, metadata=_help("rate, relative to lr, of the body, its [DET] tokens included")
+        default=1.0, metadata=_help("rate, relative to lr, of the backbone with its [DET] tokens")
     )
     lr_fan_in_power: float = field(
         default=0.0,
@@ -127,21 +127,21 @@ class TrainConfig:
     )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     sched: str = field(
-        default="cosine", metadata=_help("way from lr down to min_lr: " + " or ".join(SCHEDULES))
+        default="cosine", metadata=_help("decay from lr to min_lr: " + " or ".join(SCHEDULES))
     )
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
     adam_beta2: float = field(
         default=0.999, metadata=_help("decay of AdamW's average of squared gradients")
     )
     warmup_steps: int = field(
-        default=200, metadata=_help("steps of warm-up, at most a third of the run")
+        default=200, metadata=_help("steps of warm-up; at most a third of the run")
     )
     clip_max_norm: float = field(
         default=0.1, metadata=_help("largest norm of the gradients; 0: not clipped")
     )
     denoising: int = field(
         default=0,
-        metadata=_help("extra queries per image that mend boxes near the truth; 0: none"),
+        metadata=_help("denoising queries per image, which start from noised true boxes; 0: none"),
     )
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
@@ -157,7 +157,7 @@ class TrainConfig:
     )
     activation_checkpointing: bool = field(
         default=False,
-        metadata=_help("less memory for a third more time: activations are computed twice"),
+        metadata=_help("compute activations twice: less memory, a third more time"),
     )
 
     eval_size: int = field(
@@ -179,7 +179,9 @@ class TrainConfig:
 
     pre_trained: str = field(
         default="imagenet",
-        metadata=_help("weights of the body: imagenet, none or a file", group="Weights and state"),
+        metadata=_help(
+            "weights of the backbone: imagenet, none or a file", group="Weights and state"
+        ),
     )
     load_from: str | None = field(
         default=None, metadata=_help("weights to start from: a file or a URL")
@@ -192,18 +194,20 @@ class TrainConfig:
         default=None,
         metadata=_help("weights of the teacher: a file or a URL; None: the published ones"),
     )
-    distil_loss_coef: float = field(default=4.0, metadata=_help("weight of following a teacher"))
+    distil_loss_coef: float = field(default=4.0, metadata=_help("weight of the distillation loss"))
     resume: str | None = field(
         default=None,
         metadata=_help(
-            "state to go on from: a folder, or auto (as the bare flag)", bare="auto", saved=False
+            "run to resume: its folder, or auto (the bare flag) for output_dir",
+            bare="auto",
+            saved=False,
         ),
     )
     save_interval: int = field(default=1, metadata=_help("epochs between resumable checkpoints"))
     save_steps: int = field(
-        default=0, metadata=_help("save also every so many optimiser steps; 0: never")
+        default=0, metadata=_help("optimiser steps between further checkpoints; 0: none")
     )
-    keep: int = field(default=2, metadata=_help("resumable checkpoints that are kept"))
+    keep: int = field(default=2, metadata=_help("resumable checkpoints to keep"))
 
     output_dir: str = field(
         default="output", metadata=_help("folder of the results", group="Output")
@@ -238,7 +242,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def _check_alone(config: TrainConfig) -> None:
-    """Each value by itself. Every comparison is one that nan fails."""
+    """Checks each value by itself, with comparisons that are false for nan."""
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
@@ -271,7 +275,7 @@ def _check_alone(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    """Values that must suit one another."""
+    """Checks values that depend on each other."""
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("cannot load from and resume at the same time")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
@@ -293,7 +297,7 @@ def _check_together(config: TrainConfig) -> None:
 
 
 def _check_data_path(config: TrainConfig) -> None:
-    """A dataset that is not ours must have been told where its files are."""
+    """Raises ConfigError for a dataset without a path, unless it is the embedded one."""
     flag = f"{config.dataset_file}_path"
     if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
         return
@@ -303,19 +307,18 @@ def _check_data_path(config: TrainConfig) -> None:
 
 _TRAIN = settings_of(TrainConfig)
 _MODEL = settings_of(ViDTConfig)
-# The one architectural value that the data can tell; None stands for "not given".
+# The data can determine this architectural value; None means that it was not given.
 _MODEL["num_classes"] = replace(_MODEL["num_classes"], optional=True, default=None)
 _ALL = {**_TRAIN, **_MODEL}
 assert len(_ALL) == len(_TRAIN) + len(_MODEL), "a setting has two owners"
 
 
 def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, dict[str, Any]]:
-    """Flags to a run's settings and the fields of its ViDTConfig.
+    """Parses flags to a run's settings and the fields of its ViDTConfig.
 
-    `num_classes` among the latter is None unless it was given: the data tells it; so is, with
-    --eval, `dec_layers`: the weights tell it. With `own_data` the caller brings the samples, so no
-    recipe is applied and no path is asked for.
-    Raises ConfigError for anything wrong and HelpRequested for `--help`.
+    Of these, `num_classes` is None unless given, since the data determines it; with --eval, so is
+    `dec_layers`, which the weights determine. With `own_data` the caller brings the samples: no
+    recipe applies and no path is required. Raises ConfigError, and HelpRequested for `--help`.
     """
     given = given_settings(argv)
     if any(given.get(name) is not None for name in COCO_FILES):
@@ -337,14 +340,14 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
 
 
 def given_settings(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings given as flags or in the file of `--config`, and no defaults. Raises as `parse`
-    for flags and values that cannot be read.
+    """The settings given as flags or in the `--config` file, without defaults. Raises ConfigError
+    and HelpRequested.
     """
     given = read_flags(argv, _ALL, ELSEWHERE)
     if given.get("config") is not None:
         read = _read_config(given["config"])
         if given.get("resume") is not None:
-            read.pop("load_from", None)  # where the run once started from is in its checkpoint
+            read.pop("load_from", None)  # the checkpoint replaces the starting weights
         given = {**read, **given}
     return given
 
@@ -361,7 +364,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _read_recipe(dataset_file: str) -> dict[str, Any]:
-    """What a dataset is trained with unless told otherwise; empty for one without a recipe."""
+    """The recipe of a dataset; empty if it has none."""
     if dataset_file not in DATASETS:  # reported with the other values
         return {}
     recipe = resources.files("trainer.settings") / "recipes" / f"{dataset_file}.yaml"
@@ -371,7 +374,9 @@ def _read_recipe(dataset_file: str) -> dict[str, Any]:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    """What ViDTConfig refuses is refused now; its defaults stand for what is told later."""
+    """Raises ConfigError if ViDTConfig raises. Its defaults stand in for fields that the data
+    or the weights determine later.
+    """
     try:
         ViDTConfig(**{name: value for name, value in model.items() if value is not None})
     except UserError as error:
@@ -379,7 +384,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def parse_or_exit(argv: Sequence[str] | None = None) -> tuple[TrainConfig, dict[str, Any]]:
-    """`parse` for a program: a user's error ends it with one line and code 2, `--help` with 0."""
+    """`parse` for a program: ends it with one line and code 2 on an error, with 0 on `--help`."""
     try:
         return parse(sys.argv[1:] if argv is None else argv)
     except HelpRequested:
@@ -393,8 +398,8 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> tuple[TrainConfig, dict[
 def help_text() -> str:
     """All flags by group, with defaults and descriptions."""
     lines = [
-        "Flags are taken with - and _. One that is True or False may stand bare or as --no-NAME.",
-        "First counts the flag, then --config FILE, the dataset's recipe, the defaults shown.",
+        "Flags may have - or _. --NAME alone means True, --no-NAME False.",
+        "Flags override --config FILE, then the dataset's recipe, then the defaults shown.",
         "",
         *help_lines(_TRAIN),
         "",
@@ -405,7 +410,7 @@ def help_text() -> str:
 
 
 def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a run as YAML values, except those that say how it was started this time."""
+    """All settings of a run as YAML values, except those about this start of it, as --resume."""
     owned = [name for name, setting in _TRAIN.items() if setting.metadata.get("saved", True)]
     values = {name: getattr(config, name) for name in owned} | {
         name: model[name] for name in _MODEL
