@@ -16,18 +16,18 @@ from laps import Contestant, Gains, Laps
 
 # Attributes of the model. A head that the decoder calls counts as a head.
 PARTS = {
-    "body": ("backbone",),
+    "backbone": ("backbone",),
     "projections": ("input_proj", "tgt_proj", "query_pos_proj"),
     "decoder": ("decoder",),
     "heads": ("class_embed", "bbox_embed", "iou_embed", "vector_embed", "token_head"),
 }
-BODY_BACKWARD = "backward: body"
+BACKBONE_BACKWARD = "backward: backbone"
 
 
 @contextmanager
 def watch(detector: Detector, laps: Laps) -> Iterator[None]:
     """Meanwhile the laps know the parts of the forward pass, the matcher, and in backward when the
-    body's begins.
+    backbone's begins.
     """
     handles = [
         handle
@@ -38,8 +38,8 @@ def watch(detector: Detector, laps: Laps) -> Iterator[None]:
     ]
     handles += _report(detector.criterion.matcher, "matcher", laps)
 
-    body = detector.model.backbone
-    handles.append(body.register_forward_hook(lambda *call: _await_gradients(call[-1], laps)))
+    backbone = detector.model.backbone
+    handles.append(backbone.register_forward_hook(lambda *call: _await_gradients(call[-1], laps)))
     try:
         yield
     finally:
@@ -58,7 +58,10 @@ def watched(contestant: Contestant, detector: Detector) -> Contestant:
 
 
 def count_flops(contestant: Contestant) -> Gains:
-    """Floating point operations of each part of one run."""
+    """Floating point operations of each part of one run, at the case's own size and with weights as
+    they are: PyTorch's counter does not know packed products.
+    """
+    contestant = replace(contestant, prepare=lambda: None)
     with frozen(contestant), FlopCounterMode(display=False) as counter:
         laps = contestant.go(FlopMeter(counter))
     return laps.gains()
@@ -94,8 +97,8 @@ def _report(module: nn.Module, part: str, laps: Laps) -> list[RemovableHandle]:
 
 
 def _await_gradients(outputs: Any, laps: Laps) -> Any:
-    """The same outputs of the body. Autograd goes backward in order: once each of them has its
-    gradient, what is left of the backward pass is the body's.
+    """The same outputs of the backbone. Autograd goes backward in order: once each of them has its
+    gradient, what is left of the backward pass is the backbone's.
     """
     missing = 0
 
@@ -103,14 +106,14 @@ def _await_gradients(outputs: Any, laps: Laps) -> Any:
         nonlocal missing
         missing -= 1
         if missing == 0:
-            laps.turn_into(BODY_BACKWARD)
+            laps.turn_into(BACKBONE_BACKWARD)
 
     def awaited(output: Any) -> Any:
         nonlocal missing
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return output
         missing += 1
-        outside = output.view_as(output)  # has no gradient from inside the body
+        outside = output.view_as(output)  # has no gradient from inside the backbone
         outside.register_hook(arrived)
         return outside
 

@@ -3,9 +3,10 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --backbone_name swin_nano --size 1x512x512 --plus
     python benchmarks/speed.py --size 16x640x640 --precision bf16 --compile --json speed.json
+    python benchmarks/speed.py --new_sizes --repeat 10 --seconds 1000
 
 Three kinds of work: forward, as in prediction; learning, which is forward, criterion and backward;
-the whole training step, which also clips, optimises and averages. For the floor timm's plain body
+the whole training step, which also clips, optimises and averages. The floor is timm's plain backbone
 of the same sizes, without [DET] tokens, forward and learning (backward from the features' sum).
 
 All of a size take turns in one process, so that a ratio holds on a machine that is not idle:
@@ -15,6 +16,10 @@ own speed, measured first on a large matrix product, relative to the time that t
 that only touch the parameters it is the time that as many bytes need to come and go. Weights,
 images and boxes are random: neither time nor memory depends on them. Memory is measured in
 processes of their own.
+
+With --new_sizes every round has another of ten sizes around the given one, as the multi-scale
+recipe has; only "to timm" can then be compared, since a round's ratio is between equal sizes. What
+timm prepares for a size is not timed.
 """
 
 import argparse
@@ -35,9 +40,9 @@ from loader import loader_seconds
 from memory import EMPTY, Peaks, peak_memory
 from parts import count_flops, watched
 from results import HEADING, WORKS, Part, Row, make_parts, make_rows, parts_table
-from vidt.model.config import backbone_names
+from vidt.model.config import SWIN_VARIANTS, backbone_names
 
-BODIES = ("swin_nano", "swin_tiny")
+BACKBONES = ("swin_nano", "swin_tiny")
 SIZES = ("1x512x512", "2x640x640")
 LEAST = 3  # rounds
 WARM_UP = {"cpu": 0, "cuda": 3}  # rounds that are not counted, after the one that counts FLOPs
@@ -186,9 +191,10 @@ def read_device(text: str) -> torch.device:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Time and memory of the detector.")
-    parser.add_argument("--backbone_name", nargs="+", choices=backbone_names(), default=BODIES)
+    parser.add_argument("--backbone_name", nargs="+", choices=backbone_names(), default=BACKBONES)
     parser.add_argument("--size", nargs="+", type=read_size, default=[*map(read_size, SIZES)])
     parser.add_argument("--plus", action="store_true", help="ViDT+ of 300 tokens, without masks")
+    parser.add_argument("--new_sizes", action="store_true", help="a new size in every round")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="no")
     parser.add_argument("--compile", action="store_true", help="compiled ones take part, too")
@@ -206,6 +212,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--precision fp16 is for a GPU: the trainer computes fp32 on a CPU; try bf16")
     if given.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
+    if given.new_sizes and not set(given.backbone_name) <= SWIN_VARIANTS.keys():
+        parser.error("--new_sizes is for Swin: timm's CoaT keeps the size that it was built for")
     if min(given.threads, given.repeat) < 1:
         parser.error("--threads and --repeat must be 1 or more")
     return given
@@ -221,9 +229,17 @@ def main() -> None:
     )
     print(f"at most {ceiling.flops / 1e9:.0f} GFLOP/s, {ceiling.bytes / 1e9:.1f} GB/s", flush=True)
     results = []
-    for body in given.backbone_name:
+    for name in given.backbone_name:
         for size in given.size:
-            case = Case(body, size, given.plus, str(given.device), given.precision, given.threads)
+            case = Case(
+                name,
+                size,
+                given.plus,
+                str(given.device),
+                given.precision,
+                given.threads,
+                given.new_sizes,
+            )
             result = measure(case, ceiling, given)
             print("", *result.lines(), sep="\n", flush=True)
             results.append(result.as_dict())
