@@ -26,7 +26,7 @@ Stacked = dict[str, Tensor]  # predictions by name, [L, B, Q, ...]
 
 
 def criterion_for(config: ViDTConfig) -> "SetCriterion | SoftmaxCriterion":
-    """What a detector of this configuration is trained with, at its published weights. It is called
+    """The criterion for a detector of this configuration, with the published loss weights. Call it
     with outputs, targets and, by keyword, the counts that its `normalised_by` names.
     """
     if config.method == "vidt_wo_neck":

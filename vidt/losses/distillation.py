@@ -34,7 +34,7 @@ def token_distances(student: dict[str, Any], teacher: dict[str, Any]) -> Tensor:
 
 
 def _det_tokens(tokens: dict[str, Any]) -> Tensor:
-    """The body's and those of each prediction level: [D + 2, B, Q, C]."""
+    """Those of the backbone and of each prediction level: [D + 2, B, Q, C]."""
     return torch.cat([tokens["body_det_token"][None], tokens["neck_det_token"]])
 
 

@@ -13,8 +13,8 @@ from vidt.losses.overlap import giou_losses
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """The less probable an object's class, the more it costs: logits [1, B, Q, K + 1] and labels
-    [B, T] to [1, B, T, Q].
+    """The negative probability of the object's class: logits [1, B, Q, K + 1] and labels [B, T] to
+    [1, B, T, Q].
     """
     return -of_labels(logits.softmax(-1), labels)
 
@@ -24,8 +24,8 @@ class SoftmaxCriterion(nn.Module):
     sum.
 
     Differs from the released code in what a batch is: there the cross entropy is a mean over the
-    queries that a GPU holds, here over those of a whole optimiser step. In one portion on one
-    device the two agree.
+    queries that a GPU holds, here over those of a whole optimiser step. With one micro-batch on
+    one device the two agree.
     """
 
     normalised_by = ("num_boxes", "num_images")
@@ -75,7 +75,7 @@ class SoftmaxCriterion(nn.Module):
         return self.matcher(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
 
     def _cross_entropy(self, logits: Tensor, matches: Matches, labels: Tensor) -> Tensor:
-        """Summed over queries, each weighted as its class; who has no object is background."""
+        """Summed over queries, each weighted as its class. Unmatched queries count as background."""
         background = logits.shape[-1] - 1
         classes = torch.full(logits.shape[:2], background, device=logits.device)
         classes[matches.place[1:]] = labels
