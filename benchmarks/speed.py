@@ -6,8 +6,9 @@
     python benchmarks/speed.py --new_sizes --repeat 10 --seconds 1000
 
 Three kinds of work: forward, as in prediction; learning, which is forward, criterion and backward;
-the whole training step, which also clips, optimises and averages. The floor is timm's plain backbone
-of the same sizes, without [DET] tokens, forward and learning (backward from the features' sum).
+the whole training step, which also clips, optimises and averages. The floor is timm's plain
+backbone of the same sizes, without [DET] tokens, forward and learning (backward from the features'
+sum).
 
 All of a size take turns in one process, so that a ratio holds on a machine that is not idle:
 figures are medians, "to timm" is the median of each round's ratio to the eager floor. The first

@@ -14,11 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.shapes import write_shapes
-<<<<<<< HEAD
 from vidt.ops.packing import PackedLinear, onednn_runs
-=======
-from vidt.ops.packing import PackedLinear, can_pack
->>>>>>> c9161b4 (benchmarks/speed.py --new_sizes: another of ten sizes in every round, beside timm at the same size)
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,15 +132,9 @@ def test_it_predicts_with_packed_weights_as_a_predictor_does(
     forward, training = detector.eager()
     for contestant in (forward, training, forward):
         contestant.prepare()
-<<<<<<< HEAD
         expected = onednn_runs() and precision == "no" and contestant is forward
         packed = [each for each in detector.model.modules() if isinstance(each, PackedLinear)]
         assert bool(packed) == expected
-=======
-        expected = can_pack() and precision == "no" and contestant is forward
-        packed = any(isinstance(layer, PackedLinear) for layer in detector.model.modules())
-        assert packed == expected
->>>>>>> c9161b4 (benchmarks/speed.py --new_sizes: another of ten sizes in every round, beside timm at the same size)
 
 
 @pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])

@@ -75,7 +75,8 @@ class SoftmaxCriterion(nn.Module):
         return self.matcher(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
 
     def _cross_entropy(self, logits: Tensor, matches: Matches, labels: Tensor) -> Tensor:
-        """Summed over queries, each weighted as its class. Unmatched queries count as background."""
+        """Summed over queries, each weighted as its class. Unmatched queries count as
+        background."""
         background = logits.shape[-1] - 1
         classes = torch.full(logits.shape[:2], background, device=logits.device)
         classes[matches.place[1:]] = labels
