@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from trainer.data.load import read_datasets, read_validation, told
+from trainer.data.load import read_and_log, read_datasets, read_validation
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
 from trainer.loop.clock import training_record
@@ -254,7 +254,7 @@ def checked_datasets(
     config: TrainConfig, model_fields: Mapping[str, Any]
 ) -> tuple[SampleTable, SampleTable]:
     """Both splits; findings go to the log and, with all details, to `findings.csv`."""
-    return told(
+    return read_and_log(
         Path(config.output_dir),
         lambda: read_datasets(
             config,

@@ -88,11 +88,11 @@ def read_validation(
     return val, [*findings, *checked]
 
 
-def told(
+def read_and_log(
     output: Path, read: Callable[[], tuple[SampleTable, SampleTable, list[Finding]]]
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits as they are read, told to the log; findings in words there and, at greater
-    length, in `findings.csv` of the output folder, also those of a dataset that is refused.
+    """Reads both splits and logs what they hold. Findings are summarised in the log and listed in
+    `findings.csv` of the output folder, also those of a dataset that is refused.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.data.load import told
+from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
 from trainer.readers.samples import SampleTable
@@ -62,7 +62,7 @@ def checked_tables(
 ) -> tuple[SampleTable, SampleTable]:
     """Both splits. Findings go to the log and, in full, to `findings.csv`."""
     update = (lambda fraction: None) if monitor is None else monitor.update
-    return told(
+    return read_and_log(
         Path(config.output_dir),
         lambda: read_tables(
             task,
