@@ -89,8 +89,8 @@ def _coloured(
 ) -> list[Series]:
     """A line for each of the first columns, its last value as a note."""
     return [
-        Series(name, *column, colour, form.format(column[1][-1]), dots)
-        for (name, column), colour in zip(columns.items(), SERIES, strict=False)
+        Series(name, *columns[name], SERIES[number], form.format(columns[name][1][-1]), dots)
+        for number, name in enumerate(list(columns)[: len(SERIES)])
     ]
 
 

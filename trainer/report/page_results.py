@@ -74,7 +74,7 @@ def results_of(scored: Scored, samples: SampleTable, by_size: Sequence[int]) -> 
 
 def _drawn_curves(diagnosis: Diagnosis) -> list[tuple[ScoreCurve, str]]:
     """Curves that have points, and their colours."""
-    curves = list(zip(diagnosis.main_curves, SERIES, strict=False))
+    curves = [(each, SERIES[number]) for number, each in enumerate(diagnosis.main_curves)]
     curves += [(diagnosis.rest, REST)] if diagnosis.rest else []
     return [(each, colour) for each, colour in curves if len(each.thresholds) and each.num_truths]
 

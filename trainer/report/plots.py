@@ -296,7 +296,7 @@ def _cell(plot: Any, corner: tuple[int, int], share: float, count: int) -> None:
 
 
 def _legend(columns: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return [(name, colour, "") for name, colour in zip(columns, SERIES, strict=False)]
+    return [(name, SERIES[number], "") for number, name in enumerate(columns)]
 
 
 def _short(names: Sequence[str]) -> list[str]:
