@@ -45,7 +45,11 @@ def recorded() -> Iterator[set[CodeType]]:
     def note(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
         # Only functions have fast locals: modules and class bodies do not.
-        if code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(folders):
+        if (
+            code.co_flags & inspect.CO_OPTIMIZED
+            and code.co_filename.startswith(folders)
+            and code.co_filename.endswith(".py")  # jinja2 compiles templates under their own names
+        ):
             functions.add(code)
 
     sys.settrace(note)

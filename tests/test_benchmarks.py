@@ -150,6 +150,7 @@ def test_the_floor_has_the_sizes_of_the_body(body: str, files: SimpleNamespace) 
     assert floor.forward_features(case.images()).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 def test_every_round_may_have_another_size(files: SimpleNamespace) -> None:
     """The same for all contestants, ten of them, and each computes what it is given."""
     case = case_of(files, "swin_nano", new_sizes=True)
