@@ -155,8 +155,8 @@ class SwinBackbone(nn.Module):
         cross_indices: tuple[int, ...],
         pyramid: bool = True,
     ) -> None:
-        """pyramid: whether the last stage is merged into a stride-64 map. A detector that only reads
-        the [DET] tokens does not need one.
+        """pyramid: whether the last stage is merged into a stride-64 map. A detector that only
+        reads the [DET] tokens does not need one.
         """
         super().__init__()
         dims = [variant.embed_dim * 2**stage for stage in range(4)]

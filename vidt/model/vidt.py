@@ -102,8 +102,8 @@ class ViDT(nn.Module):
           `padding` as given;
         - `distil_tokens`, for distillation: `patch_token`, a map [B, C, h, w] per level,
           `body_det_token` [B, Q, C] and `neck_det_token` [D + 1, B, Q, C];
-        - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), the initial boxes of N
-          denoising queries: their `pred_*` of each decoder layer.
+        - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), the initial boxes of
+          N denoising queries: their `pred_*` of each decoder layer.
         """
         maps, det, det_pos = self.backbone(images, padding)
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels

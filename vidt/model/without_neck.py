@@ -1,6 +1,6 @@
-"""ViDT without its neck: boxes and classes straight from the backbone's [DET] tokens (arXiv 2110.03921,
-section 4.2), trained with a softmax over the classes and a background as DETR is (arXiv
-2005.12872).
+"""ViDT without its neck: boxes and classes straight from the backbone's [DET] tokens (arXiv
+2110.03921, section 4.2), trained like DETR (arXiv 2005.12872) with a softmax over the classes and a
+background.
 
 Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim.
 """
