@@ -301,7 +301,7 @@ def log_values(outputs: dict, targets: list, matches: Matches) -> dict[str, Tens
     best = logits.argmax(-1)  # [L, B, Q]
     labels, _ = matched_targets(matches, targets)
     final = matches.level == len(best) - 1
-    right = final & (best[matches.place] == labels)
+    right = final & (best[matches.index] == labels)
     counts = torch.tensor([len(target["labels"]) for target in targets])
     counts = counts.to(logits.device, non_blocking=True)
     predicted = (best != logits.shape[-1] - 1).sum(-1)  # [L, B]

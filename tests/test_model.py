@@ -293,7 +293,7 @@ def test_dropped_paths_drop_patches_and_det_tokens_together() -> None:
         ("dec_layers", -1, "dec_layers is -1; it must be 0 or more"),
         ("num_feature_levels", 3, "num_feature_levels is 3; it must be 4"),
         ("dropout", 1.0, "dropout is 1.0; it must be 0 or more and below 1"),
-        ("cross_indices", (4,), "cross_indices is (4,); it must be stages from 0 to 3"),
+        ("cross_indices", (4,), "cross_indices is (4,); it must be distinct stages from 0 to 3"),
         ("n_keep", 128**2 + 1, "n_keep is 16385; it must be at most gt_mask_len squared, 16384"),
         ("gt_mask_len", 0, "gt_mask_len is 0; it must be 1 or more"),
     ],

@@ -6,31 +6,22 @@
     detections = detector.predict("street.jpg", threshold=0.3)
     detections.plot().save("seen.jpg")
 
-What is named here is imported when it is first asked for: PyTorch takes seconds, and a model in
-ONNX's format is run without it.
+Names are imported on first use: importing PyTorch takes seconds, and an ONNX model runs without it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidt.loading import load
-    from vidt.losses.criterion import SetCriterion
-    from vidt.losses.matcher import HungarianMatcher
-    from vidt.model.vidt import ViDT, ViDTConfig
-    from vidt.predict.detections import Detections, decode_top_k
-    from vidt.predict.predictor import Predictor
+    from vidt.loading import load as load
+    from vidt.losses.criterion import SetCriterion as SetCriterion
+    from vidt.losses.matcher import HungarianMatcher as HungarianMatcher
+    from vidt.model.vidt import ViDT as ViDT
+    from vidt.model.vidt import ViDTConfig as ViDTConfig
+    from vidt.predict.detections import Detections as Detections
+    from vidt.predict.detections import decode_top_k as decode_top_k
+    from vidt.predict.predictor import Predictor as Predictor
 
-__all__ = [
-    "Detections",
-    "HungarianMatcher",
-    "Predictor",
-    "SetCriterion",
-    "ViDT",
-    "ViDTConfig",
-    "decode_top_k",
-    "load",
-]
 _HOMES = {
     "Detections": "predict.detections",
     "HungarianMatcher": "losses.matcher",
@@ -41,6 +32,7 @@ _HOMES = {
     "decode_top_k": "predict.detections",
     "load": "loading",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

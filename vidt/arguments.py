@@ -1,4 +1,4 @@
-"""The one maker of command lines: argparse whose errors are one line each."""
+"""The parser of every command line: argparse with one-line errors."""
 
 import argparse
 import difflib
@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 from vidt.errors import UserError
 
 HELP = ("-h", "--help")
-MIN_SIMILARITY = 0.65  # difflib's ratio; a word less alike is seldom the one that was meant
+MIN_SIMILARITY = 0.65  # difflib's ratio; less similar words are seldom the one that was meant
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest flag where a flag is misspelt. `-` and
-    `_` inside the name of a flag mean the same, and no flag can be abbreviated.
+    """A parser whose errors are one line; for a misspelt flag it suggests the nearest one. `-` and
+    `_` inside a flag's name are equivalent, and flags cannot be abbreviated.
 
-    Parsing raises UserError, and ends the program after `--help`.
+    Parsing raises UserError; `--help` ends the program.
     """
 
     def __init__(self, prog: str, **more: Any) -> None:
@@ -33,7 +33,7 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args([self._declared(word) for word in words], namespace)
 
     def _declared(self, word: str) -> str:
-        """A flag in the spelling of its declaration; any other word unchanged."""
+        """A flag as it was declared; any other word unchanged."""
         if not is_flag(word):
             return word
         name, equals, value = word.partition("=")
@@ -55,7 +55,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=110)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        """`--lr 0.0001` rather than `--lr [0.0001 ...]` where the values can be left out."""
+        """Shows `--lr 0.0001` rather than `--lr [0.0001 ...]` if the values are optional."""
         if action.nargs == "*":
             return str(action.metavar)
         return super()._format_args(action, default_metavar)
@@ -75,5 +75,5 @@ def plain(word: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is spelt most like `word`; None if none is similar."""
+    """The known word most similar to `word`; None if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), 1, MIN_SIMILARITY)), None)

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all: written under a temporary name, then renamed. A reader,
-or a kill at any instant, finds the old file or the new one.
+"""Atomic writes: a file is written under a temporary name, then renamed. A reader sees the old file
+or the new one, even if the program is killed at any instant.
 
-Imports nothing heavy: what only watches a run, and what runs without PyTorch, write them too.
+Imports nothing heavy, since programs that run without PyTorch write files too.
 """
 
 import os
@@ -12,27 +12,25 @@ from typing import IO
 
 
 class Unwritable(OSError):
-    """A file that cannot be written; one line names it."""
+    """A file cannot be written; the message is one line that names it."""
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Where a file lies until it is whole, beside `path`; what is still there in the end is
-    removed. What a kill leaves, the next one replaces.
+    """A temporary path beside `path`. A file that is still there at the end of the block is
+    removed. If a kill leaves one behind, the next write replaces it.
     """
-    place = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield place
+        yield temporary
     finally:
-        with suppress(OSError):  # where there is no folder, there is nothing to remove
-            place.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may not exist
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Raises Unwritable, which names `path`, for an OSError inside; one that names a file already
-    is kept.
-    """
+    """Turns an OSError inside the block into an Unwritable that names `path`."""
     try:
         yield
     except Unwritable:
@@ -46,24 +44,24 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends well. Raises
+    """A file to write to, which replaces `path` when the block ends without an exception. Raises
     Unwritable.
 
-    durable: on the disk before it has its name, so that a power failure leaves the old or the new
-    one too. Costs milliseconds, and is not worth them where there are many that can be made again.
+    durable: flush to the disk before the rename, so that a power failure also leaves the old or the
+    new file. It costs milliseconds; turn it off for many files that can be made again.
     """
     path = Path(path)
-    with unfinished(path) as place, naming(path):
+    with unfinished(path) as temporary, naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        place.replace(path)
+        temporary.replace(path)
 
 
 def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None:
-    """Replaces a file by one that holds `data`. As `atomic_file`."""
+    """Writes `data` as the file's whole content, with `atomic_file`."""
     with atomic_file(path, durable=durable) as file:
         file.write(data)

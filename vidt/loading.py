@@ -9,7 +9,6 @@ from vidt.errors import UserError
 if TYPE_CHECKING:
     from vidt.predict.predictor import Predictor
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 ONNX = ".onnx"
 
 
@@ -20,14 +19,15 @@ def load(
     precision: str | None = None,
     compile: bool = False,
 ) -> "Predictor | Any":
-    """A detector from a weights file (.safetensors of ours, a released .pth) or from an exported
-    model (.onnx, which onnxruntime runs without PyTorch).
+    """Loads a detector from a weights file (our .safetensors or a released .pth) or an exported model
+    (.onnx, which onnxruntime runs without PyTorch).
 
-    device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one. precision: "fp32", "bf16" or
-    "fp16"; None is fp32. compile: use torch.compile, which compiles once for each canvas.
+    device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
+    precision: "fp32", "bf16" or "fp16"; None is fp32. compile: use torch.compile, which compiles
+    once for each canvas.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
-    arrays. Raises UserError, naming the file, if it holds no detector, and for a device or
+    arrays. Raises UserError that names the file if it holds no detector, and for a device or
     precision that is not available.
     """
     path = Path(weights)
@@ -35,8 +35,6 @@ def load(
         raise UserError(f"{path} is a folder; name the weights file in it")
     if not path.exists():
         raise UserError(f"{path} does not exist; name a weights file or an .onnx model")
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:
@@ -47,9 +45,8 @@ def load(
             "weights to .onnx where it is"
         ) from error
 
-    where = usable_device(device)
     return Predictor.from_checkpoint(
-        path, device=where, precision=precision or "fp32", compile=compile
+        path, device=usable_device(device), precision=precision or "fp32", compile=compile
     )
 
 

@@ -1,11 +1,11 @@
 """Set loss of ViDT (arXiv 2110.03921, section 3.3; DETR, arXiv 2005.12872): focal, L1 and GIoU on
-matched pairs, and what ViDT+ adds (arXiv 2204.07962): how well a box fits, mask vectors and token
+matched pairs, and the terms of ViDT+ (arXiv 2204.07962): the IoU of each box, mask vectors and token
 labels.
 
-All prediction levels are matched and scored together: level l of the decoder is one row of a
-stacked tensor.
+All prediction levels are matched and scored together, stacked in one tensor.
 
-Letters: L prediction levels, B batch, Q queries, K classes, N matched pairs of all levels.
+Letters: P prediction levels (the bare tokens, then each decoder layer), B batch, Q queries, K
+classes, N matched pairs of all levels.
 """
 
 import numpy as np
@@ -18,18 +18,18 @@ from vidt.losses.matcher import HungarianMatcher, Matches, flat_index, matched_t
 from vidt.losses.overlap import giou_losses, paired_iou
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.losses.token_labels import has_masks, token_label_losses
-from vidt.model.config import ViDTConfig
+from vidt.model.config import WITHOUT_NECK, ViDTConfig
 
 Targets = list[dict[str, Tensor]]
 Levels = list[dict[str, Tensor]]
-Stacked = dict[str, Tensor]  # predictions by name, [L, B, Q, ...]
+Stacked = dict[str, Tensor]  # predictions by name, [P, B, Q, ...]
 
 
 def criterion_for(config: ViDTConfig) -> "SetCriterion | SoftmaxCriterion":
     """The criterion for a detector of this configuration, with the published loss weights. Call it
-    with outputs, targets and, by keyword, the counts that its `normalised_by` names.
+    with outputs, targets and, as keywords, the counts named in its `normalised_by`.
     """
-    if config.method == "vidt_wo_neck":
+    if config.method == WITHOUT_NECK:
         return SoftmaxCriterion()
     return SetCriterion(token_label_shift=config.token_label_shift, gt_mask_len=config.gt_mask_len)
 
@@ -42,7 +42,7 @@ class SetCriterion(nn.Module):
     outputs have IoUs and vectors. Token labels give `loss_token_focal` and `loss_token_dice`.
 
     Differs from the released code in one normaliser: a vector's loss is a mean over the objects of
-    the whole step, as all other terms are, rather than over the pairs that one process holds.
+    the whole step, like all other terms, rather than over the pairs of one process.
     """
 
     normalised_by = ("num_boxes",)
@@ -64,8 +64,8 @@ class SetCriterion(nn.Module):
         gt_mask_len: int = 128,
     ) -> None:
         """vector_loss_norm: a vector's loss is the mean over its numbers, else their sum;
-        vector_start_stage: the first prediction level whose vectors count; gt_mask_len: side of the
-        square in which masks are described.
+        vector_start_stage: the first prediction level with a vector loss; gt_mask_len: side of the
+        square to which masks are resized.
         """
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
@@ -86,24 +86,24 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """outputs of `ViDT`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in 0..1, and for
         vectors and token labels `masks` [n, H, W] bool on the image, `mask_boxes` [n, 4] xyxy in
-        its pixels and `has_mask` [n], where objects have them; num_boxes normalises, and is counted
-        by the caller over everything that makes one optimiser step. Returns scalars by name.
+        its pixels and `has_mask` [n], where objects have them; num_boxes is the
+        normaliser, the number of objects in the whole optimiser step. Returns scalars by name.
         """
-        found = stacked(prediction_levels(outputs))
-        matches = self.matcher(found["pred_logits"], found["pred_boxes"], targets)
-        sums = self._sums(found, matches, targets)
-        if "pred_ious" in found:
-            sums["iouaware"] = self._iou_sums(found, matches, targets)
-        of_levels = {
+        stack = stacked(prediction_levels(outputs))
+        matches = self.matcher(stack["pred_logits"], stack["pred_boxes"], targets)
+        sums = self._sums(stack, matches, targets)
+        if "pred_ious" in stack:
+            sums["iouaware"] = self._iou_sums(stack, matches, targets)
+        losses = {
             name: (each * (self.weights[name] / num_boxes)).unbind() for name, each in sums.items()
         }
         terms = {
-            f"loss_{name}{suffix}": each[level]
-            for level, suffix in _suffixes(len(found["pred_logits"]))
-            for name, each in of_levels.items()
+            f"loss_{name}{suffix}": loss[level]
+            for level, suffix in _suffixes(len(stack["pred_logits"]))
+            for name, loss in losses.items()
         }
-        if "pred_vectors" in found:
-            terms |= self._vectors(found["pred_vectors"], matches, targets, num_boxes)
+        if "pred_vectors" in stack:
+            terms |= self._vectors(stack["pred_vectors"], matches, targets, num_boxes)
         if "enc_tokens" in outputs:
             terms |= self._tokens(outputs["enc_tokens"], targets, num_boxes)
         if "denoising_outputs" in outputs:
@@ -111,29 +111,29 @@ class SetCriterion(nn.Module):
         return terms
 
     def match(self, outputs: dict, targets: Targets) -> Matches:
-        """Assignment of every level, earlier levels first, the last prediction level last."""
-        levels = prediction_levels(outputs)
-        return self.matcher(stack(levels, "pred_logits"), stack(levels, "pred_boxes"), targets)
+        """Assignment of every prediction level, first to last."""
+        stack = stacked(prediction_levels(outputs))
+        return self.matcher(stack["pred_logits"], stack["pred_boxes"], targets)
 
-    def _iou_sums(self, found: Stacked, matches: Matches, targets: Targets) -> Tensor:
-        """[L]: cross entropy of the predicted IoU. As released the IoU it should be keeps its
-        gradient, which moves the boxes as well.
+    def _iou_sums(self, stack: Stacked, matches: Matches, targets: Targets) -> Tensor:
+        """[P]: cross entropy of the predicted IoU. As released, the target IoU is not detached, so
+        this loss also moves the boxes.
         """
-        _, wanted = matched_targets(matches, targets)
-        ious = paired_iou(found["pred_boxes"][matches.place], wanted)
-        logits = found["pred_ious"][(*matches.place, 0)]
+        _, true_boxes = matched_targets(matches, targets)
+        ious = paired_iou(stack["pred_boxes"][matches.index], true_boxes)
+        logits = stack["pred_ious"][(*matches.index, 0)]
         losses = F.binary_cross_entropy_with_logits(logits, ious, reduction="none")
-        return per_level(losses, matches, len(found["pred_ious"]))
+        return per_level(losses, matches, len(stack["pred_ious"]))
 
     def _vectors(
         self, vectors: Tensor, matches: Matches, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Terms `loss_vector*`: L1 of the vectors [L, B, Q, n_keep] of matched objects that have a
+        """Terms `loss_vector*`: L1 of the vectors [P, B, Q, n_keep] of matched objects that have a
         mask.
         """
-        wanted, known = wanted_vectors(targets, self.gt_mask_len, vectors.shape[-1])
+        true_vectors, known = target_vectors(targets, self.gt_mask_len, vectors.shape[-1])
         index = flat_index(matches, targets)
-        losses = (vectors[matches.place] - wanted[index]).abs().sum(-1) * known[index]
+        losses = (vectors[matches.index] - true_vectors[index]).abs().sum(-1) * known[index]
         scale = self.weights["vector"] / (vectors.shape[-1] if self.vector_loss_norm else 1)
         terms = (per_level(losses, matches, len(vectors)) * (scale / num_boxes)).unbind()
         return {
@@ -150,7 +150,7 @@ class SetCriterion(nn.Module):
             tokens["padding"],
             targets,
             shift=self.token_label_shift,
-            focal_alpha=0.25,  # the released constant, whatever focal_alpha is
+            focal_alpha=0.25,  # the released constant, independent of self.focal_alpha
         )
         weight = self.weights["token"]
         return {
@@ -159,103 +159,100 @@ class SetCriterion(nn.Module):
         }
 
     def _denoising(
-        self, found: Stacked, targets: Targets, num_boxes: float | Tensor
+        self, stack: Stacked, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
-        """Terms `loss_dn_*`, summed over decoder layers; an image's copies of its objects count as
-        one.
+        """Terms `loss_dn_*`, summed over decoder layers and averaged over the copies of each
+        object.
         """
-        matches, weights = denoising_matches(found["pred_logits"], targets)
-        sums = self._sums(found, matches, targets, weights)
+        matches, weights = denoising_matches(stack["pred_logits"], targets)
+        sums = self._sums(stack, matches, targets, weights)
         return {
-            f"loss_dn_{name}": self.weights[name] * of_levels.sum() / num_boxes
-            for name, of_levels in sums.items()
+            f"loss_dn_{name}": self.weights[name] * losses.sum() / num_boxes
+            for name, losses in sums.items()
         }
 
     def _sums(
         self,
-        found: Stacked,
+        stack: Stacked,
         matches: Matches,
         targets: Targets,
         query_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of each level [L] in class and box, summed over images and queries, each counted
-        by query_weights [B, Q] if given.
+        """Class and box losses of each level, [P] each: sums over images and queries, weighted by
+        query_weights [B, Q] if given.
         """
-        labels, wanted = matched_targets(matches, targets)
-        boxes = found["pred_boxes"][matches.place]  # [N, 4]
-        logits = found["pred_logits"]
-        empty, taken = focal_parts(logits, logits[(*matches.place, labels)], self.focal_alpha)
+        labels, true_boxes = matched_targets(matches, targets)
+        pred_boxes = stack["pred_boxes"][matches.index]  # [N, 4]
+        logits = stack["pred_logits"]
+        background, matched = focal_parts(
+            logits, logits[(*matches.index, labels)], self.focal_alpha
+        )
         pair_losses = {
-            "bbox": (boxes - wanted).abs().sum(-1),
-            "giou": giou_losses(boxes, wanted),
-            "ce": taken,
+            "bbox": (pred_boxes - true_boxes).abs().sum(-1),
+            "giou": giou_losses(pred_boxes, true_boxes),
+            "ce": matched,
         }
         if query_weights is not None:
-            each = query_weights[matches.image, matches.query]
-            pair_losses = {name: loss * each for name, loss in pair_losses.items()}
-            empty = empty * query_weights
+            pair_weights = query_weights[matches.image, matches.query]
+            pair_losses = {name: loss * pair_weights for name, loss in pair_losses.items()}
+            background = background * query_weights
         sums = {name: per_level(loss, matches, len(logits)) for name, loss in pair_losses.items()}
-        sums["ce"] = sums["ce"] + empty.sum((1, 2))
+        sums["ce"] = sums["ce"] + background.sum((1, 2))
         return sums
 
 
 def focal_parts(logits: Tensor, matched: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Focal loss (arXiv 1708.02002, gamma 2) in two parts: that of logits [L, B, Q, K] as if no
-    class were there, summed over classes [L, B, Q], and by how much it differs for the matched [N].
+    """Focal loss (arXiv 1708.02002, gamma 2) in two parts: the loss of logits [P, B, Q, K] if all
+    were background, summed over classes [P, B, Q], and the correction for the matched logits [N].
 
-    Those are few; the formula for both cases, worked out for every logit, takes three times as
-    long.
+    Matched logits are few; computing both cases for every logit takes three times as long.
     """
-    probability, wrong = matched.sigmoid(), (1 - alpha) * _miss(matched)
-    right = alpha * (1 - probability) ** 2 * F.softplus(-matched)
-    return (1 - alpha) * _miss(logits).sum(-1), right - wrong
+    probability, as_background = matched.sigmoid(), (1 - alpha) * _background(matched)
+    as_class = alpha * (1 - probability) ** 2 * F.softplus(-matched)
+    return (1 - alpha) * _background(logits).sum(-1), as_class - as_background
 
 
-def _miss(logits: Tensor) -> Tensor:
+def _background(logits: Tensor) -> Tensor:
     return logits.sigmoid().square() * F.softplus(logits)
 
 
 def per_level(losses: Tensor, matches: Matches, levels: int) -> Tensor:
-    """[N] summed up to [L]."""
+    """Sums losses [N] of pairs to [P] of prediction levels."""
     return losses.new_zeros(levels).index_add(0, matches.level, losses)
 
 
 def denoising_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
     """Pairs of the denoising queries, and their weights [B, Q].
 
-    Queries of logits [L, B, Q, K] hold whole copies of the image's n objects in turn, so query q
-    belongs to object q mod n and counts 1 / copies; places past the image's own (`denoising_boxes`
-    of the target) count 0.
+    The queries of logits [P, B, Q, K] are whole copies of the image's n objects, one copy after the
+    other, so query q belongs to object q mod n and has weight 1 / copies. Queries beyond the
+    target's `denoising_boxes` are padding, with weight 0.
     """
-    # Put together on the host: all that is known there already, and goes over in one piece each.
+    # Built on the CPU, where the counts are known, and copied once.
     used = np.array([len(target["denoising_boxes"]) for target in targets])
     objects = np.array([len(target["labels"]) for target in targets])
-    own = np.arange(logits.shape[2]) < used[:, None]  # [B, Q]
-    weights = (own * (objects / np.maximum(used, 1))[:, None]).astype(np.float32)
-    level, image, query = np.broadcast_to(own, logits.shape[:3]).nonzero()
+    is_used = np.arange(logits.shape[2]) < used[:, None]  # [B, Q]
+    weights = (is_used * (objects / np.maximum(used, 1))[:, None]).astype(np.float32)
+    level, image, query = np.broadcast_to(is_used, logits.shape[:3]).nonzero()
     pairs = torch.from_numpy(np.stack([level, image, query, query % objects[image]]))
     matches = Matches(*pairs.to(logits.device, non_blocking=True).unbind())
     return matches, torch.from_numpy(weights).to(logits.device, non_blocking=True)
 
 
 def prediction_levels(outputs: dict) -> Levels:
-    """The outputs of every prediction level, the last one last."""
+    """The outputs of every prediction level, first to last."""
     return [*outputs.get("aux_outputs", []), outputs]
 
 
-def stack(levels: Levels, name: str) -> Tensor:
-    """One kind of prediction, float32: [L, B, Q, ...]."""
-    return torch.stack([level[name] for level in levels]).float()
-
-
 def stacked(levels: Levels) -> Stacked:
-    """All kinds of prediction that every level has."""
-    return {name: stack(levels, name) for name in levels[0] if name.startswith("pred_")}
+    """The `pred_*` of all levels as float32 [P, B, Q, ...] by name."""
+    names = [name for name in levels[0] if name.startswith("pred_")]
+    return {name: torch.stack([level[name] for level in levels]).float() for name in names}
 
 
 @torch.no_grad()
-def wanted_vectors(targets: Targets, mask_len: int, n_keep: int) -> tuple[Tensor, Tensor]:
-    """Vectors [objects of all images, n_keep] of the objects' masks, and which have a mask [objects
+def target_vectors(targets: Targets, mask_len: int, n_keep: int) -> tuple[Tensor, Tensor]:
+    """The mask vectors [objects of all images, n_keep], and which objects have a mask: bool [objects
     of all images].
     """
     squares = [

@@ -1,9 +1,8 @@
-"""Distillation by token matching (ViDT, arXiv 2110.03921): a student's tokens are drawn to those
-of a frozen teacher.
+"""Distillation by token matching (ViDT, arXiv 2110.03921): a student's tokens are drawn to those of
+a frozen teacher.
 
-Differs from the released code in what a batch is: there the root is taken of the distances' mean
-over the images that a GPU holds, here image by image. So a step's loss does not depend on how its
-images are dealt out; with one image the two agree.
+The released code takes the root of the batch mean; here each image has its own root, so a step's
+loss does not depend on how its images are distributed. With one image the two agree.
 
 Letters: B images, Q [DET] tokens, C channels, D + 1 prediction levels.
 """
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
 
-# In these a teacher and its student must agree, or their tokens do not stand for the same things.
+# Settings in which a teacher and its student must agree: their tokens are compared one by one.
 SHARED = ("method", "det_token_num", "reduced_dim", "dec_layers", "epff")
-SMALLEST = 1e-12  # a student that is its teacher: the root has no slope at 0
+SMALLEST = 1e-12  # keeps the gradient of sqrt finite when student equals teacher
 
 
 def token_distances(student: dict[str, Any], teacher: dict[str, Any]) -> Tensor:
-    """[B], float32: how far the `distil_tokens` of two detectors are apart, per image.
+    """The distance between the `distil_tokens` of two detectors per image: [B], float32.
 
-    The sum, over the projected maps [B, C, H, W], the projected [DET] tokens [B, Q, C] and the
-    prediction levels [D + 1, B, Q, C], of the mean length of the difference of two tokens.
+    It is the mean distance of two corresponding tokens, summed over the projected maps
+    [B, C, H, W], the projected [DET] tokens [B, Q, C] and the prediction levels [D + 1, B, Q, C].
     """
     maps = zip(student["patch_token"], teacher["patch_token"], strict=True)
     distances = [_lengths(ours, theirs, dim=1).flatten(1).mean(1) for ours, theirs in maps]
@@ -34,7 +33,7 @@ def token_distances(student: dict[str, Any], teacher: dict[str, Any]) -> Tensor:
 
 
 def _det_tokens(tokens: dict[str, Any]) -> Tensor:
-    """Those of the backbone and of each prediction level: [D + 2, B, Q, C]."""
+    """[DET] tokens of the backbone and of each prediction level: [D + 2, B, Q, C]."""
     return torch.cat([tokens["body_det_token"][None], tokens["neck_det_token"]])
 
 
@@ -43,8 +42,8 @@ def _lengths(ours: Tensor, theirs: Tensor, *, dim: int) -> Tensor:
 
 
 def require_pair(student: ViDTConfig, teacher: ViDTConfig, source: str) -> None:
-    """Raises UserError, naming the first flag, for a teacher that this student cannot learn
-    from.
+    """Raises UserError, naming the first flag that differs, if this student cannot learn from the
+    teacher.
     """
     if teacher.method != "vidt":
         raise UserError(f"the teacher {source} has method {teacher.method}; choose one with vidt")
@@ -57,10 +56,8 @@ def require_pair(student: ViDTConfig, teacher: ViDTConfig, source: str) -> None:
 
 
 class TokenMatching:
-    """A frozen teacher and the weighted loss term of following it.
-
-    `teacher` is called as a `ViDT` is: it may be one that was prepared for a device and a
-    precision.
+    """A frozen teacher and the weighted distillation loss. `teacher` is a `ViDT`, which may be
+    prepared for a device and a precision.
     """
 
     def __init__(self, teacher: nn.Module, *, distil_loss_coef: float = 4.0) -> None:
@@ -70,11 +67,11 @@ class TokenMatching:
     def __call__(
         self, images: Tensor, padding: Tensor, outputs: dict[str, Any], num_images: float
     ) -> dict[str, Tensor]:
-        """images [B, 3, H, W] and padding [B, H, W] that the student's `outputs` are of; num_images
-        normalises: all that make one optimiser step. Returns `loss_distil`.
+        """images [B, 3, H, W], padding [B, H, W] and the student's `outputs` of them; num_images is
+        the normaliser, the images of the whole optimiser step. Returns `loss_distil`.
         """
         with torch.no_grad():
-            wanted = self.teacher(images, padding)["distil_tokens"]
-        distances = token_distances(outputs["distil_tokens"], wanted)
+            teacher_tokens = self.teacher(images, padding)["distil_tokens"]
+        distances = token_distances(outputs["distil_tokens"], teacher_tokens)
         roots = distances.clamp(min=SMALLEST).sqrt()
         return {"loss_distil": self.distil_loss_coef * roots.sum() / num_images}

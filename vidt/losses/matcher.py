@@ -1,7 +1,7 @@
 """Hungarian assignment of queries to objects (DETR, arXiv 2005.12872, section 3.1; costs of
 Deformable DETR).
 
-Letters: L prediction levels, B batch, Q queries, K classes, T most objects in an image of the
+Letters: P prediction levels, B batch, Q queries, K classes, T the most objects in an image of the
 batch.
 """
 
@@ -21,26 +21,26 @@ EPS = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Pairs of all levels and images in one flat list; every field is [pairs] int64 on the outputs'
-    device.
+    """Matched pairs of all levels and images in one list; every field is int64 [pairs] on the
+    predictions' device.
     """
 
     level: Tensor
     image: Tensor
     query: Tensor
-    target: Tensor  # index within the image's own targets
+    target: Tensor  # index among the image's objects
 
     @property
-    def place(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the matched queries are in predictions [L, B, Q, ...]."""
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the matched queries in predictions [P, B, Q, ...]."""
         return self.level, self.image, self.query
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """What objects' classes would cost by the focal loss. Alpha .25 and gamma 2 are the released
-    constants, whatever the loss has.
+    """Focal classification cost of each (object, query) pair: logits [P, B, Q, K] and labels [B, T]
+    -> [P, B, T, Q]. Alpha 0.25 and gamma 2 are the released constants, independent of the loss.
     """
-    if logits.shape[-1] <= labels.shape[1]:  # the formula is worked out on the fewer
+    if logits.shape[-1] <= labels.shape[1]:  # compute on the smaller tensor
         return of_labels(_focal(logits), labels)
     return _focal(of_labels(logits, labels))
 
@@ -54,7 +54,7 @@ def _focal(logits: Tensor) -> Tensor:
 
 
 def of_labels(scores: Tensor, labels: Tensor) -> Tensor:
-    """What scores [L, B, Q, K] say of classes [B, T]: a new tensor [L, B, T, Q]."""
+    """Selects the columns of classes [B, T] from scores [P, B, Q, K]: a new tensor [P, B, T, Q]."""
     image = torch.arange(len(labels), device=labels.device)[:, None]
     return scores.mT[:, image, labels]
 
@@ -68,57 +68,58 @@ class HungarianMatcher(nn.Module):
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         *,
-        class_cost: Callable[[Tensor, Tensor], Tensor] = focal_cost,
+        classification_cost: Callable[[Tensor, Tensor], Tensor] = focal_cost,
     ) -> None:
-        """class_cost: logits [L, B, Q, K] and labels [B, T] to a new tensor [L, B, T, Q]."""
+        """classification_cost: logits [P, B, Q, K] and labels [B, T] to a new tensor [P, B, T, Q];
+        the other three are the weights of the costs.
+        """
         super().__init__()
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.class_cost = class_cost
+        self.classification_cost = classification_cost
 
     @torch.no_grad()
     def forward(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
-        """logits [L, B, Q, K]; boxes [L, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes`
+        """logits [P, B, Q, K]; boxes [P, B, Q, 4] cxcywh; each target has `labels` [n] and `boxes`
         [n, 4] cxcywh.
 
-        Where an image has more objects than queries, as many objects as there are queries are
-        matched.
+        If an image has more objects than queries, only as many objects are matched.
         """
-        costs = self.costs(logits, boxes, targets).cpu()  # the one wait for the device
+        costs = self.costs(logits, boxes, targets).cpu()  # the only synchronisation
         pairs = self.assign(costs, [len(target["labels"]) for target in targets])
         return Matches(*pairs.to(logits.device, non_blocking=True).unbind(0))
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """[L, B, T, Q]; the rows past an image's own count are meaningless.
+        """[P, B, T, Q]; rows beyond an image's number of objects are meaningless.
 
-        Only boxes of one image meet, and queries come last: they are the many.
+        Costs are per image; queries are the last, longest axis.
         """
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, T]
         padded = pad_sequence([target["boxes"] for target in targets], batch_first=True)
-        wanted = padded.float().movedim(-1, 0).contiguous()[..., None]  # [4, B, T, 1]
-        found = boxes.float().movedim(-1, 0).contiguous()[..., None, :]  # [4, L, B, 1, Q]
-        costs = self.class_cost(logits.float(), labels).mul_(self.cost_class)
-        for ours, theirs in zip(found, wanted, strict=True):
-            costs.add_((ours - theirs).abs_(), alpha=self.cost_bbox)
-        costs.sub_(giou_matrix(found, wanted), alpha=self.cost_giou)
+        true_boxes = padded.float().movedim(-1, 0).contiguous()[..., None]  # [4, B, T, 1]
+        pred_boxes = boxes.float().movedim(-1, 0).contiguous()[..., None, :]  # [4, P, B, 1, Q]
+        costs = self.classification_cost(logits.float(), labels).mul_(self.cost_class)
+        for predicted, true in zip(pred_boxes, true_boxes, strict=True):
+            costs.add_((predicted - true).abs_(), alpha=self.cost_bbox)
+        costs.sub_(giou_matrix(pred_boxes, true_boxes), alpha=self.cost_giou)
         # A diverging run must reach the loss, which names the step and the terms, rather than fail
         # in scipy.
         return costs.nan_to_num_(nan=1e6, posinf=1e6, neginf=-1e6)
 
     def assign(self, costs: Tensor, counts: list[int]) -> Tensor:
-        """The assignments of costs [L, B, T, Q], on the CPU, of which only the first `counts` [B]
-        rows of an image are there: int64 [4, pairs] of level, image, query and target.
+        """Assigns by costs [P, B, T, Q], on the CPU, of which the first `counts` [B] rows of each
+        image are valid: int64 [4, pairs] of level, image, query and target.
         """
-        found = [
+        assigned = [
             linear_sum_assignment(image[:count])
             for level in costs.numpy()
             for image, count in zip(level, counts, strict=True)
         ]
-        levels, images = np.divmod(np.arange(len(found)), len(counts))
-        lengths = [len(targets) for targets, _ in found]
-        queries = np.concatenate([queries for _, queries in found])
-        targets = np.concatenate([targets for targets, _ in found])
-        place = (np.repeat(levels, lengths), np.repeat(images, lengths))
-        return torch.from_numpy(np.stack([*place, queries, targets]))
+        levels, images = np.divmod(np.arange(len(assigned)), len(counts))
+        lengths = [len(targets) for targets, _ in assigned]
+        queries = np.concatenate([queries for _, queries in assigned])
+        targets = np.concatenate([targets for targets, _ in assigned])
+        level, image = np.repeat(levels, lengths), np.repeat(images, lengths)
+        return torch.from_numpy(np.stack([level, image, queries, targets]))
 
 
 def matched_targets(matches: Matches, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,7 @@ def matched_targets(matches: Matches, targets: list[dict[str, Tensor]]) -> tuple
 
 
 def flat_index(matches: Matches, targets: list[dict[str, Tensor]]) -> Tensor:
-    """[pairs]: places of the matched objects among those of all images in one list."""
+    """[pairs]: indices of the matched objects in the concatenated objects of all images."""
     counts = torch.tensor([0, *(len(target["labels"]) for target in targets)])
     first = counts.cumsum(0)[:-1].to(matches.image.device, non_blocking=True)
     return first[matches.image] + matches.target

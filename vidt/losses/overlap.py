@@ -1,5 +1,5 @@
-"""How much boxes overlap, pair by pair or all with all, without waiting for the device: the losses
-of torchvision pick those that overlap by a mask, which does. Boxes are cxcywh of any one frame.
+"""Overlap of boxes, pair by pair or all with all, without synchronisation: torchvision's losses
+index with a mask, which synchronises. Boxes are cxcywh, all in the same frame.
 
 Letters: N pairs.
 """
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-EPS = 1e-7  # torchvision's, in the loss
+EPS = 1e-7  # as in torchvision's loss
 
 
 def paired_areas(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pair of boxes [N, 4]: the area of what both cover, of what either covers, and of the
-    smallest box around them, [N] each.
+    """Areas of the intersection, the union and the smallest enclosing box of each pair of boxes
+    [N, 4]: [N] each.
     """
     first, second = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (first, second))
     (low, high), (other_low, other_high) = (boxes.split(2, dim=1) for boxes in (first, second))
@@ -23,7 +23,7 @@ def paired_areas(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _area(sides: Tensor) -> Tensor:
-    """[N, 2] to [N]; its gradient is plainer than that of `prod`."""
+    """[N, 2] to [N]; its gradient is simpler than that of `prod`."""
     return sides[:, 0] * sides[:, 1]
 
 
@@ -41,8 +41,8 @@ def giou_losses(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def giou_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of boxes whose coordinates are the first dimension, [4, ...] each; the other
-    dimensions are broadcast. In place where it can be: such matrices are large.
+    """Generalised IoU of boxes [4, ...] whose other dimensions are broadcast. Works in place where
+    possible, since such matrices are large.
     """
     overlap, frame = first.new_ones(()), first.new_ones(())
     for axis in (0, 1):
@@ -51,7 +51,7 @@ def giou_matrix(first: Tensor, second: Tensor) -> Tensor:
         )
         shared = torch.minimum(centre + side / 2, other_centre + other_side / 2)
         shared -= torch.maximum(centre - side / 2, other_centre - other_side / 2)
-        frame = (side + other_side).sub_(shared).mul_(frame)  # before it is cut off at 0
+        frame = (side + other_side).sub_(shared).mul_(frame)  # before the clamp
         overlap = shared.clamp_(min=0).mul_(overlap)
     union = (first[2] * first[3] + second[2] * second[3]).sub_(overlap)
     return overlap.div_(union).add_(union.div_(frame)).sub_(1)

@@ -13,7 +13,7 @@ from vidt.losses.overlap import giou_losses
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """The negative probability of the object's class: logits [1, B, Q, K + 1] and labels [B, T] to
+    """Negative probability of each object's class: logits [1, B, Q, K + 1] and labels [B, T] ->
     [1, B, T, Q].
     """
     return -of_labels(logits.softmax(-1), labels)
@@ -23,9 +23,8 @@ class SoftmaxCriterion(nn.Module):
     """Weighted loss terms `loss_ce`, `loss_bbox` and `loss_giou`; the training loss is their plain
     sum.
 
-    Differs from the released code in what a batch is: there the cross entropy is a mean over the
-    queries that a GPU holds, here over those of a whole optimiser step. With one micro-batch on
-    one device the two agree.
+    The released code averages the cross entropy over the queries of one GPU; here it is averaged
+    over those of a whole optimiser step. With one micro-batch on one device the two agree.
     """
 
     normalised_by = ("num_boxes", "num_images")
@@ -39,9 +38,9 @@ class SoftmaxCriterion(nn.Module):
         giou_loss_coef: float = 2.0,
         eos_coef: float = 0.1,
     ) -> None:
-        """eos_coef: how much a query without object counts in the cross entropy."""
+        """eos_coef: weight of background queries in the cross entropy."""
         super().__init__()
-        self.matcher = matcher or HungarianMatcher(class_cost=softmax_cost)
+        self.matcher = matcher or HungarianMatcher(classification_cost=softmax_cost)
         self.weights = {"ce": cls_loss_coef, "bbox": bbox_loss_coef, "giou": giou_loss_coef}
         self.eos_coef = eos_coef
 
@@ -53,33 +52,32 @@ class SoftmaxCriterion(nn.Module):
         num_images: float | None = None,
     ) -> dict[str, Tensor]:
         """outputs of `ViDTWithoutNeck`; targets with `labels` [n] and `boxes` [n, 4] cxcywh in
-        0..1. num_boxes and num_images normalise, and are counted by the caller over everything that
-        makes one optimiser step; without num_images, these images are all. Returns scalars by name.
+        0..1. num_boxes and num_images are the normalisers, counts of the whole optimiser step; the
+        default of num_images is the number of these images. Returns scalars by name.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         matches = self.match(outputs, targets)
-        labels, wanted = matched_targets(matches, targets)
-        found = boxes[matches.place[1:]]  # [N, 4]
+        labels, true_boxes = matched_targets(matches, targets)
+        pred_boxes = boxes[matches.index[1:]]  # [N, 4]
         num_queries = (num_images or len(logits)) * logits.shape[1]
-        # What all queries of the step weigh together, each object having its query.
+        # Total weight of all queries of the step; each object has one query.
         weight = num_boxes + self.eos_coef * (num_queries - num_boxes)
         sums = {
             "ce": self._cross_entropy(logits, matches, labels) / weight,
-            "bbox": (found - wanted).abs().sum() / num_boxes,
-            "giou": giou_losses(found, wanted).sum() / num_boxes,
+            "bbox": (pred_boxes - true_boxes).abs().sum() / num_boxes,
+            "giou": giou_losses(pred_boxes, true_boxes).sum() / num_boxes,
         }
         return {f"loss_{name}": self.weights[name] * value for name, value in sums.items()}
 
     def match(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Matches:
-        """Assignment of the one level that there is."""
+        """Assignment of the only prediction level."""
         return self.matcher(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
 
     def _cross_entropy(self, logits: Tensor, matches: Matches, labels: Tensor) -> Tensor:
-        """Summed over queries, each weighted as its class. Unmatched queries count as
-        background."""
+        """Sum over queries, weighted by class. Unmatched queries count as background."""
         background = logits.shape[-1] - 1
         classes = torch.full(logits.shape[:2], background, device=logits.device)
-        classes[matches.place[1:]] = labels
+        classes[matches.index[1:]] = labels
         class_weights = logits.new_ones(logits.shape[-1])
         class_weights[background] = self.eos_coef
         return F.cross_entropy(logits.mT, classes, class_weights, reduction="sum")

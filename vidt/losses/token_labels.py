@@ -1,5 +1,5 @@
-"""Token labels of ViDT+ (arXiv 2204.07962, section 3.2): every position of the pyramid learns which
-classes it shows.
+"""Token labels of ViDT+ (arXiv 2204.07962, section 3.2): every position of the pyramid learns its
+classes.
 
 Columns are a foreground indicator and the classes: class c in column c + 1 (shift), or as released
 in column c, where the indicator takes the place of class 0.
@@ -29,14 +29,14 @@ def token_label_losses(
     truths = token_truth(padding, targets, logits, shift=shift)
     focal, dice = [], []
     for level, truth in zip(logits, truths, strict=True):
-        found, wanted = level.float().flatten(1, 2), truth.flatten(1, 2)  # [B, h * w, K]
-        focal.append(sigmoid_focal_loss(found, wanted, focal_alpha, 2.0).mean(1).sum())
-        dice.append(dice_loss(found.sigmoid(), wanted).sum())
+        predicted, truth = level.float().flatten(1, 2), truth.flatten(1, 2)  # [B, h * w, K]
+        focal.append(sigmoid_focal_loss(predicted, truth, focal_alpha, 2.0).mean(1).sum())
+        dice.append(dice_loss(predicted.sigmoid(), truth).sum())
     return torch.stack(focal).sum(), torch.stack(dice).sum()
 
 
 def dice_loss(probability: Tensor, truth: Tensor) -> Tensor:
-    """[B]: of each image, 1 - twice the overlap over the sum, both smoothed by 1."""
+    """[B]: 1 - twice the overlap over the sum of each image, both smoothed by 1."""
     overlap = (probability * truth).sum((1, 2))
     total = probability.sum((1, 2)) + truth.sum((1, 2))
     return 1 - (2 * overlap + 1) / (total + 1)
@@ -46,7 +46,7 @@ def dice_loss(probability: Tensor, truth: Tensor) -> Tensor:
 def token_truth(
     padding: Tensor, targets: list[dict[str, Tensor]], logits: list[Tensor], *, shift: bool
 ) -> list[Tensor]:
-    """What the logits of each level should be as probabilities: [B, h, w, K]."""
+    """Target probabilities of each level: [B, h, w, K]."""
     canvas = (padding.shape[1], padding.shape[2])
     grids = [(level.shape[1], level.shape[2]) for level in logits]
     sizes = torch.stack(valid_sizes(padding), dim=1)
@@ -63,8 +63,8 @@ def token_truth(
 
 
 def object_masks(target: dict[str, Tensor], canvas: tuple[int, int], size: Tensor) -> Tensor:
-    """[n, *canvas] bool: each object's mask, or the rectangle of its box (cxcywh in 0..1 of size,
-    which is (height, width)) where it has none.
+    """[n, *canvas] bool: each object's mask, or the rectangle of its box (cxcywh in 0..1 of
+    `size`, (height, width)) if it has none.
     """
     x0, y0, x1, y1 = box_convert(target["boxes"], "cxcywh", "xyxy").T[:, :, None]
     y, x = (torch.arange(side, device=size.device) + 0.5 for side in canvas)
@@ -79,7 +79,7 @@ def object_masks(target: dict[str, Tensor], canvas: tuple[int, int], size: Tenso
 
 
 def has_masks(target: dict[str, Tensor]) -> Tensor:
-    """[n] bool: which objects have a mask; all if there are masks and nothing else is said."""
+    """[n] bool: which objects have a mask. Without `has_mask`: all, if the target has `masks`."""
     every = torch.full_like(target["labels"], "masks" in target, dtype=torch.bool)
     return target.get("has_mask", every) & every
 
@@ -88,21 +88,22 @@ def shown_columns(
     masks: Tensor, columns: Tensor, num_columns: int, grids: list[tuple[int, int]]
 ) -> list[Tensor]:
     """The share of every cell that each column covers: [K, h, w] of each grid. masks [n, H, W]
-    bool; columns [n], that of each object's class. Earlier objects cover later ones.
+    bool; columns [n] of the objects' classes. Earlier objects cover later ones.
     """
     if len(masks) == 0:
         return [masks.new_zeros((num_columns, *grid), dtype=torch.float32) for grid in grids]
-    # Which classes these are only the device knows, and to draw every class at full size would take
-    # gigabytes: what is seen of each object is drawn, or of each class where classes are fewer.
+    # The labels are on the GPU; reading them would synchronise. Drawing every class at full size
+    # would take gigabytes, so the visible part of each object is drawn, or of each class if there
+    # are fewer classes than objects.
     every = torch.arange(min(len(masks), num_columns), device=masks.device)
-    shown, owner = masks.view(torch.uint8).max(0)  # the first of those that are there
-    drawn_as, places = (owner, columns) if len(masks) <= num_columns else (columns[owner], every)
-    drawn = ((drawn_as == every[:, None, None]) & shown.bool()).float()
+    covered, owner = masks.view(torch.uint8).max(0)  # owner: the first object that covers a pixel
+    drawn_as, targets = (owner, columns) if len(masks) <= num_columns else (columns[owner], every)
+    drawn = ((drawn_as == every[:, None, None]) & covered.bool()).float()
     truths = []
     for grid in grids:
-        # Class 0 has no column as released.
-        shares = F.adaptive_avg_pool2d(drawn, grid) * (places != 0)[:, None, None]
-        truth = drawn.new_zeros((num_columns, *grid)).index_add(0, places, shares)
+        # As released, class 0 has no column.
+        shares = F.adaptive_avg_pool2d(drawn, grid) * (targets != 0)[:, None, None]
+        truth = drawn.new_zeros((num_columns, *grid)).index_add(0, targets, shares)
         truth[0] = shares.sum(0)
         truths.append(truth)
     return truths

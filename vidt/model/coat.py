@@ -141,7 +141,7 @@ class CoatBlock(nn.Module):
 
 
 class CoatStage(nn.Module):
-    """Embedding to a resolution and the blocks there; its convolutions serve all its blocks."""
+    """Patch embedding and the blocks of one resolution, which share the stage's convolutions."""
 
     def __init__(
         self,
@@ -206,8 +206,8 @@ class CoatBackbone(nn.Module):
         cross_indices: tuple[int, ...],
         pyramid: bool = True,
     ) -> None:
-        """pyramid: whether there is a stride-64 map. A detector that reads the [DET] tokens only
-        does without.
+        """pyramid: whether there is a stride-64 map. A detector that only reads the [DET] tokens
+        does not need one.
         """
         super().__init__()
         dims = variant.dims
@@ -238,7 +238,7 @@ class CoatBackbone(nn.Module):
         dims[3]]; their position table [1, Q, pos_dim].
         """
         # The padding is resized in two nearest-neighbour steps, here and in the stage, as released;
-        # unlike Swin's, the first goes by the size of the image.
+        # unlike in Swin, the first divides the size of the image.
         height, width = (max(side // self.padding_divisor, 1) for side in images.shape[2:])
         padding = resize_padding(padding, (height, width))
         det = self.det_token.expand(images.shape[0], -1, -1)

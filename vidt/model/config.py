@@ -1,5 +1,5 @@
-"""What a detector is built from: the configuration that is saved with its weights, and the sizes of
-the published backbones. Importing it does not import PyTorch: help texts are made from this file.
+"""The configuration of a detector, which is saved with its weights, and the sizes of the published
+backbones. It does not import PyTorch, so that help texts appear quickly.
 """
 
 import math
@@ -8,8 +8,9 @@ from typing import Any
 
 from vidt.errors import UserError
 
-METHODS = ("vidt", "vidt_wo_neck")
-NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # only a neck can carry them
+WITHOUT_NECK = "vidt_wo_neck"
+METHODS = ("vidt", WITHOUT_NECK)
+NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # they need a neck
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
 
 
@@ -66,7 +67,7 @@ class ViDTConfig:
     method: str = _setting("vidt", "which detector of the family: " + ", ".join(METHODS))
     backbone_name: str = _setting("swin_nano", "backbone: " + ", ".join(backbone_names()))
     num_classes: int = _setting(80, "classes; on the command line taken from the data")
-    det_token_num: int = _setting(100, "[DET] tokens: the most objects found in an image")
+    det_token_num: int = _setting(100, "[DET] tokens: the most objects detected in an image")
     reduced_dim: int = _setting(256, "channels of the decoder")
     pos_dim: int = _setting(256, "channels of the [DET] tokens' position table")
     dec_layers: int = _setting(6, "decoder layers")
@@ -133,15 +134,16 @@ class ViDTConfig:
         )
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
         require(
-            all(0 <= stage <= 3 for stage in self.cross_indices),
+            set(self.cross_indices) <= {0, 1, 2, 3}
+            and len(set(self.cross_indices)) == len(self.cross_indices),
             "cross_indices",
             self.cross_indices,
-            "stages from 0 to 3",
+            "distinct stages from 0 to 3",
         )
 
     @property
     def token_columns(self) -> int:
-        """Columns of the token label: the released ones have no column for class 0."""
+        """Columns of the token labels. The released ones have no column for class 0."""
         return self.num_classes + int(self.token_label_shift)
 
 

@@ -4,7 +4,8 @@ arXiv 2010.04159).
 Differs from Deformable DETR: no encoder, patch maps get no position encoding, and the bare [DET]
 tokens make a first prediction before the first layer.
 
-Letters: B batch, Q queries, S positions of all levels, C channels, L levels, D decoder layers.
+Letters: B batch, Q queries, S positions of all levels, C channels, L pyramid levels, D
+decoder layers.
 Boxes are cxcywh in 0..1 of the unpadded image; reference points are (cx, cy) of the same frame.
 """
 
@@ -44,7 +45,7 @@ class MLPHead(nn.Module):
 
 def box_head(dim: int, *, size_bias: float = 0.0) -> MLPHead:
     """Predicts the offset of a box in logit space. Initially every offset is (0, 0, size_bias,
-    size_bias): the box is its reference, but for a size of its own.
+    size_bias): the box is centred on its reference, with a default size.
     """
     head = MLPHead(dim, dim, 4)
     last = head.layers[-1]
@@ -106,8 +107,8 @@ class DecoderLayer(nn.Module):
 
 
 def valid_ratios(padding: Tensor) -> Tensor:
-    """Share of a padded map that is image, read off its first row and column: padding [B, H, W] ->
-    [B, 2] as (x, y).
+    """Unpadded share of each side, from the first row and column: padding [B, H, W] -> [B, 2] as
+    (x, y).
     """
     height, width = padding.shape[1:]
     x = (~padding[:, 0, :]).sum(1) / width
@@ -209,7 +210,7 @@ def denoising_position(boxes: Tensor, dim: int) -> Tensor:
 
     DN-DETR (arXiv 2203.01305) trains a decoder to denoise boxes near the objects as well as to
     detect objects. Its queries carry a learned label embedding. Ours carry the position only: the
-    class has to be read off the image, and the weights remain those of the released model.
+    class must come from the image, and no weights are added to the released model.
     """
     channel = torch.arange(dim // 8, device=boxes.device)
     angle = boxes[..., None] * (2 * math.pi) / 20 ** (channel / (dim // 8))  # [B, N, 4, dim / 8]

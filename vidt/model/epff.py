@@ -16,7 +16,7 @@ def projection(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _start(module: nn.Module) -> None:
-    """Xavier weights and no bias, for the 1 x 1 convolutions inside."""
+    """Initialises the 1 x 1 convolutions: Xavier weights, zero bias."""
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv2d) and convolution.kernel_size == (1, 1):
             nn.init.xavier_uniform_(convolution.weight)
@@ -25,7 +25,7 @@ def _start(module: nn.Module) -> None:
 
 
 class LevelProjections(nn.ModuleList):
-    """ViDT: every level by itself."""
+    """ViDT: projects every level by itself."""
 
     def __init__(self, in_channels: tuple[int, ...], dim: int) -> None:
         super().__init__(projection(channels, dim) for channels in in_channels)
@@ -36,7 +36,7 @@ class LevelProjections(nn.ModuleList):
 
 
 class ResidualUnit(nn.Module):
-    """A bottleneck of three convolutions beside the identity; ReLU comes before each."""
+    """A residual bottleneck of three convolutions, each after a ReLU."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ResidualUnit(nn.Module):
 
 
 class CoarsestFusion(nn.Module):
-    """The start of the way down: nothing coarser to take in."""
+    """The coarsest level, where the fusion starts."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CoarsestFusion(nn.Module):
 
 
 class Fusion(nn.Module):
-    """One level and the fused level above it."""
+    """Fuses a level with the fused coarser level."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Fusion(nn.Module):
         self.resConfUnit2 = ResidualUnit(dim)
 
     def forward(self, level: Tensor, coarser: Tensor) -> Tensor:
-        """level [B, C, h, w] and coarser, the fused level above it -> [B, C, h, w]."""
+        """level [B, C, h, w] and coarser, the fused coarser level -> [B, C, h, w]."""
         grown = F.interpolate(coarser, level.shape[2:], mode="bilinear", align_corners=True)
         return self.resConfUnit2(self.smoothing(grown) + self.resConfUnit1(level))
 
@@ -91,7 +91,7 @@ class EPFF(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """maps [B, its channels, h, w], fine to coarse -> fused levels [B, C, h, w], coarse to
-        fine: the order that the released decoder has learnt.
+        fine: the order in which the released decoder was trained.
         """
         *finer, coarsest = self.project(maps)
         fused = [self.refinenet[-1](coarsest)]

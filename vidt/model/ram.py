@@ -21,7 +21,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-MASKED = -100.0  # added to a score that must not count; finite, as released
+MASKED = -100.0  # added to masked scores; finite, as released
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
@@ -79,7 +79,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> 
 def attend_det(
     det_qkv: Tensor, patch_kv: Tensor | None, padding: Tensor | None, num_heads: int
 ) -> Tensor:
-    """[DET] tokens attend to each other and, where patches are given, to those, in one softmax.
+    """[DET] tokens attend to each other and, if given, to the patches, in one softmax.
 
     det_qkv [B, Q, 3 * C]; patch_kv [B, N, 2 * C] or None; padding [B, N] bool, True = padding, or
     None. Returns [B, Q, C], before the projection.

@@ -125,8 +125,8 @@ class SwinStage(nn.Module):
     def forward(
         self, patches: Tensor, det: Tensor, det_pos: Tensor, padding: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The blocks, without the merging: patches [B, H, W, C] and det [B, Q, C], and the same
-        again. det_pos [1, Q, pos_dim]; padding [B, h, w], True = padding, at the backbone's base
+        """Runs the blocks, without the merging: patches [B, H, W, C] and det [B, Q, C] in and out.
+        det_pos [1, Q, pos_dim]; padding [B, h, w], True = padding, at the backbone's base
         size.
         """
         grid = (patches.shape[1], patches.shape[2])
@@ -155,8 +155,8 @@ class SwinBackbone(nn.Module):
         cross_indices: tuple[int, ...],
         pyramid: bool = True,
     ) -> None:
-        """pyramid: whether the last stage is merged into a stride-64 map. A detector that reads the
-        [DET] tokens only does without.
+        """pyramid: whether the last stage is merged into a stride-64 map. A detector that only
+        reads the [DET] tokens does not need one.
         """
         super().__init__()
         dims = [variant.embed_dim * 2**stage for stage in range(4)]

@@ -1,6 +1,6 @@
-"""The token-label head of ViDT+ (arXiv 2204.07962, section 3.2): predicts at every position of the
-pyramid which classes it shows. It serves training only; boxes do not depend on it. Its losses and
-the meaning of its columns are in `vidt.losses.token_labels`.
+"""The token-label head of ViDT+ (arXiv 2204.07962, section 3.2): predicts the classes at every
+position of the pyramid. It is used in training only; boxes do not depend on it. Its losses and the
+meaning of its columns are in `vidt.losses.token_labels`.
 
 Letters: B batch, h x w a level's grid, C channels, K columns.
 """
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-MARGIN = 0.01  # places nearer than this to the image's edge, relative to its size, show nothing
+MARGIN = 0.01  # of the image's size: positions within it of the edge are masked out
 
 
 class TokenHead(nn.Module):
-    """Logits of the columns at every place of every level."""
+    """Logits of the columns at every position of every level."""
 
     def __init__(self, dim: int, columns: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TokenHead(nn.Module):
 
 
 def inside(padding: Tensor) -> Tensor:
-    """padding [B, h, w] -> [B, h, w], True where a place is part of the image and off its edge."""
+    """padding [B, h, w] -> [B, h, w], True where a position is in the image and off its edge."""
     off_edge = [
         _off_edge(length, valid)
         for length, valid in zip(padding.shape[1:], valid_sizes(padding), strict=True)
@@ -51,5 +51,5 @@ def _off_edge(length: int, valid: Tensor) -> Tensor:
 
 
 def valid_sizes(padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns, [B] each, that are image, by the first column and row."""
+    """Unpadded height and width of each image, [B] each."""
     return (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)

@@ -1,11 +1,10 @@
 """ViDT: a Swin backbone that carries [DET] tokens and an encoder-free deformable decoder (arXiv
 2110.03921).
 
-Module names follow the released checkpoints where they are free to choose; `vidt.convert` maps the
-rest.
+Module names match the released checkpoints where possible; `vidt.weights.released` maps the others.
 
-Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim, L levels, D
-decoder layers.
+Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim, L pyramid
+levels, D decoder layers.
 """
 
 import math
@@ -53,8 +52,8 @@ class ViDT(nn.Module):
         self._heads = {"pred_logits": "class_embed"}  # output -> the heads that predict it
         dim = config.reduced_dim
         self.backbone = build_backbone(config)
-        pyramid = EPFF if config.epff else LevelProjections
-        self.input_proj = pyramid(self.backbone.num_channels, dim)
+        projections = EPFF if config.epff else LevelProjections
+        self.input_proj = projections(self.backbone.num_channels, dim)
         self.tgt_proj = projection(self.backbone.num_channels[-2], dim)
         self.query_pos_proj = projection(config.pos_dim, dim)
         self.decoder = DeformableDecoder(
@@ -90,8 +89,8 @@ class ViDT(nn.Module):
         *,
         detections_only: bool = False,
     ) -> dict[str, Any]:
-        """images [B, 3, H, W], normalised; padding [B, H, W] bool, True where padded: at the right
-        of the image and below it. detections_only: return only the `pred_*` keys (inference).
+        """images [B, 3, H, W], normalised; padding [B, H, W] bool, True where padded: right of
+        the image and below it. detections_only: return only the `pred_*` keys (inference).
 
         Returns `pred_logits` [B, Q, K] (before the sigmoid), `pred_boxes` [B, Q, 4] (cxcywh in 0..1
         of the unpadded image), with iou_aware `pred_ious` [B, Q, 1] (before the sigmoid) and with
@@ -103,8 +102,8 @@ class ViDT(nn.Module):
           `padding` as given;
         - `distil_tokens`, for distillation: `patch_token`, a map [B, C, h, w] per level,
           `body_det_token` [B, Q, C] and `neck_det_token` [D + 1, B, Q, C];
-        - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), where N denoising
-          queries start: their `pred_*` of each decoder layer.
+        - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), the initial boxes of
+          N denoising queries: their `pred_*` of each decoder layer.
         """
         maps, det, det_pos = self.backbone(images, padding)
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels

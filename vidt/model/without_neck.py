@@ -1,6 +1,6 @@
-"""ViDT without its neck: boxes and classes straight from the body's [DET] tokens (arXiv 2110.03921,
-section 4.2), trained with a softmax over the classes and a background as DETR is (arXiv
-2005.12872).
+"""ViDT without its neck: boxes and classes straight from the backbone's [DET] tokens (arXiv
+2110.03921, section 4.2), trained like DETR (arXiv 2005.12872) with a softmax over the classes and a
+background.
 
 Letters: B batch, H x W padded image, Q [DET] tokens, K classes, C = reduced_dim.
 """
@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from vidt.model.backbone import build_backbone
-from vidt.model.config import ViDTConfig, require
+from vidt.model.config import WITHOUT_NECK, ViDTConfig, require
 from vidt.model.decoder import MLPHead
 from vidt.model.epff import projection
-
-METHOD = "vidt_wo_neck"
 
 
 class ViDTWithoutNeck(nn.Module):
@@ -21,7 +19,7 @@ class ViDTWithoutNeck(nn.Module):
 
     def __init__(self, config: ViDTConfig) -> None:
         super().__init__()
-        require(config.method == METHOD, "method", config.method, METHOD)
+        require(config.method == WITHOUT_NECK, "method", config.method, WITHOUT_NECK)
         self.config = config
         dim = config.reduced_dim
         self.backbone = build_backbone(config)
@@ -41,11 +39,12 @@ class ViDTWithoutNeck(nn.Module):
 
         Returns `pred_logits` [B, Q, K + 1] (before the softmax, the background last) and
         `pred_boxes` [B, Q, 4] (cxcywh in 0..1 of the unpadded image). Raises ValueError for
-        denoising_boxes: there is no decoder to mend them. Nothing but detections is ever returned.
+        denoising_boxes: there is no decoder to denoise them. The output is the same with and
+        without detections_only.
         """
         if denoising_boxes is not None:
             raise ValueError(
-                f"denoising_boxes need a decoder to mend them, and method {METHOD} has none"
+                f"denoising_boxes need a decoder to denoise them; method {WITHOUT_NECK} has none"
             )
         _, det, _ = self.backbone(images, padding)
         queries = self.input_proj(det.mT[..., None])[..., 0].mT  # [B, Q, C]
@@ -56,7 +55,7 @@ class ViDTWithoutNeck(nn.Module):
 
 
 def decode_best_class(outputs: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best class of every [DET] token, the background left out; no token is dropped.
+    """The best class of every [DET] token, background excluded; every token is returned.
 
     outputs of `ViDTWithoutNeck`; sizes [B, 2] as (height, width) of the original images, in pixels.
     Returns scores [B, Q], labels [B, Q] and boxes [B, Q, 4] (xyxy, pixels of the original image,

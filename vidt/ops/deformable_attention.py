@@ -25,11 +25,12 @@ from vidt.ops import deformable_cpu
 
 logger = logging.getLogger(__name__)
 
-Form = Literal["plain", "cpu", "triton"]
+OfValue = Literal["plain", "triton"]  # forms that take the projected values
+Form = Literal[OfValue, "cpu"]
 
 
 class Levels(NamedTuple):
-    """The levels of a pyramid, whose positions lie one level after the other."""
+    """The levels of a pyramid, whose positions are concatenated."""
 
     shapes: Sequence[tuple[int, int]]  # (height, width) of each
     table: Tensor  # [L, 3] int64: height, width and first position of each
@@ -40,12 +41,12 @@ class Levels(NamedTuple):
         for height, width in shapes:
             rows.append([height, width, start])
             start += height * width
-        # Non-blocking: the host does not wait until the device has finished its work.
+        # Non-blocking: the host does not wait for the device.
         return cls(shapes, torch.tensor(rows).to(device, non_blocking=True))
 
 
 def best_form(device: torch.device) -> Form:
-    """The form to use on a device; the plain one in an export, which knows no operators of ours."""
+    """The form to use on a device; the plain one in an export, which has no custom operators."""
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     if exporting or torch.jit.is_tracing():
         return "plain"
@@ -56,10 +57,9 @@ def best_form(device: torch.device) -> Form:
 
 @torch.compiler.assume_constant_result
 def kernel_runs(device: torch.device) -> bool:
-    """Whether the Triton kernels work on a device. If not, a warning says why, once.
+    """Whether the Triton kernels work on a device. If not, one warning says why.
 
-    Triton does not exist for every platform, its compiler not for every GPU, and it needs a C
-    compiler.
+    Triton does not support every platform and GPU, and it needs a C compiler.
     """
     return _kernel_ran(device)
 
@@ -79,13 +79,13 @@ def _kernel_ran(device: torch.device) -> bool:
 
 
 def deformable_attention(
-    value: Tensor, levels: Levels, locations: Tensor, weights: Tensor, form: Form = "plain"
+    value: Tensor, levels: Levels, locations: Tensor, weights: Tensor, form: OfValue = "plain"
 ) -> Tensor:
     """Samples every level at the given points and sums the samples by weight.
 
     value [B, S, M, D]; locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, zero outside;
-    weights [B, Q, M, L, P]; form "plain" or "triton". Value may have a lower precision than the
-    rest, in whose precision the sums are computed. Returns [B, Q, M * D] in the dtype of value.
+    weights [B, Q, M, L, P]; form "plain" or "triton". Value may have a lower precision; the
+    sums are computed in that of the weights. Returns [B, Q, M * D] in the dtype of value.
     """
     if form == "triton":
         from vidt.ops import deformable_triton

@@ -25,7 +25,7 @@ SIZES = ["num_rows", "queries", "positions"]  # they change from batch to batch
 
 @triton.jit
 def _cell(at: tl.tensor, size: tl.tensor, FLOAT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """The cell up or left of a place in 0..1, and how far beyond its centre that is."""
+    """The cell above or left of a location in 0..1, and the location's distance from its centre."""
     x = at.to(FLOAT) * size.to(FLOAT) - 0.5
     # Far outside every cell is as good as another, but an int32 has to hold it. NaN remains in the
     # second result.
@@ -35,7 +35,7 @@ def _cell(at: tl.tensor, size: tl.tensor, FLOAT: tl.constexpr) -> tuple[tl.tenso
 
 @triton.jit
 def _share(beyond: tl.tensor, far: tl.constexpr) -> tl.tensor:
-    """Of the cell itself or, if far, of the one after it."""
+    """The bilinear share of the cell itself or, if far, of the next one."""
     if far:
         return beyond
     else:
@@ -144,7 +144,7 @@ def _backward(
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], value: Tensor, weights: Tensor) -> None:
-    """Starts the kernel with a program for every few rows."""
+    """Starts the kernel, one program for a few rows each."""
     batch, positions, heads, dim = value.shape
     queries, num_levels, points = weights.shape[1], *weights.shape[3:]
     num_rows = batch * queries * heads
@@ -219,7 +219,7 @@ attend.register_autograd(_gradients, setup_context=_keep)
 
 
 def try_out(device: torch.device) -> None:
-    """Runs both kernels on next to nothing; raises whatever keeps them from it."""
+    """Runs both kernels on a tiny input; raises the error that prevents it."""
     with torch.inference_mode(False), torch.enable_grad():
         value = torch.ones(1, 1, 1, 16, device=device, requires_grad=True)
         levels = torch.tensor([[1, 1, 0]], device=device)

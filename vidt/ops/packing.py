@@ -56,8 +56,8 @@ class PackedLinear(nn.Linear):
 
 
 def pack(model: nn.Module) -> None:
-    """Swaps the linear layers of a model on a CPU for packed ones, where oneDNN runs. It costs the
-    memory of the weights once more, and some 10 MB for each new size of images, which oneDNN keeps.
+    """Swaps the linear layers of a model on a CPU for packed ones, where oneDNN runs. It doubles
+    the memory of the weights, and oneDNN caches some 10 MB for each new size of images.
     """
     if not onednn_runs():
         return
@@ -100,7 +100,7 @@ def onednn_runs() -> bool:
 
 @functools.cache
 def _onednn_ran() -> bool:
-    """Tries the operators once: PyTorch keeps them for its compiler and does not promise them."""
+    """Tries the operators once: they are internal to PyTorch's compiler and may change."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
     x, weight, bias = (torch.ones(shape, dtype=torch.float32) for shape in ((2, 3), (4, 3), (4,)))
