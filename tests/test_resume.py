@@ -166,7 +166,7 @@ def test_bare_resume_without_anything_is_a_fresh_run(tiny_data: Path, room: Path
     watch = Watch()
     run(tiny_data, room, "--max_steps 1 --resume", report=watch)
     assert watch.first_step == 0
-    with pytest.raises(ValueError, match="no whole checkpoint") as caught:
+    with pytest.raises(ValueError, match="no intact checkpoint") as caught:
         run(tiny_data, room, "--max_steps 1", f"--resume {room / 'nowhere'}")
     assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_bare_resume_does_not_start_anew_over_damaged_checkpoints(
 ) -> None:
     run(tiny_data, room, "--max_steps 1")
     (last_checkpoint(room) / resume.STATE).write_text("{")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no intact checkpoint"):
         run(tiny_data, room, "--max_steps 1 --resume")
     assert last_checkpoint(room).exists()
 

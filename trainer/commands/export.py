@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
-from trainer.commands.evaluate import read
+from trainer.commands.evaluate import read as read_truth
 from trainer.commands.image_files import ImageFiles
-from trainer.scoring.coco_scores import map50
+from trainer.scoring.coco_scores import judge, map50
+from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.files import probe_image
@@ -113,9 +114,9 @@ def run(argv: Sequence[str]) -> int:
 
 def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
     """A COCO dataset as `vidt.onnx.export.export` takes it. Raises UserError for a file that
-    `vidt evaluate` refuses, and for an image that is missing.
+    `vidt evaluate` refuses, a missing image, and a file without a usable box.
     """
-    file = read(str(json_path), str(folder), names, "--coco_images")
+    file = read_truth(str(json_path), str(folder), names, "--coco_images")
     files = [folder / name for name in file.images.names]
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None:
@@ -124,6 +125,9 @@ def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
         probe_image(path).size if size == (0, 0) else size
         for path, size in zip(files, file.images.sizes, strict=True)
     ]
+    empty = {position: ImagePredictions("", size) for position, size in enumerate(sizes)}
+    if not len(judge(file, empty).rows):
+        raise UserError(f"--json {json_path}: no annotation has a usable box to score")
 
     def score(detections: Iterable[Any]) -> float:
         return map50(file, sizes, detections, names)

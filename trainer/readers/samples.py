@@ -183,6 +183,8 @@ class SampleTable:
             digest.update(column.contiguous().numpy().tobytes())
         if self.masks is not None:
             digest.update(self.masks.data.numpy().tobytes())
+        if self.crowd.any():  # not always, so that checkpoints of older versions still match
+            digest.update(self.crowd.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
