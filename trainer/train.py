@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
         first = str(error).strip().partition("\n")[0]
-        fail(f"{first} Lower --batch_size or --eval_size; --resume continues from the last checkpoint", 2)
+        fail(f"{first} Lower --batch_size or --eval_size; --resume continues from the last save", 2)
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:

@@ -39,14 +39,18 @@ class Clock:
 
     def save_due(self, step: int, config: TrainConfig) -> bool:
         """Every `save_interval` epochs and every `save_steps` steps."""
-        whole_epochs = self.epoch_or_run_ends(step) and step // self.per_epoch % config.save_interval == 0
+        whole_epochs = (
+            self.epoch_or_run_ends(step) and step // self.per_epoch % config.save_interval == 0
+        )
         return whole_epochs or (
             config.save_steps > 0 and step > 0 and step % config.save_steps == 0
         )
 
     def pause_due(self, step: int, config: TrainConfig) -> bool:
         """Whether anything will be written: the losses are checked before that."""
-        return self.epoch_or_run_ends(step) or self.evaluation_due(step) or self.save_due(step, config)
+        return (
+            self.epoch_or_run_ends(step) or self.evaluation_due(step) or self.save_due(step, config)
+        )
 
     def fraction(self, step: int, evaluating: float = 0.0) -> float:
         """Share of the run's work done after `step` steps and the part `evaluating` (0..1) of the

@@ -71,7 +71,7 @@ class LossLog:
         path = self.output / "non_finite.json"
         if self.agreement.is_main:
             atomic_write(path, json.dumps(findings, indent=1).encode())
-        self.agreement.true_anywhere(False)  # wait for the file: the first process to end ends the others
+        self.agreement.gather(0)  # wait for the file: the first process to end ends the others
         raise NonFiniteLoss(_message(findings, path))
 
 

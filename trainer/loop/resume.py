@@ -238,9 +238,7 @@ def load(path: Path) -> Checkpoint:
             raise UserError(f"{TENSORS} is not the file that was written")
         return Checkpoint(path, RunState(**content["state"]), load_file(path / TENSORS))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def find(wanted: Path) -> tuple[Checkpoint | None, list[str]]:

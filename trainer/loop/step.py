@@ -177,7 +177,7 @@ def more_micro_batches(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[in
         )
     logger.warning(
         f"out of memory: --batch_size {size} is now split into {larger[0]} micro-batches on every "
-        f"process; only the dropout masks change. Pass --n_iter_to_acc {larger[0]} to start that way"
+        f"process; only dropout masks change. Pass --n_iter_to_acc {larger[0]} to start that way"
     )
     return larger[0]
 
