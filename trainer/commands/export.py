@@ -17,8 +17,8 @@ from vidt.errors import UserError
 from vidt.images.files import probe_image
 
 SUMMARY = """
-Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: the model
-is checked, both detectors predict on the same images, and the report says how far they differ. The
+Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: both
+detectors predict on the same images, and the report shows how much they differ. The
 model contains the class names and the preprocessing, so that vidt predict and vidt evaluate accept
 it.
 """
@@ -29,8 +29,8 @@ examples:
   vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
-exit code: 0 exported, and both agree; 1 they differ, and the report says where; 2 a mistake that
-the line "error: ..." names. --with-decode and --with_decode mean the same.
+exit code: 0 exported, and both agree; 1 they differ, see the report; 2 a mistake that the line
+"error: ..." names. --with-decode and --with_decode mean the same.
 """
 AXES = ("batch", "size")
 

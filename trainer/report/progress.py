@@ -1,4 +1,4 @@
-"""`Progress`, by which everything outside follows a run, and two reports: metrics.csv, TensorBoard.
+"""`Progress`, the events of a run for its observers, and two reports: metrics.csv, TensorBoard.
 
 The trainer calls `report(progress)` on the main process only. A `Report` is any callable that takes
 a `Progress`; `trainer.report.console` and `trainer.report.page` have others.
@@ -64,7 +64,7 @@ Report = Callable[[Progress], None]
 
 
 def fan_out(*reports: Report) -> Report:
-    """A report that calls each of these, in order."""
+    """A report that calls all `reports` in order."""
 
     def report(progress: Progress) -> None:
         for each in reports:
