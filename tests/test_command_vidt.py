@@ -501,7 +501,7 @@ def test_export_hands_on_what_was_asked_for(
     ((given, more),) = asked
     assert given == (learnt.weights, tmp_path / "m.onnx")
     assert more["size"] == (64, 96) and more["dynamic"] == ("batch", "size")
-    assert more["with_decode"] and not more["half"] and more["coco"] is None
+    assert more["with_decode"] and not more["half"] and more["dataset_for"] is None
     assert len(more["images"]) == 4
     assert capsys.readouterr().out == "differs\n"
     assert json.loads((tmp_path / "report.json").read_text()) == {"ok": False}

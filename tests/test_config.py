@@ -174,12 +174,12 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
             "n_iter_to_acc is 3; it must be a divisor of batch_size, 8",
         ),
         ("--dataset_file coko", "dataset_file is coko; it must be one of shapes, coco, voc, yolo"),
-        ("--dataset_file voc", "dataset_file voc has no files; give voc_path"),
+        ("--dataset_file voc", "--dataset_file voc needs a path; give voc_path"),
         (
             "--dataset_file voc --voc_path a --coco_path b",
             "coco_path is for dataset_file coco; it is voc",
         ),
-        ("--load_from a --resume b", "cannot load from and resume at the same time"),
+        ("--load_from a --resume b", "--load_from and --resume exclude each other"),
         (
             "--train_json a",
             "train_json is given without train_images, val_json, val_images; give all four",

@@ -93,7 +93,7 @@ def test_the_table_counts_every_box_once(tmp_path: Path) -> None:
     table, rows, columns = condensed(diagnosis)
     assert table.sum() == diagnosis.confusion.sum()
     assert table.shape == (MOST_ROWS + 2, MOST_ROWS + 2)
-    assert rows[-2:] == ["18 others", "nothing there"] and columns[-1] == "not found"
+    assert rows[-2:] == ["18 others", "background"] and columns[-1] == "missed"
     first = diagnosis.class_names.index(rows[0])
     assert table[0].sum() == per_class[first]
     assert table[:, -1].sum() == diagnosis.confusion[:, -1].sum()

@@ -162,11 +162,23 @@ def test_resuming_a_finished_run_changes_nothing_unless_told_to_go_on(
     assert (watch.first_step, list(watch.losses)) == (2, [3, 4])
 
 
+@pytest.mark.parametrize("flags", [("--ema", "--no-ema"), ("--no-ema", "--ema")])
+def test_resume_needs_the_average_exactly_if_the_checkpoint_has_one(
+    tiny_data: Path, room: Path, flags: tuple[str, str]
+) -> None:
+    """Dropping it would lose the weights that the run evaluates and saves."""
+    before, now = flags
+    run(tiny_data, room, f"--max_steps 1 {before}")
+    with pytest.raises(ValueError, match=f"--resume.*{before};") as caught:
+        run(tiny_data, room, f"--max_steps 2 --resume {now}")
+    assert "\n" not in str(caught.value)
+
+
 def test_bare_resume_without_anything_is_a_fresh_run(tiny_data: Path, room: Path) -> None:
     watch = Watch()
     run(tiny_data, room, "--max_steps 1 --resume", report=watch)
     assert watch.first_step == 0
-    with pytest.raises(ValueError, match="no whole checkpoint") as caught:
+    with pytest.raises(ValueError, match="no intact checkpoint") as caught:
         run(tiny_data, room, "--max_steps 1", f"--resume {room / 'nowhere'}")
     assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -176,7 +188,7 @@ def test_bare_resume_does_not_start_anew_over_damaged_checkpoints(
 ) -> None:
     run(tiny_data, room, "--max_steps 1")
     (last_checkpoint(room) / resume.STATE).write_text("{")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no intact checkpoint"):
         run(tiny_data, room, "--max_steps 1 --resume")
     assert last_checkpoint(room).exists()
 

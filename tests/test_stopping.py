@@ -53,7 +53,7 @@ def test_stopped_by_a_signal(
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, said
     last = said.splitlines()[-1]
-    assert last == f"stopped by {name}; everything is saved, go on with --resume"
+    assert last == f"stopped by {name}; everything is saved, continue with --resume"
     assert "Traceback" not in said
     path, passed_over = newest_checkpoint(room)
     assert path is not None and passed_over == []

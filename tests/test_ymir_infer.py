@@ -347,6 +347,6 @@ def test_progress_never_falls_and_ends_at_one(
     from ymir_adapter.protocol.task import read_task
     from ymir_adapter.tasks import candidates
 
-    candidates.search_candidates(read_task(tree.env_file), Listener(), cpu())  # type: ignore[arg-type]
+    candidates.process_candidates(read_task(tree.env_file), Listener(), cpu())  # type: ignore[arg-type]
     assert told == sorted(told) and told[-1] == 1.0
     assert len(set(told)) >= len(images)

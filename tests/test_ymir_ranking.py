@@ -20,7 +20,7 @@ from vidt.predict.predictor import Predictor
 from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import candidate_settings, read_task
-from ymir_adapter.tasks.candidates import Search, make_detector
+from ymir_adapter.tasks.candidates import CandidatePass, make_detector
 from ymir_adapter.tasks.mining import FLOORS
 from ymir_adapter.tasks.parts import Part, Parts
 
@@ -103,11 +103,11 @@ def ranked_by_tones(root: Path, paths: Sequence[Path], **config: object) -> list
     task = read_task(tree.env_file)
     settings, assets = candidate_settings(task), [str(path) for path in paths]
     detector = make_detector(settings.mining_algorithm, settings, tones())
-    search = Search(task, settings, assets, detector)
+    candidate_pass = CandidatePass(task, settings, assets, detector)
     with Part(tree.output, 0) as part:
-        search.run(range(len(assets)), part)
+        candidate_pass.run(range(len(assets)), part)
     with Parts(tree.output, len(assets), 1) as parts:
-        search.write_results(parts)
+        candidate_pass.write_results(parts)
     return [name for name, _ in Results(tree).ranking or []]
 
 

@@ -21,7 +21,7 @@ from ymir_runs import CHECKER, TIMEOUT, Tree
 from trainer.train import make_accelerator
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import read_task
-from ymir_adapter.tasks.candidates import search_candidates
+from ymir_adapter.tasks.candidates import process_candidates
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def candidate_task(
 def run_here(tree: Tree) -> Results:
     """Run a task in this process, as the only rank."""
     task = read_task(tree.env_file)
-    search_candidates(task, Monitor(tree.monitor, task.task_id), cpu())
+    process_candidates(task, Monitor(tree.monitor, task.task_id), cpu())
     return Results(tree)
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     for env_file in sys.argv[1:]:
         task = read_task(env_file)
         monitor = Monitor(task.output.monitor_file, task.task_id)
-        search_candidates(task, monitor if accelerator.is_main_process else None, accelerator)
+        process_candidates(task, monitor if accelerator.is_main_process else None, accelerator)
     accelerator.end_training()
 
 

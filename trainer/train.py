@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +42,8 @@ from vidt.errors import UserError, counted
 from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
+
+Say: TypeAlias = Callable[..., None]  # `announce` for a given run and report
 
 
 def train(
@@ -74,7 +76,7 @@ def train(
 
     with StopRequest() as stop:
         try:
-            # A resumed run may have stopped before the evaluation or the checkpoint of its step.
+            # A resumed run may have been killed before the evaluation or checkpoint of its step.
             evaluate_and_save(run, train_set, val_set, say, stop)
             for step in range(state.step, clock.total_steps):
                 if state.stopped_early:
@@ -118,11 +120,11 @@ def evaluate_and_save(
     run: Run,
     train_set: SampleTable,
     val_set: SampleTable,
-    say: Callable[..., None],
+    say: Say,
     stop: StopRequest,
 ) -> None:
-    """Does what is due after `run.state.step` steps: evaluates and saves weights, saves a
-    checkpoint. Raises Stopped if a signal interrupts the evaluation.
+    """Does what is due after `run.state.step` steps: an evaluation, after which it saves the
+    weights, and a checkpoint. Raises Stopped if a signal interrupts the evaluation.
     """
     state, config = run.state, run.config
     if run.clock.evaluation_due(state.step) and state.evaluated_step != state.step:
@@ -139,12 +141,12 @@ def evaluate_and_save(
             stop=lambda: stop.signum,
         )
         best = state.note_evaluation(evaluation.metrics)
-        state.stopped_early = 0 < config.patience <= state.stale_evaluations
+        state.stopped_early = state.stops_early(config.patience)
         if run.accelerator.is_main_process:
             save_evaluation(run, train_set, val_set, evaluation, best, say)
     over = state.stopped_early or state.step >= run.clock.total_steps
     if state.saved_step != state.step and (over or run.clock.save_due(state.step, config)):
-        state.saved_step = state.step
+        state.saved_step = state.step  # first, because the checkpoint records it
         save_checkpoint(run, say)
 
 
@@ -154,7 +156,7 @@ def save_evaluation(
     val_set: SampleTable,
     evaluation: Evaluation,
     best: bool,
-    say: Callable[..., None],
+    say: Say,
 ) -> None:
     """Saves and reports the weights that were evaluated, and pictures of their predictions."""
     output, class_names = Path(run.config.output_dir), train_set.class_names
@@ -183,7 +185,7 @@ def save_evaluation(
     )
 
 
-def save_checkpoint(run: Run, say: Callable[..., None]) -> None:
+def save_checkpoint(run: Run, say: Say) -> None:
     """Saves what `--resume` needs, on the main process only."""
     if run.accelerator.is_main_process:
         if run.accelerator.scaler is not None:
@@ -218,7 +220,7 @@ def end_line(run: Run) -> str:
 def train_from_settings(
     config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
 ) -> None:
-    """Reads and checks the data on the main process, shares it, trains, and reports the run."""
+    """Reads and checks the data on the main process, sends it to the others, trains and reports."""
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
@@ -253,7 +255,7 @@ def train_from_settings(
 def checked_datasets(
     config: TrainConfig, model_fields: Mapping[str, Any]
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits; findings go to the log and, with all details, to `findings.csv`."""
+    """Reads both splits. The log summarises the findings; `findings.csv` lists them."""
     return read_and_log(
         Path(config.output_dir),
         lambda: read_datasets(
@@ -311,14 +313,14 @@ def evaluate_only(
 
 
 def fail(message: str, code: int) -> None:
-    # The failure of a loader's process is a traceback, of which the last line is the message.
+    # A loader process fails with a traceback; its last line is the message.
     line = message.strip().rpartition("\n")[2]
     sys.stderr.write(f"{line}\n" if code >= 128 else f"error: {line}\n")
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Exit codes: 0 done, 2 an error that the user can mend, 3 the loss is not
+    """The command line. Exit codes: 0 done, 2 an error that the user can fix, 3 the loss is not
     finite, 130 and 143 stopped by SIGINT and SIGTERM with everything saved. Any other exception
     keeps its traceback, exit code 1.
     """
@@ -336,11 +338,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
         first = str(error).strip().partition("\n")[0]
-        fail(f"{first} Lower --batch_size or --eval_size; --resume goes on from the last save", 2)
+        fail(f"{first} Lower --batch_size or --eval_size; --resume continues from the last save", 2)
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:
-        fail(f"{stopped}; everything is saved, go on with --resume", stopped.exit_code)
+        fail(f"{stopped}; everything is saved, continue with --resume", stopped.exit_code)
     accelerator.end_training()
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
-from trainer.commands.evaluate import read
+from trainer.commands.evaluate import read as read_truth
 from trainer.commands.image_files import ImageFiles
-from trainer.scoring.coco_scores import map50
+from trainer.scoring.coco_scores import judge, map50
+from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.files import probe_image
 
 SUMMARY = """
-Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: the model
-is checked, both detectors predict on the same images, and the report says how far they differ. The
+Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: both
+detectors predict on the same images, and the report shows how much they differ. The
 model contains the class names and the preprocessing, so that vidt predict and vidt evaluate accept
 it.
 """
@@ -28,8 +29,8 @@ examples:
   vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
-exit code: 0 exported, and both agree; 1 they differ, and the report says where; 2 a mistake that
-the line "error: ..." names. --with-decode and --with_decode mean the same.
+exit code: 0 exported, and both agree; 1 they differ, see the report; 2 a mistake that the line
+"error: ..." names. --with-decode and --with_decode mean the same.
 """
 AXES = ("batch", "size")
 
@@ -113,9 +114,9 @@ def run(argv: Sequence[str]) -> int:
 
 def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
     """A COCO dataset as `vidt.onnx.export.export` takes it. Raises UserError for a file that
-    `vidt evaluate` refuses, and for an image that is missing.
+    `vidt evaluate` refuses, a missing image, and a file without a usable box.
     """
-    file = read(str(json_path), str(folder), names, "--coco_images")
+    file = read_truth(str(json_path), str(folder), names, "--coco_images")
     files = [folder / name for name in file.images.names]
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None:
@@ -124,6 +125,9 @@ def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
         probe_image(path).size if size == (0, 0) else size
         for path, size in zip(files, file.images.sizes, strict=True)
     ]
+    empty = {position: ImagePredictions("", size) for position, size in enumerate(sizes)}
+    if not len(judge(file, empty).rows):
+        raise UserError(f"--json {json_path}: no annotation has a usable box to score")
 
     def score(detections: Iterable[Any]) -> float:
         return map50(file, sizes, detections, names)

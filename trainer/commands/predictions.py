@@ -1,8 +1,8 @@
 """Runs a detector over image files, in order, with a bounded number of images in memory.
 
 Threads decode files while the detector computes. Images reach it in windows, so that it can batch
-those of equal canvas. The first windows are small, and slow input makes small ones, so that results
-appear early.
+images of equal canvas. The first windows and those of slow input are small, so that results appear
+early.
 """
 
 import time
@@ -33,9 +33,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """A file, its image, the detector's own detections (None: unreadable), and what is written of
-    them.
-    """
+    """A file, its image, its detections (None: unreadable), and their form for the results."""
 
     file: ImageFile
     picture: Image.Image | None

@@ -15,7 +15,7 @@ from trainer.settings.config import TrainConfig
 from vidt.images.canvas import GRANULE, resize, resized_shape
 
 RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation size
-RELEASED_LADDER = (480, 800)  # short sides drawn from, in steps of 16
+RELEASED_SIZES = (480, 800)  # least and largest short side, in steps of 16
 RELEASED_CROP_RESIZE = (400, 500, 600)  # short sides before a crop
 RELEASED_CROP = (384, 600)  # sides of the crop
 # An image is decoded at a fraction of its size as long as it stays SPARE times as large as needed,
@@ -40,11 +40,11 @@ class Augmentation:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Augmentation":
-        """Released scales in proportion to eval_size, unless train_sizes and train_max_size say
-        otherwise.
+        """The released scales in proportion to eval_size; train_sizes and train_max_size override
+        them.
         """
         ratio = config.eval_size / RELEASED_EVAL_SIZE
-        low, high = (max(round(side * ratio / GRANULE), 1) * GRANULE for side in RELEASED_LADDER)
+        low, high = (max(round(side * ratio / GRANULE), 1) * GRANULE for side in RELEASED_SIZES)
         return cls(
             sizes=config.train_sizes or tuple(range(low, high + 1, GRANULE)),
             max_size=config.train_max_size or config.eval_size * 1333 // RELEASED_EVAL_SIZE,
@@ -139,8 +139,8 @@ class Geometry:
         )
 
     def on_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, 4] xyxy pixels to those that the crop leaves visible, and bool [N], which these
-        are.
+        """Transform boxes [N, 4] xyxy in pixels; returns the visible ones and bool [N], True for
+        each visible box.
         """
         moved = boxes.numpy().copy()  # NumPy is much faster than PyTorch for so few numbers
         kept: np.ndarray = np.ones(len(moved), np.bool_)
@@ -172,11 +172,11 @@ class Geometry:
 
 
 def _scaled(boxes: np.ndarray, before: tuple[int, int], after: tuple[int, int]) -> np.ndarray:
-    """Boxes xyxy of a picture resized from `before` to `after`, both (height, width)."""
+    """Boxes xyxy of an image resized from `before` to `after`, both (height, width)."""
     ratios = [after[1] / before[1], after[0] / before[0]]
     return boxes * np.array(ratios * 2, boxes.dtype)
 
 
-def _nearest(places: Tensor, length: int) -> Tensor:
+def _nearest(positions: Tensor, length: int) -> Tensor:
     """An axis resized to `length`: for each new pixel, the position under its centre."""
-    return places[(2 * torch.arange(length) + 1) * len(places) // (2 * length)]
+    return positions[(2 * torch.arange(length) + 1) * len(positions) // (2 * length)]

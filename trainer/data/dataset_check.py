@@ -1,7 +1,7 @@
 """Check a dataset before training: repair or leave out what is wrong, and report all of it.
 
-Only the header and the end of each image file are read, so that this takes seconds. The loader
-meets all other damage when it decodes an image.
+This reads only the header and the end of each image file, so it takes seconds. The loader handles
+other damage when it decodes an image.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def clean(
     Removes images that are missing, unreadable or of another size than annotated; drops boxes that
     are not finite, have no area or lie outside their image; clips the others.
 
-    Raises BadDataset if the removed images are more than `max_bad_fraction` of all, or all.
+    Raises BadDataset if it removes all images, or more than the share `max_bad_fraction`.
     """
     cleaned, _, findings = _clean(table, max_bad_fraction)
     return cleaned, findings

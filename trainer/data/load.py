@@ -1,6 +1,4 @@
-"""Reads and checks the dataset that a run's settings name: settings in, sample tables and findings
-out.
-"""
+"""Reads and checks the dataset of a run: settings in, sample tables and findings out."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from vidt.errors import UserError, counted
 
 # Takes "train" or "val", the class names to match, and whether to read masks.
 Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
-SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded pictures are written here, once
+SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded images are written here, once
 
 logger = get_logger(__name__)
 
@@ -53,9 +51,8 @@ def read_datasets(
     """The usable training and validation samples, and all findings. `masks` reads the masks of both
     splits; `token_label` those of the training split, if it has any.
 
-    Raises UserError: one line for a file that cannot be read, too many damaged images, nothing to
-    learn from, `masks` and no object that has one, or a number of classes that is not the given
-    one.
+    Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
+    without any mask, or a number of classes other than `num_classes`.
     """
     read = reader_of(config)
     train, findings = read("train", None, masks or token_label)
@@ -80,8 +77,8 @@ def read_datasets(
 def read_validation(
     config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
 ) -> tuple[SampleTable, list[Finding]]:
-    """The validation samples alone, labelled by the class names of a weights file. Raises what
-    `read_datasets` raises, except about masks.
+    """The validation samples, labelled by the class names of a weights file. Raises UserError as
+    `read_datasets` does, but not for missing masks.
     """
     val, findings = reader_of(config)("val", class_names, masks)
     val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
@@ -91,8 +88,8 @@ def read_validation(
 def read_and_log(
     output: Path, read: Callable[[], tuple[SampleTable, SampleTable, list[Finding]]]
 ) -> tuple[SampleTable, SampleTable]:
-    """Reads both splits and logs what they hold. Findings are summarised in the log and listed in
-    `findings.csv` of the output folder, also those of a dataset that is refused.
+    """Reads both splits, logs a summary, and writes all findings to `findings.csv` in the output
+    folder, even if the dataset is rejected.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:

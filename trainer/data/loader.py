@@ -1,10 +1,9 @@
-"""Samples to batches: pictures, their targets, and the order in which a run sees its images.
+"""Samples to batches: images, their targets, and the order in which a run sees them.
 
-Every random number comes from (seed, epoch, image): a run does not depend on the number of workers,
-and any step can be made again from nothing but its number.
+Every random number follows from (seed, epoch, image). A run does not depend on the number of
+workers, and any step can be repeated from its number alone.
 
-Boxes are xyxy in pixels inside this file, and cxcywh in 0..1 of the unpadded image in what leaves
-it.
+Inside this file boxes are xyxy in pixels; in targets they are cxcywh in 0..1 of the unpadded image.
 """
 
 import signal
@@ -27,16 +26,16 @@ from vidt.errors import UserError
 from vidt.images.files import read_image
 from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 
-PREFETCH = 4  # batches that each worker holds ready
+PREFETCH = 4  # batches that each worker loads ahead
 ROWS = ("labels", "boxes", "denoising_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
-NOISE = 0.5  # how far a denoising query starts from its box, in its (half) sizes
+NOISE = 0.5  # of denoising boxes: the largest shift in half-sides, and change of size in sides
 
 
 class DetectionDataset(Dataset):
-    """Training pictures and their targets, addressed by (epoch, index).
+    """Training images and their targets, addressed by (epoch, index).
 
-    A picture that cannot be read is replaced by the next one that can, and marked in `unreadable`,
-    which all workers share; the caller decides how many are too many.
+    The next readable image replaces one that cannot be read, which is marked in `unreadable`. All
+    workers share that tensor; the caller decides how many are too many.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class DetectionDataset(Dataset):
     ) -> None:
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
         self.seed, self.denoising_queries = seed, denoising_queries
-        self.reported = 0  # unreadable pictures that the caller has spoken of
+        self.reported = 0  # unreadable images that the caller has reported
         self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -58,14 +57,14 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
-        `image_id` and, if asked for, `denoising_boxes` [copies * N, 4]. Where the table has masks,
-        `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of them, and `has_mask` [N] bool:
-        False for an object without, whose `masks` are empty.
+        `image_id` and, with denoising queries, `denoising_boxes` [copies * N, 4]. If the table has
+        masks: `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of these masks, and
+        `has_mask` [N] bool, False for an object without a mask, whose mask is empty.
 
-        Raises UserError only if no picture of the dataset can be read.
+        Raises UserError if no image of the dataset can be read.
         """
         sample, geometry, image, random = self._read_from(*key)
-        objects = ~sample.crowd  # crowd regions are for scoring
+        objects = ~sample.crowd  # crowd regions only matter in scoring
         pixel_boxes, kept = geometry.on_boxes(sample.boxes[objects])
         boxes = _relative(pixel_boxes, geometry.shape)
         labels = sample.labels[objects][kept]
@@ -80,8 +79,8 @@ class DetectionDataset(Dataset):
     def _read_from(
         self, epoch: int, wanted: int
     ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The picture at `wanted`, or the next that can be read, what is to become of it, and the
-        generator after it has said so.
+        """The sample at `wanted` or the next readable one, its geometry, its image, and the
+        generator after drawing the geometry.
         """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
@@ -98,7 +97,7 @@ class DetectionDataset(Dataset):
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes [N, 4] xyxy pixels of a picture of `size` (height, width) to cxcywh in 0..1."""
+    """Boxes [N, 4] xyxy in pixels of an image of `size` (height, width) to cxcywh in 0..1."""
     corners = boxes.numpy()
     low, high = corners[:, :2], corners[:, 2:]
     scale = np.array([size[1], size[0]] * 2, corners.dtype)
@@ -106,7 +105,7 @@ def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> dict[str, Tensor]:
-    """What a target says of the masks in boxes [N, 4], xyxy in pixels after the augmentation."""
+    """The entries of a target about masks; boxes [N, 4] are xyxy in pixels, augmented."""
     return {
         "masks": geometry.on_masks(decode(masks, geometry.size)),
         "mask_boxes": boxes,
@@ -115,21 +114,20 @@ def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> 
 
 
 def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Tensor:
-    """As many whole copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box
-    moved by up to NOISE half sizes and its sides changed by up to NOISE: [copies * N, 4].
+    """As many complete copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box
+    shifted by up to NOISE half-sides and its sides changed by up to NOISE: [copies * N, 4].
     """
     copies = max(queries // max(len(boxes), 1), 1)
-    places = boxes.numpy()
-    noise = random.uniform(-NOISE, NOISE, (copies, *places.shape)).astype(places.dtype)
-    reach = np.concatenate([places[:, 2:] / 2, places[:, 2:]], axis=1)
-    noised = (places + noise * reach).clip(np.float32(1e-3), np.float32(1))
+    true_boxes = boxes.numpy()
+    noise = random.uniform(-NOISE, NOISE, (copies, *true_boxes.shape)).astype(true_boxes.dtype)
+    reach = np.concatenate([true_boxes[:, 2:] / 2, true_boxes[:, 2:]], axis=1)
+    noised = (true_boxes + noise * reach).clip(np.float32(1e-3), np.float32(1))
     return torch.from_numpy(noised.reshape(-1, 4))
 
 
 def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
-    """The targets' `denoising_boxes` as [B, N, 4]; places past an image's own hold a box in the
-    middle. N is `queries`, or a multiple where an image has more objects than that: there shall be
-    few shapes to compile. None without.
+    """The targets' `denoising_boxes` as [B, N, 4], filled up with a box in the middle. N is a
+    multiple of `queries`, to limit compiled shapes. None if the targets have none.
     """
     if "denoising_boxes" not in targets[0]:
         return None
@@ -139,7 +137,7 @@ def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
 
 
 class EvaluationDataset(Dataset):
-    """Validation pictures as they are evaluated and predicted; None where one cannot be read."""
+    """Validation images, resized for evaluation; None for an unreadable one."""
 
     def __init__(self, samples: SampleTable, preprocessing: Preprocessing) -> None:
         self.samples, self.preprocessing = samples, preprocessing
@@ -157,10 +155,11 @@ class EvaluationDataset(Dataset):
 
 
 class RunSampler(Sampler):
-    """The micro-batches of a whole run, from any optimiser step on, as lists of (epoch, index).
+    """The micro-batches of all processes, from any optimiser step on, as lists of (epoch, index).
+    Accelerate distributes them over the processes.
 
-    Each epoch is a permutation of its own, filled up from its own start to whole optimiser steps. A
-    step's images are the same however many processes and micro-batches share them.
+    Each epoch has its own permutation, which repeats from its start to fill the last optimiser
+    step. A step has the same images for any number of processes and micro-batches.
     """
 
     def __init__(
@@ -203,9 +202,9 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def packed_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As `collate`, on its way from a loader's process: the targets' tensors that ROWS names are
-    joined over the images, for each costs a file handle and a copy to the device. Masks differ in
-    size and stay apart. `unpacked` undoes it.
+    """Like `collate`, for transfer from a worker: each of the targets' tensors in ROWS is joined
+    over the images, since every tensor costs a file handle and a copy to the device. Masks differ
+    in size and stay separate. `unpacked` is the inverse.
     """
     batch = collate(items)
     targets = batch["targets"]
@@ -219,7 +218,7 @@ def packed_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def unpacked(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch that `collate` made; the targets' tensors are views."""
+    """The batch as `collate` returns it; the targets' tensors are views."""
     rows, rest = batch["targets"]
     parts = {name: joined.split(counts) for name, (joined, counts) in rows.items()}
     targets = [
@@ -251,7 +250,7 @@ def training_loader(
     steps: range,
 ) -> DataLoader:
     """Micro-batches (see `packed_batch`) of all processes for the given optimiser steps;
-    `Accelerator.prepare` deals them out in turn.
+    `Accelerator.prepare_data_loader` distributes them in turn.
     """
     sampler = RunSampler(
         len(dataset),
@@ -267,21 +266,21 @@ def training_loader(
         collate_fn=packed_batch,
         prefetch_factor=PREFETCH if config.num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        # Else the loader would draw its workers' seed from the generator that drives dropout.
+        # Otherwise the loader draws its workers' seed from the generator that drives dropout.
         generator=torch.Generator().manual_seed(config.seed),
         worker_init_fn=leave_signals_to_the_parent,
     )
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the step in hand still needs its images."""
+    """Ctrl-C reaches every process of a terminal, but the current step still needs its images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def pad_to(batch: dict[str, Any], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images and padding of a batch, grown right and below to the (height, width) of the whole
-    step.
+    """Images and padding of a batch, padded on the right and below to the step's canvas, (height,
+    width).
     """
     images, padding = batch["images"], batch["padding"]
     right, below = canvas[1] - images.shape[3], canvas[0] - images.shape[2]

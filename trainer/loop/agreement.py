@@ -37,12 +37,12 @@ class Agreement:
         dist.all_gather(rows, row, group=self.group)
         return torch.cat(rows)
 
-    def any(self, condition: bool) -> bool:
-        """True everywhere if it is true anywhere."""
+    def true_anywhere(self, condition: bool) -> bool:
+        """Whether the condition holds on any process; the same answer on all."""
         return bool(self.gather(float(condition)).any())
 
     def gather_objects(self, item: Any) -> list[Any]:
-        """Every process's item, on all of them. For our own objects only: they travel pickled."""
+        """The items of all processes, on every process. They are pickled: trusted objects only."""
         if self.group is None:
             return [item]
         items: list[Any] = [None] * self.num_processes

@@ -1,5 +1,5 @@
-"""The length of a run in optimiser steps and in work, what is due at a step, and the record of it
-all in a weights file.
+"""The length of a run in optimiser steps and in work, what is due after a step, and the record of
+the run in a weights file.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ class Clock:
         """The epoch that the last of `step` steps belongs to, from 0."""
         return max(step - 1, 0) // self.per_epoch
 
-    def epoch_ends(self, step: int) -> bool:
+    def epoch_or_run_ends(self, step: int) -> bool:
         """Whether an epoch, or the run, ends with this many steps."""
         return step > 0 and (step % self.per_epoch == 0 or step == self.total_steps)
 
@@ -39,14 +39,18 @@ class Clock:
 
     def save_due(self, step: int, config: TrainConfig) -> bool:
         """Every `save_interval` epochs and every `save_steps` steps."""
-        whole_epochs = self.epoch_ends(step) and step // self.per_epoch % config.save_interval == 0
+        whole_epochs = (
+            self.epoch_or_run_ends(step) and step // self.per_epoch % config.save_interval == 0
+        )
         return whole_epochs or (
             config.save_steps > 0 and step > 0 and step % config.save_steps == 0
         )
 
     def pause_due(self, step: int, config: TrainConfig) -> bool:
-        """Whether anything is due: the losses are checked before anything is written."""
-        return self.epoch_ends(step) or self.evaluation_due(step) or self.save_due(step, config)
+        """Whether anything will be written: the losses are checked before that."""
+        return (
+            self.epoch_or_run_ends(step) or self.evaluation_due(step) or self.save_due(step, config)
+        )
 
     def fraction(self, step: int, evaluating: float = 0.0) -> float:
         """Share of the run's work done after `step` steps and the part `evaluating` (0..1) of the
@@ -63,8 +67,8 @@ class Clock:
 def training_record(
     config: TrainConfig, train_set: SampleTable, val_set: SampleTable, clock: Clock, step: int
 ) -> dict[str, Any]:
-    """Settings and data of a run after `step` steps, for the header of its weights. It has no path,
-    since weights files are passed on.
+    """Settings and data of a run after `step` steps, for the header of its weights. It holds no
+    folders, since people pass weights files on.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in PATHS}
     for name in ("pre_trained", "load_from", "distil_model_path"):

@@ -35,7 +35,8 @@ class LossLog:
         self.pending.append((step, {**terms, NORM: norm}, image_ids))
 
     def check(self) -> dict[str, float]:
-        """Means over the steps since the last call, summed over processes; speed and memory.
+        """Mean loss terms since the last call, summed over processes; the last step's gradient
+        norm; speed and memory.
 
         If any process met a loss that is not finite, writes `non_finite.json` and raises
         NonFiniteLoss on every process.
@@ -70,13 +71,13 @@ class LossLog:
         path = self.output / "non_finite.json"
         if self.agreement.is_main:
             atomic_write(path, json.dumps(findings, indent=1).encode())
-        self.agreement.any(False)  # wait for the file: the first process to end ends the others
+        self.agreement.gather(0)  # wait for the file: the first process to end ends the others
         raise NonFiniteLoss(_message(findings, path))
 
 
 def _message(findings: list[dict[str, Any]], path: Path) -> str:
-    """Names the first such step and the images of the processes with a bad loss. The gradient does
-    not tell: as a sum over processes it is bad on all of them.
+    """Names the first such step and the images of the processes with a bad loss. The gradient norm
+    cannot identify a process: it is of the sum over processes, so it is bad on all of them.
     """
     step = min(each["step"] for each in findings)
     first = [each for each in findings if each["step"] == step]
@@ -86,7 +87,7 @@ def _message(findings: list[dict[str, Any]], path: Path) -> str:
     images = [image_id for each in blamed for image_id in each["image_ids"]]
     return (
         f"the loss is not finite at step {step}: {', '.join(bad)}; images {images} "
-        f"(more in {path}); the weights on disk are from before. "
+        f"(more in {path}); the saved weights are older than that. "
         "Try a lower --lr, or --clip_max_norm if it is 0"
     )
 

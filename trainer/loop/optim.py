@@ -9,15 +9,16 @@ from torch.optim import AdamW, Optimizer
 
 from trainer.settings.config import TrainConfig
 
-# Tables and tokens, which nothing multiplies with: weight decay would only pull them to zero.
+# Embeddings, which multiply nothing: weight decay would only pull them to zero.
 TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table")
 
-# Weights that decide where a query looks. The position table is small (std 0.02) and passes a norm,
-# so a step of the common size moves all positions at once; Deformable DETR (arXiv 2010.04159,
-# appendix A.4) trains its projections to positions at a tenth of the rate.
+# Weights that determine reference points and sampling positions. The position embedding is small
+# (std 0.02) and passes a norm, so a step of the usual size moves all positions at once. Deformable
+# DETR (arXiv 2010.04159, appendix A.4) trains its projections to positions at a tenth of the rate.
 POSITION_WEIGHTS = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
 
-# Inputs of a matrix whose rate --lr_fan_in_power does not change; most in the decoder have as many.
+# Inputs of a matrix whose rate --lr_fan_in_power does not change; most matrices of the decoder have
+# this number.
 COMMON_FAN_IN = 256
 
 

@@ -41,10 +41,10 @@ class RunState:
     """The state of a run apart from its tensors."""
 
     step: int = 0  # optimiser steps done
-    saved_step: int = -1  # the step of the last checkpoint that was due
-    evaluated_step: int = -1  # the step of the last evaluation
+    saved_step: int = -1  # the step of the last checkpoint that was due; -1: none yet
+    evaluated_step: int = -1  # the step of the last evaluation; -1: none yet
     best_map50: float = -1.0
-    best_step: int = -1
+    best_step: int = -1  # -1: no evaluation yet
     best_metrics: dict[str, float] = field(default_factory=dict)
     stale_evaluations: int = 0  # evaluations since the best one
     n_iter_to_acc: int = 1  # may have grown after running out of memory
@@ -56,7 +56,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Records an evaluation; True if it is the best so far. Only this function decides that."""
+        """Records an evaluation; True if it is the best so far. Nothing else decides that."""
         self.evaluated_step = self.step
         score = metrics["map50"]
         # With nothing to score (-1) the latest weights are the best guess.
@@ -68,10 +68,14 @@ class RunState:
             self.stale_evaluations += 1
         return best
 
+    def stops_early(self, patience: int) -> bool:
+        """Whether `patience` evaluations (0: any number) have brought no better one."""
+        return 0 < patience <= self.stale_evaluations
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and is intact."""
+    """An intact checkpoint, in memory."""
 
     path: Path
     state: RunState
@@ -96,8 +100,16 @@ def restore_tensors(
 ) -> None:
     """Restores what `tensors_of` returned, on the devices of the model.
 
-    Raises UserError if the tensors are those of another architecture.
+    Raises UserError if the tensors are those of another architecture, or if only one of the
+    checkpoint and this run has a moving average.
     """
+    saved_average = any(name.startswith("ema/") for name in tensors)
+    if saved_average != (ema is not None):
+        flag = "--ema" if saved_average else "--no-ema"
+        raise UserError(
+            f"--resume: the checkpoint was saved with {flag}; give {flag}, or start anew with "
+            "--load_from"
+        )
     try:
         model.load_state_dict(_under("model/", tensors), strict=True)
         if ema is not None:
@@ -192,7 +204,7 @@ def set_aside(output: Path) -> Path | None:
 
 
 def _link(file: Path, target: Path) -> None:
-    """Gives the file a second name, whose content stays when the first is replaced."""
+    """Gives the file a second name, which keeps this content when the first is replaced."""
     try:
         target.hardlink_to(file)
     except OSError:  # the file system has no hard links
@@ -206,7 +218,7 @@ def sweep(root: Path) -> None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Folders that are named like a checkpoint, intact or not, newest first."""
+    """All folders with the name of a checkpoint, newest first; they may be damaged."""
     found = [path for path in root.glob(f"{PREFIX}*") if NAME.fullmatch(path.name)]
     return sorted(found, key=_order, reverse=True)
 
@@ -226,9 +238,7 @@ def load(path: Path) -> Checkpoint:
             raise UserError(f"{TENSORS} is not the file that was written")
         return Checkpoint(path, RunState(**content["state"]), load_file(path / TENSORS))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {path} is not whole: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def find(wanted: Path) -> tuple[Checkpoint | None, list[str]]:

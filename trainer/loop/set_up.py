@@ -85,7 +85,7 @@ def set_up(
     set_seed(config.seed)
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
-    require_decoder(config, model_config)
+    require_denoising(config, model_config)
 
     detector = build_detector(model_config)
     checkpoint = find_checkpoint(config, agreement)
@@ -102,7 +102,9 @@ def set_up(
 
     step_images = config.batch_size * accelerator.num_processes
     per_epoch = steps_per_epoch(len(train_set), step_images)
-    total_steps = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+    total_steps = config.epochs * per_epoch
+    if config.max_steps is not None:
+        total_steps = min(total_steps, config.max_steps)
     state = RunState(
         n_iter_to_acc=config.n_iter_to_acc,
         step_images=step_images,
@@ -134,7 +136,7 @@ def set_up(
     )
 
 
-def require_decoder(config: TrainConfig, model: ViDTConfig) -> None:
+def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
     """Raises UserError if --denoising is given for a model that cannot denoise."""
     if config.denoising and not model.with_box_refine:
         raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
@@ -170,10 +172,10 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | N
 
     path, skipped = agreement.on_main(find)
     for line in skipped:
-        logger.warning(f"passed over: {line}")
+        logger.warning(f"skipped: {line}")
     if path is None and (skipped or config.resume != "auto"):
         raise UserError(
-            f"--resume {wanted}: there is no whole checkpoint; leave --resume out to start anew"
+            f"--resume {wanted}: there is no intact checkpoint; leave --resume out to start anew"
         )
     if path is None:
         logger.info(f"nothing to resume in {wanted}: a fresh run")
@@ -191,7 +193,7 @@ def restore(
 ) -> RunState:
     """Restores all tensors of a checkpoint and returns its state with this run's settings.
 
-    Raises UserError for a checkpoint of another architecture, dataset or batch size.
+    Raises UserError for another architecture, dataset or batch size, or another --ema.
     """
     state = checkpoint.state
     for line in resume.changed_settings(state, fresh):
@@ -201,7 +203,7 @@ def restore(
         accelerator.scaler.load_state_dict(state.scaler)
     asked = ("batch_size", "n_iter_to_acc")
     if any(state.settings.get(name) != fresh.settings[name] for name in asked):
-        state.n_iter_to_acc = fresh.n_iter_to_acc  # else the number that memory allowed still holds
-    state.stopped_early = 0 < fresh.settings["patience"] <= state.stale_evaluations
+        state.n_iter_to_acc = fresh.n_iter_to_acc  # else keep the number that fitted into memory
+    state.stopped_early = state.stops_early(fresh.settings["patience"])
     state.settings = fresh.settings
     return state

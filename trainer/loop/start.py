@@ -1,4 +1,4 @@
-"""Weights that a run starts from or learns from: ImageNet backbones, detectors, teachers. The main
+"""Weights that a run starts or learns from: ImageNet backbones, detectors, teachers. The main
 process fetches and reads a file; the others receive its tensors.
 """
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from trainer.loop.agreement import Agreement
 from trainer.settings.config import TrainConfig
-from vidt.errors import UserError
 from vidt.losses.distillation import TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -26,8 +25,8 @@ NO_FILE = ("imagenet", "none")  # values of --pre_trained that are not a path
 
 
 def require_files(config: TrainConfig) -> None:
-    """Raises UserError if a weights file that the run needs does not exist. Checked first, because
-    the file is read only after the data, which can take long.
+    """Raises UnusableWeights if a weights file that the run needs does not exist. Call it first:
+    weights are read only after the data, which can take long.
     """
     files = {"--distil_model_path": config.distil_model_path, "--load_from": config.load_from}
     if config.resume is None and config.load_from is None and config.pre_trained not in NO_FILE:
@@ -37,7 +36,7 @@ def require_files(config: TrainConfig) -> None:
             continue
         what = "a folder" if Path(source).is_dir() else "no such file"
         words = f"{', '.join(NO_FILE)} or " if flag == "--pre_trained" else ""
-        raise UserError(f"{flag} {source}: {what}; give {words}the path of a weights file")
+        raise UnusableWeights(f"{flag} {source}: {what}; give {words}the path of a weights file")
 
 
 def load_start(
@@ -65,9 +64,9 @@ def load_teacher(
     config: TrainConfig, student: ViDTConfig, accelerator: Accelerator, agreement: Agreement
 ) -> TokenMatching | None:
     """The frozen detector that --distil_model or --distil_model_path names, on this process's
-    device and in the run's precision; None without either.
+    device and in the run's precision; None if neither is given.
 
-    Raises UserError on every process, also for a teacher that this student cannot learn from.
+    Raises UserError on every process, also for a teacher that does not fit the student.
     """
     published = TEACHERS[config.distil_model] if config.distil_model else None
     source = config.distil_model_path or (published.url if published else None)

@@ -1,7 +1,8 @@
 """One optimiser step: its micro-batches, what all processes agree on about it, its gradients.
 
-The gradients of a step do not depend on how processes and micro-batches share its images: all have
-one canvas and one normaliser, the number of boxes of the whole step.
+Apart from dropout and drop path, whose masks are drawn for each micro-batch and process, gradients
+do not depend on how the images of a step are split: all micro-batches have the same canvas and the
+same normaliser, the number of boxes in the whole step.
 """
 
 from collections.abc import Iterator
@@ -50,13 +51,19 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
             raise Stopped(signum)
         if config.compile:
             canvas = compiled_canvas(canvas, config.eval_size, run.dataset.augmentation.max_size)
-        # All that is random in a step follows from its number: there is nothing to save.
+        # The step number determines all random numbers of a step: no state needs saving.
         set_seed(step_seed(config.seed, state.step, accelerator.process_index))
         terms = gradients(
-            *(run.forward, run.criterion, accelerator, batches, canvas, num_boxes, run.teacher),
+            run.forward,
+            run.criterion,
+            accelerator,
+            batches,
+            canvas,
+            num_boxes,
+            teacher=run.teacher,
             denoising_queries=config.denoising,
         )
-        if not run.agreement.any(terms is None):
+        if not run.agreement.true_anywhere(terms is None):
             break
         # Every process frees its memory and loads the same images again in smaller micro-batches.
         run.optimizer.zero_grad()
@@ -70,7 +77,7 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
     run.optimizer.zero_grad()
     if accelerator.optimizer_step_was_skipped:
         state.skipped_updates += 1
-        norm = torch.zeros_like(norm)  # fp16 overflowed; the weights are as they were
+        norm = torch.zeros_like(norm)  # fp16 overflowed; the weights did not change
     elif run.ema is not None:
         run.ema.update(run.model, step=state.step - state.skipped_updates)
     state.step += 1
@@ -170,7 +177,7 @@ def more_micro_batches(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[in
         )
     logger.warning(
         f"out of memory: --batch_size {size} is now split into {larger[0]} micro-batches on every "
-        f"process; the result is the same. Pass --n_iter_to_acc {larger[0]} to start that way"
+        f"process; only dropout masks change. Pass --n_iter_to_acc {larger[0]} to start that way"
     )
     return larger[0]
 

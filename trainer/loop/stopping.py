@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT as requests: the run finishes its step, saves, and ends.
 
-A second signal ends the process at once, but not within SAME_REQUEST of the first: a launcher
-forwards a signal that the terminal has already sent. Exit codes are the shell's: 128 + the number
+A second signal ends the process; repeats within SAME_REQUEST are ignored, since a launcher forwards
+a signal that the terminal has already sent. Exit codes are the shell's: 128 + the number
 of the signal (130, 143).
 """
 
@@ -16,7 +16,7 @@ SAME_REQUEST = 2.0  # seconds
 
 
 class Stopped(Exception):
-    """A run was asked to stop by the signal `signum`; raised on every process alike."""
+    """The signal `signum` asked a run to stop. Every process raises it at the same step."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -50,7 +50,7 @@ class StopRequest:
             self.signum, self._since = signum, time.monotonic()
         elif time.monotonic() - self._since > SAME_REQUEST:
             self._restore()
-            signal.raise_signal(signum)  # now handled as without us
+            signal.raise_signal(signum)  # now with the handler from before
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,7 +1,10 @@
 """COCO JSON to a sample table.
 
-Boxes stay as annotated: `trainer.data.dataset_check` repairs them. This reader leaves out, with a
-finding each, only what a table cannot hold.
+The modules import each other in one direction: this one, `coco_file`, `coco_columns`, then
+`json_stream`. All but this one work without PyTorch, because `vidt evaluate` reads with them.
+
+Boxes stay as annotated: `trainer.data.dataset_check` repairs them. This reader leaves out only what
+a table cannot hold, with a finding for each.
 """
 
 import os
@@ -59,10 +62,10 @@ def read_coco(
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a COCO file and list what was left out.
 
-    Labels follow the sorted category ids, or `class_names` where given (a validation set takes
-    those of its training set): categories are then matched by name, and boxes of other classes
-    are left out with a finding, since the model has no output for them. Segmentations are read only
-    with `masks`; an object with an unusable one keeps its box.
+    Labels follow the sorted category ids, or `class_names` if given, as a validation set takes
+    those of its training set. Categories are then matched by name, and boxes of other classes are
+    left out with a finding, since the model has no output for them. Segmentations are read only
+    with `masks`; an object whose segmentation is unusable keeps its box.
 
     Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
@@ -79,7 +82,7 @@ def read_coco(
     keep = file.faults == NO_FAULT
     without_area = int((keep & annotations.no_area).sum())
     if without_area:
-        detail = "annotations without area: that of the box is used"
+        detail = "annotations without area: the area of the box is used"
         findings.append(
             Finding("missing area", "info", "computed", detail, file.source, count=without_area)
         )
@@ -112,9 +115,9 @@ def _kept(column: np.ndarray, keep: np.ndarray) -> np.ndarray:
 def _image_findings(file: CocoFile) -> list[Finding]:
     malformed = file.images.malformed
 
-    def finding(place: int) -> Finding:
-        needs = "needs an integer id and a file_name that a file can have"
-        detail = f"image entry {malformed[place]} {needs}"
+    def finding(row: int) -> Finding:
+        needs = "needs an integer id and a valid file_name"
+        detail = f"image entry {malformed[row]} {needs}"
         return Finding("malformed image", "error", "removed", detail, file.source)
 
     return listed(range(file.images.num_malformed), finding)

@@ -32,7 +32,7 @@ class ImageColumns:
         self.num_rows += len(rows)
         for row in rows:
             own_id, name = row.get("id"), row.get("file_name")
-            if isinstance(own_id, int) and _fits(own_id) and _is_file_name(name):
+            if _is_id(own_id) and _is_file_name(name):
                 self.ids.append(own_id)
                 self.names.append(name)
                 self.sizes.append(_size(row))
@@ -85,7 +85,7 @@ class AnnotationColumns:
             odd = np.flatnonzero(part[kind])[: MOST_OF_A_KIND - self._num_odd[kind]].tolist()
             self._num_odd[kind] += len(odd)
             self.odd |= {
-                self.num_rows + place: {key: rows[place].get(key) for key in KEYS} for place in odd
+                self.num_rows + row: {key: rows[row].get(key) for key in KEYS} for row in odd
             }
         self.num_rows += len(rows)
         self._parts.append(part)
@@ -107,14 +107,15 @@ def _is_file_name(name: Any) -> TypeGuard[str]:
         return False
 
 
-def _fits(number: int) -> bool:
-    return -(2**63) <= number < 2**63
+def _is_id(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer of 64 bits; JSON's true is not."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _annotations(rows: list[Row], first: int) -> dict[str, np.ndarray]:
     """The columns of `Annotations`; `first` is the position of the first row."""
     ids, no_id = _numbers([row.get("id") for row in rows])
-    places = np.arange(first, first + len(rows))
+    positions = np.arange(first, first + len(rows))
     image_ids, no_image = _numbers([row.get("image_id") for row in rows])
     category_ids, no_category = _numbers([row.get("category_id") for row in rows])
     xywh, well_formed = _box_columns([row.get("bbox") for row in rows])
@@ -126,7 +127,7 @@ def _annotations(rows: list[Row], first: int) -> dict[str, np.ndarray]:
         areas = np.where(no_area, box_areas, areas).astype(np.float32)
         boxes = xyxy.astype(np.float32)
     return {
-        "ids": np.where(no_id, places, ids),
+        "ids": np.where(no_id, positions, ids),
         "image_ids": image_ids,
         "category_ids": category_ids,
         "no_image": no_image,
@@ -144,7 +145,7 @@ def _numbers(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     if set(map(type, values)) == {int}:
         with contextlib.suppress(OverflowError):
             return np.array(values, np.int64), np.zeros(len(values), np.bool_)
-    known = [isinstance(value, int) and _fits(value) for value in values]
+    known = [_is_id(value) for value in values]
     column = np.array([v if good else 0 for v, good in zip(values, known, strict=True)], np.int64)
     return column, ~np.array(known, np.bool_)
 

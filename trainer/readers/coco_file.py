@@ -75,31 +75,35 @@ def _read(
     categories: list[Row],
 ) -> None:
     add = {"images": images.add, "annotations": annotations.add, "categories": categories.extend}
-    missing = dict.fromkeys(add)
+    present: set[str] = set()
     try:
         for key, rows in read_members(json_path):
             if key not in add:
                 continue
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                missing = {key: None}
-                break
+                raise _needs_list(json_path, key)
             add[key](rows)
-            missing.pop(key, None)
+            present.add(key)
     except OSError as error:
         raise UserError(f"{json_path}: cannot be read ({error.strerror})") from error
     except NotJSON as error:
         raise UserError(f"{json_path}: not JSON ({error})") from error
-    for key in missing:
-        raise UserError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
+    for key in add:
+        if key not in present:
+            raise _needs_list(json_path, key)
     if not images.num_rows:
         raise UserError(f'{json_path}: empty dataset: its list "images" has no entry')
+
+
+def _needs_list(json_path: str | os.PathLike[str], key: str) -> UserError:
+    return UserError(f'{json_path}: not COCO JSON: it needs a list of objects "{key}"')
 
 
 def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
         own_id, name = category.get("id"), category.get("name")
-        if not isinstance(own_id, int) or not isinstance(name, str) or own_id in names:
+        if type(own_id) is not int or not isinstance(name, str) or own_id in names:
             raise UserError(
                 f"{json_path}: category {category} needs a name and an integer id of its own"
             )
@@ -129,17 +133,17 @@ def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:
     """The image, 0..N-1, of each annotation, -1 if unknown: int64 [M]."""
     ids = np.array(image_ids, np.int64)
     order = ids.argsort()
-    places = np.searchsorted(ids, annotations.image_ids, sorter=order)
-    owners = order[places.clip(max=len(ids) - 1)]
+    ranks = np.searchsorted(ids, annotations.image_ids, sorter=order)
+    owners = order[ranks.clip(max=len(ids) - 1)]
     known = (ids[owners] == annotations.image_ids) & ~annotations.no_image
     return np.where(known, owners, -1)
 
 
 def _labels(annotations: Annotations, classes: ClassMatch) -> np.ndarray:
     """-1 for a class that is not trained, -2 for an unknown category: int64 [M]."""
-    used, places = np.unique(annotations.category_ids, return_inverse=True)
+    used, inverse = np.unique(annotations.category_ids, return_inverse=True)
     labels = np.array([classes.label_of.get(own_id, -2) for own_id in used.tolist()], np.int64)
-    return np.where(annotations.no_category, -2, labels[places] if len(used) else places)
+    return np.where(annotations.no_category, -2, labels[inverse] if len(used) else inverse)
 
 
 def read_masks(

@@ -6,6 +6,7 @@ Python writes and turns half a surrogate pair into "?"; msgspec refuses both and
 the file in memory.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ CHUNK = 2**20  # characters read at once; more if a single value is longer
 LONGEST_WORD = 16  # characters: longer than any value but a string, such as -Infinity
 _BLANK = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
+_BETWEEN_ROWS = re.compile(r"(?<=\})[ \t\n\r]*,[ \t\n\r]*(?=\{)")
 _DECODER = json.JSONDecoder()
 
 
@@ -87,13 +89,14 @@ class _Stream:
     def rows(self) -> Iterator[list[Any]]:
         """Take a list, in parts of about a chunk."""
         self.take("[")
-        rows, dropped = [], self._dropped
+        rows, chunk = list[Any](), -1
         more = self.peek() != "]"
         while more:
+            if self._dropped != chunk:
+                if rows:
+                    yield rows
+                rows, chunk = self._batch(), self._dropped
             rows.append(self.value())
-            if self._dropped != dropped:
-                yield rows
-                rows, dropped = [], self._dropped
             comma = _COMMA.match(self._text, self._at)
             if comma and comma.end() < len(self._text):
                 self._at = comma.end()  # the usual case, for speed
@@ -101,6 +104,19 @@ class _Stream:
                 self.take(",")
         self.take("]")
         yield rows
+
+    def _batch(self) -> list[Any]:
+        """Take most rows of the chunk in one call of the decoder, several times as fast as row by
+        row. Takes none if the list ends within the chunk, a row is malformed, or the cut is not
+        between two rows but inside of one.
+        """
+        cut = _BETWEEN_ROWS.search(self._text, max(self._at, len(self._text) - CHUNK // 16))
+        if cut is not None:
+            with contextlib.suppress(ValueError, RecursionError):
+                rows: list[Any] = json.loads(f"[{self._text[self._at : cut.start()]}]")
+                self._at = cut.end()
+                return rows
+        return []
 
     def error(self, message: str, at: int | None = None) -> NotJSON:
         return NotJSON(f"{message} at character {self._dropped + (self._at if at is None else at)}")

@@ -183,6 +183,8 @@ class SampleTable:
             digest.update(column.contiguous().numpy().tobytes())
         if self.masks is not None:
             digest.update(self.masks.data.numpy().tobytes())
+        if self.crowd.any():  # not always, so that checkpoints of older versions still match
+            digest.update(self.crowd.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -196,7 +198,7 @@ class SampleTable:
         return torch.arange(len(self)).repeat_interleave(self.box_counts)
 
     def subset(self, indices: Sequence[int] | Tensor) -> "SampleTable":
-        """The samples at `indices`, in that order; an index may come more than once."""
+        """The samples at `indices`, in that order; an index may occur more than once."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         path_offsets, path_index = _gather_ranges(self.path_offsets, index)
         box_offsets, box_index = _gather_ranges(self.box_offsets, index)

@@ -35,12 +35,12 @@ def read_voc(
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a split of one VOC folder, or of all VOC20xx folders in `root` that have the split.
 
-    Labels follow the sorted class names, or `class_names` where given: boxes of other classes are
+    Labels follow the sorted class names, or `class_names` if given; boxes of other classes are
     left out with a finding. VOC counts pixels from 1 and includes both corners, so a box becomes
-    (xmin - 1, ymin - 1, xmax, ymax). Objects marked difficult become crowd: ignored in training
-    and neither rewarded nor punished in scoring. Images are numbered from 1.
+    (xmin - 1, ymin - 1, xmax, ymax). Difficult objects become crowd regions, which training and
+    scoring ignore. Images are numbered from 1.
 
-    Raises UserError if no folder has the split, or if nothing in it can be read.
+    Raises UserError if no folder has the split, or if none of its annotations can be read.
     """
     pictures: list[_Picture] = []
     findings: list[Finding] = []
@@ -80,13 +80,13 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
     for line in split_file.read_text().splitlines():
         if not line.strip():
             continue
-        stem = line.split()[0]  # files of a single class have "stem 1" or "stem -1"
+        stem = line.split()[0]  # split files of one class have "stem 1" or "stem -1"
         path = str(image_dir / file_names.get(stem, f"{stem}.jpg"))
         xml_path = folder / "Annotations" / f"{stem}.xml"
         try:
             tree = ElementTree.parse(xml_path).getroot()
         except (OSError, ElementTree.ParseError) as error:
-            # Without boxes, the image would train its objects as background.
+            # Kept without boxes, the image would train its objects as background.
             detail = f"{xml_path.name} cannot be read ({error})"
             findings.append(
                 Finding("unreadable annotations", "error", "removed", detail, source, path)

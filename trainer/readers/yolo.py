@@ -22,12 +22,11 @@ def read_yolo(
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
 
-    Labels follow the yaml's names, or `class_names` where given: boxes of other classes are left
-    out with a finding. Lines are "class cx cy w h", optionally followed by a score, which is
-    ignored, or "class x1 y1 x2 y2 ..." for a polygon, which becomes the box around it. An image
-    without a label file has no boxes. Coordinates are relative to the image as YOLO tools show it:
-    turned by its EXIF orientation. Images are numbered from 1 by
-    sorted path.
+    Labels follow the yaml's names, or `class_names` if given; boxes of other classes are left out
+    with a finding. A line is "class cx cy w h", optionally with a score, which is ignored, or
+    "class x1 y1 x2 y2 ..." for a polygon, which becomes its bounding box. An image without a label
+    file has no boxes. Coordinates are relative to the image as YOLO tools show it, rotated by its
+    EXIF orientation. Images are numbered from 1 in the order of their paths.
 
     Raises UserError if the yaml or the split is missing or malformed, or has no image.
     """
@@ -56,7 +55,7 @@ def _yaml_path(path: Path) -> Path:
         return path / "data.yaml"
     found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
     if len(found) != 1:
-        raise UserError(f"{path}: {counted(len(found), 'yaml file')} in it; name the dataset's own")
+        raise UserError(f"{path}: {counted(len(found), 'yaml file')} in it; name the right one")
     return found[0]
 
 
@@ -88,12 +87,12 @@ def _image_paths(yaml_path: Path, config: dict[str, Any], split: str) -> list[st
         raise UserError(f'{yaml_path}: has no entry "{split}"')
     paths: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
-        place = _resolve(yaml_path, config, str(entry))
-        if place.is_file():
-            lines = place.read_text().split("\n")
-            paths += [str(place.parent / line.strip()) for line in lines if line.strip()]
+        source = _resolve(yaml_path, config, str(entry))
+        if source.is_file():
+            lines = source.read_text().split("\n")
+            paths += [str(source.parent / line.strip()) for line in lines if line.strip()]
         else:
-            files = (Path(top) / name for top, _, names in os.walk(place) for name in names)
+            files = (Path(top) / name for top, _, names in os.walk(source) for name in names)
             paths += [str(file) for file in files if file.suffix.lower() in _SUFFIXES]
     if not paths:
         raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
@@ -102,16 +101,16 @@ def _image_paths(yaml_path: Path, config: dict[str, Any], split: str) -> list[st
 
 def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     base = yaml_path.parent / str(config.get("path") or "")
-    # Exports are common whose entries start with ../ though they lie beside the yaml.
-    places = [base / entry, yaml_path.parent / entry, base / entry.removeprefix("../")]
-    for place in places:
-        if place.exists():
-            return place
-    raise UserError(f"{yaml_path}: {places[0]}: no such folder or list of images")
+    # In many exports entries start with ../ although the folders are next to the yaml.
+    candidates = [base / entry, yaml_path.parent / entry, base / entry.removeprefix("../")]
+    for path in candidates:
+        if path.exists():
+            return path
+    raise UserError(f"{yaml_path}: {candidates[0]}: no such folder or list of images")
 
 
 def _label_path(image_path: str) -> Path:
-    """The path with its last folder `images` replaced by `labels`, else beside the image."""
+    """The path with its last folder `images` replaced by `labels`; else next to the image."""
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")

@@ -95,8 +95,6 @@ class Console:
 
     def _start(self, progress: Progress) -> None:
         self._begin = (self._clock(), progress)
-        if progress.step:
-            self._line(f"resuming after step {progress.step} of {progress.total_steps}")
         if self._stream.isatty() and progress.event != "end":
             # Log records of other modules go above the bar instead of through it.
             self._bar_exit.enter_context(logging_redirect_tqdm())
@@ -165,8 +163,8 @@ class Console:
         self._bar.refresh()
 
     def _remaining(self, progress: Progress) -> str:
-        """Estimated from what this process did; work of the process before a resume says nothing
-        about its speed.
+        """Estimated from what this process did; the work before a resume says nothing about
+        its speed.
         """
         assert self._begin is not None
         begin, first = self._begin

@@ -1,4 +1,4 @@
-"""`report.html`: everything that a run is judged by on one page, in one file without scripts.
+"""`report.html`: the results of a run on one page, in one file without scripts.
 
 Python prepares plain data, the templates beside this file lay it out. The page is written at
 evaluations, as rarely as its cost demands, and at the end. A page that cannot be made never ends a
@@ -50,8 +50,8 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """What is known of a run before it begins. The last split is the validation set; the training
-    set stands before it, if there is one.
+    """The facts about a run that are known before it begins. The last split is the validation set;
+    the training set, if there is one, precedes it.
     """
 
     folder: Path
@@ -137,7 +137,7 @@ def write_evaluation_page(
     accelerator: Accelerator,
     seconds: float,
 ) -> None:
-    """The page of `--eval`, which took so many seconds; that of a training is left alone."""
+    """Writes the page of `--eval`, which took `seconds`; it does not replace a training's page."""
     settings = resolved(config, asdict(model_config))
     environment = page_run.environment_of(accelerator)
     facts = RunFacts(Path(config.output_dir), settings, (val_set,), findings, environment)
@@ -212,7 +212,7 @@ def _map50(row: Mapping[str, float]) -> float:
 
 
 def _environment() -> Environment:
-    """jinja2's: text is escaped, an unknown name is an error."""
+    """The jinja2 environment: it escapes text and rejects unknown names."""
     environment = Environment(
         loader=PackageLoader("trainer.report", "template"),
         autoescape=True,
@@ -229,7 +229,7 @@ def _environment() -> Environment:
 
 
 def _printable(value: Any) -> Any:
-    """File names need not be valid text, nor class names printable: both are shown."""
+    """Shows file names that are not valid text, and class names that are not printable."""
     if hasattr(value, "__html__"):
         return value
     text = str(value).encode("utf-8", "backslashreplace").decode()

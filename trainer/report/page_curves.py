@@ -1,4 +1,4 @@
-"""What a page shows of a training: loss, its terms and average precision over the steps."""
+"""The curves of a page: loss, its terms and average precision over the steps of a training."""
 
 import math
 import re
@@ -22,8 +22,8 @@ AP_NAMES = {
 
 
 def curves_of(history: RunHistory, rows: Rows) -> dict[str, Any]:
-    """Plots and what is said of them. Losses per log line are of this start, evaluations of all
-    starts.
+    """The plots and the values in their captions. Losses cover this start of the run, evaluations
+    all starts.
     """
     losses, scores = _column(rows, "loss")[1], _column(rows, "map50")[1]
     names = [name for name in (rows[-1] if rows else {}) if name.startswith("ap50/")]

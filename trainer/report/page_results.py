@@ -1,4 +1,4 @@
-"""What a page shows of one evaluation: curves, classes, confusions, sizes, worst images."""
+"""The sections of a page about an evaluation: curves, classes, confusions, sizes, worst images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,8 @@ SIZES = ("small", "medium", "large")
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """One evaluation: its metrics, their diagnosis, its worst images drawn, and which weights
-    were evaluated, as people are told.
+    """One evaluation: its metrics, its diagnosis, drawings of its worst images, and a description
+    of the evaluated weights for people.
     """
 
     metrics: Mapping[str, float]
@@ -41,13 +41,15 @@ class Scored:
     what: str
 
     def score(self, name: str) -> float:
-        """NaN where the metrics lack it, or there was nothing to score."""
+        """The metric, NaN if it is missing or there was nothing to score."""
         value = float(self.metrics.get(name, math.nan))
         return value if is_score(value) else math.nan
 
 
 def results_of(scored: Scored, samples: SampleTable, by_size: Sequence[int]) -> dict[str, Any]:
-    """Plots and what is said of them. by_size: the number of small, medium and large true boxes."""
+    """The plots and the values in their captions. by_size: the number of small, medium and large
+    true boxes.
+    """
     table = scored.diagnosis.confusion
     counts, rows, columns = condensed(scored.diagnosis)
     judged = zip(scored.diagnosis.worst, scored.worst, strict=True)
@@ -120,7 +122,7 @@ def _sizes_plot(scored: Scored, by_size: Sequence[int]) -> Plot:
 
 
 def _extremes(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """The worst and the best, if two or more could be scored and one is above 0."""
+    """The worst and the best class, if two or more have a score and one is above 0."""
     known = sorted((value, name) for name, value in scores.items() if is_score(value))
     if len(known) < 2 or not known[-1][0]:
         return []

@@ -1,4 +1,4 @@
-"""What a page shows of what a run was made of: data, findings, settings, environment, speed."""
+"""The sections of a page about a run: data, findings, settings, environment, speed."""
 
 import math
 import os
@@ -28,7 +28,7 @@ PACKAGES = ("vidt", "torch", "torchvision", "accelerate", "timm", "numpy", "pill
 
 
 def environment_of(accelerator: Accelerator) -> dict[str, str]:
-    """Device, precision, processes and versions, by name; of this process's machine."""
+    """Device, precision, processes and versions of this machine, by name."""
     facts = {
         "device": _device(accelerator.device),
         "processes": str(accelerator.num_processes),
@@ -152,7 +152,7 @@ def changed_and_default(settings: Mapping[str, Any]) -> tuple[dict[str, Any], di
 
 
 def training_times(history: RunHistory) -> dict[str, str]:
-    """Of this start."""
+    """Durations, speed and memory since this start of the run."""
     total, evaluating = history.seconds, history.seconds_evaluating
     speed, memory = history.known("images_per_second"), history.known("memory_gib")
     times = {"since this start": duration(total)}

@@ -1,5 +1,5 @@
-"""Truth beside prediction for a grid of validation images, and the drawing that they share with
-`trainer.report.worst_pictures`.
+"""A grid of validation images with ground truth and predictions side by side, and the drawing
+functions that `trainer.report.worst_pictures` also uses.
 
 Boxes are xyxy in pixels of the image they belong to; masks are run lengths, as of
 `trainer.readers.run_lengths`.
@@ -45,7 +45,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """A box to draw, xyxy in pixels of its image; one without a text is thin and in the back."""
+    """A box to draw, xyxy in pixels of its image. Without text it is thin and in the background."""
 
     box: np.ndarray  # [4]
     text: str
@@ -70,7 +70,7 @@ def comparisons(
 
 
 def image_of(sample: Sample) -> Image.Image:
-    """Grey where the file has become unreadable: a run matters more than its pictures."""
+    """The image; grey if its file has become unreadable, so that the run can continue."""
     try:
         return read_image(sample.path, sample.size)
     except (UserError, OSError):
@@ -84,7 +84,7 @@ def truth_beside_prediction(
     pairs: Sequence[Image.Image],
     panel: int = 400,
 ) -> Image.Image:
-    """A grid of pairs with a legend of the classes above. `pairs` is what `compare` draws of the
+    """A grid of pairs under a legend of the classes. `pairs` are the results of `compare` for the
     rows, at least one, with the same `panel`.
     """
     columns = 1 if len(pairs) < 2 else 2
@@ -141,7 +141,7 @@ def masks_or_none(masks: Sequence[RunLengths] | None, count: int) -> Sequence[Ru
 
 
 def _prediction_caption(scores: Sequence[float], num_kept: int, min_score: float) -> str:
-    """An empty image early in a run explains itself: no prediction, or only low scores."""
+    """The caption of a prediction, which says why an image has no boxes."""
     if num_kept or not scores:
         return f"prediction: {counted(num_kept, 'box', 'boxes')} of score {min_score:g} and above"
     return f"prediction: no box of score {min_score:g} (highest {max(scores):.2f})"

@@ -268,7 +268,7 @@ def _set_axes(plot: Any, axes: Axes) -> None:
 
 
 def _widen_flat_range(plot: Any) -> None:
-    """Nearly equal values look equal: the y axis spans at least a tenth of them either way."""
+    """Extends the y axis to a tenth of the values or more: nearly equal ones shall look equal."""
     low, high = plot.dataLim.intervaly
     reach = 0.1 * (max(abs(low), abs(high)) or 1)
     if np.isfinite(high) and high - low < reach:
@@ -319,7 +319,7 @@ def _for_a_page(svg: str, size: tuple[int, int], description: str) -> str:
         (r'\s+id="[\w.]+_\d+"', ""),
         (r"font: ([\d.]+px)[^;\"]*", r"font-size: \1"),
         (r"font-family: [^;\"]*; ?", ""),
-        (r"(\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # digits that nobody sees
+        (r"(\.\d\d)\d+(?=[^<>]*>)", r"\1"),  # invisible digits
         (r' transform="rotate\(-?0 [^)]*\)"', ""),
         (r"\s*\n\s*", "\n"),
     )

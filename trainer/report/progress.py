@@ -1,4 +1,4 @@
-"""`Progress`, by which everything outside follows a run, and two reports: metrics.csv, TensorBoard.
+"""`Progress`, the events of a run for its observers, and two reports: metrics.csv, TensorBoard.
 
 The trainer calls `report(progress)` on the main process only. A `Report` is any callable that takes
 a `Progress`; `trainer.report.console` and `trainer.report.page` have others.
@@ -36,8 +36,8 @@ class Progress:
     """One event of a run. What `metrics` holds depends on `event`:
 
     - "start", once: nothing. `step` is 0, or the step from which the run resumes.
-    - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr` (more groups as
-      `lr/NAME`), `grad_norm`, `images_per_second`, `memory_gib`.
+    - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr`,
+      `grad_norm`, `images_per_second`, `memory_gib`.
     - "evaluating": nothing. Evaluation has begun, or continues (`fraction` moves).
     - "evaluation": the names in `COCO_NUMBERS`, with the prefix `segm_` for masks, `ap/CLASS` and
       `ap50/CLASS`. -1 or NaN: the validation set has no such objects.
@@ -53,7 +53,7 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     total_epochs: int = 0  # 0: unknown
     message: str = ""  # one line for people
-    weights: Path | None = None  # the weights file that belongs to "evaluation", "saved" or "end"
+    weights: Path | None = None  # the weights file of an "evaluation" or the "end"
     best: bool = False  # this evaluation is the best so far
     pictures: Sequence[Image.Image] = ()  # validation images with boxes drawn on them
     diagnosis: Diagnosis | None = None  # of an "evaluation"
@@ -64,7 +64,7 @@ Report = Callable[[Progress], None]
 
 
 def fan_out(*reports: Report) -> Report:
-    """A report that calls each of these, in order."""
+    """A report that calls all `reports` in order."""
 
     def report(progress: Progress) -> None:
         for each in reports:
@@ -74,7 +74,7 @@ def fan_out(*reports: Report) -> Report:
 
 
 def is_score(value: float) -> bool:
-    """False for -1 (pycocotools) and NaN (ours), which mean: there are no such objects."""
+    """False for -1 (pycocotools) and NaN (ours), which mean that there are no such objects."""
     return not math.isnan(value) and value >= 0
 
 
@@ -127,7 +127,7 @@ class CsvLog:
         for name, value in metrics.items():
             if name.startswith("loss"):
                 self._losses.setdefault(name, []).append(float(value))
-            elif name.split("/")[0] == "lr":
+            elif name == "lr":
                 self._rates[name] = float(value)
 
     def _row(self, progress: Progress) -> dict[str, str]:

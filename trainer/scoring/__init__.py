@@ -1,1 +1,1 @@
-"""COCO's numbers, confusions, and the evaluation of a model."""
+"""COCO metrics, the confusion matrix, and the evaluation of a model."""

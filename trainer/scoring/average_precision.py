@@ -1,12 +1,11 @@
-"""COCO's average precision and recall, in whole columns of detections at a time; number for number
-those of pycocotools (COCOeval), whose arithmetic this follows.
+"""COCO's average precision and recall, equal to the numbers of pycocotools (COCOeval).
 
-First every process matches the detections of its images (`match`), then the matches of all are
-put together and summed up (`accumulate`). What pycocotools does image by image in Python is done
-here for all images at once.
+pycocotools loops over images and classes in Python; here NumPy handles all images at once. Every
+process matches the detections of its images (`match`), then `accumulate` joins the matches of all
+processes and computes precision and recall.
 
-D detections, M objects, P pairs of a detection and an object of its image and class; T thresholds
-of overlap, R recalls, K classes, A ranges of area, L limits on the detections of a class in an
+D detections, M objects, P pairs of a detection and an object of the same image and class, T IoU
+thresholds, R recalls, K classes, A ranges of area, L limits on the detections of a class in an
 image.
 """
 
@@ -21,16 +20,16 @@ from pycocotools import mask as coco_mask
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 LIMITS = (1, 10, 100)
-# From and to, both included, in pixels: all, small, medium, large.
+# Lowest and highest area in pixels, both included: all, small, medium, large.
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 
-# COCO's twelve numbers, in the order in which COCO counts them up.
+# COCO's twelve metrics, in COCO's order.
 STATS = (
     *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
 )
 
-# The same in the order in which a run shows them, the one that picks the best weights first.
+# The same in the order in which a run shows them: first the one that selects the best weights.
 COCO_NUMBERS = (
     *("map50", "map", "map75", "map_small", "map_medium", "map_large"),
     *("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large"),
@@ -38,19 +37,19 @@ COCO_NUMBERS = (
 
 BLOCK = 2**18  # pairs whose overlaps are computed at once
 
-# Detections [P] and objects [P], as numbers of those given, to how far they overlap, 0..1 [P]. The
-# pairs of one detection follow one another, and so do the detections of one image and class.
+# Maps the indices of detections [P] and of objects [P] to the overlap of each pair, 0..1 [P]. Pairs
+# of one detection are adjacent, and so are the detections of one image and class.
 Overlap: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """What is in the images. `image` tells images apart; `label` is 0..K-1."""
+    """The true objects. `image` is any number that identifies an image; `label` is 0..K-1."""
 
     image: np.ndarray  # int64 [M]
     label: np.ndarray  # int64 [M]
     area: np.ndarray  # float64 [M]
-    crowd: np.ndarray  # bool [M]: neither rewarded nor punished
+    crowd: np.ndarray  # bool [M]: detections in it are neither right nor wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +64,20 @@ class DetectionColumns:
 
 @dataclass(frozen=True, eq=False)
 class DetectionMatches:
-    """Detections, by class, image and falling score, and what became of them."""
+    """Detections sorted by class, image and falling score, and whether they are right."""
 
     label: np.ndarray  # int64 [D]
     image: np.ndarray  # int64 [D]
     rank: np.ndarray  # int64 [D], within the image and class
     score: np.ndarray  # float64 [D]
     right: np.ndarray  # bool [A, T, D]
-    wrong: np.ndarray  # bool [A, T, D]; neither right nor wrong: does not count
-    totals: np.ndarray  # int64 [A, K], objects to be found
+    wrong: np.ndarray  # bool [A, T, D]; one that is neither does not count
+    totals: np.ndarray  # int64 [A, K], number of objects to detect
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """-1 where there is nothing to find; precision is that of the largest limit."""
+    """-1 where there is no object; precision is for the largest limit."""
 
     precision: np.ndarray  # [T, R, K, A]
     recall: np.ndarray  # [T, K, A, L]
@@ -91,8 +90,8 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
 
 
 def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> Overlap:
-    """Intersection over union of boxes [D, 4] and [M, 4], xywh in float64; over the detection alone
-    where the object is a crowd.
+    """IoU of boxes [D, 4] and [M, 4], xywh in float64. If the object is a crowd region, the
+    intersection is divided by the area of the detection.
     """
 
     def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
@@ -109,8 +108,8 @@ def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) 
 def overlap_of_masks(
     found: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
 ) -> Overlap:
-    """Intersection over union of masks as pycocotools takes them, of one image and class at a time;
-    over the detection alone where the object is a crowd, bool [M].
+    """IoU of masks in pycocotools' form, one image and class at a time. If the object is a crowd
+    region, crowd [M] bool, the intersection is divided by the area of the detection.
     """
 
     def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
@@ -130,7 +129,7 @@ def overlap_of_masks(
 
 
 def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Of boxes [4, P] with boxes [4, P]."""
+    """The overlap of boxes [4, P] with boxes [4, P], both xywh: [P]."""
     width, height = (
         np.minimum(here[side] + here[axis], there[side] + there[axis])
         - np.maximum(here[axis], there[axis])
@@ -145,9 +144,11 @@ def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndar
 def match(
     objects: Objects, found: DetectionColumns, overlap: Overlap, num_classes: int
 ) -> DetectionMatches:
-    """Gives each detection, best first, the object that it covers best of those that are left."""
-    order = np.lexsort((-found.score, found.image, found.label))  # stable, as all sorting here
-    rank = _places(starts_of_runs(found.label[order], found.image[order]), len(order))
+    """Matches each detection, best first, with the free object that overlaps it most."""
+    order = np.lexsort(
+        (-found.score, found.image, found.label)
+    )  # stable, like every sort in this file
+    rank = _ranks_in_runs(starts_of_runs(found.label[order], found.image[order]), len(order))
     order, rank = order[rank < LIMITS[-1]], rank[rank < LIMITS[-1]]
     label, image = found.label[order], found.image[order]
 
@@ -180,12 +181,12 @@ def _choices(
     ignored: np.ndarray,
     crowd: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What is matched, as (threshold, row, object). label and image are those of the rows [D], the
-    detections in order; row, thing and iou are those of the pairs.
+    """Yields matches as (threshold, row, object). label and image [D] belong to the rows, the
+    sorted detections; row, thing and iou [P] belong to the pairs.
 
-    Detections choose in turns: of every image and class the first that has a choice, then every
-    second, and so on. Objects that count come before those that do not, then the nearest, then
-    the last.
+    Detections choose in turns: first the best detection with a pair of every image and class, then
+    the second best, and so on. Each prefers objects that count, then the highest IoU, then the last
+    object.
     """
     order = np.lexsort((thing, iou, ~ignored[thing], row))  # each row's first choice comes last
     row, thing, iou = row[order], thing[order], iou[order]
@@ -203,18 +204,18 @@ def _choices(
 
 
 def _turns(label: np.ndarray, image: np.ndarray, row: np.ndarray) -> list[np.ndarray]:
-    """Pairs, sorted by label, image and row, as those of the first row of every label and image,
-    those of the second, and so on.
+    """Indices of the pairs, which are sorted by label, image and row: those of the first row of
+    every label and image, those of the second, and so on.
     """
     starts = starts_of_runs(row)
-    turn = _places(starts_of_runs(label[starts], image[starts]), len(starts))
+    turn = _ranks_in_runs(starts_of_runs(label[starts], image[starts]), len(starts))
     turn = np.repeat(turn, np.diff(np.append(starts, len(row))))
     order = np.argsort(turn, kind="stable")
     return np.split(order, starts_of_runs(turn[order])[1:]) if len(order) else []
 
 
 def _pairs(label: np.ndarray, image: np.ndarray, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection with each object of its image and class: rows, and numbers of objects."""
+    """Pairs each detection with each object of its image and class: row and object index, [P]."""
     span = max(image.max(initial=0), objects.image.max(initial=0)) + 1
     keys = objects.label * span + objects.image
     order = np.argsort(keys, kind="stable")
@@ -223,7 +224,7 @@ def _pairs(label: np.ndarray, image: np.ndarray, objects: Objects) -> tuple[np.n
     )
     counts = last - first
     row = np.repeat(np.arange(len(label)), counts)
-    return row, order[np.repeat(first, counts) + _places(counts.cumsum() - counts, len(row))]
+    return row, order[np.repeat(first, counts) + _ranks_in_runs(counts.cumsum() - counts, len(row))]
 
 
 def starts_of_runs(*columns: np.ndarray) -> np.ndarray:
@@ -233,13 +234,13 @@ def starts_of_runs(*columns: np.ndarray) -> np.ndarray:
     return np.flatnonzero(changes)
 
 
-def _places(starts: np.ndarray, length: int) -> np.ndarray:
-    """0, 1, 2, ... in each of the runs that start there."""
+def _ranks_in_runs(starts: np.ndarray, length: int) -> np.ndarray:
+    """0, 1, 2, ... within each run that begins at one of `starts`: [length]."""
     return np.arange(length) - np.repeat(starts, np.diff(np.append(starts, length)))
 
 
 def accumulate(shares: Sequence[DetectionMatches]) -> Scores:
-    """Of all images, each of which is in one share."""
+    """Precision and recall over all images; each image is in one share."""
     label, image, rank, score = (
         np.concatenate([getattr(share, name) for share in shares])
         for name in ("label", "image", "rank", "score")
@@ -258,27 +259,27 @@ def accumulate(shares: Sequence[DetectionMatches]) -> Scores:
     for area, number in zip(*np.nonzero(totals), strict=True):
         own = slice(bounds[number], bounds[number + 1])
         hits, total = right[area, :, own], totals[area, number]
-        for place, limit in enumerate(LIMITS):
-            recall[:, number, area, place] = hits[:, rank[own] < limit].sum(axis=1) / total
+        for position, limit in enumerate(LIMITS):
+            recall[:, number, area, position] = hits[:, rank[own] < limit].sum(axis=1) / total
         precision[:, :, number, area] = _precision(hits, wrong[area, :, own], total)
     return Scores(precision, recall)
 
 
 def _precision(right: np.ndarray, wrong: np.ndarray, total: int) -> np.ndarray:
-    """[T, R] of one class's detections by falling score: at each recall the best precision at that
-    recall or beyond, 0 where it is not reached.
+    """Precision [T, R] of one class, whose detections are sorted by falling score: the highest at
+    each recall or beyond, 0 if the recall is not reached.
     """
     hits, misses = (each.cumsum(axis=1).astype(np.float64) for each in (right, wrong))
     reached = hits / total
     precision = hits / (misses + hits + np.spacing(1))
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
-    places = np.array([np.searchsorted(each, RECALLS) for each in reached])
-    return np.take_along_axis(best, places, axis=1)
+    positions = np.array([np.searchsorted(each, RECALLS) for each in reached])
+    return np.take_along_axis(best, positions, axis=1)
 
 
 def coco_numbers(scores: Scores) -> dict[str, float]:
-    """The twelve of STATS; -1 where there is nothing to score."""
+    """The metrics of STATS; -1 where there is nothing to score."""
     precision, recall = scores.precision, scores.recall
     everywhere, sizes = precision[..., 0], (1, 2, 3)
     at = THRESHOLDS.tolist().index
@@ -292,7 +293,7 @@ def coco_numbers(scores: Scores) -> dict[str, float]:
 
 
 def class_numbers(scores: Scores, names: Sequence[str]) -> dict[str, float]:
-    """`ap/CLASS` and `ap50/CLASS` of each class, objects of all sizes."""
+    """`ap/CLASS` and `ap50/CLASS` of each class, for objects of all sizes."""
     precision = scores.precision[..., 0]
     numbers: dict[str, float] = {}
     for label, name in enumerate(names):

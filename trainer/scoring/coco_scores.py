@@ -1,8 +1,8 @@
-"""COCO's numbers of what a detector found on the images of a COCO file, without PyTorch.
+"""COCO metrics of a detector on the images of a COCO file, without PyTorch.
 
-Boxes are judged as `trainer.data.dataset_check` judges them and scored by
-`trainer.scoring.average_precision`, so that a score here is that of a training run: dropped without
-area or outside their image, clipped where they stick out.
+Scores equal those of a training run: like `trainer.data.dataset_check`, this drops boxes without
+area or outside their image and clips the others, and `trainer.scoring.average_precision` scores
+them.
 
 N images, M objects, D detections.
 """
@@ -39,7 +39,7 @@ from trainer.scoring.average_precision import (
 )
 from trainer.scoring.prediction_formats import ImagePredictions
 
-# The numbers in words, in COCO's order.
+# The metrics in words, in COCO's order.
 WORDS = dict(
     zip(
         STATS,
@@ -70,10 +70,10 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True, eq=False)
 class JudgedObjects:
-    """The objects that count, and why others do not: how many of each reason.
+    """The objects that count, and the number of others for each reason.
 
-    `rows` are their places among the file's annotations, `image` the places of their images,
-    0..N-1; boxes are xyxy in pixels, clipped.
+    `rows` are indices of the file's annotations, `image` of its images, 0..N-1; boxes are xyxy in
+    pixels, clipped.
     """
 
     rows: np.ndarray  # int64 [M]
@@ -86,8 +86,8 @@ class JudgedObjects:
 
 
 def judge(file: CocoFile, found: Mapping[int, ImagePredictions]) -> JudgedObjects:
-    """The objects of the images that something was looked for in: those in `found`, by place.
-    Where the file does not say how large an image is, its picture does.
+    """Judges the objects of the predicted images, the keys of `found` (image index). Sizes that the
+    file does not give are those of the image files.
     """
     sizes = np.array(_sizes(file, found), np.float64)
     sizes[sizes == 0] = np.inf
@@ -100,8 +100,7 @@ def judge(file: CocoFile, found: Mapping[int, ImagePredictions]) -> JudgedObject
         left_out[words] += int((file.faults == fault).sum())
     left_out[_LEFT_OUT[MALFORMED_BOX]] += int((~judged.finite).sum())
     left_out["whose box has no area in its image"] = int((judged.finite & ~judged.usable).sum())
-    looked_at = np.isin(image, list(found))
-    which = judged.usable & looked_at
+    which = judged.usable & np.isin(image, list(found))
     return JudgedObjects(
         rows=rows[which],
         image=image[which],
@@ -119,7 +118,7 @@ def box_scores(
     found: Mapping[int, ImagePredictions],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """The twelve numbers, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
+    """The twelve metrics, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
     things, boxes = _detections(file, found)
     overlap = overlap_of_boxes(boxes, xywh(truth.boxes), truth.crowd)
     scores = accumulate([match(_objects(file, truth), things, overlap, len(names))])
@@ -132,14 +131,14 @@ def map50(
     detections: Iterable[Any],
     names: Sequence[str],
 ) -> float:
-    """Mean AP at IoU 0.5, 0..1, of the detections of each image in order. `scores` [N], `labels`
-    [N] and `boxes` [N, 4] (xyxy, pixels) are arrays or CPU tensors; boxes are clipped to the image,
-    of which `sizes` are (height, width).
+    """Mean AP at IoU 0.5, 0..1, of the detections in each image, in the order of the file. Their
+    `scores` [N], `labels` [N] and `boxes` [N, 4] (xyxy, pixels) are arrays or CPU tensors; boxes
+    are clipped to the images, whose (height, width) are `sizes`.
     """
     found = {}
-    for place, (size, each) in enumerate(zip(sizes, detections, strict=True)):
+    for index, (size, each) in enumerate(zip(sizes, detections, strict=True)):
         boxes = np.asarray(each.boxes, np.float64).reshape(-1, 4)
-        found[place] = ImagePredictions(
+        found[index] = ImagePredictions(
             file="",
             size=size,
             boxes=boxes.clip(0, [*size[::-1], *size[::-1]]),
@@ -155,8 +154,8 @@ def mask_scores(
     found: Mapping[int, ImagePredictions],
     names: Sequence[str],
 ) -> tuple[dict[str, float], int]:
-    """The twelve numbers of masks, as `segm_map50` and so on, and how many objects have a mask that
-    is unusable; no numbers if the detector gives no masks, or no object has any.
+    """The twelve metrics of masks, as `segm_map50` and so on, and the number of objects with an
+    unusable mask; no metrics if the detector predicts no masks or no object has one.
     """
     if not any(each.masks for each in found.values()):
         return {}, 0
@@ -174,7 +173,7 @@ def mask_scores(
             read, truth.boxes.tolist(), truth.image.tolist(), strict=True
         )
     ]
-    # Where an object has no mask nothing is right or wrong: its box is a crowd region.
+    # The box of an object without a mask is a crowd region: nothing in it is right or wrong.
     crowd = truth.crowd | ~present
     objects = replace(_objects(file, truth), crowd=crowd)
     things, _ = _detections(file, found)
@@ -188,15 +187,15 @@ def mask_scores(
 
 
 def _sizes(file: CocoFile, found: Mapping[int, ImagePredictions]) -> list[tuple[int, int]]:
-    """(height, width) of each image; (0, 0) where neither the file nor a picture tells."""
+    """(height, width) of each image; (0, 0) if neither the file nor a prediction gives it."""
     sizes = enumerate(file.images.sizes)
     return [
-        found[place].size if size == (0, 0) and place in found else size for place, size in sizes
+        found[index].size if size == (0, 0) and index in found else size for index, size in sizes
     ]
 
 
 def _order(file: CocoFile) -> np.ndarray:
-    """Each image's place by id, int64 [N]: COCO looks at equal scores in this order."""
+    """Each image's rank by id, int64 [N]: COCO sorts equal scores in this order."""
     return np.argsort(np.argsort(np.array(file.images.ids, np.int64)))
 
 
@@ -208,7 +207,7 @@ def _objects(file: CocoFile, truth: JudgedObjects) -> Objects:
 def _detections(
     file: CocoFile, found: Mapping[int, ImagePredictions]
 ) -> tuple[DetectionColumns, np.ndarray]:
-    """What was found, and the boxes [D, 4] xywh."""
+    """The detections, and their boxes [D, 4] xywh."""
     counts = [len(each.labels) for each in found.values()]
     image = np.repeat(_order(file)[np.array(list(found), np.int64)], counts)
     labels = np.concatenate([np.zeros(0, np.int64), *(each.labels for each in found.values())])

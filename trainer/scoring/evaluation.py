@@ -1,9 +1,8 @@
-"""COCO metrics of a model on a table of samples, shared among processes; every image is scored
-exactly once.
+"""COCO metrics of a model on a table of samples. The images are split among the processes; each is
+scored exactly once.
 
-The result does not depend on the number of processes or on the batch size: images are resized to
-canvases of their own, only equal canvases share a batch, and per-image scores are put back into the
-order of the table before they are summed up.
+The result does not depend on the number of processes or on the batch size: each image has its own
+canvas, only images of equal canvas share a batch, and scoring uses the order of the table.
 """
 
 from collections.abc import Callable
@@ -51,13 +50,13 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
 from vidt.predict.detections import Detections, decode_for, on_cpu
 
-MASK_PIXELS = 2**26  # drawn at once, of all masks together
+MASK_PIXELS = 2**26  # of masks that are encoded together
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name (-1 where there is nothing to score) and this process's detections by index
-    of the sample; their masks too, if masks were scored.
+    """Metrics by name (-1: nothing to score), the same on all processes; this process's detections
+    by sample index, and their masks if masks were scored.
     """
 
     metrics: dict[str, float]
@@ -79,11 +78,11 @@ def evaluate(
     tick: Callable[[float], None] = lambda fraction: None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Evaluation:
-    """Predicts this process's share, scores it, and puts all shares together. Masks are scored if
-    the samples have any and the model predicts them.
+    """Predicts and scores this process's images, and joins the scores of all processes. Masks are
+    scored if the samples have masks and the model predicts them.
 
-    tick gets the share of the work that is done, 0..1. stop is asked between batches; if any
-    process is told to, all raise Stopped.
+    tick receives the finished share of the work, 0..1. stop returns a signal number, 0 for none,
+    and is called after each batch; if it does so on any process, all raise Stopped.
     """
     canvases = [preprocessing.canvas(height, width) for height, width in samples.sizes.tolist()]
     batches = canvas_batches(canvases, batch_size)
@@ -135,17 +134,17 @@ def evaluate(
 def predict(
     model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
 ) -> list[Detections]:
-    """Detections of a batch, on the CPU, in pixels of the original images; sizes [B, 2] are theirs,
-    (height, width). Where memory does not suffice, half of the batch at a time.
+    """Detections in a batch, on the CPU, in pixels of the original images, whose (height, width)
+    are sizes [B, 2]. If memory runs out, half of the batch at a time.
 
-    Raises OutOfMemory when one image is too much.
+    Raises OutOfMemory if one image does not fit.
     """
     try:
         return _predict(model, images, padding, sizes, accelerator)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # Out here nothing holds on to the tensors of the attempt any more.
+    # After the handler nothing refers to the tensors of the failed attempt.
     half = len(images) // 2
     if not half:
         height, width = images.shape[-2:]
@@ -177,8 +176,8 @@ def _predict(
 
 
 def run_lengths(found: Detections) -> list[RunLengths]:
-    """The masks of detections on the CPU, drawn a few at a time: those of a large picture take a
-    gigabyte.
+    """The masks of detections on the CPU. A few are encoded at a time: all masks of a large image
+    take a gigabyte.
     """
     assert found.mask_vectors is not None
     height, width = found.mask_vectors.size
@@ -193,14 +192,14 @@ def score_images(
     detections: dict[int, Detections],
     masks: dict[int, list[RunLengths]] | None = None,
 ) -> DetectionMatches:
-    """What became of the detections of some samples, by boxes or, where given, by masks."""
+    """Matches the detections in some samples by boxes, or by `masks` if given."""
     truth = samples.subset(indices)
     image = np.asarray(indices, np.int64)[truth.box_owners.numpy()]
     found, boxes = _found(samples, [index for index in indices if index in detections], detections)
     crowd, areas = truth.crowd.numpy(), truth.areas.numpy().astype(np.float64)
     overlap = overlap_of_boxes(boxes, xywh(truth.boxes.numpy()), crowd)
     if masks is not None:
-        # Where an object has no mask nothing is right or wrong: its box is a crowd region.
+        # The box of an object without a mask is a crowd region: nothing in it is right or wrong.
         crowd = crowd | ~truth.masks.present.numpy()  # type: ignore[union-attr]
         entries = _mask_entries(samples, found.image, masks)
         found = replace(found, area=np.array(areas_of(entries), np.float64))
@@ -210,13 +209,13 @@ def score_images(
 
 
 def summarise(samples: SampleTable, shares: list[DetectionMatches]) -> dict[str, float]:
-    """All twelve COCO numbers, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
+    """The twelve COCO metrics, map50 first, then `ap/CLASS` and `ap50/CLASS`."""
     scores = accumulate(shares)
     return _map50_first(scores) | class_numbers(scores, samples.class_names)
 
 
 def summarise_masks(shares: list[DetectionMatches]) -> dict[str, float]:
-    """The twelve COCO numbers of masks: `segm_map50` and so on."""
+    """The twelve COCO metrics of masks: `segm_map50` and so on."""
     return {f"segm_{name}": number for name, number in _map50_first(accumulate(shares)).items()}
 
 
@@ -228,8 +227,8 @@ def _map50_first(scores: Scores) -> dict[str, float]:
 def _found(
     samples: SampleTable, indices: list[int], detections: dict[int, Detections]
 ) -> tuple[DetectionColumns, np.ndarray]:
-    """The detections of samples, and their boxes [D, 4] xywh, clipped to the images as the platform
-    and every file of results have them.
+    """The detections in samples, and their boxes [D, 4] xywh, clipped to the images as in all
+    result files.
     """
     own = [detections[index] for index in indices]
     counts = torch.tensor([len(each.scores) for each in own], dtype=torch.int64)
@@ -246,7 +245,7 @@ def _found(
 def _mask_entries(
     samples: SampleTable, image: np.ndarray, masks: dict[int, list[RunLengths]]
 ) -> list[dict[str, Any]]:
-    """The masks of detections, as pycocotools takes them; image [D] is theirs."""
+    """The masks of detections in pycocotools' form; image [D] is the sample of each detection."""
     indices = list(dict.fromkeys(image.tolist()))
     sizes = samples.sizes[indices].tolist()
     return [

@@ -1,8 +1,8 @@
-"""What a detector takes for what, and the images on which it errs most.
+"""The confusion matrix of a detector, and the images with the most mistakes.
 
-Boxes count from the threshold of their class that gives the highest F1. A found box is first held
-to the true boxes of its own class (at IoU 0.5, the surest first, as pycocotools does it), then to
-those of other classes that are left: that is a confusion. K classes.
+Detections count if they reach the threshold of their class with the highest F1. In the order of
+their scores they are matched at IoU 0.5, as in pycocotools: first to the true boxes of their own
+class, then to the remaining ones of other classes, which is a confusion. K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,25 +23,25 @@ from vidt.predict.detections import Detections
 
 MIN_IOU = 0.5
 MOST_IMAGES = 12  # of the worst
-MOST_CURVES = 6  # more lines of one picture cannot be told apart
-MOST_ROWS = 12  # of a table of confusions
-NO_THRESHOLD = 0.3  # for a class of which nothing right was found at any
-NOTHING = -1  # a found box where nothing is; a true box that was missed
-CROWD = -2  # neither right nor wrong
+MOST_CURVES = 6  # more lines in one plot cannot be told apart
+MOST_ROWS = 12  # classes in a condensed confusion matrix
+NO_THRESHOLD = 0.3  # for a class without a correct detection at any threshold
+NOTHING = -1  # of a detection: background; of a true box: missed
+CROWD = -2  # ignored: neither correct nor wrong
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedImage:
-    """One image of the table: the m found boxes that count, and what became of the n true ones."""
+    """One image of the table: its m detections that count, and its n true boxes, matched."""
 
     index: int
     found: Detections  # m
-    found_as: Tensor  # int64 [m], the true class of each found box, or NOTHING, or CROWD
-    truth_as: Tensor  # int64 [n], what each true box was taken for, or NOTHING, or CROWD
+    found_as: Tensor  # int64 [m], the true class of each detection, or NOTHING, or CROWD
+    truth_as: Tensor  # int64 [n], the predicted class of each true box, or NOTHING, or CROWD
     num_missed: int
     num_false: int
     num_confused: int
-    masks: Sequence[RunLengths] | None = None  # of the m found
+    masks: Sequence[RunLengths] | None = None  # of the m detections
 
     @property
     def num_mistakes(self) -> int:
@@ -50,15 +50,15 @@ class JudgedImage:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What an evaluation tells beyond its numbers; the same on every process."""
+    """Results of an evaluation beyond its metrics; the same on every process."""
 
     class_names: tuple[str, ...]  # K
     curves: tuple[ScoreCurve, ...]  # K
-    main: tuple[int, ...]  # the classes with the most true boxes, as many as can be told apart
+    main: tuple[int, ...]  # the MOST_CURVES classes with the most true boxes
     rest: ScoreCurve | None  # the other classes with one threshold; None: there are no others
     together: ScoreCurve  # all classes with one threshold
-    confusion: np.ndarray  # int64 [K + 1, K + 1], true by found; last: nothing there, not found
-    worst: tuple[JudgedImage, ...]  # most mistakes first; none without any
+    confusion: np.ndarray  # int64 [K + 1, K + 1], true by predicted; last: background, missed
+    worst: tuple[JudgedImage, ...]  # most mistakes first; images without mistakes are left out
 
     @property
     def main_curves(self) -> list[ScoreCurve]:
@@ -73,7 +73,7 @@ def diagnose(
     shares: Sequence[DetectionMatches],
     agreement: Agreement,
 ) -> Diagnosis:
-    """Of this process's images, by index, and the matches by boxes of all processes."""
+    """Diagnoses this process's images, by index; `shares` are the box matches of all processes."""
     names = samples.class_names
     hits = hits_of(shares, len(names))
     curves = tuple(curve(name, each) for name, each in zip(names, hits, strict=True))
@@ -103,8 +103,8 @@ def diagnose(
 
 
 def condensed(diagnosis: Diagnosis) -> tuple[np.ndarray, list[str], list[str]]:
-    """The table of confusions with at most MOST_ROWS classes, the others summed up, and the names
-    of its rows (true) and columns (found).
+    """The confusion matrix with at most MOST_ROWS classes and the sum of the others, and the names
+    of its rows (true) and columns (predicted).
     """
     table, names = diagnosis.confusion, diagnosis.class_names
     totals = table[:-1].sum(1) + table[:, :-1].sum(0)
@@ -116,7 +116,7 @@ def condensed(diagnosis: Diagnosis) -> tuple[np.ndarray, list[str], list[str]]:
     small = np.zeros((group[-1] + 1,) * 2, np.int64)
     np.add.at(small, (group[:, None], group), table)
     labels = [names[label] for label in shown] + [f"{num_others} others"] * (num_others > 0)
-    return small, [*labels, "nothing there"], [*labels, "not found"]
+    return small, [*labels, "background"], [*labels, "missed"]
 
 
 def judge(
@@ -126,7 +126,7 @@ def judge(
     masks: Sequence[RunLengths] | None,
     thresholds: Tensor,
 ) -> JudgedImage:
-    """thresholds [K] are those from which boxes of a class count; found None: unreadable image."""
+    """Matches an image; found None: it is unreadable. thresholds [K] are the least scores."""
     if found is None:
         found = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     keep = found.scores.double() >= thresholds[found.labels]
@@ -149,7 +149,7 @@ def judge(
 
 
 def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`found_as` and `truth_as` of boxes, the surest first."""
+    """`found_as` and `truth_as` of detections, which are sorted by falling score."""
     overlaps = box_iou(boxes.double(), sample.boxes.double())  # [m, n]
     own = labels[:, None] == sample.labels
     free = ~sample.crowd
@@ -170,7 +170,7 @@ def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 
 def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
-    """Of each box's area, what lies in each region: [m, regions]."""
+    """The share of each box's area inside each region: [m, regions], 0..1."""
     low = torch.maximum(boxes[:, None, :2], regions[:, :2])
     high = torch.minimum(boxes[:, None, 2:], regions[:, 2:])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-9)
@@ -178,7 +178,7 @@ def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
 
 
 def _count(confusion: np.ndarray, sample: Sample, judged: JudgedImage) -> None:
-    """Adds an image's true and found boxes to the table."""
+    """Adds an image's true boxes and detections to the confusion matrix."""
     last = len(confusion) - 1
     truth, taken_for = sample.labels.numpy(), judged.truth_as.numpy()
     counts = taken_for != CROWD

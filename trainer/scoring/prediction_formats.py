@@ -1,8 +1,8 @@
-"""What was found in an image as a line of JSON, COCO results, YOLO, CSV or plain words.
+"""Predictions as JSON, COCO results, YOLO, CSV or text for people.
 
-A format is three functions, so that results can be written as they come: what stands before the
-first image, what stands for each, and what stands after the last. NumPy and the standard library
-suffice; only masks need pycocotools.
+A format is three functions, so that results can be written one image at a time: the text before the
+first image, of each image, and after the last. NumPy and the standard library suffice; only masks
+need pycocotools.
 """
 
 import csv
@@ -22,8 +22,8 @@ MASK_PIXELS = 2**26  # drawn at once, of all masks together
 class ImagePredictions:
     """N detections in one image file, best first, or why it could not be read (`problem`).
 
-    `size` is (height, width) of the stored pixels. `boxes` are xyxy in pixels of the image, and
-    nothing sticks out of it. `masks` are COCO's compressed run lengths.
+    `size` is (height, width) of the stored pixels. `boxes` are xyxy in pixels, clipped to the
+    image. `masks` are COCO's compressed run lengths.
     """
 
     file: str
@@ -37,9 +37,7 @@ class ImagePredictions:
 
 
 def image_predictions(file: str, size: tuple[int, int], detections: Any) -> ImagePredictions:
-    """Detections of any detector of ours, PyTorch's or ONNX's, in an image of `size` (height,
-    width).
-    """
+    """The detections of a PyTorch or ONNX detector in an image of `size` (height, width)."""
     boxes = np.asarray(detections.boxes, np.float64).reshape(-1, 4)
     labels = np.asarray(detections.labels).astype(int).tolist()
     return ImagePredictions(
@@ -54,7 +52,7 @@ def image_predictions(file: str, size: tuple[int, int], detections: Any) -> Imag
 
 
 def _run_lengths_of(detections: Any, size: tuple[int, int]) -> list[str] | None:
-    """Drawn a few at a time: those of a large picture take a gigabyte."""
+    """Encodes a few masks at a time: all masks of a large image take a gigabyte."""
     if detections[:0].masks is None:
         return None
     at_once = max(MASK_PIXELS // (size[0] * size[1]), 1)
@@ -64,7 +62,7 @@ def _run_lengths_of(detections: Any, size: tuple[int, int]) -> list[str] | None:
 
 
 def run_lengths(masks: np.ndarray) -> list[str]:
-    """Masks bool [N, H, W] as COCO writes them in JSON."""
+    """Masks bool [N, H, W] as COCO's compressed run lengths."""
     from pycocotools import mask as coco_mask
 
     columns = np.asfortranarray(masks.astype(np.uint8).transpose(1, 2, 0))
@@ -73,11 +71,11 @@ def run_lengths(masks: np.ndarray) -> list[str]:
 
 @dataclass(frozen=True)
 class Format:
-    """`record` gets the number of the image, from 0, and what was found in it."""
+    """`record` gets the number of the image, from 0, and its predictions."""
 
     begin: Callable[[], str]
     record: Callable[[int, ImagePredictions], str]
-    end: Callable[[int], str]  # of so many images
+    end: Callable[[int], str]  # gets the number of images
 
 
 def json_format(about: dict[str, Any]) -> Format:
@@ -109,8 +107,8 @@ def _detection(found: ImagePredictions, row: int) -> dict[str, Any]:
 
 
 def coco_format(category_ids: Sequence[int]) -> Format:
-    """COCO's results: one list of objects. The image id is the file's name without its ending, as
-    a number where it is nothing but a number; `category_ids` are those of the labels.
+    """COCO's results: one list of objects. The image id is the file name without its suffix, as an
+    integer if it has only digits; `category_ids[label]` is the id of a class.
     """
     written = 0
 
@@ -138,7 +136,7 @@ CSV_COLUMNS = ("file", "label", "name", "score", "x1", "y1", "x2", "y2")
 
 
 def csv_format() -> Format:
-    """A row for each detection; corners in pixels."""
+    """A row for each detection, with corners in pixels."""
 
     def record(number: int, found: ImagePredictions) -> str:
         return "".join(
@@ -179,7 +177,7 @@ def text_format() -> Format:
 
 
 def yolo_text(found: ImagePredictions) -> str:
-    """The lines of an image's own file: label, centre and size in 0..1 of the image, score."""
+    """The lines of an image's file: label, centre and size in 0..1 of the image, score."""
     height, width = found.size
     scale = np.array([width, height, width, height], np.float64)
     lines = []

@@ -1,8 +1,8 @@
-"""What a detector's scores are worth, class by class: precision, recall and F1 at every threshold,
-and the threshold at which F1 is highest.
+"""Precision, recall and F1 of each class at every score threshold, and the threshold with the
+highest F1.
 
-A box is right if it overlaps a true box of its class by at least half (IoU 0.5), as COCO matches
-them; nothing is interpolated. P points of a curve, K classes.
+A detection is right if COCO's matching gives it a true box of its class at IoU 0.5. Nothing is
+interpolated. P points of a curve, K classes.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import numpy as np
 
 from trainer.scoring.average_precision import DetectionMatches
 
-MOST_POINTS = 400  # of a curve that is kept; more cannot be seen
+MOST_POINTS = 400  # of a stored curve; more cannot be seen in a plot
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What is right if boxes that score at least `threshold` are kept."""
+    """Precision, recall and F1 of the detections that score at least `threshold`."""
 
     threshold: float
     precision: float
@@ -27,20 +27,20 @@ class OperatingPoint:
 
 @dataclass(frozen=True, eq=False)
 class ScoreCurve:
-    """One class, or several together, as the threshold falls. `best` is the point of the highest
-    F1; None where nothing right was found, or there is nothing to find.
+    """The curve of one class, or of several together, as the threshold falls. `best` is the point
+    with the highest F1; None if no detection is right.
     """
 
     name: str
     num_truths: int
     thresholds: np.ndarray  # float64 [P], falling
     precision: np.ndarray  # [P]
-    recall: np.ndarray  # [P], not falling; NaN where there is nothing to find
+    recall: np.ndarray  # [P], not falling; NaN without true boxes
     best: OperatingPoint | None
 
     @property
     def f1(self) -> np.ndarray:
-        """[P]; 0 where nothing right was found."""
+        """[P]; 0 where no detection is right."""
         total = np.nan_to_num(self.precision + self.recall)
         product = np.nan_to_num(2 * self.precision * self.recall)
         return np.divide(product, total, out=np.zeros_like(total), where=total > 0)
@@ -48,7 +48,7 @@ class ScoreCurve:
 
 @dataclass(frozen=True, eq=False)
 class Hits:
-    """The boxes found of one class, or several, and which are right."""
+    """The detections of one class, or of several, and which are right."""
 
     scores: np.ndarray  # float64 [D]
     right: np.ndarray  # bool [D]
@@ -56,7 +56,7 @@ class Hits:
 
 
 def curve(name: str, hits: Hits) -> ScoreCurve:
-    """Points only where the score changes: boxes of equal score are kept or left together."""
+    """The curve, with points only where the score changes: equal scores stay together."""
     order = np.argsort(-hits.scores, kind="stable")
     scores, right = hits.scores[order], hits.right[order]
     ends = np.flatnonzero(np.diff(scores, append=-np.inf))
@@ -64,11 +64,11 @@ def curve(name: str, hits: Hits) -> ScoreCurve:
     recall = found / hits.num_truths if hits.num_truths else np.full(len(ends), np.nan)
     full = ScoreCurve(name, hits.num_truths, scores[ends], found / (ends + 1), recall, None)
     f1 = full.f1
-    place = int(f1.argmax()) if len(f1) else 0
+    highest = int(f1.argmax()) if len(f1) else 0
     best = None
-    if len(f1) and f1[place] > 0:
+    if len(f1) and f1[highest] > 0:
         columns = (full.thresholds, full.precision, full.recall, f1)
-        best = OperatingPoint(*(float(column[place]) for column in columns))
+        best = OperatingPoint(*(float(column[highest]) for column in columns))
     keep = np.unique(np.linspace(0, len(ends) - 1, min(len(ends), MOST_POINTS)).round().astype(int))
     return replace(
         full,
@@ -80,8 +80,8 @@ def curve(name: str, hits: Hits) -> ScoreCurve:
 
 
 def hits_of(shares: Sequence[DetectionMatches], num_classes: int) -> list[Hits]:
-    """The hits of each class over all images, at IoU 0.5 and whatever their size; regions to ignore
-    are left out.
+    """The hits of each class over all images, at IoU 0.5 and for all sizes, without detections in
+    crowd regions.
     """
     label = np.concatenate([share.label for share in shares])
     score = np.concatenate([share.score for share in shares])
@@ -95,7 +95,7 @@ def hits_of(shares: Sequence[DetectionMatches], num_classes: int) -> list[Hits]:
 
 
 def pooled(hits: Sequence[Hits]) -> Hits:
-    """Several classes as if they were one."""
+    """Several classes as one."""
     return _joined([(each.scores, each.right) for each in hits], sum(h.num_truths for h in hits))
 
 

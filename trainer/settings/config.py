@@ -30,11 +30,11 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
-WEIGHTS_OWN = 0  # eval_size of an evaluation that uses the size saved with the weights
+WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
-# Settings that people expect among these flags, and where they are.
+# Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
     "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
     "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
@@ -79,7 +79,7 @@ class TrainConfig:
     )
     max_bad_fraction: float = field(
         default=0.05,
-        metadata=_help("largest share of damaged images to skip; with more the run ends"),
+        metadata=_help("largest share of damaged images to skip; the run ends if there are more"),
     )
     check: bool = field(default=False, metadata=_help("only check the dataset"))
 
@@ -92,19 +92,20 @@ class TrainConfig:
     train_sizes: tuple[int, ...] | None = field(
         default=None,
         metadata=_help(
-            "short sides drawn from, pixels; None: the released ladder scaled to eval_size"
+            "short sides to choose from at random, pixels; None: the released ones, scaled to "
+            "eval_size"
         ),
     )
     train_max_size: int | None = field(
         default=None,
-        metadata=_help("longest long side, pixels; None: the released one scaled to eval_size"),
+        metadata=_help("largest long side, pixels; None: the released one, scaled to eval_size"),
     )
 
     epochs: int = field(
         default=50, metadata=_help("passes over the training images", group="Optimisation")
     )
     max_steps: int | None = field(
-        default=None, metadata=_help("optimiser steps after which the run ends")
+        default=None, metadata=_help("optimiser steps after which the run ends; None: no limit")
     )
     batch_size: int = field(default=2, metadata=_help("images per process and optimiser step"))
     n_iter_to_acc: int = field(
@@ -113,21 +114,26 @@ class TrainConfig:
     lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
     lr_linear_proj_mult: float = field(
         default=1.0,
-        metadata=_help("rate, relative to lr, of the weights that decide where queries look"),
+        metadata=_help(
+            "learning rate of reference points, sampling offsets and position embeddings, relative "
+            "to lr"
+        ),
     )
     lr_backbone_mult: float = field(
-        default=1.0, metadata=_help("rate, relative to lr, of the backbone with its [DET] tokens")
+        default=1.0,
+        metadata=_help("learning rate of the backbone and its [DET] tokens, relative to lr"),
     )
     lr_fan_in_power: float = field(
         default=0.0,
         metadata=_help(
-            "rate, relative to lr, of a matrix with n inputs is (256 / n) to this power; "
-            "0: one rate for all"
+            "a matrix with n inputs trains at lr times (256 / n) to this power; 0: all matrices "
+            "train at lr"
         ),
     )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     sched: str = field(
-        default="cosine", metadata=_help("decay from lr to min_lr: " + " or ".join(SCHEDULES))
+        default="cosine",
+        metadata=_help("learning-rate schedule after the warm-up: " + " or ".join(SCHEDULES)),
     )
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
     adam_beta2: float = field(
@@ -137,11 +143,13 @@ class TrainConfig:
         default=200, metadata=_help("steps of warm-up; at most a third of the run")
     )
     clip_max_norm: float = field(
-        default=0.1, metadata=_help("largest norm of the gradients; 0: not clipped")
+        default=0.1, metadata=_help("gradient norm to clip at; 0: no clipping")
     )
     denoising: int = field(
         default=0,
-        metadata=_help("denoising queries per image, which start from noised true boxes; 0: none"),
+        metadata=_help(
+            "denoising queries per image, which start at noisy ground-truth boxes; 0: none"
+        ),
     )
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
@@ -157,13 +165,15 @@ class TrainConfig:
     )
     activation_checkpointing: bool = field(
         default=False,
-        metadata=_help("compute activations twice: less memory, a third more time"),
+        metadata=_help(
+            "recompute activations in the backward pass: less memory, a third more time"
+        ),
     )
 
     eval_size: int = field(
         default=640,
         metadata=_help(
-            "short side at evaluation and prediction, pixels; with --eval: that of the weights",
+            "short side at evaluation and prediction, pixels; with --eval: as saved in the weights",
             group="Evaluation",
         ),
     )
@@ -198,16 +208,16 @@ class TrainConfig:
     resume: str | None = field(
         default=None,
         metadata=_help(
-            "run to resume: its folder, or auto (the bare flag) for output_dir",
+            "folder of the run to resume; --resume alone means output_dir",
             bare="auto",
             saved=False,
         ),
     )
     save_interval: int = field(default=1, metadata=_help("epochs between resumable checkpoints"))
     save_steps: int = field(
-        default=0, metadata=_help("optimiser steps between further checkpoints; 0: none")
+        default=0, metadata=_help("optimiser steps between additional checkpoints; 0: none")
     )
-    keep: int = field(default=2, metadata=_help("resumable checkpoints to keep"))
+    keep: int = field(default=2, metadata=_help("number of checkpoints to keep"))
 
     output_dir: str = field(
         default="output", metadata=_help("folder of the results", group="Output")
@@ -217,7 +227,7 @@ class TrainConfig:
     )
     log_interval: int = field(default=10, metadata=_help("steps between log lines"))
     config: str | None = field(
-        default=None, metadata=_help("YAML file that gives any of these settings", saved=False)
+        default=None, metadata=_help("YAML file with any of these settings", saved=False)
     )
 
     def __post_init__(self) -> None:
@@ -242,7 +252,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def _check_alone(config: TrainConfig) -> None:
-    """Checks each value by itself, with comparisons that are false for nan."""
+    """Checks each value by itself. The comparisons are false for NaN."""
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
@@ -277,7 +287,7 @@ def _check_alone(config: TrainConfig) -> None:
 def _check_together(config: TrainConfig) -> None:
     """Checks values that depend on each other."""
     if config.load_from is not None and config.resume is not None:
-        raise ConfigError("cannot load from and resume at the same time")
+        raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
@@ -302,7 +312,7 @@ def _check_data_path(config: TrainConfig) -> None:
     if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
         return
     files = " or " + ", ".join(COCO_FILES) if config.dataset_file == "coco" else ""
-    raise ConfigError(f"dataset_file {config.dataset_file} has no files; give {flag}{files}")
+    raise ConfigError(f"--dataset_file {config.dataset_file} needs a path; give {flag}{files}")
 
 
 _TRAIN = settings_of(TrainConfig)
@@ -316,9 +326,9 @@ assert len(_ALL) == len(_TRAIN) + len(_MODEL), "a setting has two owners"
 def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, dict[str, Any]]:
     """Parses flags to a run's settings and the fields of its ViDTConfig.
 
-    Of these, `num_classes` is None unless given, since the data determines it; with --eval, so is
-    `dec_layers`, which the weights determine. With `own_data` the caller brings the samples: no
-    recipe applies and no path is required. Raises ConfigError, and HelpRequested for `--help`.
+    `num_classes` is None unless given, since the data determines it; with --eval `dec_layers` is
+    too, since the weights determine it. With `own_data` the caller supplies the samples: no recipe
+    applies and no path is required. Raises ConfigError, and HelpRequested for `--help`.
     """
     given = given_settings(argv)
     if any(given.get(name) is not None for name in COCO_FILES):
@@ -410,7 +420,7 @@ def help_text() -> str:
 
 
 def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a run as YAML values, except those about this start of it, as --resume."""
+    """All settings of a run as YAML values, except those of a single start, such as --resume."""
     owned = [name for name, setting in _TRAIN.items() if setting.metadata.get("saved", True)]
     values = {name: getattr(config, name) for name in owned} | {
         name: model[name] for name in _MODEL

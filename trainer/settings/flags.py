@@ -2,7 +2,7 @@
 
 A field may be bool, int, float or str, a tuple of one of these, and any of them with `| None`. Its
 metadata may hold `help` (one line), `group` (a heading of the help text, above this field) and
-`bare` (the value of the flag when none follows it).
+`bare` (the value of a flag that is given without one).
 """
 
 import argparse
@@ -29,7 +29,7 @@ class HelpRequested(ConfigError):
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a dataclass. `kind` is the type of one value; with `many` it takes several."""
+    """One field of a dataclass. `kind` is the type of one value; if `many`, it takes several."""
 
     name: str
     kind: type
@@ -115,8 +115,8 @@ def _parts(raw: object) -> list[object]:
 def read_flags(
     argv: Sequence[str], settings: Mapping[str, Setting], elsewhere: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Settings given as flags; of a flag given twice the last counts. `elsewhere` maps names that
-    are no settings to a hint what to use instead.
+    """Settings given as flags; the last of repeated flags counts. `elsewhere` maps names that are
+    not settings to a hint on what to use instead.
 
     Raises ConfigError, and HelpRequested for `--help`.
     """
@@ -133,7 +133,7 @@ def read_flags(
         raise ConfigError(f"unexpected {unexpected[0]!r}; settings are given as --name value")
     given = vars(namespace)
     if given.pop("help"):
-        raise HelpRequested("--help shows the settings; no run has it")
+        raise HelpRequested("--help shows the settings; a run does not take it")
     return {name: _flag_value(settings[name], *flag) for name, flag in given.items()}
 
 
@@ -167,8 +167,8 @@ def _parser(settings: Mapping[str, Setting]) -> OneLineParser:
 
 
 def _words(argv: Sequence[str]) -> Iterator[str]:
-    """Flags and values, each a word. A blank before a minus keeps argparse from taking -1e-4 for a
-    flag.
+    """Flags and values as separate words. A space before a minus keeps argparse from reading -1e-4
+    as a flag.
     """
     for word in argv:
         if is_flag(word):

@@ -1,6 +1,6 @@
-"""Annotation files of the platform to columns of boxes.
+"""Reads annotation files of the platform into columns of boxes.
 
-The format follows from the content of a file, not from the task's settings. Boxes become
+The content of a file determines its format, not the task's settings. Boxes become
 continuous: from pixel 3 to pixel 3, inclusive, is (3, 4). Faulty lines are left out and noted.
 """
 

@@ -1,4 +1,4 @@
-"""The platform's index files, and the annotations that they name, to sample tables.
+"""Reads the platform's index files and their annotations into sample tables.
 
 A line that cannot be used is left out and noted. The task fails only if nothing is left to learn
 from.
@@ -23,7 +23,7 @@ from ymir_adapter.protocol.task import Task
 
 BLANKS = " \t\r\n\v\f\ufeff"  # stripped from a line; blanks inside belong to the path
 FILES_AT_ONCE = 512  # in one thread
-THREADS = 8  # they wait for the disk, or for the network behind it
+THREADS = 8  # they wait for the disk or the network
 NOT_REPORTED = "size not annotated"  # true of every image: sizes are read from the image files
 
 
@@ -87,7 +87,7 @@ def read_tables(
 
 @dataclass(frozen=True)
 class Split:
-    """The images of an index whose annotations are readable or missing, and what became of all."""
+    """The images of an index whose annotations are readable or missing, and all statuses."""
 
     table: SampleTable
     findings: list[Finding]

@@ -70,7 +70,7 @@ def read_environment(path: str | Path | None = None) -> dict[str, Any]:
         flags = {name: is_given(raw, name) and to_bool(name, raw[name]) for name in FLAGS}
         if not any(flags.values()):
             raise TaskError(Code.CONFIG, f"one of {', '.join(FLAGS)} must be true")
-        if flags["run_training"]:  # the platform never asks for more beside it
+        if flags["run_training"]:  # the platform combines training with nothing else
             flags |= {"run_mining": False, "run_infer": False}
         return {
             **flags,
@@ -84,8 +84,8 @@ def read_environment(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def read_identity(path: str | Path | None = None) -> tuple[str, Path]:
-    """Task id and monitor file, as far as even a broken `env.yaml` tells them: a failure to read it
-    must be reported too. Never raises.
+    """Task id and monitor file, as far as they can be read from a broken `env.yaml`, so that its
+    failure can be reported too. Never raises.
     """
     path = _env_file(path)
     try:
@@ -101,7 +101,7 @@ def read_identity(path: str | Path | None = None) -> tuple[str, Path]:
 
 
 def _salvaged(path: Path) -> dict[str, Any]:
-    """The two lines that `read_identity` needs, out of a file that is not YAML."""
+    """The two lines that `read_identity` needs, from a file that is not YAML."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -153,7 +153,9 @@ def _paths(raw: Mapping[str, Any], side: str, files: Mapping[str, str]) -> dict[
 
 
 def _protocol(raw: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(0, 0, 0) for a platform that names none. YAML reads an unquoted 1.0 as a number."""
+    """The protocol version, (0, 0, 0) if the platform names none. YAML reads an unquoted 1.0 as a
+    number.
+    """
     version = str(raw.get("protocol_version") or "")
     match = re.match(r"\s*v?(\d+)(?:\.(\d+))?(?:\.(\d+))?", version)
     if match:

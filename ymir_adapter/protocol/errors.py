@@ -1,6 +1,6 @@
-"""Any failure to one of the platform's error codes and one readable line.
+"""Converts any failure to one of the platform's error codes and one readable line.
 
-Every rank writes its failure to a folder; the parent process reports the one that names the cause.
+Every rank writes its failure to a folder; the parent process reports the one with the cause.
 """
 
 import json
@@ -53,7 +53,7 @@ class Failure:
 
 
 def diagnose(error: BaseException) -> tuple[Code, str]:
-    """The code of any exception and a line for people; CONTAINER for an unknown kind."""
+    """The code of an exception and a line for people; CONTAINER for unknown exceptions."""
     for each in _with_causes(error):
         code = _code(each)
         if code is not None:

@@ -59,8 +59,8 @@ PROBED_TOGETHER = 4096  # files whose headers are read at once
 PARTS = ".candidates"  # folder of the ranks' files, below the output's root until they are merged
 
 
-class Search:
-    """Predicts candidates and records what mining and inference need of each."""
+class CandidatePass:
+    """Predicts candidates and records the data that mining and inference need."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Search:
     def _score(self, picture: Candidate, predictions: Predictions | None) -> float:
         """The score of one picture, whose predictions may include those of its views."""
         if self.algorithm is None or picture.problem:
-            return 0.0  # `final_scores` gives unreadable ones the lowest score
+            return 0.0  # `final_scores` gives unreadable candidates the lowest score
         if self.algorithm == "random":
             return random_score(self.settings.seed, self.assets[picture.index])
         assert predictions is not None and picture.pixels is not None
@@ -217,11 +217,11 @@ def final_scores(parts: Parts, algorithm: str, num_classes: int | None) -> list[
     ]
 
 
-def search_candidates(task: Task, monitor: Monitor | None, accelerator: Accelerator) -> None:
+def process_candidates(task: Task, monitor: Monitor | None, accelerator: Accelerator) -> None:
     """Runs a mining and inference task. monitor: on the main process only. Raises TaskError."""
     settings, agreement = candidate_settings(task), Agreement(accelerator)
     assets = candidates(task)
-    search = Search(task, settings, assets, load(task, settings, accelerator))
+    candidate_pass = CandidatePass(task, settings, assets, load(task, settings, accelerator))
     update = (lambda share: None) if monitor is None else monitor.update
     update(LOADED)
     folder = task.output.root_dir / PARTS
@@ -232,12 +232,14 @@ def search_candidates(task: Task, monitor: Monitor | None, accelerator: Accelera
     try:
         mine = range(accelerator.process_index, len(assets), accelerator.num_processes)
         with Part(folder, accelerator.process_index) as part:
-            search.run(mine, part, lambda done: update(LOADED + (PREDICTED - LOADED) * done))
+            candidate_pass.run(
+                mine, part, lambda done: update(LOADED + (PREDICTED - LOADED) * done)
+            )
         unreadable = agreement.gather_objects((part.num_unreadable, part.unreadable))
         report_unreadable(unreadable, len(assets), accelerator.is_main_process)
         if accelerator.is_main_process:
             with Parts(folder, len(assets), accelerator.num_processes) as parts:
-                search.write_results(parts)
+                candidate_pass.write_results(parts)
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -288,7 +290,7 @@ def work(task: Task, monitor: Monitor | None) -> None:
     if accelerator.device.type == "cuda":
         # TF32 in convolutions would make scores depend on the batch size.
         torch.backends.cudnn.allow_tf32 = False
-    search_candidates(task, monitor, accelerator)
+    process_candidates(task, monitor, accelerator)
     accelerator.end_training()
 
 

@@ -1,5 +1,5 @@
-"""Runs the detector over candidates: files to pictures to batches to predictions, with a bounded
-number of each in memory.
+"""Runs the detector on the candidates, from files to images, batches and predictions, with a
+bounded number of each in memory.
 
 Threads decode and resize (Pillow releases the interpreter lock). Worker processes would need shared
 memory, of which a container may have only 64 MB. Pictures of equal canvas share a batch, so that
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from trainer.loop.execution import is_out_of_memory
 from vidt.images.batching import read_ahead
 from vidt.images.canvas import resize
 from vidt.images.files import UnreadableImage, read_image
@@ -27,8 +28,8 @@ from ymir_adapter.protocol.errors import Code, TaskError
 
 logger = logging.getLogger(__name__)
 
-# Most pixels of a forward pass on a CPU. Measured on one thread: batching makes images of 128 x 128
-# faster, and images of 320 x 416 slower.
+# The most pixels of a forward pass on a CPU. Measured on one thread: batching makes images of
+# 128 x 128 faster, and images of 320 x 416 slower.
 PIXELS_ON_CPU = 2**16
 PENDING_BATCHES = 16  # batches' worth of pictures that wait for others of their canvas
 
@@ -101,7 +102,7 @@ def read_picture(index: int, path: str, preprocessing: Preprocessing) -> Candida
 
 def equal_canvases(pictures: Iterable[Candidate], batch_size: int) -> Iterator[list[Candidate]]:
     """Batches of equal canvas, each as soon as it is full; an unreadable candidate at once, alone.
-    If more than PENDING_BATCHES batches' worth of pictures wait, the fullest batch goes as it is.
+    If more than PENDING_BATCHES batches' worth of pictures wait, the largest incomplete batch goes.
     """
     waiting: defaultdict[tuple[int, ...], list[Candidate]] = defaultdict(list)
     count = 0
@@ -123,8 +124,8 @@ def equal_canvases(pictures: Iterable[Candidate], batch_size: int) -> Iterator[l
 
 
 class Detector:
-    """Runs a predictor's model on batches. When memory is exhausted it halves the batch from then
-    on; torch.OutOfMemoryError is raised if a single image does not fit.
+    """Runs a predictor's model on batches. When memory runs out it halves the batch from then on,
+    and raises the error of torch if a single image does not fit.
     """
 
     def __init__(self, predictor: Predictor, *, rows: int, num_members: int = 1) -> None:
@@ -147,8 +148,8 @@ class Detector:
         while start < len(images):
             try:
                 parts.append(self._forward(images[start : start + self._rows_for(images)]))
-            except torch.OutOfMemoryError:
-                if self.rows == 1:
+            except RuntimeError as error:
+                if self.rows == 1 or not is_out_of_memory(error):
                     raise
                 self.rows = max(min(self.rows, len(images)) // 2, 1)
                 logger.warning(f"out of memory: {self.rows} images at a time from here on")

@@ -11,6 +11,7 @@ from pathlib import Path
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
+from trainer.loop.start import require_files
 from trainer.readers.samples import SampleTable
 from trainer.report.console import Console
 from trainer.report.progress import CsvLog, Progress, Report, TensorBoard, fan_out
@@ -46,6 +47,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     accelerator = make_accelerator()
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
+    agreement.on_main(lambda: require_files(config))
     train_set, val_set = agreement.on_main(
         lambda: checked_tables(task, config, fields["det_token_num"], monitor)
     )
@@ -60,7 +62,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
 def checked_tables(
     task: Task, config: TrainConfig, num_queries: int, monitor: Monitor | None
 ) -> tuple[SampleTable, SampleTable]:
-    """Both splits. Findings go to the log and, in full, to `findings.csv`."""
+    """Reads both splits. The log summarises the findings; `findings.csv` lists them."""
     update = (lambda fraction: None) if monitor is None else monitor.update
     return read_and_log(
         Path(config.output_dir),
