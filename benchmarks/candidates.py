@@ -32,7 +32,7 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.weights.weights_file import WeightsInfo
 from ymir_adapter.protocol.environment import InputPaths, OutputPaths
 from ymir_adapter.protocol.task import CandidateSettings, Task
-from ymir_adapter.tasks.candidates import Search, algorithm_of, make_detector
+from ymir_adapter.tasks.candidates import CandidatePass, algorithm_of, make_detector
 from ymir_adapter.tasks.parts import Part
 
 WORK = ("infer", "entropy", "aldd", "cald")
@@ -90,11 +90,11 @@ def measure(
             detector = make_detector(algorithm_of(task, chosen), chosen, predictor)
             if way == "alone":
                 detector.rows = 1
-            ways[way] = Search(task, chosen, images, detector)
+            ways[way] = CandidatePass(task, chosen, images, detector)
         seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for _ in range(1 + turns):
-            for way, search in ways.items():
-                seconds[way].append(seconds_of(search, len(images), Path(name)))
+            for way, candidate_pass in ways.items():
+                seconds[way].append(seconds_of(candidate_pass, len(images), Path(name)))
     speeds = [
         len(images) / statistics.median(turn[clock] for turn in seconds[way][1:])
         for clock in (0, 1)
@@ -103,11 +103,11 @@ def measure(
     return Speed(work, *speeds)
 
 
-def seconds_of(search: Search, count: int, folder: Path) -> tuple[float, float]:
+def seconds_of(candidate_pass: CandidatePass, count: int, folder: Path) -> tuple[float, float]:
     """By the clock, and of all processors."""
     start, start_cpu = time.perf_counter(), time.process_time()
     with Part(folder, 0) as part:
-        search.run(range(count), part)
+        candidate_pass.run(range(count), part)
     if part.num_unreadable:
         raise ValueError(f"a picture cannot be read: {part.unreadable[0]}")
     return time.perf_counter() - start, time.process_time() - start_cpu

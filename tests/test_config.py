@@ -179,7 +179,10 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
             "--dataset_file voc --voc_path a --coco_path b",
             "coco_path is for dataset_file coco; it is voc",
         ),
-        ("--load_from a --resume b", "--load_from and --resume exclude each other"),
+        (
+            "--load_from a --resume b",
+            "--load_from and --resume exclude each other; drop --load_from",
+        ),
         (
             "--train_json a",
             "train_json is given without train_images, val_json, val_images; give all four",

@@ -175,6 +175,8 @@ def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:
         ({"images": []}, "empty dataset"),
         ({"categories": []}, "no classes"),
         ({"categories": [{"id": 1}]}, "name"),
+        ({"categories": [{"id": True, "name": "cat"}]}, "integer id"),
+        ({"images": [{"id": True, "file_name": "1.jpg"}]}, "integer id"),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "of its own"),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]}, "'cat' is used tw"),
         ({"images": [image_entry(7), image_entry(7)]}, "id 7 is used twice"),

@@ -1,7 +1,9 @@
 """The sample table: what goes in comes out, and worker processes share it."""
 
 import gc
+import hashlib
 import multiprocessing
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -165,3 +167,17 @@ def test_a_forked_worker_that_walks_the_table_copies_nothing() -> None:
     assert num_characters == 5000 * len(objects[0])
     assert growth < 2e6
     assert growth_of_objects > 10e6  # what strings cost: the measure would have seen it
+
+
+def test_the_fingerprint_follows_crowd_regions_and_else_is_that_of_older_versions() -> None:
+    """Checkpoints of datasets without crowd regions, from before, must still resume."""
+    table = SampleTable.from_samples(make_samples(), ["a", "b"])
+    plain = replace(table, crowd=torch.zeros_like(table.crowd))
+    assert (
+        len({each.fingerprint() for each in (table, plain, replace(table, crowd=~table.crowd))})
+        == 3
+    )
+    digest = hashlib.sha256(b"a\0b")
+    for column in (plain.image_ids, plain.sizes, plain.box_offsets, plain.boxes, plain.labels):
+        digest.update(column.numpy().tobytes())
+    assert plain.fingerprint() == digest.hexdigest()[:16]
