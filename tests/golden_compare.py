@@ -13,13 +13,13 @@ import torch
 from conftest import Compare
 from torch import Tensor, nn
 
-from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stack
+from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stacked
 from vidt.losses.matcher import Matches, matched_targets
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.vidt import build_detector
 from vidt.model.without_neck import decode_best_class
 from vidt.predict.detections import Detections, decode_top_k
-from vidt.weights.released import released_name, released_vidt
+from vidt.weights.released import our_name, released_vidt
 
 # Folders of the golden data that hold results, and the family of each.
 FAMILIES = {
@@ -222,7 +222,7 @@ def compare_gradients(
 
 def our_name(name: str) -> str | None:
     """Our name of a gradient; the golden files store heads under a second released name."""
-    return released_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
+    return our_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
 
 
 def compare_criterion(
@@ -297,7 +297,7 @@ def log_values(outputs: dict, targets: list, matches: Matches) -> dict[str, Tens
     number of objects and the number of queries whose best class is not the last one, mean over
     images. It was made for a softmax with background.
     """
-    logits = stack(prediction_levels(outputs), "pred_logits")
+    logits = stacked(prediction_levels(outputs))["pred_logits"]
     best = logits.argmax(-1)  # [L, B, Q]
     labels, _ = matched_targets(matches, targets)
     final = matches.level == len(best) - 1
