@@ -203,7 +203,7 @@ def compare_gradients(
     The default of `allowed` is the difference of the reference's own float32 run.
     """
     facts = golden.read_json(f"{variant}/grads.json")["float64"]
-    expected = {our_name(name): values for name, values in facts["grads"].items()}
+    expected = {gradient_name(name): values for name, values in facts["grads"].items()}
     allowed = allowed or facts["max_relative_norm_difference"]
     model = copy.deepcopy(load(variant)).to(dtype).train()
     images, padding = golden.inputs("pair")
@@ -220,7 +220,7 @@ def compare_gradients(
         compare("sum, relative", share, torch.tensor(0.0), allowed)
 
 
-def our_name(name: str) -> str | None:
+def gradient_name(name: str) -> str | None:
     """Our name of a gradient; the golden files store heads under a second released name."""
     return our_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
 
@@ -279,7 +279,7 @@ def tensors(made: dict) -> dict:
 def check_parameter_count(path: str, model: torch.nn.Module) -> None:
     facts = golden.read_json(path)
     counts = {
-        alias or name: (math.prod(shape), our_name(name))
+        alias or name: (math.prod(shape), gradient_name(name))
         for name, (dtype, shape, alias) in facts["keys"].items()
         if dtype == "float32"
     }

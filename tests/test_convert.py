@@ -231,7 +231,7 @@ def test_what_tensors_tell_wins_over_what_is_said(tiny_config: ViDTConfig) -> No
     assert released_config(tensors, {"cross_indices": [2, 3]}).cross_indices == (2, 3)
     for wrong in ({"cross_indices": "3"}, {"dropout": None}, {"nheads": True}):
         assert released_config(tensors, wrong) == found
-    with pytest.raises(ValueError, match="its 128 attention weights are not of 3 heads"):
+    with pytest.raises(ValueError, match="its 128 attention weights do not fit 3 heads"):
         released_config(tensors, {"nheads": 3})
 
 
@@ -359,7 +359,7 @@ def test_names_of_one_tensor_with_two_contents_are_refused(
 ) -> None:
     tensors = stored(f"{path}/keys.json")
     tensors[alias] = torch.ones(tensors[alias].shape)
-    with pytest.raises(ValueError, match=rf"{re.escape(alias)} differs from {first}.*not whole"):
+    with pytest.raises(ValueError, match=rf"{re.escape(alias)} differs from {first}.*damaged"):
         released_vidt(tensors, released_config(tensors))
 
 

@@ -28,8 +28,8 @@ from vidt.weights.weights_file import (
 
 logger = logging.getLogger(__name__)
 
-# Heads that either the file or the run may lack: they do not affect boxes and classes. Their settings
-# must agree only if both have them.
+# Heads that either the file or the run may lack: they do not affect boxes and classes. Their
+# settings must agree only if both have them.
 OPTIONAL_HEADS = {
     "iou_aware": ("iou_embed.", ()),
     "token_label": ("token_head.", ()),

@@ -60,8 +60,8 @@ def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> 
 
 
 def added_by_vidt(name: str) -> bool:
-    """Whether a backbone's tensor is in no ImageNet classifier: [DET] tokens and their layers, and the
-    stride-64 map.
+    """Whether no ImageNet classifier has this tensor: [DET] tokens, their layers, the stride-64
+    map.
     """
     return (
         name in ("det_token", "det_pos_embed")

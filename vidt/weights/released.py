@@ -24,8 +24,8 @@ from vidt.model.config import (
 )
 from vidt.model.swin import COARSE_DIM, WINDOW
 
-# Prefixes of names, released and ours, for both directions; the first match wins. {} is a digit; {+}
-# is a digit that is larger by 1 in the released name, where CoaT's stages count from 1.
+# Prefixes of names, released and ours, for both directions; the first match wins. {} is a digit, and
+# {+} one that is larger by 1 in the released name, where CoaT's stages count from 1.
 RENAMED = (
     ("transformer.decoder.layers.", "decoder.layers."),
     ("transformer.reference_points.", "decoder.reference_points."),
@@ -223,8 +223,8 @@ def imagenet_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def imagenet_coat(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CoaT-lite classifier's state dict (its authors' names, which timm and the released ViDT also
-    use) as tensors of our `backbone`.
+    """A CoaT-lite classifier's state dict (its authors' names, which timm and the released ViDT
+    also use) as tensors of our `backbone`.
     """
     converted = {}
     for name, tensor in state_dict.items():

@@ -82,8 +82,8 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Tensors and header of one of our weights files. Raises UnusableWeights, naming the file, if it
-    is anything else.
+    """Tensors and header of one of our weights files. Raises UnusableWeights, naming the file, if
+    it is anything else.
     """
     info = read_info(path)
     tensors = _read_tensors(path)
