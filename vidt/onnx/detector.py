@@ -51,7 +51,7 @@ class OnnxInfo:
         """Reads metadata. Raises UserError, naming the source, if they are not ours."""
         if metadata.get("format") != FORMAT:
             raise UserError(
-                f"{source} is an ONNX model but not one of ours ({FORMAT}); make one with vidt export"
+                f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
             )
         try:
             values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
@@ -130,7 +130,7 @@ class OnnxDetections:
         """
         rows = rows_of(which, len(self))
         columns = ("scores", "labels", "boxes", "mask_vectors", "mask_boxes")
-        given = {name: getattr(self, name) for name in columns}
+        given: dict[str, Any] = {name: getattr(self, name) for name in columns}
         return replace(
             self, **{name: None if each is None else each[rows] for name, each in given.items()}
         )

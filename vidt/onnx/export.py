@@ -140,19 +140,18 @@ def export(
     images: Sequence[Path] = (),
     dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
 ) -> ExportReport:
-    """Writes a detector as an ONNX model and proves it. Needs onnx, onnxscript and onnxruntime.
+    """Writes a detector as an ONNX model and checks it. Needs onnx, onnxscript and onnxruntime.
 
-    size: (height, width) of the pictures that the model takes, in multiples of 16; None: what
-    evaluation brings most of `images` (else of the dataset's) to, and without any a square of the
-    evaluation size. dynamic: ("batch",) for a model that takes any number of pictures at once.
-    half: half precision where it costs little. with_decode: the model gives boxes, scores and
-    labels; else the detector's outputs. images: to compare on; none: some are drawn. dataset_for:
-    called with the class names before anything is exported, returns the dataset on which map50 of
-    both is compared.
+    size: (height, width) of the model's input, multiples of 16; None: the most common canvas of
+    `images` or of the dataset, without either a square of the evaluation size. dynamic: ("batch",)
+    for a model with any batch size. half: half precision where it costs little accuracy.
+    with_decode: the model returns boxes, scores and labels instead of the detector's outputs.
+    images: pictures to compare on; none: some are drawn. dataset_for: called with the class names
+    before the export; returns the dataset on which map50 of both detectors is compared.
 
-    Nobody ever sees half a file under `output`. Raises UserError in one line for weights that
-    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
-    OSError in one line for a file that cannot be written.
+    `output` is written atomically. Raises UserError in one line for weights that cannot be read, an
+    invalid size or axis, and a dataset without the detector's classes; OSError in one line for a
+    file that cannot be written.
     """
     _check(output, size, dynamic)
     model, info = load_model(weights)
@@ -211,7 +210,7 @@ def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...])
     for side in size or ():
         if side < GRANULE or side % GRANULE:
             raise UserError(
-                f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
+                f"size {side} is not a multiple of {GRANULE}; {whole_granules(side)} is one"
             )
     if not output.parent.is_dir():
         raise UserError(f"{output} cannot be written: there is no folder {output.parent}")

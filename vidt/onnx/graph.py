@@ -2,8 +2,8 @@
 
 Inputs: `images` uint8 [B, 3, H, W] RGB, `padding` bool [B, H, W], True where padded, right of the
 picture and below it, and with decoding `sizes` int64 [B, 2], (height, width) of the original
-images. Outputs: the detector's `pred_logits`, `pred_boxes` and `pred_vectors`; or decoded `scores`, `labels`, `boxes` (xyxy, pixels of the original image) and `mask_vectors`, best
-first.
+images. Outputs: the detector's `pred_logits`, `pred_boxes` and `pred_vectors`; or decoded `scores`,
+`labels`, `boxes` (xyxy, pixels of the original image) and `mask_vectors`, best first.
 """
 
 import dataclasses

@@ -164,8 +164,8 @@ def _mask_differences(expected: Detections, partners: OnnxDetections) -> np.ndar
 
 
 def _matched_count(expected: Detections, exported: OnnxDetections) -> tuple[int, int]:
-    """The number of detections that score SHOWN or more, and how many of them match an exported one:
-    same class, IoU of at least SAME_BOX, each used once.
+    """The number of detections that score SHOWN or more, and how many of them match an exported
+    one: same class, IoU of at least SAME_BOX, each used once.
     """
     expected = expected.above(SHOWN)
     overlaps = _overlaps(expected.boxes.numpy(), exported.boxes)

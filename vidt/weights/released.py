@@ -24,8 +24,8 @@ from vidt.model.config import (
 )
 from vidt.model.swin import COARSE_DIM, WINDOW
 
-# Prefixes of names, released and ours, for both directions; the first match wins. {} is a digit, and
-# {+} one that is larger by 1 in the released name, where CoaT's stages count from 1.
+# Prefixes of names, released and ours, for both directions; the first match wins. {} is a digit;
+# {+} is larger by 1 in the released name, where CoaT's stages count from 1.
 RENAMED = (
     ("transformer.decoder.layers.", "decoder.layers."),
     ("transformer.reference_points.", "decoder.reference_points."),
