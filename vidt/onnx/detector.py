@@ -131,9 +131,8 @@ class OnnxDetections:
         rows = rows_of(which, len(self))
         columns = ("scores", "labels", "boxes", "mask_vectors", "mask_boxes")
         given: dict[str, Any] = {name: getattr(self, name) for name in columns}
-        return replace(
-            self, **{name: None if each is None else each[rows] for name, each in given.items()}
-        )
+        selected = {name: each[rows] for name, each in given.items() if each is not None}
+        return replace(self, **selected)
 
 
 class OnnxDetector:
