@@ -13,13 +13,13 @@ import torch
 from conftest import Compare
 from torch import Tensor, nn
 
-from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stack
+from vidt.losses.criterion import SetCriterion, criterion_for, prediction_levels, stacked
 from vidt.losses.matcher import Matches, matched_targets
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.vidt import build_detector
 from vidt.model.without_neck import decode_best_class
 from vidt.predict.detections import Detections, decode_top_k
-from vidt.weights.released import released_name, released_vidt
+from vidt.weights.released import our_name, released_vidt
 
 # Folders of the golden data that hold results, and the family of each.
 FAMILIES = {
@@ -203,7 +203,7 @@ def compare_gradients(
     The default of `allowed` is the difference of the reference's own float32 run.
     """
     facts = golden.read_json(f"{variant}/grads.json")["float64"]
-    expected = {our_name(name): values for name, values in facts["grads"].items()}
+    expected = {gradient_name(name): values for name, values in facts["grads"].items()}
     allowed = allowed or facts["max_relative_norm_difference"]
     model = copy.deepcopy(load(variant)).to(dtype).train()
     images, padding = golden.inputs("pair")
@@ -220,9 +220,9 @@ def compare_gradients(
         compare("sum, relative", share, torch.tensor(0.0), allowed)
 
 
-def our_name(name: str) -> str | None:
+def gradient_name(name: str) -> str | None:
     """Our name of a gradient; the golden files store heads under a second released name."""
-    return released_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
+    return our_name(name.replace("transformer.decoder.bbox_embed.", "bbox_embed."))
 
 
 def compare_criterion(
@@ -279,7 +279,7 @@ def tensors(made: dict) -> dict:
 def check_parameter_count(path: str, model: torch.nn.Module) -> None:
     facts = golden.read_json(path)
     counts = {
-        alias or name: (math.prod(shape), our_name(name))
+        alias or name: (math.prod(shape), gradient_name(name))
         for name, (dtype, shape, alias) in facts["keys"].items()
         if dtype == "float32"
     }
@@ -297,7 +297,7 @@ def log_values(outputs: dict, targets: list, matches: Matches) -> dict[str, Tens
     number of objects and the number of queries whose best class is not the last one, mean over
     images. It was made for a softmax with background.
     """
-    logits = stack(prediction_levels(outputs), "pred_logits")
+    logits = stacked(prediction_levels(outputs))["pred_logits"]
     best = logits.argmax(-1)  # [L, B, Q]
     labels, _ = matched_targets(matches, targets)
     final = matches.level == len(best) - 1

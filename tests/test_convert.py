@@ -26,13 +26,13 @@ from vidt.weights.published import coco_rows
 from vidt.weights.released import (
     imagenet_swin,
     name_in_released,
+    our_name,
     released_config,
-    released_name,
     released_vidt,
     to_released,
     unread_tensors,
 )
-from vidt.weights.weights_file import WeightsInfo, load_kept, load_weights, save_weights
+from vidt.weights.weights_file import WeightsInfo, load_unread, load_weights, save_weights
 
 VARIANTS = (
     "vidt_swin_nano",
@@ -165,7 +165,7 @@ def test_the_program_goes_there_and_back(variant: str, tmp_path: Path) -> None:
     assert main([first, ours]) == 0
     model, info = load_model(ours)
     assert info.class_names == coco_rows() and info.config == released_config(tensors)
-    assert load_kept(ours).keys() == unread_tensors(tensors).keys()
+    assert load_unread(ours).keys() == unread_tensors(tensors).keys()
     assert main([ours, back]) == 0
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(back, weights_only=True)
@@ -231,7 +231,7 @@ def test_what_tensors_tell_wins_over_what_is_said(tiny_config: ViDTConfig) -> No
     assert released_config(tensors, {"cross_indices": [2, 3]}).cross_indices == (2, 3)
     for wrong in ({"cross_indices": "3"}, {"dropout": None}, {"nheads": True}):
         assert released_config(tensors, wrong) == found
-    with pytest.raises(ValueError, match="its 128 attention weights are not of 3 heads"):
+    with pytest.raises(ValueError, match="its 128 attention weights do not fit 3 heads"):
         released_config(tensors, {"nheads": 3})
 
 
@@ -359,7 +359,7 @@ def test_names_of_one_tensor_with_two_contents_are_refused(
 ) -> None:
     tensors = stored(f"{path}/keys.json")
     tensors[alias] = torch.ones(tensors[alias].shape)
-    with pytest.raises(ValueError, match=rf"{re.escape(alias)} differs from {first}.*not whole"):
+    with pytest.raises(ValueError, match=rf"{re.escape(alias)} differs from {first}.*damaged"):
         released_vidt(tensors, released_config(tensors))
 
 
@@ -373,15 +373,15 @@ def test_a_tensor_too_many_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_the_forward_pass_never_reads_is_dropped() -> None:
-    assert released_name("transformer.level_embed") is None
-    assert released_name("backbone.norm2.weight") is None
-    assert released_name("backbone.layers.1.downsample.norm2.bias") is None
-    assert released_name("backbone.layers.0.blocks.1.attn.relative_position_index") is None
-    assert released_name("fusion.multi_scaler.refinenet_3.smoothing.bias") is None
+    assert our_name("transformer.level_embed") is None
+    assert our_name("backbone.norm2.weight") is None
+    assert our_name("backbone.layers.1.downsample.norm2.bias") is None
+    assert our_name("backbone.layers.0.blocks.1.attn.relative_position_index") is None
+    assert our_name("fusion.multi_scaler.refinenet_3.smoothing.bias") is None
     for kept in ("backbone.layers.0.blocks.0.norm2.weight", "backbone.patch_embed.norm.bias"):
-        assert released_name(kept) == name_in_released(kept) == kept
+        assert our_name(kept) == name_in_released(kept) == kept
     ours = "decoder.layers.5.norm2.weight"
-    assert released_name("transformer." + ours) == ours
+    assert our_name("transformer." + ours) == ours
     assert name_in_released(ours) == "transformer." + ours
 
 

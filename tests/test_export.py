@@ -338,7 +338,7 @@ def test_what_is_not_a_number_is_rejected(plus: Exported, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"size": (500, 512)}, "size 500 is no multiple of 16"),
+        ({"size": (500, 512)}, "size 500 is not a multiple of 16"),
         ({"dynamic": ("batch", "size")}, "dynamic size"),
         ({"dynamic": ("colour",)}, "dynamic is colour"),
     ],

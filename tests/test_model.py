@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidt import SetCriterion, ViDT, ViDTConfig
-from vidt.convert import imagenet_swin
 from vidt.model.config import SWIN_VARIANTS
 from vidt.model.ram import ReconfiguredAttention, resize_padding, shift_mask, sine_position
 from vidt.model.swin import PatchMerging, SwinBackbone, SwinBlock
 from vidt.model.vidt import build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.weights.pretrained import TIMM_NAMES, added_by_vidt
+from vidt.weights.released import imagenet_swin
 
 Targets = list[dict[str, Tensor]]
 

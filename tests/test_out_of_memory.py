@@ -10,9 +10,9 @@ from tiny_runs import argv, differences, end_of, last_checkpoint, run
 import trainer.loop.step
 import trainer.train
 from trainer.loop import resume
-from trainer.loop.execution import is_out_of_memory
 from trainer.report.progress import Progress
 from vidt.model.vidt import ViDT
+from vidt.predict.predictor import is_out_of_memory
 
 MESSAGES = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),

@@ -1,4 +1,4 @@
-"""Converts a weights file of the released ViDT to one of ours, or back:
+"""Converts a weights file of the released ViDT to ours, or back:
 
 python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors
 python -m vidt.convert best.safetensors for_the_released_code.pth
@@ -16,40 +16,22 @@ from vidt.atomic import atomic_file
 from vidt.errors import UserError
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import read_released
-from vidt.weights.released import (
-    imagenet_swin,
-    released_config,
-    released_name,
-    released_vidt,
-    to_released,
-    unread_tensors,
-)
+from vidt.weights.released import to_released, unread_tensors
 from vidt.weights.weights_file import (
     UnusableWeights,
     WeightsInfo,
     fill_strictly,
-    is_ours,
-    load_kept,
+    is_safetensors,
+    load_unread,
     load_weights,
     read_pickled,
     save_weights,
 )
 
-__all__ = [
-    "imagenet_swin",
-    "main",
-    "released_config",
-    "released_name",
-    "released_vidt",
-    "to_ours",
-    "to_released",
-    "to_theirs",
-]
-
 
 def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> WeightsInfo:
-    """Writes a released `.pth` file as one of ours. Tensors that our detector does not read are
-    stored beside its own, so that `to_theirs` can restore them. `class_names` override the file's.
+    """Writes a released `.pth` file as our weights file. Tensors that our detector does not use are
+    stored too, so that `to_theirs` can restore them. `class_names` override the file's.
 
     Raises UnusableWeights naming the file, and OSError naming the target.
     """
@@ -62,13 +44,13 @@ def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> We
             "--class_names a,b,..."
         )
     fill_strictly(build_detector(info.config), tensors, source)
-    save_weights(target, tensors, info, unread_tensors(read_pickled(source)))
+    save_weights(target, tensors, info, unread_tensors(read_pickled(source).tensors))
     return info
 
 
 def to_theirs(source: Path, target: Path) -> WeightsInfo:
-    """Writes a weights file of ours as the released code reads it: tensors under `model`, settings
-    under `args`. Class names and metrics, which that code ignores, stand beside them for `to_ours`.
+    """Writes our weights file for the released code: tensors under `model`, settings under `args`.
+    It also holds class names and metrics for `to_ours`, which the released code ignores.
 
     Raises UnusableWeights naming the file, and OSError naming the target.
     """
@@ -76,7 +58,7 @@ def to_theirs(source: Path, target: Path) -> WeightsInfo:
     settings = dataclasses.asdict(info.config) | dataclasses.asdict(info.preprocessing)
     settings |= {"cross_scale_fusion": info.config.epff, "masks": info.config.with_vector}
     content = {
-        "model": to_released(tensors, info.config, load_kept(source)),
+        "model": to_released(tensors, info.config, load_unread(source)),
         "args": argparse.Namespace(**settings),
         "class_names": list(info.class_names),
         "metrics": info.metrics,
@@ -90,7 +72,7 @@ def to_theirs(source: Path, target: Path) -> WeightsInfo:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Exit codes: 0 done, 2 a user's error, printed as one line."""
+    """The command line. Exit codes: 0 success, 2 a user's error, printed as one line."""
     try:
         given = _parser().parse_args(argv)
         info = _convert(given.source, given.target, given.class_names)
@@ -107,17 +89,17 @@ def _parser() -> OneLineParser:
         description="Converts weights of the released ViDT to ours, or back.",
         epilog="example: python -m vidt.convert vidt_plus_tiny_det300.pth tiny.safetensors",
     )
-    parser.add_argument("source", type=Path, help="a released .pth file, or one of ours")
-    parser.add_argument("target", type=Path, help="OUT.safetensors; OUT.pth for the way back")
+    parser.add_argument("source", type=Path, help="a released .pth file, or our .safetensors")
+    parser.add_argument("target", type=Path, help="OUT.safetensors, or OUT.pth to convert back")
     parser.add_argument("--class_names", help="a,b,...; needed unless the classes are COCO's 91")
     return parser
 
 
 def _convert(source: Path, target: Path, class_names: str | None) -> WeightsInfo:
-    back = is_ours(source)
-    wanted = ".pth" if back else ".safetensors"
-    if target.suffix != wanted:
-        raise UserError(f"{target}: {source} converts to a {wanted} file; name it so")
+    back = is_safetensors(source)
+    suffix = ".pth" if back else ".safetensors"
+    if target.suffix != suffix:
+        raise UserError(f"{target}: {source} converts to a {suffix} file; name it so")
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the source file; give another name")
     if back and class_names is not None:

@@ -19,8 +19,8 @@ def load(
     precision: str | None = None,
     compile: bool = False,
 ) -> "Predictor | Any":
-    """Loads a detector from a weights file (our .safetensors or a released .pth) or an exported model
-    (.onnx, which onnxruntime runs without PyTorch).
+    """Loads a detector from a weights file (our .safetensors or a released .pth) or an exported
+    model (.onnx, which onnxruntime runs without PyTorch).
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
     precision: "fp32", "bf16" or "fp16"; None is fp32. compile: use torch.compile, which compiles

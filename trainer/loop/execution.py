@@ -16,26 +16,10 @@ BLOCKS = (swin.SwinBlock, coat.CoatBlock, decoder.DecoderLayer)
 SIDES = 6  # a compiled run has about as many lengths of a side
 # More shapes than `compiled_canvas` produces, also if micro-batches become smaller during the run.
 COMPILED_SHAPES = 4 * (SIDES + 2) ** 2
-# Texts of RuntimeErrors, where torch has no type for them: CUDA and its like, Triton, cuBLAS, CPU.
-OUT_OF_MEMORY = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-)
 
 
 class OutOfMemory(UserError):
     """Not even one image at a time fits into memory; the message says what reduces it."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether smaller batches may help. accelerate's `should_reduce_batch_size` is not used: it
-    misses Triton and cuBLAS, and counts cuDNN's CUDNN_STATUS_NOT_SUPPORTED.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.data.loader import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
 from trainer.loop.agreement import Agreement, sum_gradients
-from trainer.loop.execution import OutOfMemory, compiled_canvas, is_out_of_memory
+from trainer.loop.execution import OutOfMemory, compiled_canvas
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
@@ -26,6 +26,7 @@ from vidt.errors import UserError, counted
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
+from vidt.predict.predictor import is_out_of_memory
 
 logger = get_logger(__name__)
 

@@ -25,7 +25,7 @@ from trainer.data.loader import (
     leave_signals_to_the_parent,
 )
 from trainer.loop.agreement import Agreement
-from trainer.loop.execution import OutOfMemory, is_out_of_memory
+from trainer.loop.execution import OutOfMemory
 from trainer.loop.stopping import Stopped
 from trainer.readers.masks import encode
 from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
@@ -49,6 +49,7 @@ from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
 from vidt.predict.detections import Detections, decode_for, on_cpu
+from vidt.predict.predictor import is_out_of_memory
 
 MASK_PIXELS = 2**26  # of masks that are encoded together
 

@@ -1,7 +1,7 @@
-"""Images in, batches of equal canvas out: read ahead by threads, and never more than a few of them
-in memory, however many there are.
+"""Images in, batches of equal canvas out. Threads read ahead, but only a few images are in memory
+at any time.
 
-Without PyTorch, for detectors that do without it too.
+Does not import PyTorch.
 """
 
 import os
@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import numpy as np
 
-AHEAD = 2  # items that each thread may be ahead of who takes them
+AHEAD = 2  # items that each thread may be ahead of the consumer
 MOST_THREADS = 16
-PATIENCE = 0.5  # seconds that a result may wait for more of them where the input is slow
-PENDING_BATCHES = 8  # how far an image may fall behind while it waits for others of its canvas
+PATIENCE = 0.5  # seconds after which a finished result is yielded although the input is slow
+PENDING_BATCHES = 8  # batches that an image may wait for others of its canvas
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,9 +25,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image as a detector takes it: `pixels` uint8 [h, w, 3], resized to its canvas.
+    """An image resized to its canvas: `pixels` uint8 [h, w, 3].
 
-    `size` is (height, width) of the original; `index` counts the images as they came.
+    `size` is (height, width) of the original; `index` counts the images in input order.
     """
 
     index: int
@@ -40,7 +40,7 @@ class Picture:
 
 
 def reading_threads() -> int:
-    """As many as there are cores to run on: Pillow lets go of the interpreter while it decodes."""
+    """One thread per available core: Pillow releases the GIL while it decodes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MOST_THREADS)
 
@@ -48,13 +48,13 @@ def reading_threads() -> int:
 def read_ahead(
     items: Iterable[Item], read: Callable[[Item], Result], threads: int
 ) -> Iterator[Result]:
-    """`read` of each item, in order, computed by threads while the results before are in use. What
-    `read` raises is raised here, in its place. Where items come slowly the results do not wait for
-    as many as threads can be ahead.
+    """Yields `read(item)` of each item, in order, computed ahead by threads. An exception of `read`
+    is raised at the item's turn. If items arrive slowly, finished results are yielded without
+    waiting for more items.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         ahead: deque[Future[Result]] = deque()
-        since: deque[float] = deque()  # when each of them was begun
+        since: deque[float] = deque()  # when each one was submitted
         try:
             for item in items:
                 ahead.append(pool.submit(read, item))
@@ -65,7 +65,7 @@ def read_ahead(
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
-        finally:  # who stops early waits for none but those under way
+        finally:  # a consumer that stops early waits only for running reads
             for future in ahead:
                 future.cancel()
 
@@ -73,15 +73,15 @@ def read_ahead(
 def equal_canvases(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
     """Batches of equal canvas, so that none is padded and none depends on its batch mates.
 
-    A batch goes as soon as it is full, or when its oldest picture has fallen PENDING_BATCHES
-    batches behind: what waits is bounded, and so is what a reader needs to restore the order.
+    A batch is yielded when it is full, or when its oldest picture is PENDING_BATCHES batches
+    behind. This bounds the waiting pictures and the results that `in_order` holds.
     """
     waiting: defaultdict[tuple[int, int], list[Picture]] = defaultdict(list)
     for picture in pictures:
         waiting[picture.canvas].append(picture)
         if len(waiting[picture.canvas]) == batch_size:
             yield waiting.pop(picture.canvas)
-        # Dictionaries keep their order: the first canvas has the oldest picture.
+        # Dictionaries are ordered: the first canvas has the oldest picture.
         first = next(iter(waiting.values()), None)
         if first and picture.index - first[0].index >= PENDING_BATCHES * batch_size:
             yield waiting.pop(first[0].canvas)
@@ -91,10 +91,10 @@ def equal_canvases(pictures: Iterable[Picture], batch_size: int) -> Iterator[lis
 def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
     """Results in the order of their indices, which count from 0 without gaps."""
     early: dict[int, Result] = {}
-    wanted = 0
+    following = 0
     for index, result in results:
         early[index] = result
-        while wanted in early:
-            yield early.pop(wanted)
-            wanted += 1
-    assert not early, f"no result for {wanted}"
+        while following in early:
+            yield early.pop(following)
+            following += 1
+    assert not early, f"no result for {following}"

@@ -1,5 +1,5 @@
-"""Where the pixels of a picture go: the size that it is brought to, and which pictures share a
-batch. Without torch, so that an exported detector runs on machines that have none.
+"""The size to which a picture is resized, and which pictures share a batch. Does not import
+PyTorch, which an exported detector does not need.
 
 Sizes are (height, width) in pixels.
 """
@@ -17,7 +17,7 @@ def resized_shape(
     height: int, width: int, size: int, max_size: int | None = None
 ) -> tuple[int, int]:
     """(height, width) after the released resize: short side to `size`, long side at most
-    `max_size`, both rounded down to multiples of 16 (never to nothing).
+    `max_size`, both rounded down to multiples of 16, at least 16.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
@@ -28,27 +28,25 @@ def resized_shape(
 
 
 def longest_side(eval_size: int) -> int:
-    """The most that a long side may have, in the released proportion to the short one."""
+    """The maximum of the long side, in the released proportion to the short one."""
     return eval_size * 1333 // 800
 
 
 def canvas_of(height: int, width: int, eval_size: int) -> tuple[int, int]:
-    """The size that a picture is brought to for evaluation and prediction."""
+    """The size to which a picture is resized in evaluation and prediction."""
     return resized_shape(height, width, eval_size, longest_side(eval_size))
 
 
 def fitted_shape(canvas: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
-    """What becomes of a canvas where every picture has to fit into one frame: the canvas itself if
-    it does, else as much smaller as it must be, in multiples of 16.
-    """
-    ratio = min(side / own for side, own in zip(frame, canvas, strict=True))
+    """A canvas shrunk to fit into a frame, in multiples of 16; the canvas itself if it fits."""
+    ratio = min(frame[0] / canvas[0], frame[1] / canvas[1])
     if ratio >= 1:
         return canvas
     return whole_granules(int(canvas[0] * ratio)), whole_granules(int(canvas[1] * ratio))
 
 
 def whole_granules(length: int) -> int:
-    """A side of a canvas: rounded down to a multiple of 16, never to nothing."""
+    """A side of a canvas: rounded down to a multiple of 16, at least 16."""
     return max(length // GRANULE, 1) * GRANULE
 
 

@@ -10,13 +10,13 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# The first classes get colours that are told apart at a glance, also by most colour-blind eyes.
+# Colours of the first classes: easy to distinguish, also for most colour-blind readers.
 COLOURS = (
     *("#e6194b", "#0082c8", "#ffe119", "#3cb44b", "#f58231", "#911eb4"),
     *("#46f0f0", "#f032e6", "#d2f53c", "#008080", "#fabebe", "#aa6e28"),
 )
 LONGEST_NAME = 16  # characters
-MASK_SHARE = 0.45  # of a mask's colour, in what shows through it
+MASK_SHARE = 0.45  # opacity of a mask
 SMALLEST_FONT = 11  # pixels
 
 Rectangle: TypeAlias = tuple[float, float, float, float]
@@ -24,17 +24,17 @@ Label: TypeAlias = tuple[Rectangle, str, str]  # box, text, colour
 
 
 def class_colour(label: int) -> str:
-    """The same for a label in every picture of every run, '#rrggbb'."""
+    """The colour of a label in every picture of every run, '#rrggbb'."""
     if label < len(COLOURS):
         return COLOURS[label]
-    # Golden-ratio steps round the colour circle never come back to the same hue.
+    # Golden-ratio steps round the colour circle never repeat a hue.
     hue = label * 0.618034 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.9 - 0.4 * (label % 2), 0.95 - 0.2 * (label % 3))
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
 
 
 def class_text(label: int, class_names: Sequence[str]) -> str:
-    """The name, cut if long; 'class 7' if it has none or one that the built-in font lacks."""
+    """The name, cut if long; 'class 7' without a name, or if the built-in font lacks a letter."""
     name = class_names[label] if label < len(class_names) else ""
     try:
         name.encode("latin-1")
@@ -52,8 +52,8 @@ def draw_detections(
     class_names: Sequence[str],
     masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """A copy of the picture, RGB and of its size, with boxes [N, 4], masks bool [N, H, W], and for
-    each its class and score, the surest on top. Lines and letters follow the picture's size.
+    """A copy of the picture, RGB and of its size, with boxes [N, 4], masks bool [N, H, W], classes
+    and scores drawn on it, the best on top. Lines and letters scale with the picture.
     """
     canvas = image.convert("RGB")  # a copy in any case
     order = np.argsort(scores, kind="stable").tolist()
@@ -77,14 +77,14 @@ def draw_detections(
 def draw_boxes_on(
     canvas: Image.Image, shown: Sequence[Label], *, line: int, font_size: int
 ) -> None:
-    """Boxes with their labels, drawn on the picture itself, the last on top; `line` is in
-    pixels. Boxes are clipped to the picture, and one that is inside out is put in order.
+    """Draws boxes with their labels on the picture itself, the last on top; `line` is in pixels.
+    Boxes are clipped to the picture, and swapped corners are put in order.
     """
     draw = ImageDraw.Draw(canvas)
     labels: list[Label] = []
     for box, text, colour in shown:
         inside = clipped(box, canvas.size)
-        # A rim of a darker shade, or light boxes would drown in a light picture.
+        # A darker rim keeps light boxes visible in a light picture.
         draw.rectangle(_grown(inside, 1), outline=_darker(colour), width=1)
         draw.rectangle(inside, outline=colour, width=line)
         labels.append((inside, text, colour))
@@ -92,15 +92,15 @@ def draw_boxes_on(
 
 
 def tint(canvas: Image.Image, mask: np.ndarray, colour: str) -> None:
-    """Colours a mask, bool [H, W], on a canvas that shows its image at any size."""
+    """Colours a mask, bool [H, W], on a canvas that shows the mask's image at any size."""
     veil = Image.fromarray(np.uint8(255 * MASK_SHARE) * np.asarray(mask, np.uint8))
     veil = veil.resize(canvas.size, Image.Resampling.BILINEAR)
     canvas.paste(Image.new("RGB", canvas.size, colour), mask=veil)
 
 
 def clipped(box: Sequence[float], size: tuple[int, int]) -> Rectangle:
-    """Clipped to a picture of `size` (width, height) and put in order, so that a wild prediction
-    can be drawn.
+    """A box clipped to a picture of `size` (width, height), with its corners in order, so that any
+    prediction can be drawn.
     """
     corners = np.nan_to_num(np.asarray(box, np.float64))
     xs = np.clip(corners[0::2], 0, size[0] - 1)
@@ -115,21 +115,24 @@ def _grown(box: Rectangle, by: float) -> Rectangle:
 def write_labels(
     draw: ImageDraw.ImageDraw, labels: Sequence[Label], size: tuple[int, int], font_size: int
 ) -> None:
-    """The surest first: each takes the place at its box that covers least of those before it."""
+    """Writes labels, best first, each at the position that covers least of the labels before it."""
     font = ImageFont.load_default(font_size)
     placed: list[Rectangle] = []
     for box, text, colour in labels:
         width, height = draw.textlength(text, font=font) + 6, font_size + 3
-        place = min(_places(box, width, height, size), key=lambda spot: _covered(spot, placed))
-        placed.append(place)
-        draw.rectangle(place, fill=colour)
+        candidates = _positions(box, width, height, size)
+        position = min(candidates, key=lambda each: _covered(each, placed))
+        placed.append(position)
+        draw.rectangle(position, fill=colour)
         ink = "#000000" if _is_light(colour) else "#ffffff"
-        middle = (place[0] + 3, (place[1] + place[3]) / 2)
+        middle = (position[0] + 3, (position[1] + position[3]) / 2)
         draw.text(middle, text, fill=ink, font=font, anchor="lm")
 
 
-def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> list[Rectangle]:
-    """Where a label may stand: above, inside at the top, inside at the bottom, below."""
+def _positions(
+    box: Rectangle, width: float, height: float, size: tuple[int, int]
+) -> list[Rectangle]:
+    """Positions of a label: above the box, inside at the top or bottom, and below."""
     x0, y0, x1, y1 = box
     lefts = (x0, x1 - width)
     tops = (y0 - height, y0, y1 - height, y1)
@@ -141,11 +144,12 @@ def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) 
     return [(x, y, x + width, y + height) for x, y in corners]
 
 
-def _covered(place: Rectangle, placed: Sequence[Rectangle]) -> float:
-    """Area of `place` that lies on labels already written."""
+def _covered(position: Rectangle, placed: Sequence[Rectangle]) -> float:
+    """Area of `position` that is covered by labels already written."""
+    x0, y0, x1, y1 = position
     return sum(
-        max(0.0, min(place[2], other[2]) - max(place[0], other[0]))
-        * max(0.0, min(place[3], other[3]) - max(place[1], other[1]))
+        max(0.0, min(x1, other[2]) - max(x0, other[0]))
+        * max(0.0, min(y1, other[3]) - max(y0, other[1]))
         for other in placed
     )
 

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels: the one definition that training, evaluation and prediction share.
+"""Image files to RGB pixels, the same for training, evaluation and prediction.
 
 Sizes are (height, width) in pixels. "Stored pixels" are what Pillow yields without applying the
 EXIF orientation. Pillow itself applies a TIFF's orientation while it decodes, so a TIFF counts as
@@ -37,7 +37,7 @@ class UnreadableImage(UserError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says about itself without being decoded.
+    """Properties of an image file that are known without decoding it.
 
     `size` is that of the stored pixels. `fingerprint` is (bytes, CRC of the last 4 KiB): equal
     files have equal ones. `ends_whole` is False if the end marker of the format is not at the end
@@ -59,17 +59,17 @@ def read_image(
 ) -> Image.Image:
     """Decode a file to mode RGB, 8 bits a channel.
 
-    `size` is the size that the annotations give. Where only the EXIF orientation brings the stored
-    pixels to that size the image is turned; otherwise, and without `size`, pixels stay as stored.
+    `size` is the annotated size. If only the EXIF orientation brings the stored pixels to that
+    size, the image is turned; otherwise, and without `size`, pixels stay as stored.
 
-    `at_least` (height, width) is all that is needed: a JPEG of at least twice that is decoded at a
-    half, a quarter or an eighth of its size, rounded up, in a fraction of the time; but whole where
-    it has to be turned.
+    `at_least` (height, width) is the size that is needed: a JPEG of at least twice that size is
+    decoded at a half, a quarter or an eighth of its size, rounded up, in a fraction of the time,
+    unless it has to be turned.
 
-    Alpha is dropped, not blended: the colours beneath are what other detectors train on, and a
-    blend would need a background colour that nobody chose.
+    Alpha is dropped, not blended: other detectors train on these colours too, and blending would
+    need a background colour.
 
-    Raises UnreadableImage, or UserError if the image has another size either way round.
+    Raises UnreadableImage, or UserError if the image has another size in both orientations.
     """
     with _failures_named(path), Image.open(path) as image:
         orientation = _orientation(image)
@@ -116,7 +116,7 @@ def find_turn(
     orientation: int,
     size: tuple[int, int] | None,
 ) -> Image.Transpose | None:
-    """The turn that brings an image of `stored` size to the annotated `size`, None for no turn.
+    """The rotation that brings an image of `stored` size to the annotated `size`; None for none.
 
     Raises UserError if neither the stored nor the turned image has that size.
     """
@@ -168,10 +168,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("P", "PA"):
-        # By way of RGBA, since the direct way warns about palettes with transparency.
+        # Via RGBA: the direct conversion warns about palettes with transparency.
         return image.convert("RGBA").convert("RGB")
     if image.mode == "RGB" and image.format in _JPEG:
-        image.load()  # decoded into memory of its own: no need for the copy that convert makes
+        image.load()  # already in its own memory; `convert` would copy it
         return image
     return image.convert("RGB")
 
@@ -179,7 +179,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _scale_to_8_bit(values: np.ndarray) -> np.ndarray:
     """Grey values of a deep image to uint8.
 
-    Integers span 0..65535 whatever an image uses of it, so that brightness compares between
+    Integers span 0..65535 independent of the image's own range, so that brightness compares between
     images. Floats span the first of 0..1, 0..255, 0..65535 that holds them. Values outside these
     (32-bit images) have no nominal range and are stretched from their least to their greatest.
     """
@@ -204,5 +204,5 @@ def _ends_whole(file: BinaryIO, kind: str | None, tail: bytes, num_bytes: int) -
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB of 8 bits a channel; grey of more bits is scaled to that."""
+    """A picture of any mode as RGB with 8 bits per channel; deeper grey images are scaled."""
     return _to_rgb(image)

@@ -1,6 +1,6 @@
-"""What people hand to a detector, as pictures: files, Pillow images, arrays and tensors.
+"""Images in all forms that a detector accepts: files, Pillow images, arrays and tensors.
 
-Without PyTorch: a tensor is known by its type's name and read through NumPy.
+Does not import PyTorch: a tensor is recognised by its type's name and read through NumPy.
 """
 
 from os import PathLike
@@ -18,9 +18,9 @@ ImageLike: TypeAlias = Any
 
 
 def as_picture(image: ImageLike) -> Image.Image:
-    """One image as an RGB picture, a copy or not.
+    """One image as an RGB picture, which may share its memory.
 
-    - `str` or path: a file, as it is stored, whatever its EXIF says of its orientation
+    - `str` or path: a file, as stored; its EXIF orientation is ignored
     - Pillow image of any mode
     - NumPy array: uint8 [H, W, 3] RGB, [H, W, 4] RGBA (alpha is dropped), [H, W] or [H, W, 1] grey;
       uint16 [H, W]; or the same shapes in float, from 0 to 1
@@ -43,23 +43,21 @@ def as_picture(image: ImageLike) -> Image.Image:
 
 
 def is_one(images: Any) -> bool:
-    """Whether this is one image, and not several of them: an array or tensor of four axes holds
-    several.
-    """
+    """Whether this is one image rather than several; an array or tensor of four axes is several."""
     if isinstance(images, str | PathLike | Image.Image):
         return True
     return (isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim < 4
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises UserError for a threshold that no score has."""
+    """Raises UserError for a threshold outside 0 to 1."""
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold is {threshold}; it must be from 0 to 1")
 
 
 def rows_of(which: Any, count: int) -> Any:
-    """An index into `count` rows; one that is a whole number as the slice of that one row. Raises
-    IndexError where there is no such row, by which a loop over them ends.
+    """An index into `count` rows; an integer becomes a slice of one row. Raises IndexError if there
+    is no such row, which ends a `for` loop over the rows.
     """
     if isinstance(which, bool) or not hasattr(which, "__index__") or getattr(which, "ndim", None):
         return which
@@ -67,16 +65,16 @@ def rows_of(which: Any, count: int) -> Any:
     return slice(number, number + 1)
 
 
-def remembered(image: ImageLike) -> ImageLike:
-    """What to keep of an image in order to show it again: the path of a file, else the image."""
+def source_of(image: ImageLike) -> ImageLike:
+    """What detections store to show their image again: the path of a file, else the image."""
     return Path(image) if isinstance(image, str) else image
 
 
-def picture_of(kept: ImageLike, given: ImageLike = None) -> Image.Image:
-    """The picture to draw detections on: of the image that is given, else of the one that was kept
-    with them. Raises UserError if there is neither, else as `as_picture`.
+def picture_of(source: ImageLike, given: ImageLike = None) -> Image.Image:
+    """The picture to draw detections on: the given image, else their source. Raises UserError if
+    there is neither, and the errors of `as_picture`.
     """
-    image = kept if given is None else given
+    image = source if given is None else given
     if image is None:
         raise UserError("these detections do not know their image; pass it to plot(image)")
     return as_picture(image)

@@ -1,5 +1,5 @@
-"""Instance masks drawn from their vectors, in NumPy: detectors that run without PyTorch need it.
-`vidt.losses.mask_vectors` encodes masks and says what a vector is.
+"""Instance masks decoded from their vectors, in NumPy, for detectors that run without PyTorch.
+`vidt.losses.mask_vectors` encodes masks and defines the vectors.
 
 Letters: n objects, K numbers of a vector, S side of the square, H x W image.
 """
@@ -16,8 +16,8 @@ def decode_vectors(vectors: np.ndarray, side: int) -> np.ndarray:
     cells = zigzag(side)[: vectors.shape[1]]
     spectrum = np.zeros((len(vectors), side, side))
     spectrum[:, cells // side, cells % side] = vectors
-    place = np.arange(side) + 0.5
-    waves = np.cos(np.pi / side * np.arange(side)[:, None] * place) * (2 / side) ** 0.5
+    position = np.arange(side) + 0.5
+    waves = np.cos(np.pi / side * np.arange(side)[:, None] * position) * (2 / side) ** 0.5
     waves[0] /= 2**0.5
     heights = waves.T @ spectrum @ waves
     middle = (heights.max((1, 2), keepdims=True) + heights.min((1, 2), keepdims=True)) / 2
@@ -40,7 +40,7 @@ def zigzag(side: int) -> np.ndarray:
 def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Draw squares [n, S, S] into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W].
 
-    Interpolates linearly; what lies outside the image is cut off.
+    Interpolates linearly and crops to the image.
     """
     # Column by column in memory, the order of COCO's run lengths.
     pasted = np.zeros((len(squares), *size[::-1]), bool).transpose(0, 2, 1)
@@ -67,9 +67,9 @@ def _stretched(square: np.ndarray, low: float, high: float, pixels: range) -> np
     """
     side = len(square)
     centres = np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5)
-    place = (centres - np.float32(low)) / np.float32(max(high - low, 1e-6)) * side + 0.5
-    place = place.clip(0, side + 1).astype(np.float32)
-    before = np.minimum(np.floor(place), side)
+    position = (centres - np.float32(low)) / np.float32(max(high - low, 1e-6)) * side + 0.5
+    position = position.clip(0, side + 1).astype(np.float32)
+    before = np.minimum(np.floor(position), side)
     bordered = np.pad(square, ((1, 1), (0, 0)))
     lower, upper = bordered[before.astype(int)], bordered[before.astype(int) + 1]
-    return lower + (upper - lower) * (place - before)[:, None]
+    return lower + (upper - lower) * (position - before)[:, None]

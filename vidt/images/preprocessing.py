@@ -1,9 +1,7 @@
-"""From a picture to the tensor that the detector sees: the one definition of resize, normalisation
-and padding.
+"""Resize, normalisation and padding: from a picture to the detector's input.
 
-Training, its evaluation, prediction and export all come through here, and the settings travel with
-the weights. A picture is 8-bit pixels until it lies where the detector computes: a quarter of the
-memory and of the way.
+Training, evaluation, prediction and export share this definition, and its settings are saved with
+the weights. Pictures stay 8-bit until they are on the device: a quarter of the memory and transfer.
 """
 
 from collections.abc import Sequence
@@ -16,17 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from vidt.errors import UserError
-from vidt.images.canvas import (
-    canvas_of,
-    longest_side,
-    resize,
-)
+from vidt.images.canvas import canvas_of, longest_side, resize
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures are made ready for evaluation and prediction; saved with the weights. Raises
-    UserError for what no picture can be made ready with.
+    """Preprocessing of evaluation and prediction; saved with the weights. Raises UserError for
+    invalid values.
     """
 
     eval_size: int = 800
@@ -48,9 +42,7 @@ class Preprocessing:
         return longest_side(self.eval_size)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) that an image of this size is brought to; depends on that image
-        alone.
-        """
+        """The (height, width) to which an image of this size is resized."""
         return canvas_of(height, width, self.eval_size)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -62,8 +54,8 @@ class Preprocessing:
         return to_pixels(resize(image, self.canvas(image.height, image.width)))
 
     def normalise(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
-        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] holds. A new
-        tensor: what is given stays as it is, floats of 0 to 255 too.
+        """uint8 [..., 3, H, W] -> float32 of that shape, 0 where padding [..., H, W] is True. The
+        result is a new tensor, also for floats of 0 to 255.
         """
         mean, std = (_per_channel(each, images.device) for each in (self.mean, self.std))
         values = images.to(torch.float32, copy=True).mul_(1 / 255).sub_(mean).div_(std)
@@ -72,15 +64,15 @@ class Preprocessing:
 
 @cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1]; copied to a device once, since each copy would have to be waited for."""
-    with torch.inference_mode(False):  # kept, and so met by calls that compute gradients
+    """[C, 1, 1]; copied to a device once, since every copy synchronises."""
+    with torch.inference_mode(False):  # cached, so it may later be used with autograd
         return torch.tensor(values, device=device)[:, None, None]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB picture -> uint8 [3, H, W]."""
     planes = np.empty((3, image.height, image.width), np.uint8)
-    for plane, band in zip(planes, image.split(), strict=True):  # quicker than to turn [H, W, 3]
+    for plane, band in zip(planes, image.split(), strict=True):  # faster than transposing [H, W, 3]
         plane[...] = np.asarray(band)
     return torch.from_numpy(planes)
 

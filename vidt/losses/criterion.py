@@ -1,6 +1,6 @@
 """Set loss of ViDT (arXiv 2110.03921, section 3.3; DETR, arXiv 2005.12872): focal, L1 and GIoU on
-matched pairs, and the terms of ViDT+ (arXiv 2204.07962): the IoU of each box, mask vectors and token
-labels.
+matched pairs, and the terms of ViDT+ (arXiv 2204.07962): the IoU of each box, mask vectors and
+token labels.
 
 All prediction levels are matched and scored together, stacked in one tensor.
 
@@ -252,8 +252,8 @@ def stacked(levels: Levels) -> Stacked:
 
 @torch.no_grad()
 def target_vectors(targets: Targets, mask_len: int, n_keep: int) -> tuple[Tensor, Tensor]:
-    """The mask vectors [objects of all images, n_keep], and which objects have a mask: bool [objects
-    of all images].
+    """Mask vectors [all objects, n_keep] of the objects of all images, and which of them have a
+    mask: bool [all objects].
     """
     squares = [
         square_masks(target["masks"], target["mask_boxes"], mask_len)

@@ -1,9 +1,9 @@
-"""An exported detector, run by onnxruntime: pictures to boxes without torch.
+"""An exported detector, run by onnxruntime: pictures to boxes without PyTorch.
 
-What the graph needs to be told, and the names of the classes, ride in its metadata. Every picture
-is brought to the graph's one size, its frame: a picture whose canvas is the frame is treated
-exactly as by `vidt.predict.predictor.Predictor`, a smaller canvas is padded right and below (and
-the detector told so), a larger one is shrunk into the frame first.
+The graph's metadata hold its settings and class names. The graph takes pictures of one size, its
+frame. A picture whose canvas is the frame is treated as by `vidt.predict.predictor.Predictor`; a
+smaller canvas is padded right and below, which the `padding` input marks; a larger one is shrunk to
+fit the frame.
 """
 
 import json
@@ -26,8 +26,8 @@ from vidt.images.inputs import (
     check_threshold,
     is_one,
     picture_of,
-    remembered,
     rows_of,
+    source_of,
 )
 from vidt.images.mask_drawing import decode_vectors, paste_squares
 
@@ -38,19 +38,17 @@ DECODINGS = ("top_k", "best_class")
 
 @dataclass(frozen=True)
 class OnnxInfo:
-    """What a model says of itself; each field is an entry of its metadata, written as JSON."""
+    """The metadata of a model; each field is an entry, written as JSON."""
 
     class_names: tuple[str, ...]
-    eval_size: (
-        int  # that the canvas of a picture follows from, as `vidt.images.canvas.canvas_of` says
-    )
-    frame: tuple[int, int]  # (height, width) of what the graph takes
+    eval_size: int  # determines a picture's canvas, see `vidt.images.canvas.canvas_of`
+    frame: tuple[int, int]  # (height, width) of the graph's input
     decoding: str  # of raw outputs: the best (query, class) pairs, or each query's best class
-    mask_side: int  # of the square that a mask vector describes
+    mask_side: int  # of the square that a mask vector encodes
 
     @classmethod
     def of(cls, metadata: dict[str, str], source: object) -> "OnnxInfo":
-        """Raises UserError, naming the source, if the metadata are not ours."""
+        """Reads metadata. Raises UserError, naming the source, if they are not ours."""
         if metadata.get("format") != FORMAT:
             raise UserError(
                 f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
@@ -62,23 +60,23 @@ class OnnxInfo:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
         if info.decoding not in DECODINGS:
-            raise UserError(f"{source} wants decoding {info.decoding}; known: {DECODINGS}")
+            raise UserError(f"{source} has decoding {info.decoding}; known: {DECODINGS}")
         return info
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxDetections:
-    """What was found in one image, best first."""
+    """The detections of one image, best first."""
 
     scores: np.ndarray  # float32 [N] in 0..1
     labels: np.ndarray  # int64 [N]
     boxes: np.ndarray  # float32 [N, 4] xyxy, pixels of the original image, clipped to it
-    class_names: tuple[str, ...]  # of the detector: those of all labels
+    class_names: tuple[str, ...]  # all classes of the detector
     size: tuple[int, int]  # (height, width) of the original image
     mask_vectors: np.ndarray | None = None  # [N, n_keep]; None: the detector gives no masks
     mask_side: int = 0
     source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
-    mask_boxes: np.ndarray | None = None  # [N, 4] that the masks fill; None: `boxes`
+    mask_boxes: np.ndarray | None = None  # [N, 4] xyxy of the masks' squares; None: `boxes`
 
     @property
     def names(self) -> list[str]:
@@ -87,8 +85,8 @@ class OnnxDetections:
 
     @property
     def masks(self) -> np.ndarray | None:
-        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Drawn
-        anew each time: take only what is needed, as by `above`, first.
+        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Every
+        access decodes them again: select detections first, for example by `above`.
         """
         if self.mask_vectors is None:
             return None
@@ -97,11 +95,11 @@ class OnnxDetections:
         return paste_squares(squares, boxes, self.size)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
-        """A copy of the image that they were found in, or of the given one, RGB and of its size,
-        with boxes, names, scores and masks drawn on it.
+        """A copy of the given image, by default of the source image, with boxes, names, scores and
+        masks drawn on it: RGB, in the image's size.
 
-        Raises UserError if the image was not kept and none is given, `UnreadableImage` if its file
-        can no longer be read.
+        Raises UserError if there is no source image and none is given, `UnreadableImage` if its
+        file can no longer be read.
         """
         return draw_detections(
             picture_of(self.source, image),
@@ -113,11 +111,11 @@ class OnnxDetections:
         )
 
     def above(self, threshold: float) -> "OnnxDetections":
-        """Those that score at least `threshold`."""
+        """The detections that score at least `threshold`."""
         return self[self.scores >= threshold]
 
     def clipped(self) -> "OnnxDetections":
-        """The same with boxes that end where the picture does. Masks stay as they are."""
+        """A copy with boxes clipped to the image. Masks do not change."""
         height, width = self.size
         boxes = self.boxes.clip(0, np.array([width, height, width, height], self.boxes.dtype))
         mask_boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
@@ -127,31 +125,27 @@ class OnnxDetections:
         return len(self.scores)
 
     def __getitem__(self, which: int | slice | np.ndarray) -> "OnnxDetections":
-        """Those of a slice, an index or a mask; of a whole number, that one alone."""
-        which = rows_of(which, len(self))
-        vectors, mask_boxes = self.mask_vectors, self.mask_boxes
-        return replace(
-            self,
-            scores=self.scores[which],
-            labels=self.labels[which],
-            boxes=self.boxes[which],
-            mask_vectors=None if vectors is None else vectors[which],
-            mask_boxes=None if mask_boxes is None else mask_boxes[which],
-        )
+        """The detections of a slice, an index array or a boolean mask; an integer selects one
+        detection and keeps the axis.
+        """
+        rows = rows_of(which, len(self))
+        columns = ("scores", "labels", "boxes", "mask_vectors", "mask_boxes")
+        given: dict[str, Any] = {name: getattr(self, name) for name in columns}
+        selected = {name: each[rows] for name, each in given.items() if each is not None}
+        return replace(self, **selected)
 
 
 class OnnxDetector:
-    """An exported detector with its class names. May be used by several threads at once."""
+    """An exported detector with its class names. Several threads may use it at once."""
 
     def __init__(
         self, path: str | Path, *, device: str = "cpu", threads: int | None = None
     ) -> None:
-        """device: "cpu", "cuda" or "cuda:1"; the latter need the GPU build of onnxruntime. threads:
-        of an operation on the CPU; None: one for each core. On a machine that does other work too
-        fewer are faster: they wait for each other.
+        """device: "cpu", "cuda" or "cuda:1"; CUDA needs the GPU build of onnxruntime. threads: per
+        operation on the CPU; None: one per core. Use fewer on a machine that does other work too.
 
-        Raises UserError, in one line that names the file, for one that is no model of ours, and
-        for a device that this onnxruntime does not know.
+        Raises UserError, in one line that names the file, if it is not one of our models, and for a
+        device that this onnxruntime does not support.
         """
         self._session = _session(Path(path), device, threads)
         self.info = OnnxInfo.of(self._session.get_modelmeta().custom_metadata_map, path)
@@ -161,10 +155,10 @@ class OnnxDetector:
             raise UserError(f"{path} takes {', '.join(inputs)}; expected images and padding")
         if tuple(inputs["images"][2:]) != self.frame:
             raise UserError(
-                f"{path} takes pictures of {inputs['images'][2:]}, its metadata say {self.frame}"
+                f"{path} takes pictures of {inputs['images'][2:]}; its metadata say {self.frame}"
             )
         self._takes_sizes = "sizes" in inputs
-        batch = inputs["images"][0]  # a name where any number will do
+        batch = inputs["images"][0]  # a name if the batch is dynamic
         self.batch: int | None = batch if isinstance(batch, int) else None
 
     def predict(
@@ -174,39 +168,39 @@ class OnnxDetector:
         threshold: float = 0.3,
         batch_size: int = 1,
     ) -> OnnxDetections | list[OnnxDetections]:
-        """What is in one image, or a list of it for several, in their order.
+        """Detections of one image, or a list of them for several, in order.
 
-        images: what `vidt.images.inputs.as_picture` takes (a path, a Pillow image, an array), or
-        several. threshold: the lowest score that is kept. batch_size: images computed together, at
-        most; a model exported for one batch size computes in that one, whatever is asked for.
+        images: one or more of what `vidt.images.inputs.as_picture` takes (a path, a Pillow image,
+        an array). threshold: the lowest score to return. batch_size: the most images computed
+        together; a model with a fixed batch size ignores it.
 
         Returns `OnnxDetections`; boxes are clipped to the image.
 
         Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
-        what is no image, UserError for a threshold that no score has.
+        anything but an image, UserError for a threshold outside 0 to 1.
         """
         check_threshold(threshold)
         if is_one(images):
             return self._detect([images])[0].clipped().above(threshold)
-        found = self.stream(images, batch_size=batch_size)
-        return [detections.above(threshold) for _, detections in found]
+        results = self.stream(images, batch_size=batch_size)
+        return [detections.above(threshold) for _, detections in results]
 
     def stream(
         self, images: Iterable[ImageLike], *, batch_size: int = 1, clip: bool = True
     ) -> Iterator[tuple[int, OnnxDetections]]:
-        """(index, detections), in order; pictures are opened batch by batch. Boxes are clipped to
-        their picture, unless `clip` is False.
+        """Yields (index, detections) in order; pictures are opened batch by batch. Boxes are
+        clipped to their picture unless `clip` is False.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch or batch_size)):
-            found = self._detect([image for _, image in batch])
-            for (index, _), detections in zip(batch, found, strict=True):
+            results = self._detect([image for _, image in batch])
+            for (index, _), detections in zip(batch, results, strict=True):
                 yield index, detections.clipped() if clip else detections
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) that a picture of this size has in the frame; the rest is padding."""
+        """(height, width) of a picture of this size inside the frame; the rest is padding."""
         return fitted_shape(canvas_of(*size, self.info.eval_size), self.frame)
 
     def _detect(self, sources: list[ImageLike]) -> list[OnnxDetections]:
@@ -214,7 +208,7 @@ class OnnxDetector:
         sizes = [(picture.height, picture.width) for picture in pictures]
         rows = len(pictures) if self.batch is None else self.batch
         images = np.zeros((rows, 3, *self.frame), np.uint8)
-        padding = np.zeros((rows, *self.frame), bool)  # a row without a picture is a black one
+        padding = np.zeros((rows, *self.frame), bool)  # unused rows are black pictures
         for row, (picture, size) in enumerate(zip(pictures, sizes, strict=True)):
             shape = self.shape_of(size)
             images[row] = framed(picture, shape, self.frame)
@@ -239,7 +233,7 @@ class OnnxDetector:
                 size,
                 None if vectors is None else vectors[row],
                 self.info.mask_side,
-                remembered(sources[row]),
+                source_of(sources[row]),
             )
             for row, size in enumerate(sizes)
         ]
@@ -262,11 +256,11 @@ def _session(path: Path, device: str, threads: int | None) -> Any:
             "install onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0  # 0 leaves it to onnxruntime
+    options.intra_op_num_threads = threads or 0  # 0: onnxruntime's default
     options.log_severity_level = 3  # errors; warnings are about the graph, not for users
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers[kind])
-    except Exception as error:  # onnxruntime has a class of its own for each failure, no base
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as an ONNX model: {reason}") from error
 
@@ -274,7 +268,7 @@ def _session(path: Path, device: str, threads: int | None) -> Any:
 def _decoded(
     outputs: dict[str, np.ndarray], sizes: np.ndarray, decoding: str
 ) -> dict[str, np.ndarray]:
-    """Decode raw outputs [B, Q, ...] as `vidt.predict.detections.decode_for` does; sizes [B, 2]."""
+    """Decodes raw outputs [B, Q, ...] like `vidt.predict.detections.decode_for`; sizes [B, 2]."""
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     if decoding == "best_class":
         powers = np.exp(logits - logits.max(-1, keepdims=True))

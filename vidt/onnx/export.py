@@ -1,7 +1,7 @@
-"""Export to ONNX that is proven before it is called done: the exported detector, as
-`OnnxDetector` runs it, is held to the trained one on pictures, and on a dataset if there is one.
+"""Export to ONNX with a check: the exported detector, run by `OnnxDetector`, is compared with the
+trained one on pictures, and on a dataset if one is given.
 
-A model that is off by more than LIMITS allow does not get its name: it is left as NAME.rejected.
+A model beyond the `Limits` is written as NAME.rejected instead of its name.
 """
 
 import os
@@ -29,13 +29,13 @@ from vidt.onnx.proof import (
     Differences,
     Limits,
     compare,
-    found_in_frame,
+    detections_in_frame,
 )
 from vidt.predict.predictor import Predictor
 from vidt.weights.checkpoint import load_model
 
 DYNAMIC = ("batch",)
-NUM_DRAWN = 6  # pictures that are drawn where none are given
+NUM_DRAWN = 6  # pictures that are drawn if none are given
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ScoredImages:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported, and how far it is from the detector that it was exported from."""
+    """The exported file, and its differences from the original detector."""
 
     file: str  # the model; NAME.rejected if it is not `ok`
     bytes: int
@@ -70,7 +70,7 @@ class ExportReport:
     limits: Limits
     map50: float | None = None  # of the trained detector; None: no dataset was given
     onnx_map50: float | None = None
-    evaluated_map50: float | None = None  # of the trained one where no picture is made to fit
+    evaluated_map50: float | None = None  # of the trained one without the frame
     failures: tuple[str, ...] = ()
 
     @property
@@ -140,19 +140,18 @@ def export(
     images: Sequence[Path] = (),
     dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
 ) -> ExportReport:
-    """Writes a detector as an ONNX model and proves it. Needs onnx, onnxscript and onnxruntime.
+    """Writes a detector as an ONNX model and checks it. Needs onnx, onnxscript and onnxruntime.
 
-    size: (height, width) of the pictures that the model takes, in multiples of 16; None: what
-    evaluation brings most of `images` (else of the dataset's) to, and without any a square of the
-    evaluation size. dynamic: ("batch",) for a model that takes any number of pictures at once.
-    half: half precision where it costs little. with_decode: the model gives boxes, scores and
-    labels; else the detector's outputs. images: to compare on; none: some are drawn. dataset_for:
-    called with the class names before anything is exported, returns the dataset on which map50 of
-    both is compared.
+    size: (height, width) of the model's input, multiples of 16; None: the most common canvas of
+    `images` or of the dataset, without either a square of the evaluation size. dynamic: ("batch",)
+    for a model with any batch size. half: half precision where it costs little accuracy.
+    with_decode: the model returns boxes, scores and labels instead of the detector's outputs.
+    images: pictures to compare on; none: some are drawn. dataset_for: called with the class names
+    before the export; returns the dataset on which map50 of both detectors is compared.
 
-    Nobody ever sees half a file under `output`. Raises UserError in one line for weights that
-    cannot be read, a size or axis that cannot be had, and a dataset without the detector's classes;
-    OSError in one line for a file that cannot be written.
+    `output` is written atomically. Raises UserError in one line for weights that cannot be read, an
+    invalid size or axis, and a dataset without the detector's classes; OSError in one line for a
+    file that cannot be written.
     """
     _check(output, size, dynamic)
     model, info = load_model(weights)
@@ -211,14 +210,14 @@ def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...])
     for side in size or ():
         if side < GRANULE or side % GRANULE:
             raise UserError(
-                f"size {side} is no multiple of {GRANULE}; {whole_granules(side)} would be one"
+                f"size {side} is not a multiple of {GRANULE}; {whole_granules(side)} is one"
             )
     if not output.parent.is_dir():
         raise UserError(f"{output} cannot be written: there is no folder {output.parent}")
 
 
 class _Pictures:
-    """Those to compare on, opened when they are needed: given files, or drawn."""
+    """The pictures to compare on, opened on demand: given files, or drawn ones."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -233,7 +232,7 @@ class _Pictures:
 
 
 def _drawn(seed: int) -> Image.Image:
-    """Coarse noise of many colours, of a common shape; not quite flat anywhere."""
+    """A picture of coarse, colourful noise in a common shape."""
     generator = np.random.default_rng(seed)
     width, height = ((640, 480), (480, 640), (500, 500))[seed % 3]
     coarse = generator.integers(0, 256, (9, 12, 3), np.uint8)
@@ -250,12 +249,12 @@ def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, in
 def _scores(
     predictor: Predictor, detector: OnnxDetector, dataset: ScoredImages
 ) -> tuple[float, float, float | None]:
-    """map50 of the detector and of what was exported from it, both in the frame of the latter; and
-    of the detector as it is evaluated, if that is not the same.
+    """map50 of the trained and of the exported detector in the frame; and of the trained one as in
+    evaluation, None if all pictures have the frame's size.
     """
-    mine = dataset.map50(found_in_frame(predictor, detector, dataset.pictures()))
-    found = detector.stream(dataset.pictures(), batch_size=PROOF_BATCH, clip=False)
-    theirs = dataset.map50(each for _, each in found)
+    mine = dataset.map50(detections_in_frame(predictor, detector, dataset.pictures()))
+    exported = detector.stream(dataset.pictures(), batch_size=PROOF_BATCH, clip=False)
+    theirs = dataset.map50(each for _, each in exported)
     canvases = {predictor.preprocessing.canvas(*size) for size in dataset.sizes}
     if canvases <= {detector.frame}:
         return mine, theirs, None

@@ -1,10 +1,9 @@
-"""A detector as an ONNX graph: 8-bit pixels in, normalisation and, if wanted, decoding inside.
+"""A detector as an ONNX graph that includes normalisation and, optionally, decoding.
 
 Inputs: `images` uint8 [B, 3, H, W] RGB, `padding` bool [B, H, W], True where padded, right of the
 picture and below it, and with decoding `sizes` int64 [B, 2], (height, width) of the original
-images. Outputs: `pred_logits`, `pred_boxes` and `pred_vectors` as the detector gives them; or
-decoded `scores`, `labels`, `boxes` (xyxy, pixels of the original image) and `mask_vectors`, best
-first.
+images. Outputs: the detector's `pred_logits`, `pred_boxes` and `pred_vectors`; or decoded `scores`,
+`labels`, `boxes` (xyxy, pixels of the original image) and `mask_vectors`, best first.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidt.images.preprocessing import Preprocessing
+from vidt.model.config import WITHOUT_NECK
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck, decode_best_class
 from vidt.onnx.detector import FORMAT, OnnxInfo
@@ -32,7 +32,7 @@ OPSET = 20
 
 
 class ExportedDetector(nn.Module):
-    """What the graph computes, as a module."""
+    """The module that is exported."""
 
     def __init__(
         self, model: ViDT | ViDTWithoutNeck, preprocessing: Preprocessing, *, decode: bool
@@ -44,7 +44,7 @@ class ExportedDetector(nn.Module):
 
     @property
     def output_names(self) -> list[str]:
-        """Those of what `forward` gives, in its order."""
+        """Names of the outputs of `forward`, in order."""
         masks = isinstance(self.model, ViDT) and self.model.config.with_vector
         if self.decode:
             return ["scores", "labels", "boxes", *(["mask_vectors"] if masks else [])]
@@ -53,7 +53,7 @@ class ExportedDetector(nn.Module):
     def forward(
         self, images: Tensor, padding: Tensor, sizes: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """See the head of this file; sizes are read only where outputs are decoded."""
+        """See the module docstring; sizes are needed only for decoding."""
         pixels = self.normalise(images).masked_fill(padding[:, None], 0.0)
         outputs = self.model(pixels, padding, detections_only=True)
         if not self.decode:
@@ -72,8 +72,8 @@ class ExportedDetector(nn.Module):
         return decoded
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float32: `Preprocessing.normalise`, in operations that can be
-        exported.
+        """uint8 [B, 3, H, W] -> float32: `Preprocessing.normalise` in exportable
+        operations.
         """
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
         return images.to(torch.float32).mul(1 / 255).sub(self.mean).div(self.std)
@@ -92,10 +92,10 @@ def make_graph(
     dynamic_batch: bool,
     half: bool,
 ) -> onnx.ModelProto:
-    """The graph with its metadata, checked by onnx. A frame (height, width) is for good; without
-    dynamic_batch, so is a batch of one.
+    """The graph with its metadata, checked by onnx. The frame (height, width) is fixed; without
+    dynamic_batch the batch size is fixed at one.
     """
-    batch = 2 if dynamic_batch else 1  # a batch of one would be taken for a constant
+    batch = 2 if dynamic_batch else 1  # the exporter would treat a batch of one as a constant
     inputs: dict[str, Tensor] = {
         "images": torch.zeros(batch, 3, *frame, dtype=torch.uint8),
         "padding": torch.zeros(batch, *frame, dtype=torch.bool),
@@ -103,7 +103,7 @@ def make_graph(
     if detector.decode:
         inputs["sizes"] = torch.ones(batch, 2, dtype=torch.int64)
     axes = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
-    # The fused attentions cannot be taken apart into ONNX's operations; the plain one can.
+    # Fused attention cannot be decomposed into ONNX operations; plain attention can.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quietly():
         program = torch.onnx.export(
             detector,
@@ -130,16 +130,16 @@ def make_graph(
 def metadata_of(
     detector: ExportedDetector, info: WeightsInfo, frame: tuple[int, int]
 ) -> dict[str, str]:
-    """What `vidt.onnx.detector` reads, and the rest of what a weights file says of itself."""
+    """The entries that `vidt.onnx.detector` reads, and the rest of a weights file's header."""
     config = info.config
-    said = OnnxInfo(
+    needed = OnnxInfo(
         class_names=info.class_names,
         eval_size=info.preprocessing.eval_size,
         frame=frame,
-        decoding="best_class" if config.method == "vidt_wo_neck" else "top_k",
+        decoding="best_class" if config.method == WITHOUT_NECK else "top_k",
         mask_side=config.gt_mask_len,
     )
-    values: dict[str, Any] = dataclasses.asdict(said) | {
+    values: dict[str, Any] = dataclasses.asdict(needed) | {
         "config": dataclasses.asdict(config),
         "preprocessing": dataclasses.asdict(info.preprocessing),
         "metrics": info.metrics,
@@ -155,15 +155,15 @@ def _batch_of(value: onnx.ValueInfoProto) -> str | int:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's talk of what it could not simplify."""
-    talkers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [talker.level for talker in talkers]
+    """Silences the exporter's warnings about what it could not simplify."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for talker in talkers:
-            talker.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for talker, level in zip(talkers, levels, strict=True):
-                talker.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,31 +1,31 @@
-"""An ONNX graph of ours in half precision, where that costs little.
+"""One of our ONNX graphs in half precision, where that costs little accuracy.
 
-The body, the projections and the decoder's matrices compute and are stored in float16. In float32
-stay normalisation, the encoding of places, where the decoder samples, the heads, and decoding: half
-precision has three digits, and these decide about boxes. So do sums over whole maps. This is what
-autocast does in training, with the residual path halved as well.
+The backbone, the projections and the decoder's matrices are computed and stored in float16.
+Normalisation, position encodings, sampling locations, heads, decoding and sums over whole maps stay
+in float32: half precision has three digits, too few for boxes. This matches autocast in training,
+except that the residual path is halved as well.
 """
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-# Parts of the modules' names in which nodes are halved, and exceptions to them with exceptions.
+# Parts of module names whose nodes are halved, exceptions to them, and exceptions to those.
 HALF_PARTS = (
     *(".blocks.", ".serial_blocks.", ".patch_embed", ".downsample", ".det_exp"),
     *("model.input_proj", "model.tgt_proj", "decoder.layers."),
 )
 EXACT_PARTS = (".cross_attn",)
 HALF_AFTER_ALL = (".value_proj", ".output_proj")
-# Operations that have float32 inputs by definition, make their type themselves, or sum over maps.
+# Operations that need float32 inputs, set their own type, or sum over maps.
 EXACT_OPERATIONS = {"Cast", "Constant", "ConstantOfShape", "Resize", "InstanceNormalization"}
 EXACT_OPERATIONS |= {"CumSum", "GridSample", "Range", "RandomNormalLike"}
 SUFFIX = "__half"
 
 
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy; inputs and outputs keep their types. The graph's values must have unique names, and
-    its nodes the `namespace` that torch's exporter gives them.
+    """A copy in half precision; inputs and outputs keep their types. The graph's values must have
+    unique names, and its nodes the `namespace` of torch's exporter.
     """
     halving = _Halving(model)
     for node in model.graph.node:
@@ -45,8 +45,8 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 class _Halving:
-    """The nodes so far. A value is known under its own name, in its own type, or under that with
-    SUFFIX, in float16, or both.
+    """Collects the new nodes. A value exists under its own name in its own type, under its name
+    with SUFFIX in float16, or both.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -75,7 +75,7 @@ class _Halving:
         self.known.update(taken.output)
 
     def need(self, name: str) -> None:
-        """Sees to it that a value is known under this name."""
+        """Adds the cast that provides a value under this name, if it does not exist yet."""
         if not name or name in self.known:
             return
         own = name.removesuffix(SUFFIX)

@@ -1,5 +1,5 @@
-"""How far an exported detector is from the one that it was exported from: the same pictures through
-both, from the file to the boxes.
+"""Comparison of an exported detector with the original on the same pictures, from the file to the
+boxes.
 
 Letters: N detections of a picture, best first.
 """
@@ -18,20 +18,20 @@ from vidt.onnx.detector import TOP_K, OnnxDetections, OnnxDetector
 from vidt.predict.detections import Detections
 from vidt.predict.predictor import Predictor
 
-SHOWN = 0.05  # detections that score less are not asked to be found again
+SHOWN = 0.05  # detections that score less need not be matched
 SAME_BOX = 0.95  # IoU from which two boxes are the same
-MOST_MASKS = 20  # of a picture, the best: their squares take time
-PROOF_BATCH = 3  # pictures computed together, where the batch is dynamic: not the traced number
+MOST_MASKS = 20  # the best of a picture: decoding takes time
+PROOF_BATCH = 3  # batch size if it is dynamic; it differs from the traced one
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far an exported detector may be from the trained one."""
+    """The largest differences allowed between an exported detector and the trained one."""
 
     scores: float  # largest difference of scores, 0..1
     boxes: float  # largest difference of sides, in shares of the picture
     masks: float  # largest share of a mask's square that differs
-    matched: float  # least share of detections that are found again
+    matched: float  # least share of detections that are matched
     map50: float  # largest difference of map50, 0..1
 
 
@@ -41,18 +41,18 @@ HALF = Limits(scores=0.03, boxes=0.02, masks=0.1, matched=0.95, map50=0.01)
 
 @dataclass(frozen=True)
 class Differences:
-    """What the two say of the same pictures."""
+    """Measured differences of the two detectors on the same pictures."""
 
     scores: float  # the largest difference
     boxes: float  # the largest difference of a side, in shares of the picture
     masks: float | None  # the largest share of a square that differs; None: there are no masks
     num_compared: int  # boxes
     num_shown: int  # detections that score SHOWN or more
-    matched: float  # share of these that is found again; 1 if there are none
-    num_reshaped: int  # pictures that evaluation would bring to another size than the frame
+    matched: float  # share of these that are matched; 1 if there are none
+    num_reshaped: int  # pictures that evaluation resizes to another size than the frame
 
     def failures(self, limits: Limits) -> Iterator[str]:
-        """In words, what is beyond the limits; NaN is."""
+        """Yields a text for each difference beyond its limit; NaN is beyond."""
         if not self.scores <= limits.scores:
             yield f"scores differ by {self.scores:.2g}"
         if not self.boxes <= limits.boxes:
@@ -72,21 +72,21 @@ def compare(
     limits: Limits,
     batch_size: int = PROOF_BATCH,
 ) -> Differences:
-    """Both detectors on pictures that can be gone through twice; batch_size is the exported one's,
-    where it takes any.
+    """Runs both detectors on the pictures, which are iterated twice; batch_size is that of the
+    exported detector if it is dynamic.
     """
     scores, boxes, masks = [0.0], [np.zeros(0)], [np.zeros(0)]
     shown, num_reshaped = np.zeros(2, int), 0
-    mine = found_in_frame(predictor, detector, pictures)
+    mine = detections_in_frame(predictor, detector, pictures)
     theirs = detector.stream(pictures, batch_size=batch_size, clip=False)
-    for wanted, (_, found) in zip(mine, theirs, strict=True):
-        scores.append(_score_difference(wanted, found))
-        pairs = _pairs(wanted, found, limits)
+    for expected, (_, exported) in zip(mine, theirs, strict=True):
+        scores.append(_score_difference(expected, exported))
+        pairs = _pairs(expected, exported, limits)
         boxes.append(_side_differences(*pairs))
         masks.append(_mask_differences(*pairs))
-        shown += _found_again(wanted, found)
-        num_reshaped += predictor.preprocessing.canvas(*found.size) != detector.frame
-    # NumPy's maximum of anything and NaN is NaN, Python's is not.
+        shown += _matched_count(expected, exported)
+        num_reshaped += predictor.preprocessing.canvas(*exported.size) != detector.frame
+    # NumPy's maximum propagates NaN, Python's does not.
     return Differences(
         scores=float(np.max(scores)),
         boxes=float(np.max(np.concatenate(boxes), initial=0.0)),
@@ -99,10 +99,10 @@ def compare(
 
 
 @torch.inference_mode()
-def found_in_frame(
+def detections_in_frame(
     predictor: Predictor, detector: OnnxDetector, pictures: Iterable[Image.Image]
 ) -> Iterator[Detections]:
-    """What the trained detector finds where pictures are brought to the exported one's frame."""
+    """Detections of the trained detector on pictures in the exported detector's frame."""
     for picture in pictures:
         size = (picture.height, picture.width)
         resized = resize(picture, detector.shape_of(size))
@@ -112,48 +112,50 @@ def found_in_frame(
         yield predictor.decode(outputs, torch.tensor([size]))[0]
 
 
-def _score_difference(wanted: Detections, found: OnnxDetections) -> float:
-    """Of the best, the second best, and so on: near ties may change places."""
-    return float(np.abs(wanted.scores.numpy() - found.scores).max(initial=0.0))
+def _score_difference(expected: Detections, exported: OnnxDetections) -> float:
+    """Largest difference by rank, since near ties may change their order."""
+    return float(np.abs(expected.scores.numpy() - exported.scores).max(initial=0.0))
 
 
 def _pairs(
-    wanted: Detections, found: OnnxDetections, limits: Limits
+    expected: Detections, exported: OnnxDetections, limits: Limits
 ) -> tuple[Detections, OnnxDetections]:
-    """Detections, and for each of them the nearest of its class; nearness is in scores as well.
+    """Expected detections, and for each the nearest exported one of its class, by box and score.
 
-    Where only the best are told, those that score about as little as the last are left out: they
-    may be missing for a tie. One whose class is not found at all has a partner of no place.
+    If only the best TOP_K are returned, detections that score about as little as the last are left
+    out: a tie may have removed them. One without a partner of its class gets a box of NaN.
     """
-    if len(wanted.scores) >= TOP_K:
-        wanted = wanted.above(wanted.scores[-1].item() + 2 * limits.scores)
-    if not len(wanted.scores) or not len(found):
-        return wanted[:0], found[:0]
-    same = wanted.labels.numpy()[:, None] == found.labels[None]
-    scores = np.abs(wanted.scores.numpy()[:, None] - found.scores[None])
-    sides = np.abs(_shares(wanted.boxes.numpy(), found)[:, None] - _shares(found.boxes, found))
-    distances = np.where(same, scores + sides.max(-1), np.inf)  # [those wanted, those found]
-    partners = found[distances.argmin(1)]
+    if len(expected.scores) >= TOP_K:
+        expected = expected.above(expected.scores[-1].item() + 2 * limits.scores)
+    if not len(expected.scores) or not len(exported):
+        return expected[:0], exported[:0]
+    same = expected.labels.numpy()[:, None] == exported.labels[None]
+    scores = np.abs(expected.scores.numpy()[:, None] - exported.scores[None])
+    sides = np.abs(
+        _shares(expected.boxes.numpy(), exported)[:, None] - _shares(exported.boxes, exported)
+    )
+    distances = np.where(same, scores + sides.max(-1), np.inf)  # [expected, exported]
+    partners = exported[distances.argmin(1)]
     lost = ~same.any(1)
     partners.boxes[lost] = np.nan
-    return wanted, partners
+    return expected, partners
 
 
-def _shares(boxes: np.ndarray, found: OnnxDetections) -> np.ndarray:
+def _shares(boxes: np.ndarray, exported: OnnxDetections) -> np.ndarray:
     """Boxes [N, 4] in shares of the picture's sides."""
-    height, width = found.size
+    height, width = exported.size
     return boxes / np.array([width, height, width, height], np.float32)
 
 
-def _side_differences(wanted: Detections, partners: OnnxDetections) -> np.ndarray:
+def _side_differences(expected: Detections, partners: OnnxDetections) -> np.ndarray:
     """[N]: of each pair, the largest difference of a side, in shares of the picture."""
-    return np.abs(_shares(wanted.boxes.numpy() - partners.boxes, partners)).max(-1)
+    return np.abs(_shares(expected.boxes.numpy() - partners.boxes, partners)).max(-1)
 
 
-def _mask_differences(wanted: Detections, partners: OnnxDetections) -> np.ndarray:
+def _mask_differences(expected: Detections, partners: OnnxDetections) -> np.ndarray:
     """[N or fewer]: of each pair, the share of the mask's square that differs; none without
     masks."""
-    mine, theirs = wanted.mask_vectors, partners.mask_vectors
+    mine, theirs = expected.mask_vectors, partners.mask_vectors
     if mine is None or theirs is None:
         return np.zeros(0)
     vectors = [each[:MOST_MASKS] for each in (mine.vectors.numpy(), theirs)]
@@ -161,13 +163,13 @@ def _mask_differences(wanted: Detections, partners: OnnxDetections) -> np.ndarra
     return (squares[0] != squares[1]).mean((1, 2))
 
 
-def _found_again(wanted: Detections, found: OnnxDetections) -> tuple[int, int]:
-    """Detections that are shown, and how many of them have a box of the same class, each its own,
-    with an IoU of at least SAME_BOX.
+def _matched_count(expected: Detections, exported: OnnxDetections) -> tuple[int, int]:
+    """The number of detections that score SHOWN or more, and how many of them match an exported
+    one: same class, IoU of at least SAME_BOX, each used once.
     """
-    wanted = wanted.above(SHOWN)
-    overlaps = _overlaps(wanted.boxes.numpy(), found.boxes)
-    overlaps[wanted.labels.numpy()[:, None] != found.labels[None]] = 0.0
+    expected = expected.above(SHOWN)
+    overlaps = _overlaps(expected.boxes.numpy(), exported.boxes)
+    overlaps[expected.labels.numpy()[:, None] != exported.labels[None]] = 0.0
     matched = 0
     for row in overlaps:
         best = int(row.argmax())

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import ImageLike, picture_of, rows_of
 from vidt.images.mask_drawing import decode_vectors, paste_squares
-from vidt.model.config import ViDTConfig
+from vidt.model.config import WITHOUT_NECK, ViDTConfig
 from vidt.model.without_neck import decode_best_class
 
 TOP_K = 100  # detections per image, the released constant
@@ -21,17 +21,17 @@ TOP_K = 100  # detections per image, the released constant
 
 @dataclass(frozen=True, eq=False)
 class MaskVectors:
-    """How masks are kept until they are asked for: a kilobyte each, whatever the picture's size."""
+    """Masks in encoded form, a kilobyte each; `Detections.masks` decodes them."""
 
     vectors: Tensor  # [N, n_keep]
-    side: int  # of the square that a vector describes: the configuration's gt_mask_len
+    side: int  # of the square that a vector encodes: the configuration's gt_mask_len
     size: tuple[int, int]  # (height, width) of the original image
-    boxes: Tensor | None = None  # [N, 4] that the squares fill; None: those of the detections
+    boxes: Tensor | None = None  # [N, 4] xyxy of the squares; None: the boxes of the detections
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one image, best first."""
+    """The detections of one image, best first."""
 
     scores: Tensor  # [N] in 0..1
     labels: Tensor  # [N] int64
@@ -39,7 +39,7 @@ class Detections:
     # not.
     boxes: Tensor
     mask_vectors: MaskVectors | None = None  # None: the detector gives no masks
-    class_names: tuple[str, ...] = ()  # of the detector: those of all labels that it knows
+    class_names: tuple[str, ...] = ()  # all classes of the detector
     source: ImageLike = field(default=None, repr=False)  # the image, a file by its path
 
     @property
@@ -49,8 +49,8 @@ class Detections:
 
     @property
     def masks(self) -> Tensor | None:
-        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Drawn
-        anew each time: take only what is needed, as by `above`, first.
+        """bool [N, H, W], pixels of the original image; None if the detector gives no masks. Every
+        access decodes them again: select detections first, for example by `above`.
         """
         if self.mask_vectors is None:
             return None
@@ -61,42 +61,42 @@ class Detections:
         return drawn.to(vectors.device)
 
     def plot(self, image: ImageLike = None) -> Image.Image:
-        """A copy of the image that they were found in, or of the given one, RGB and of its size,
-        with boxes, names, scores and masks drawn on it.
+        """A copy of the given image, by default of the source image, with boxes, names, scores and
+        masks drawn on it: RGB, in the image's size.
 
-        Raises ValueError if the image was not kept and none is given, `UnreadableImage` if its file
-        can no longer be read.
+        Raises UserError if there is no source image and none is given, `UnreadableImage` if its
+        file can no longer be read.
         """
-        found = self.cpu()
+        own, masks = self.cpu(), self.masks
         return draw_detections(
             picture_of(self.source, image),
-            found.boxes.float().numpy(),
-            found.labels.tolist(),
-            found.scores.tolist(),
+            own.boxes.float().numpy(),
+            own.labels.tolist(),
+            own.scores.tolist(),
             self.class_names,
-            None if found.masks is None else found.masks.numpy(),
+            None if masks is None else masks.cpu().numpy(),
         )
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def above(self, threshold: float) -> "Detections":
-        """Those that score at least `threshold`."""
+        """The detections that score at least `threshold`."""
         return self[self.scores >= threshold]
 
     def __getitem__(self, which: int | slice | Tensor) -> "Detections":
-        """Those of a slice, an index or a mask; of a whole number, that one alone."""
+        """The detections of a slice, an index tensor or a boolean mask; an integer selects one
+        detection and keeps the axis.
+        """
         rows = rows_of(which, len(self))
         return self._map(lambda column: column[rows])
 
     def cpu(self) -> "Detections":
-        """The same in the memory of the CPU."""
+        """A copy on the CPU."""
         return self._map(Tensor.cpu)
 
     def clipped(self, size: tuple[int, int]) -> "Detections":
-        """The same with boxes that end where the picture, of `size` (height, width), does. Masks
-        stay as they are.
-        """
+        """A copy with boxes clipped to the image of `size` (height, width). Masks do not change."""
         masks = self.mask_vectors
         if masks is not None and masks.boxes is None:
             masks = replace(masks, boxes=self.boxes)
@@ -125,18 +125,18 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
 
 
-def on_cpu(found: Sequence[Detections]) -> list[Detections]:
-    """The same in the memory of the CPU, float32: detections of one detector in several images, one
-    at least, all in one transfer, since each would have to be waited for.
+def on_cpu(detections: Sequence[Detections]) -> list[Detections]:
+    """Detections of one detector in one or more images, copied to the CPU as float32 in one
+    transfer, to synchronise once.
     """
     columns = [
         [each.scores[:, None], each.labels[:, None], each.boxes]
         + ([each.mask_vectors.vectors] if each.mask_vectors else [])
-        for each in found
+        for each in detections
     ]
-    # Labels are whole numbers far below 2 ** 24: float32 keeps them.
+    # Labels are far below 2 ** 24, so float32 holds them exactly.
     rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
-    counts = [len(each) for each in found]
+    counts = [len(each) for each in detections]
     return [
         replace(
             each,
@@ -145,14 +145,14 @@ def on_cpu(found: Sequence[Detections]) -> list[Detections]:
             boxes=own[:, 2:6],
             mask_vectors=each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:]),
         )
-        for each, own in zip(found, rows.cpu().split(counts), strict=True)
+        for each, own in zip(detections, rows.cpu().split(counts), strict=True)
     ]
 
 
 def decode_top_k(
     outputs: dict, sizes: Tensor, top_k: int = TOP_K, *, mask_len: int = 128
 ) -> list[Detections]:
-    """The best (query, class) pairs of each image; no suppression, no threshold.
+    """The best (query, class) pairs of each image, without suppression or threshold.
 
     outputs of `ViDT`; sizes [B, 2] as (height, width) of the original images, in pixels; mask_len
     is the configuration's gt_mask_len.
@@ -165,8 +165,8 @@ def decode_top_k(
 def best_pairs(
     outputs: dict, sizes: Tensor, top_k: int = TOP_K
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best (query, class) pairs of each image as `decode_top_k` gives them: scores, labels,
-    boxes and queries, [B, N] or [B, N, 4] each.
+    """The best (query, class) pairs of each image, as in `decode_top_k`: scores [B, N], labels [B,
+    N], boxes [B, N, 4] and queries [B, N].
     """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     num_classes = logits.shape[-1]
@@ -182,7 +182,7 @@ def best_pairs(
 def _mask_vectors(
     outputs: dict, query: Tensor, sizes: Tensor, mask_len: int
 ) -> Sequence[MaskVectors | None]:
-    """Those of the chosen queries [B, N], for each image."""
+    """The mask vectors of the chosen queries [B, N], for each image."""
     if "pred_vectors" not in outputs:
         return [None] * len(query)
     vectors = outputs["pred_vectors"]
@@ -194,7 +194,7 @@ def _mask_vectors(
 
 
 def decode_all(outputs: dict, sizes: Tensor) -> list[Detections]:
-    """Every [DET] token of a detector without neck with its best class, best first."""
+    """The best class of every [DET] token of a detector without neck, best first."""
     scores, labels, boxes = decode_best_class(outputs, sizes)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     labels, boxes = labels.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
@@ -202,18 +202,18 @@ def decode_all(outputs: dict, sizes: Tensor) -> list[Detections]:
 
 
 def score_for(config: ViDTConfig) -> Callable[[Tensor], Tensor]:
-    """How logits [..., columns] of a detector of this configuration become one probability for each
-    class: [..., K].
+    """The function from logits [..., columns] of a detector of this configuration to the
+    probabilities of the classes [..., K].
     """
-    if config.method == "vidt_wo_neck":
+    if config.method == WITHOUT_NECK:
         return lambda logits: logits.softmax(-1)[..., :-1]  # the last column is the background
     return torch.sigmoid
 
 
 def decode_for(config: ViDTConfig) -> Callable[[dict, Tensor], list[Detections]]:
-    """How the outputs of a detector of this configuration become detections: called with them and
-    the sizes [B, 2] of the original images as (height, width).
+    """The function from the outputs of a detector of this configuration and the sizes [B, 2] of the
+    original images, (height, width), to detections.
     """
-    if config.method == "vidt_wo_neck":
+    if config.method == WITHOUT_NECK:
         return decode_all
     return partial(decode_top_k, mask_len=config.gt_mask_len)

@@ -1,4 +1,4 @@
-"""`Predictor`: a trained detector and everything around the model, from images to detections."""
+"""`Predictor`: a trained detector with preprocessing and decoding, from images to detections."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,16 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.images.canvas import resize
-from vidt.images.inputs import (
-    ImageLike,
-    as_picture,
-    check_threshold,
-    is_one,
-    remembered,
-)
+from vidt.images.inputs import ImageLike, as_picture, check_threshold, is_one, source_of
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.ops.packing import pack
@@ -29,11 +23,27 @@ from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.weights_file import WeightsInfo
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Texts of RuntimeErrors that have no type of their own: CUDA, Triton, cuBLAS, cuDNN and the CPU.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether smaller batches may help. accelerate's `should_reduce_batch_size` is not used: it
+    misses Triton and cuBLAS, and counts cuDNN's CUDNN_STATUS_NOT_SUPPORTED.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 class Predictor:
-    """A trained detector as it was evaluated: same resize, same normalisation, same decoding, its
-    class names. May be used by several threads at once.
+    """A trained detector with its class names and with the resize, normalisation and decoding of
+    its evaluation. Several threads may use it at once.
     """
 
     def __init__(
@@ -45,11 +55,11 @@ class Predictor:
         precision: str = "fp32",
         compile: bool = False,
     ) -> None:
-        """precision: fp32, bf16 or fp16, by autocast. compile: by torch.compile, once for each
-        canvas; on CUDA with CUDA graphs, so that small batches do not wait for the host. The model
-        is moved, and on a CPU packed (see `vidt.ops.packing.pack`).
+        """precision: fp32, bf16 or fp16, by autocast. compile: use torch.compile, once for each
+        canvas; on CUDA with CUDA graphs, which speed up small batches. The model is moved to the
+        device; on a CPU, in fp32 and not compiled, it is packed (see `vidt.ops.packing.pack`).
 
-        Raises UserError for a precision that does not exist, or not on this device.
+        Raises UserError for a precision that does not exist or that the device does not support.
         """
         self.device = torch.device(device)
         if precision not in PRECISIONS:
@@ -77,7 +87,7 @@ class Predictor:
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """What the training data called the classes, [K]; the label + 1 where that is not known."""
+        """The category ids of the training data, [K]; label + 1 if they are unknown."""
         if len(self.class_names) == NUM_COCO_ROWS and self.class_names == coco_rows():
             return tuple(range(NUM_COCO_ROWS))
         ids = self.info.training.get("category_ids", ())
@@ -93,7 +103,7 @@ class Predictor:
         precision: str = "fp32",
         compile: bool = False,
     ) -> "Predictor":
-        """Reads a weights file of ours or a released one. Raises UserError, naming the file, for
+        """Reads one of our weights files or a released one. Raises UserError, naming the file, for
         any other.
         """
         return cls(*load_model(path), device=device, precision=precision, compile=compile)
@@ -105,27 +115,27 @@ class Predictor:
         threshold: float = 0.3,
         batch_size: int = 8,
     ) -> Detections | list[Detections]:
-        """What is in one image, or a list of it for several, in their order.
+        """Detections of one image, or a list of them for several, in order.
 
         images: a path, a Pillow image, an array uint8 [H, W, 3] (RGB) or [H, W] (grey), a tensor
-        [3, H, W] (uint8, or float from 0 to 1), or several of these, mixed at will; an array [B, H,
-        W, 3] or tensor [B, 3, H, W] is several. Of any sizes: each is resized as in evaluation.
-        threshold: the lowest score that is kept, 0 to 1. batch_size: images computed together, at
-        most; it does not change what is found.
+        [3, H, W] (uint8, or float from 0 to 1), or several of these, of any mix; an array [B, H, W,
+        3] or tensor [B, 3, H, W] is several. Sizes may differ: each is resized as in evaluation.
+        threshold: the lowest score to return, 0 to 1. batch_size: the most images computed
+        together; it does not change the detections.
 
         Returns `Detections`, on the CPU: boxes float32 [N, 4] as xyxy in pixels of the original
         image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
         falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
         Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
-        what is no image, UserError for a threshold that no score has.
+        anything but an image, UserError for a threshold outside 0 to 1.
         """
         check_threshold(threshold)
         if is_one(images):
             ((_, detections),) = self.stream([images])
             return detections.above(threshold)
-        found = in_order(self.stream(images, batch_size=batch_size))
-        return [detections.above(threshold) for detections in found]
+        results = in_order(self.stream(images, batch_size=batch_size))
+        return [detections.above(threshold) for detections in results]
 
     def __call__(
         self,
@@ -134,19 +144,19 @@ class Predictor:
         threshold: float = 0.0,
         batch_size: int = 8,
     ) -> list[Detections]:
-        """Detections of each image, in order; as `predict`, but always of several and, unless told
-        otherwise, whatever their score; boxes are those of evaluation, not clipped.
+        """The detections as evaluation scores them. Unlike `predict`: images are always several,
+        all scores are returned by default, and boxes are not clipped to the image.
         """
-        found = in_order(self.stream(images, batch_size=batch_size, clip=False))
-        return [detections.above(threshold) for detections in found]
+        results = in_order(self.stream(images, batch_size=batch_size, clip=False))
+        return [detections.above(threshold) for detections in results]
 
     def stream(
         self, images: Iterable[ImageLike], *, batch_size: int = 8, clip: bool = True
     ) -> Iterator[tuple[int, Detections]]:
-        """(index, detections) as they are ready, which is not quite in order: pictures of equal
-        canvas are batched together. Images are taken, decoded and resized by threads a few batches
-        ahead of the detector, so that any number of them needs no more memory than some. Boxes are
-        clipped to their picture, unless `clip` is False.
+        """Yields (index, detections) as they are ready, which is not quite in order: pictures of
+        equal canvas are batched together. Threads decode and resize images a few batches ahead of
+        the detector, so memory use does not grow with their number. Boxes are clipped to the
+        picture unless `clip` is False.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -154,13 +164,12 @@ class Predictor:
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:
             for index, image in enumerate(images):
-                sources[index] = remembered(image)
+                sources[index] = source_of(image)
                 yield index, image
 
         pictures = read_ahead(numbered(), self._prepared, reading_threads())
         for batch in equal_canvases(pictures, batch_size):
-            found = self._detect(batch, batch_size)
-            for picture, detections in zip(batch, found, strict=True):
+            for picture, detections in zip(batch, self._detect(batch, batch_size), strict=True):
                 if clip:
                     detections = detections.clipped(picture.size)
                 yield picture.index, replace(detections, source=sources.pop(picture.index))
@@ -172,16 +181,16 @@ class Predictor:
         return Picture(index, size, np.asarray(resize(picture, self.preprocessing.canvas(*size))))
 
     def _detect(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
-        """Of pictures of equal canvas, in halves where memory does not suffice for all."""
+        """Detections of pictures of equal canvas; if memory runs out, each half separately."""
         try:
-            found = self._forward(batch, batch_size)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+            detections = self._forward(batch, batch_size)
+        except RuntimeError as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         else:
-            # Copies, made outside of inference mode and each on its own: who gets them may change
-            # them, or keep one of many.
-            return [each._map(Tensor.clone) for each in found]
+            # Copied outside of inference mode, each by itself: the caller may change them, or keep
+            # one of many.
+            return [each._map(Tensor.clone) for each in detections]
         # Not inside `except`, where the traceback still holds the memory.
         half = len(batch) // 2
         return [
@@ -192,34 +201,33 @@ class Predictor:
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
         rows = [picture.pixels for picture in batch]
-        if self._compiled is not None:  # which is done once for each shape
+        if self._compiled is not None:  # compiled for one batch size
             rows += [rows[-1]] * (batch_size - len(rows))
         pixels = torch.from_numpy(np.stack(rows)).to(self.device).permute(0, 3, 1, 2)
         images = self.preprocessing.normalise(pixels).contiguous()
         padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=self.device)
-        sizes = torch.tensor([picture.size for picture in batch])  # the host needs them too
+        sizes = torch.tensor([picture.size for picture in batch])  # also needed on the CPU
         if self._compiled is None:
             with self._autocast():
-                found = self.decode(self.model(images, padding, detections_only=True), sizes)
+                detections = self.decode(self.model(images, padding, detections_only=True), sizes)
         else:
             with self._one_at_a_time, self._autocast():
                 torch.compiler.cudagraph_mark_step_begin()
                 outputs = self._compiled(images, padding, detections_only=True)
-                outputs = _first(outputs, len(batch))
-                found = self.decode(outputs, sizes)
-        return [replace(each, class_names=self.class_names) for each in on_cpu(found)]
+                detections = self.decode(_first(outputs, len(batch)), sizes)
+        return [replace(each, class_names=self.class_names) for each in on_cpu(detections)]
 
 
 def _first(outputs: dict, count: int) -> dict:
-    """Those of the first images of a batch, of what is decoded."""
+    """The decodable outputs of the first `count` images of a batch."""
     names = [name for name in ("pred_logits", "pred_boxes", "pred_vectors") if name in outputs]
     return {name: outputs[name][:count] for name in names}
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name; without a name a GPU if there is one, else the CPU.
+    """The device of that name; None: a GPU if there is one, else the CPU.
 
-    Raises UserError for a device that PyTorch does not know or does not find here.
+    Raises UserError for a device that PyTorch does not know or that this machine does not have.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -230,9 +238,9 @@ def usable_device(name: str | None) -> torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        found = torch.cuda.device_count()
-        here = f"{found} CUDA devices" if found else "no GPU that PyTorch can use"
-        raise UserError(f"device is {name}; there is {here} here: try cpu") from None
+        gpus = torch.cuda.device_count()
+        here = counted(gpus, "CUDA device") if gpus else "no GPU that PyTorch can use"
+        raise UserError(f"device is {name}; this machine has {here}; try cpu") from None
     if device.type == "meta":
         raise UserError("device is meta; it must be one that computes, such as cpu")
     return device

@@ -1,5 +1,5 @@
-"""From a weights file, of ours or released, to a model: whole, with fewer decoder layers, or as the
-start of another run.
+"""From a weights file, ours or released, to a model: complete, with fewer decoder layers, or to
+fine-tune from.
 """
 
 import dataclasses
@@ -21,30 +21,30 @@ from vidt.weights.weights_file import (
     UnusableWeights,
     WeightsInfo,
     fill_strictly,
-    is_ours,
+    is_safetensors,
     load_weights,
-    read_pickled_file,
+    read_pickled,
 )
 
 logger = logging.getLogger(__name__)
 
-# Heads that may be in a file and not in the run that starts from it, or the other way round: they
-# have no part in finding boxes. Their settings count only where both have them.
+# Heads that either the file or the run may lack: they do not affect boxes and classes. Their
+# settings must agree only if both have them.
 OPTIONAL_HEADS = {
     "iou_aware": ("iou_embed.", ()),
     "token_label": ("token_head.", ()),
     "with_vector": ("vector_embed.", ("n_keep", "gt_mask_len", "vector_hidden_dim")),
 }
-# What two detectors may differ in and still share weights.
+# Settings that may differ between detectors that share weights.
 INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift")
-# What a detector without neck has no use for.
-OF_THE_NECK = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
+# Settings that a detector without neck does not use.
+NECK_SETTINGS = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
 
 
 @dataclass(frozen=True)
 class HeadTransfer:
-    """Classes of a fine-tuned model whose head rows came from the file, were left behind, or start
-    afresh; and what else of the file was left out, or is not in it.
+    """Classes of a fine-tuned model whose head rows are loaded from the file, dropped, or newly
+    initialised; `notes` name other parts that are left out or new.
     """
 
     kept: tuple[str, ...]
@@ -61,10 +61,10 @@ class HeadTransfer:
 def load_model(
     path: str | Path, *, dec_layers: int | None = None
 ) -> tuple[ViDT | ViDTWithoutNeck, WeightsInfo]:
-    """A detector as it was saved, by us or by the released code; with `dec_layers`, without the
-    decoder layers above, which the log then names. Raises UnusableWeights naming the file.
+    """A detector from one of our weights files or a released one. With `dec_layers`, only that many
+    decoder layers; a log line names those left out. Raises UnusableWeights naming the file.
     """
-    tensors, info = load_weights(path) if is_ours(path) else _released_weights(path)
+    tensors, info = load_weights(path) if is_safetensors(path) else _released_weights(path)
     if dec_layers is not None and dec_layers != info.config.dec_layers:
         tensors, config, note = with_fewer_layers(tensors, info.config, dec_layers, path)
         info = dataclasses.replace(info, config=config)
@@ -78,8 +78,8 @@ def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]
     tensors, info = read_released(path)
     if not info.class_names:
         raise UnusableWeights(
-            f"{path} does not name its {info.config.num_classes} classes; give them to "
-            f"python -m vidt.convert {path} OUT.safetensors --class_names a,b,..."
+            f"{path} does not name its {info.config.num_classes} classes; run "
+            f"`python -m vidt.convert {path} OUT.safetensors --class_names a,b,...` to add them"
         )
     return tensors, info
 
@@ -87,12 +87,16 @@ def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]
 def with_fewer_layers(
     tensors: dict[str, Tensor], config: ViDTConfig, dec_layers: int, source: object
 ) -> tuple[dict[str, Tensor], ViDTConfig, str]:
-    """The weights without the top decoder layers and the heads above them, the configuration of
-    what is left, and words on it. Raises UnusableWeights if there are not that many layers.
+    """The weights without the top decoder layers and their heads, the configuration without them,
+    and a note for the log. Raises UnusableWeights if there are fewer layers.
     """
-    if config.method != "vidt" or not 0 <= dec_layers <= config.dec_layers:
-        layers = config.dec_layers if config.method == "vidt" else "no"
-        raise UnusableWeights(f"{source} has {layers} decoder layers; --dec_layers {dec_layers}")
+    if config.method != "vidt":
+        raise UnusableWeights(f"{source} has no decoder layers; drop --dec_layers {dec_layers}")
+    if not 0 <= dec_layers <= config.dec_layers:
+        raise UnusableWeights(
+            f"{source} has {config.dec_layers} decoder layers, not {dec_layers}; pass --dec_layers "
+            f"{config.dec_layers} or less"
+        )
 
     def above(name: str) -> bool:
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -109,23 +113,21 @@ def with_fewer_layers(
 
 
 def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
-    """Weights to fine-tune from: tensors under our names, their configuration and, where known,
-    class names (COCO's for the released files).
-
-    Takes our own files and the released `.pth` files; told apart by content.
+    """Weights to fine-tune from, one of our files or a released `.pth` file: tensors under our
+    names, their configuration and, if known, class names (COCO's for the released files).
     """
-    tensors, info = load_weights(path) if is_ours(path) else read_released(path)
+    tensors, info = load_weights(path) if is_safetensors(path) else read_released(path)
     return tensors, info.config, info.class_names or None
 
 
 def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """A released `.pth` file: tensors under our names, and what it says of itself. What leaves no
-    trace in tensors, the size of evaluation among it, is as in its `args`. Class names are COCO's
-    for 91 classes unless the file has its own; none where it has not.
+    """A released `.pth` file: tensors under our names, and its header. Settings that do not show in
+    the tensors, such as the evaluation size, come from its `args`. Class names are the file's own,
+    COCO's for 91 classes without names, else none.
 
-    Raises UnusableWeights naming the file and what it holds that a released detector does not.
+    Raises UnusableWeights naming the file and how it differs from a released detector.
     """
-    file = read_pickled_file(path)
+    file = read_pickled(path)
     names = file.class_names
     try:
         config = released_config(file.tensors, file.settings)
@@ -135,7 +137,7 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
             raise UserError(f"it names {len(names)} classes and has {config.num_classes}")
     except (KeyError, ValueError) as error:
         raise UnusableWeights(
-            f"{path} is not a ViDT checkpoint that can be started from: {error}"
+            f"{path} is not a ViDT checkpoint that training can start from: {error}"
         ) from error
     if not names and config.num_classes == NUM_COCO_ROWS:
         names = coco_rows()
@@ -143,28 +145,28 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
 
 
 def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
-    """Loads weights for fine-tuning into `model`; class rows by name, everything else strictly but
-    for decoder layers above the model's and heads that one of the two does not have.
+    """Loads weights for fine-tuning into `model`: class rows by name, everything else strictly,
+    except for decoder layers above the model's and optional heads that either side lacks.
 
-    Raises UnusableWeights where the architectures differ, naming the first flag that does.
+    Raises UnusableWeights if the architectures differ, naming the first flag that does.
     """
     tensors, config, names = read_start(path)
-    wanted, fresh, notes = model.config, model.state_dict(), []
-    assert isinstance(wanted, ViDTConfig)
-    if wanted.method == config.method == "vidt" and wanted.dec_layers < config.dec_layers:
-        tensors, config, note = with_fewer_layers(tensors, config, wanted.dec_layers, path)
+    own, fresh, notes = model.config, model.state_dict(), []
+    assert isinstance(own, ViDTConfig)
+    if own.method == config.method == "vidt" and own.dec_layers < config.dec_layers:
+        tensors, config, note = with_fewer_layers(tensors, config, own.dec_layers, path)
         notes.append(note)
-    _require_same(config, wanted, path)
+    _require_same(config, own, path)
     for flag, (prefix, _) in OPTIONAL_HEADS.items():
-        if getattr(config, flag) and not getattr(wanted, flag):
+        if getattr(config, flag) and not getattr(own, flag):
             tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
             notes.append(f"left out the heads of {flag}")
-        elif getattr(wanted, flag) and not getattr(config, flag):
+        elif getattr(own, flag) and not getattr(config, flag):
             tensors |= {name: t for name, t in fresh.items() if name.startswith(prefix)}
             notes.append(f"the heads of {flag} start afresh")
     rows = _matching_rows(names, class_names, config.num_classes)
     for name in tensors:
-        pairs = _row_pairs(name, rows, wanted, config)
+        pairs = _row_pairs(name, rows, own, config)
         if pairs is not None and tensors[name] is not fresh.get(name):
             tensors[name] = _merged(fresh[name], tensors[name], pairs)
     fill_strictly(model, tensors, path)
@@ -183,19 +185,19 @@ def _require_same(theirs: ViDTConfig, ours: ViDTConfig, path: str | Path) -> Non
         if not (getattr(theirs, flag) and getattr(ours, flag)):
             indifferent |= set(settings)
     if theirs.method == ours.method != "vidt":
-        indifferent |= set(OF_THE_NECK)
-    for name in [setting.name for setting in dataclasses.fields(ViDTConfig)]:
-        value, wanted = getattr(theirs, name), getattr(ours, name)
-        if name not in indifferent and value != wanted:
+        indifferent |= set(NECK_SETTINGS)
+    for name, value in dataclasses.asdict(theirs).items():
+        own = getattr(ours, name)
+        if name not in indifferent and value != own:
             raise UnusableWeights(
-                f"{path} has {name} {value}, this run {wanted}; pass --{name} {value}"
+                f"{path} has {name} {value}, this run {own}; pass --{name} {value}"
             )
 
 
 def _matching_rows(
     names: tuple[str, ...] | None, class_names: tuple[str, ...], rows: int
 ) -> dict[int, int]:
-    """Our class row -> the file's. A file without names serves its rows only where their number is
+    """Our class row -> the file's. Rows of a file without names are used only if their number is
     ours.
     """
     if names is None:
@@ -212,7 +214,7 @@ def _row_pairs(
     if name.startswith("class_embed.layers.2."):  # without neck: a softmax, background last
         return {**rows, ours.num_classes: theirs.num_classes}
     if name.startswith(TOKEN_CLASSES):
-        # Row 0 stands for any object; without a shift it does so in class 0's place.
+        # Row 0 is the foreground indicator; without a shift it replaces class 0.
         first, their_first = int(ours.token_label_shift), int(theirs.token_label_shift)
         pairs = {row + first: their + their_first for row, their in rows.items()}
         return {0: 0, **{row: their for row, their in pairs.items() if row and their}}

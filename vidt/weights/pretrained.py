@@ -1,7 +1,6 @@
-"""ImageNet weights for the body: timm's files where timm has them, the released URL for nano, or a
-file.
+"""ImageNet weights for the backbone: from timm, for nano from the released URL, or from a file.
 
-Nothing is fetched twice: what is downloaded stays in timm's cache, or in torch hub's.
+Downloads are cached by timm or by torch hub.
 """
 
 from pathlib import Path
@@ -27,14 +26,13 @@ URLS = {
 }
 
 
-def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None:
-    """Fills `body` from `pre_trained`: "imagenet", "none" (left as it is) or a file.
+def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> None:
+    """Loads weights into `backbone` from `pre_trained`: "imagenet", "none" (no change) or a file.
 
-    Everything but what ViDT adds ([DET] tokens and what serves them, the stride-64 map) must be in
-    the weights.
+    The weights must hold every tensor except those that ViDT adds (see `added_by_vidt`).
 
-    Raises Unreachable, naming the file to fetch by hand, or UnusableWeights, naming the missing or
-    misshapen tensor, or the damaged file.
+    Raises Unreachable, naming the file to download, or UnusableWeights, naming the missing or
+    misshapen tensor or the damaged file.
     """
     if pre_trained == "none":
         return
@@ -44,25 +42,27 @@ def load_imagenet(body: nn.Module, backbone_name: str, pre_trained: str) -> None
         state_dict, source = _read(pre_trained), pre_trained
     convert = imagenet_coat if backbone_name in COAT_VARIANTS else imagenet_swin
     converted = convert(state_dict)
-    expected = body.state_dict()
+    expected = backbone.state_dict()
     for name, tensor in converted.items():
         if name not in expected:
             raise UnusableWeights(f"{source}: tensor {name} has no place in {backbone_name}")
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, {backbone_name} needs {tuple(expected[name].shape)}"
             raise UnusableWeights(
-                f"{source}: tensor {name} has shape {shapes}; choose the body's own file"
+                f"{source}: tensor {name} has shape {shapes}; choose the file of this backbone"
             )
     missing = [name for name in expected if name not in converted and not added_by_vidt(name)]
     if missing:
         raise UnusableWeights(
             f"{source}: {len(missing)} tensors of {backbone_name} are missing, first {missing[0]}"
         )
-    body.load_state_dict({**expected, **converted}, strict=True)
+    backbone.load_state_dict({**expected, **converted}, strict=True)
 
 
 def added_by_vidt(name: str) -> bool:
-    """Tensors of the body that no ImageNet classifier has."""
+    """Whether no ImageNet classifier has this tensor: [DET] tokens, their layers, the stride-64
+    map.
+    """
     return (
         name in ("det_token", "det_pos_embed")
         or ".det_pos_linear." in name
@@ -74,9 +74,9 @@ def added_by_vidt(name: str) -> bool:
 def _fetch(backbone_name: str) -> dict[str, Tensor]:
     try:
         if backbone_name in URLS:
-            return read_pickled(local_weights(URLS[backbone_name], "--pre_trained"))
+            return read_pickled(local_weights(URLS[backbone_name], "--pre_trained")).tensors
         return timm.create_model(TIMM_NAMES[backbone_name], pretrained=True).state_dict()
-    except Exception as error:  # every layer below has exceptions of its own for "no network"
+    except Exception as error:  # every library below has its own exceptions for "no network"
         raise Unreachable(
             f"the ImageNet weights of {backbone_name} cannot be reached ({type(error).__name__}); "
             f"fetch {address(backbone_name)} by hand and pass --pre_trained FILE, or "
@@ -85,7 +85,7 @@ def _fetch(backbone_name: str) -> dict[str, Tensor]:
 
 
 def address(backbone_name: str) -> str:
-    """Where a person finds the file."""
+    """URL of the weights, for a download by hand."""
     if backbone_name in URLS:
         return URLS[backbone_name]
     return f"https://huggingface.co/timm/{TIMM_NAMES[backbone_name]}/resolve/main/model.safetensors"
@@ -94,11 +94,11 @@ def address(backbone_name: str) -> str:
 def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UnusableWeights(
-            f'--pre_trained {path}: no such file (say "imagenet", "none" or a file)'
+            f'--pre_trained {path}: no such file (pass "imagenet", "none" or a file)'
         )
     if path.endswith(".safetensors"):
         try:
             return load_file(path)
-        except Exception as error:  # safetensors and the file system raise different kinds
+        except Exception as error:  # safetensors and the file system raise different types
             raise UnusableWeights(f"{path} cannot be read as safetensors: {error}") from error
-    return read_pickled(path)
+    return read_pickled(path).tensors

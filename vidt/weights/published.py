@@ -1,7 +1,7 @@
-"""The detectors that the authors of ViDT published, and how a file comes from an address.
+"""The detectors that the authors of ViDT published, and the download of weights files.
 
-Downloads lie in torch hub's cache. A file is there whole or not at all: it is written under a
-temporary name, measured and hashed where the size or the hash is known, and only then renamed.
+Downloads are stored in torch hub's cache. They are atomic: a file is written under a temporary
+name, its size and hash are checked if they are known, and then it is renamed.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from urllib.parse import urldefrag, urlparse
 from vidt.errors import UserError
 
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
-BODIES = {
+BACKBONES = {
     "nano": "swin_nano",
     "tiny": "swin_tiny",
     "small": "swin_small",
@@ -27,7 +27,7 @@ BODIES = {
 }
 NUM_COCO_ROWS = 91
 HASH = "sha256="  # of an address ending in #sha256=0123...
-PATIENCE = 60  # seconds without a byte after which a download is given up
+PATIENCE = 60  # seconds without a byte after which a download fails
 CHUNK = 1 << 20
 
 
@@ -42,7 +42,7 @@ def coco_rows() -> tuple[str, ...]:
 
 
 class Unreachable(UserError):
-    """Weights that could not be downloaded; one line says how to do without."""
+    """Weights cannot be downloaded; the message is one line with an alternative."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Published:
 
     backbone_name: str
     url: str
-    ap: float | None  # None: the release says nothing of this very file
+    ap: float | None  # None: not published for this file
 
 
 def _table() -> dict[str, Published]:
-    aps = {  # of nano, tiny, small and base, as far as there are such
+    aps = {  # of nano, tiny, small and base, as far as they exist
         "vidt_{}_50": (40.4, 44.9, 47.4, 49.4),
         "vidt_{}_150": (42.6, 47.2, 48.8, 50.4),
         "vidt_distilled_{}": (41.8, 46.6, 49.2),
@@ -70,28 +70,28 @@ def _table() -> dict[str, Published]:
         "vidt_plus_{}_optimized": "v0.1-vidt-plus-optimized/vidt_plus_swin_{}_optimized.pth",
     }
     return {
-        name.format(size): Published(BODIES[size], f"{RELEASES}/{files[name].format(size)}", ap)
+        name.format(size): Published(BACKBONES[size], f"{RELEASES}/{files[name].format(size)}", ap)
         for name, row in aps.items()
-        for size, ap in zip(list(BODIES)[: len(row)], row, strict=True)
+        for size, ap in zip(list(BACKBONES)[: len(row)], row, strict=True)
     }
 
 
 PUBLISHED = _table()
-# By the names that the released flag --distil_model has for them, and their like of ViDT+.
-TEACHERS = {f"vidt_{size}": PUBLISHED[f"vidt_{size}_50"] for size in BODIES} | {
-    f"vidt_plus_{size}": PUBLISHED[f"vidt_plus_{size}"] for size in BODIES
+# By their names in the released flag --distil_model, and the ViDT+ detectors by similar names.
+TEACHERS = {f"vidt_{size}": PUBLISHED[f"vidt_{size}_50"] for size in BACKBONES} | {
+    f"vidt_plus_{size}": PUBLISHED[f"vidt_plus_{size}"] for size in BACKBONES
 }
 
 
 def local_weights(source: str, flag: str = "--load_from") -> Path:
-    """The file that `source`, a path or a URL, stands for. A URL is fetched once, into torch hub's
-    cache. `#sha256=` and a hash behind a URL is verified, of a file in the cache too.
+    """The file of `source`, a path or a URL. A URL is downloaded once, into torch hub's cache. If
+    the URL ends in `#sha256=` and a hash, the file is verified, also in the cache.
 
-    Raises Unreachable for a URL that cannot be fetched whole.
+    Raises Unreachable if a URL cannot be downloaded completely.
     """
     if "://" not in source:
         return Path(source)
-    import torch  # seconds that a help text, which needs the table above, does not spend
+    import torch  # takes seconds; help texts need only the table above
 
     url, fragment = urldefrag(source)
     wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
@@ -112,7 +112,7 @@ def local_weights(source: str, flag: str = "--load_from") -> Path:
 
 
 def _download(url: str, path: Path, sha256: str | None) -> None:
-    """Raises OSError if the file does not come, or not whole."""
+    """Raises OSError if the file cannot be downloaded completely."""
     request = urllib.request.Request(url, headers={"User-Agent": "vidt"})
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -126,7 +126,7 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
             size = file.tell()
             file.flush()
             os.fsync(file.fileno())
-        # urllib takes a connection that was cut for the end of the file.
+        # urllib treats a broken connection as the end of the file.
         if promised is not None and size != int(promised):
             raise OSError(f"it broke off after {size} of {promised} bytes")
         if sha256 is not None:

@@ -1,8 +1,7 @@
-"""Foreign state dicts to ours and back: all knowledge of other projects' key names, as pure
-functions.
+"""Conversion of foreign state dicts to ours and back, as pure functions.
 
-The only module that knows how the released ViDT (github.com/naver-ai/vidt) and the ImageNet Swin
-files name their tensors.
+The only module that knows the tensor names of the released ViDT (github.com/naver-ai/vidt) and of
+ImageNet classifiers.
 """
 
 import dataclasses
@@ -15,11 +14,18 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from vidt.errors import UserError
-from vidt.model.config import COAT_VARIANTS, NECK_PARTS, NUM_LEVELS, SWIN_VARIANTS, ViDTConfig
+from vidt.model.config import (
+    COAT_VARIANTS,
+    NECK_PARTS,
+    NUM_LEVELS,
+    SWIN_VARIANTS,
+    WITHOUT_NECK,
+    ViDTConfig,
+)
 from vidt.model.swin import COARSE_DIM, WINDOW
 
-# Beginnings of names, released and ours, for both directions; first match wins. {} is a digit, and
-# {+} one that is larger by 1 in the released name: there CoaT's stages count from 1.
+# Prefixes of names, released and ours, for both directions; the first match wins. {} is a digit;
+# {+} is larger by 1 in the released name, where CoaT's stages count from 1.
 RENAMED = (
     ("transformer.decoder.layers.", "decoder.layers."),
     ("transformer.reference_points.", "decoder.reference_points."),
@@ -37,8 +43,8 @@ RENAMED = (
     ("backbone.det_exp_{}.", "backbone.stages.{}.det_exp.0."),
     ("backbone.det_exp_norm_{}.", "backbone.stages.{}.det_exp.1."),
 )
-TOKEN_CLASSES = "token_head.token_embed."  # a row for each class, and one for any object
-# Tensors that the released forward pass never reads, or that follow from the configuration.
+TOKEN_CLASSES = "token_head.token_embed."  # a row for each class, and the foreground indicator
+# Tensors that the released forward pass never reads, or that the configuration determines.
 UNUSED = re.compile(
     r"^transformer\.level_embed$"
     r"|^backbone\.norm[123]\.(weight|bias)$"
@@ -46,22 +52,22 @@ UNUSED = re.compile(
     r"|^fusion\.multi_scaler\.refinenet_3\.(smoothing|resConfUnit1)\."
     r"|\.relative_position_index$"
 )
-# Further names of a tensor in the released state dict, and the name that stands for it.
+# Aliases of a tensor in the released state dict, and its first name.
 ALIASES = (
     (re.compile(r"^transformer\.decoder\.(bbox_embed\.)"), r"\1"),
     (re.compile(r"^vector_embed\.\d+\."), r"vector_embed.0."),
     (re.compile(r"^(backbone)\.serial_blocks(\d)\.\d+\.(cpe)\."), r"\1.\3\2."),
     (re.compile(r"^(backbone)\.serial_blocks(\d)\.\d+\.factoratt_crpe\.(crpe)\."), r"\1.\3\2."),
 )
-# Heads that are one for all levels where boxes are not refined.
+# Heads that all levels share if boxes are not refined.
 SHARED_HEAD = re.compile(r"^(class_embed|bbox_embed|iou_embed)\.\d+\.")
-# ImageNet classifiers: the head and the final norm have no place in a detector.
+# The head and the final norm of ImageNet classifiers, which a detector does not have.
 CLASSIFIER = re.compile(r"^(head\.|norm\.)|\.relative_position_index$|\.attn_mask$")
 COAT_CLASSIFIER = re.compile(r"^(head|norm\d?|aggregate)\.")
 
 
-def released_name(name: str) -> str | None:
-    """Our name of a released tensor, or None for one that is not used."""
+def our_name(name: str) -> str | None:
+    """Our name of a released tensor; None if our model does not use it."""
     if UNUSED.search(name):
         return None
     name = _first_name(name)
@@ -73,7 +79,7 @@ def released_name(name: str) -> str | None:
 
 
 def name_in_released(name: str) -> str:
-    """The first name that a tensor of ours has in the released code."""
+    """The first released name of one of our tensors."""
     for theirs, ours in RENAMED:
         if match := _pattern(ours).match(name):
             digit = match[1] if match.groups() else ""
@@ -83,7 +89,7 @@ def name_in_released(name: str) -> str:
 
 
 def _pattern(beginning: str) -> re.Pattern[str]:
-    """A name's beginning as in RENAMED; a stage's number is one of four, counted as it is there."""
+    """The pattern of a prefix in RENAMED, with the stage's digit as a group."""
     escaped = re.escape(beginning)
     return re.compile(escaped.replace(r"\{\+\}", "([1-4])").replace(r"\{\}", "([0-3])"))
 
@@ -98,13 +104,12 @@ def released_vidt(state_dict: Mapping[str, Tensor], config: ViDTConfig) -> dict[
     """A released ViDT's state dict under our names, for a strict load into the detector of
     `config`.
 
-    Raises UserError if tensors differ that are one and the same, in the released code or, as heads
-    that all levels share, by the configuration.
+    Raises UserError if aliases of a tensor differ, or heads that all levels share in `config`.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        ours, first = released_name(name), _first_name(name)
-        hint = "which the released code keeps the same; the file is not whole"
+        ours, first = our_name(name), _first_name(name)
+        hint = "the released code shares this tensor; the file is damaged"
         if not config.with_box_refine and SHARED_HEAD.match(name):
             first = SHARED_HEAD.sub(r"\1.0.", name)
             hint = "every level has a head of its own; load it with with_box_refine=True"
@@ -120,7 +125,7 @@ def _same(tensor: Tensor, other: Tensor | None) -> bool:
 
 
 def unread_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a released state dict has no place in our detector and cannot be computed either."""
+    """Tensors of a released state dict that our detector does not use and cannot compute."""
     return {
         name: tensor
         for name, tensor in state_dict.items()
@@ -129,11 +134,11 @@ def unread_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(
-    tensors: Mapping[str, Tensor], config: ViDTConfig, kept: Mapping[str, Tensor] | None = None
+    tensors: Mapping[str, Tensor], config: ViDTConfig, unread: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Our state dict as the released code would write it: its names, every alias (one tensor under
-    several names) and the tensors that it never reads. Those are taken from `kept`; what is not
-    there is 1 for norm scales, else 0.
+    """Our state dict as the released code writes it: its names, every alias (one tensor under
+    several names) and the tensors that it never reads. Those come from `unread`; by default norm
+    scales are 1 and all others 0.
     """
     released: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -143,7 +148,7 @@ def to_released(
     for name, shape in _unread_shapes(config):
         scale = len(shape) == 1 and name.endswith(".weight")
         released[name] = (torch.ones if scale else torch.zeros)(shape)
-    released |= {name: tensor for name, tensor in (kept or {}).items() if name in released}
+    released |= {name: tensor for name, tensor in (unread or {}).items() if name in released}
     if config.backbone_name in SWIN_VARIANTS:
         index = get_relative_position_index(WINDOW, WINDOW)
         for block in _swin_blocks(config):
@@ -152,12 +157,11 @@ def to_released(
 
 
 def _aliases(name: str, config: ViDTConfig) -> Iterator[str]:
-    """All further names of a released tensor."""
-    levels = range(config.dec_layers + 1)
-    alone = not config.with_box_refine and SHARED_HEAD.match(name)
-    if alone or name.startswith("vector_embed."):
+    """All aliases of a released tensor."""
+    shared = not config.with_box_refine and SHARED_HEAD.match(name)
+    if shared or name.startswith("vector_embed."):
         head, _, rest = name.split(".", 2)
-        yield from (f"{head}.{level}.{rest}" for level in levels if level)
+        yield from (f"{head}.{level + 1}.{rest}" for level in range(config.dec_layers))
     elif config.method == "vidt" and name.startswith("bbox_embed."):
         yield f"transformer.decoder.{name}"
     if match := re.match(r"backbone\.(cpe|crpe)([1-4])\.(.*)", name):
@@ -203,8 +207,8 @@ def imagenet_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Swin classifier's state dict (Microsoft's, ViDT's or timm's names) as tensors of our
     `backbone`.
 
-    timm keeps the merging at the start of the next stage, the others at the end of the stage as we
-    do.
+    timm has the merging at the start of the next stage; the others have it at the end of the stage,
+    as we do.
     """
     timm_layout = not any(name.startswith("layers.0.downsample.") for name in state_dict)
     converted = {}
@@ -220,11 +224,11 @@ def imagenet_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def imagenet_coat(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A CoaT-lite classifier's state dict (its authors' names, which timm and the released ViDT
-    keep) as tensors of our `backbone`.
+    also use) as tensors of our `backbone`.
     """
     converted = {}
     for name, tensor in state_dict.items():
-        ours = released_name(f"backbone.{name}")
+        ours = our_name(f"backbone.{name}")
         if ours is not None and not COAT_CLASSIFIER.search(name):
             converted[ours.removeprefix("backbone.")] = tensor
     return converted
@@ -233,17 +237,16 @@ def imagenet_coat(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def released_config(
     state_dict: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
 ) -> ViDTConfig:
-    """The configuration of a released detector of any kind, from names and shapes alone.
+    """The configuration of a released detector, from the names and shapes of its tensors.
 
-    What leaves no trace in them (cross_indices, gt_mask_len, dropout, how the decoder's heads and
-    points divide their product ...) is as in `settings`, the released flags by name, and where
-    those do not tell has the default. Raises UserError for a file of another kind, naming what is
-    not there.
+    Settings that do not show in them (cross_indices, gt_mask_len, dropout, how the decoder's heads
+    and points divide their product ...) come from `settings`, the released flags by name, or have
+    their defaults. Raises UserError for a file of another kind, naming a missing tensor.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if "backbone.det_token" not in shapes:
         raise UserError("it holds no backbone.det_token")
-    told = fitting(ViDTConfig, settings or {})
+    flags = fitting(ViDTConfig, settings or {})
     common: dict[str, Any] = {
         "backbone_name": _backbone_name(shapes),
         "det_token_num": shapes["backbone.det_token"][1],
@@ -251,21 +254,21 @@ def released_config(
     }
     if "class_embed.layers.2.weight" in shapes:
         own = {
-            "method": "vidt_wo_neck",
+            "method": WITHOUT_NECK,
             "num_classes": shapes["class_embed.layers.2.weight"][0] - 1,  # the last is background
             "reduced_dim": shapes["class_embed.layers.0.weight"][1],
             **dict.fromkeys(NECK_PARTS, False),
         }
     elif "class_embed.0.weight" in shapes:
-        heads = told.get("nheads", ViDTConfig.nheads)
+        heads = flags.get("nheads", ViDTConfig.nheads)
         own = {"method": "vidt", **_neck_settings(shapes, heads), **_plus_settings(shapes)}
     else:
         raise UserError("it holds no class_embed.0.weight")
-    return ViDTConfig(**{**told, **common, **own})
+    return ViDTConfig(**{**flags, **common, **own})
 
 
 def fitting(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings by name, those that are fields of a dataclass and of their default's type."""
+    """The settings that are fields of a dataclass and have the type of the field's default."""
     defaults = {field.name: field.default for field in dataclasses.fields(owner)}
     return {
         name: tuple(value) if isinstance(value, list) else value
@@ -289,29 +292,18 @@ def _backbone_name(shapes: Shapes) -> str:
     depths = tuple(_count(shapes, f"backbone.{stage}") for stage in stages)
     if coat:
         dims = tuple(shapes[f"backbone.cls_token{i + 1}"][2] for i in range(4))
-        found = [
-            name
-            for name, body in COAT_VARIANTS.items()
-            if (body.dims, body.depths) == (dims, depths)
-        ]
+        known = {(each.dims, each.depths): name for name, each in COAT_VARIANTS.items()}
     else:
         dims = (shapes["backbone.det_token"][2],)
-        found = [
-            name
-            for name, body in SWIN_VARIANTS.items()
-            if ((body.embed_dim,), body.depths) == (dims, depths)
-        ]
-    if not found:
-        raise UserError(f"its body has width {dims} and depths {depths}, which no known body has")
-    return found[0]
+        known = {((each.embed_dim,), each.depths): name for name, each in SWIN_VARIANTS.items()}
+    if (dims, depths) not in known:
+        raise UserError(f"no known backbone has width {dims} and depths {depths}")
+    return known[dims, depths]
 
 
-def _count(shapes: Shapes, beginning: str) -> int:
-    """How many members a list of modules has."""
-    members = {
-        name.removeprefix(beginning).split(".")[0] for name in shapes if name.startswith(beginning)
-    }
-    return len(members)
+def _count(shapes: Shapes, prefix: str) -> int:
+    """The number of modules in a list."""
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 def _neck_settings(shapes: Shapes, nheads: int) -> dict[str, Any]:
@@ -330,7 +322,7 @@ def _neck_settings(shapes: Shapes, nheads: int) -> dict[str, Any]:
         settings["dim_feedforward"] = shapes["transformer.decoder.layers.0.linear1.weight"][0]
         settings["dec_n_points"], rest = divmod(weights[0], max(nheads, 1) * NUM_LEVELS)
         if rest:
-            raise UserError(f"its {weights[0]} attention weights are not of {nheads} heads")
+            raise UserError(f"its {weights[0]} attention weights do not fit {nheads} heads")
     return settings
 
 

@@ -1,8 +1,8 @@
 """Our weights file: safetensors with the configuration, class names, preprocessing and metrics in
-its header; and the safe reading of the pickled files of others.
+its header; and safe reading of foreign pickled files.
 
-Never unpickles what a stranger wrote: safetensors, or `torch.load(weights_only=True)` with
-`argparse.Namespace` allowed by name, for the released ViDT files.
+Nothing is unpickled freely: files are safetensors, or are read by `torch.load(weights_only=True)`
+with `argparse.Namespace` allowed, which the released ViDT files contain.
 """
 
 import argparse
@@ -26,35 +26,35 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 
 FORMAT = "vidt-weights-1"
-# Tensors of a converted file that our model has no use for; they serve the way back.
-KEPT = "released."
+# Prefix of a converted file's tensors that our model does not use; they are converted back.
+UNREAD = "released."
 
 
 class UnusableWeights(UserError):
-    """A weights file that is missing, damaged, of another kind or of another architecture; one line
-    names it.
+    """A weights file is missing, damaged, of another kind or of another architecture; the message
+    is one line that names it.
     """
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What a weights file says of itself."""
+    """The header of a weights file."""
 
     config: ViDTConfig
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     metrics: dict[str, float] = field(default_factory=dict)
-    # How it was trained, in words and numbers for people; what is in it decides nothing.
+    # How it was trained. `Predictor.category_ids` reads `category_ids`; the rest is for people.
     training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PickledWeights:
-    """A `.pth` file: its tensors, and what it says of them beside."""
+    """The content of a `.pth` file."""
 
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]  # flags of the run that wrote it, its `args`; as they were found
-    class_names: tuple[str, ...]  # none unless our own writer left them there
+    settings: dict[str, Any]  # its `args`, the flags of the run that wrote it, unchecked
+    class_names: tuple[str, ...]  # empty unless `vidt.convert` wrote the file
     metrics: dict[str, float]  # likewise
 
 
@@ -62,10 +62,10 @@ def save_weights(
     path: str | Path,
     state_dict: Mapping[str, Tensor],
     info: WeightsInfo,
-    kept: Mapping[str, Tensor] | None = None,
+    unread: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """At every instant `path` is absent or whole. `kept` are a released file's unread tensors.
-    Raises OSError naming the file if it cannot be written.
+    """Writes a weights file atomically. `unread` are a released file's tensors that our model does
+    not use. Raises OSError naming the file if it cannot be written.
     """
     header = {
         "format": FORMAT,
@@ -75,27 +75,27 @@ def save_weights(
         "metrics": json.dumps(info.metrics),
         "training": json.dumps(info.training),
     }
-    named = {**state_dict, **{KEPT + name: tensor for name, tensor in (kept or {}).items()}}
+    named = {**state_dict, **{UNREAD + name: tensor for name, tensor in (unread or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    # Not safetensors' own writer: a kill would leave a file whose name nobody knows.
+    # Not safetensors' own writer: killed, it would leave a temporary file of unknown name.
     atomic_write(path, save(tensors, metadata=header))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Tensors and header of a weights file of ours. Raises UnusableWeights, naming the file, if it
-    is anything else.
+    """Tensors and header of one of our weights files. Raises UnusableWeights, naming the file, if
+    it is anything else.
     """
     info = read_info(path)
     tensors = _read_tensors(path)
-    return {name: t for name, t in tensors.items() if not name.startswith(KEPT)}, info
+    return {name: t for name, t in tensors.items() if not name.startswith(UNREAD)}, info
 
 
-def load_kept(path: str | Path) -> dict[str, Tensor]:
-    """The released file's unread tensors in a file of ours that was converted from it, by their
-    released names. Raises UnusableWeights as `load_weights`.
+def load_unread(path: str | Path) -> dict[str, Tensor]:
+    """The `unread` tensors that `save_weights` stored, by their released names. Raises
+    UnusableWeights as `load_weights`.
     """
     tensors = _read_tensors(path)
-    return {name.removeprefix(KEPT): t for name, t in tensors.items() if name.startswith(KEPT)}
+    return {name.removeprefix(UNREAD): t for name, t in tensors.items() if name.startswith(UNREAD)}
 
 
 def _read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def _read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_info(path: str | Path) -> WeightsInfo:
-    """The header alone of a weights file of ours. Raises UnusableWeights as `load_weights`."""
+    """The header of one of our weights files. Raises UnusableWeights as `load_weights`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -134,28 +134,23 @@ def read_info(path: str | Path) -> WeightsInfo:
         raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether a file, by its first bytes, is safetensors: eight bytes of length, then JSON. Raises
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file starts like safetensors: eight bytes of length, then JSON. Raises
     UnusableWeights if there is no such file.
     """
     if not Path(path).is_file():
-        found = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise UnusableWeights(f"{path} {found}; give the path of a weights file")
+        state = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UnusableWeights(f"{path} {state}; give the path of a weights file")
     with open(path, "rb") as file:
         return file.read(9)[8:9] == b"{"
 
 
-def read_pickled(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, those under `model` if it has such an entry. Beside them it may
-    hold nothing but plain values and `argparse.Namespace`.
+def read_pickled(path: str | Path) -> PickledWeights:
+    """Reads a `.pth` file, with its tensors at the top or under `model`. The file may hold only
+    tensors, plain values and `argparse.Namespace`.
 
-    Raises UnusableWeights naming the file for anything else in it, damaged files included.
+    Raises UnusableWeights, naming the file, if it is damaged or holds anything else.
     """
-    return read_pickled_file(path).tensors
-
-
-def read_pickled_file(path: str | Path) -> PickledWeights:
-    """`read_pickled`, and what is beside the tensors."""
     content = _unpickle(path)
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -177,17 +172,17 @@ def _unpickle(path: str | Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or refused file
+    except Exception as error:  # torch raises many types for a damaged or refused file
         raise UnusableWeights(
             f"{path} cannot be read safely as PyTorch weights: {_reason(path, error)}"
         ) from error
 
 
 def _reason(path: str | Path, error: Exception) -> str:
-    """Why, in words of ours: PyTorch's own advise to run whatever code is in the file."""
+    """Our own message: PyTorch's advises to run the code in the file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error))
     if foreign:
-        return f"it holds a {foreign[1]}, and nothing but tensors and plain values is read"
+        return f"it holds a {foreign[1]}; only tensors and plain values are read"
     if isinstance(error, OSError):
         return str(error)
     with open(path, "rb") as file:
@@ -198,11 +193,11 @@ def _reason(path: str | Path, error: Exception) -> str:
 
 
 def fill_strictly(model: nn.Module, tensors: dict[str, Tensor], source: object) -> None:
-    """Loads tensors that must be the model's, one for one. Raises UnusableWeights naming `source`
-    and what is missing, left over or misshapen.
+    """Loads tensors that must match the model's exactly. Raises UnusableWeights that names `source`
+    and the missing, unexpected or misshapen tensors.
     """
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)  # of torch's many lines, one
+        reason = textwrap.shorten(str(error), 300)  # torch's message has many lines
         raise UnusableWeights(f"{source} does not hold the tensors it should: {reason}") from error
