@@ -281,6 +281,7 @@ def test_two_machines_played_by_two_launchers(project: Path, room: Path) -> None
     assert (room / "best.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_sandbox_as_the_page_has_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line for _, line in COMMANDS if "ymir_adapter.sandbox" in line]
     assert len(commands) == 2

@@ -34,6 +34,8 @@ from vidt.onnx.proof import FULL, HALF, compare
 from vidt.predict.detections import Detections
 from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 
+pytestmark = pytest.mark.slow  # each makes and runs an ONNX model
+
 # With shifted windows, which need two blocks.
 SWIN_VARIANTS["swin_test_shift"] = SwinVariant(24, (1, 2, 1, 1), (1, 2, 4, 8), 0.0)
 NAMES = ("red", "green", "blue")
@@ -146,7 +148,6 @@ def assert_same(found: OnnxDetections, expected: Detections, allowed: float = 1e
         assert (found.masks != expected.masks.numpy()).mean() < 1e-3
 
 
-@pytest.mark.slow
 def test_a_canvas_of_the_frame_is_as_in_pytorch(plus: Exported) -> None:
     for size in ((64, 80), (60, 75), (128, 160)):
         found = plus.detector.predict(picture(size), threshold=0.0)
@@ -172,7 +173,6 @@ def test_batch_size_does_not_matter(plus: Exported, files: list[Path]) -> None:
             assert np.abs(found.boxes - expected.boxes).max() < 1e-2
 
 
-@pytest.mark.slow
 def test_raw_outputs_without_neck(without_neck: Exported) -> None:
     assert without_neck.detector.frame == (64, 64) and without_neck.detector.batch == 1
     images = [picture((64, 64), seed) for seed in range(3)]
@@ -182,7 +182,6 @@ def test_raw_outputs_without_neck(without_neck: Exported) -> None:
         assert_same(one, expected)
 
 
-@pytest.mark.slow
 def test_half_precision(trained: Exported) -> None:
     for tensor in onnx.load(trained.file).graph.initializer:
         if "bbox_embed" in tensor.name or "sampling_offsets" in tensor.name:

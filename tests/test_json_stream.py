@@ -68,6 +68,7 @@ def test_long_lists_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sum(lengths) == 1000 and max(lengths) < 15
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A list of 20 MB, and the same on one line with a fault at its end."""
     path = tmp_path / "a.json"

@@ -329,6 +329,7 @@ def test_this_root_is_as_strict_as_the_platform(image: Path):
     ]
 
 
+@pytest.mark.slow
 def test_training_starts_in_the_image_as_any_user(image: Path):
     form = {"pre_trained": "none", "epochs": "1", "eval_size": "64", "args_options": TINY}
     image_task(image, "training", {**form, "batch_size_per_gpu": "3", "num_workers_per_gpu": "1"})
@@ -345,6 +346,7 @@ def test_training_starts_in_the_image_as_any_user(image: Path):
     assert any(path.stat().st_size for path in (image / "out/tensorboard").rglob("*tfevents*"))
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_image_is_told_in_one_last_line(image: Path):
     weights = image / "foreign.pth"
     weights.write_bytes(b"not weights")

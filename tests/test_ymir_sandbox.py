@@ -281,6 +281,7 @@ def check_outputs(root: Path, task: str, history: Path) -> None:
     assert judged.returncode == 0, judged.stdout
 
 
+@pytest.mark.slow
 def test_training_then_mining_and_inference_with_what_it_listed(
     data: Path, tmp_path: Path, run_sandbox: Sandbox
 ):

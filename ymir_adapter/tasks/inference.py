@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from trainer.loop.execution import is_out_of_memory
 from vidt.images.batching import read_ahead
 from vidt.images.canvas import resize
 from vidt.images.files import UnreadableImage, read_image
 from vidt.images.preprocessing import Preprocessing
 from vidt.predict.detections import Detections, score_for
-from vidt.predict.predictor import Predictor
+from vidt.predict.predictor import Predictor, is_out_of_memory
 from ymir_adapter.protocol.errors import Code, TaskError
 
 logger = logging.getLogger(__name__)
