@@ -102,6 +102,7 @@ def case_of(files: SimpleNamespace, body: str, **more: object) -> object:
     return files.contestants.Case(**{"backbone_name": body, "threads": 1, **settings, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])
 def test_parts_are_the_whole(body: str, files: SimpleNamespace) -> None:
     detector = files.contestants.Detector(case_of(files, body))
@@ -150,6 +151,7 @@ def test_the_floor_has_the_sizes_of_the_body(body: str, files: SimpleNamespace) 
     assert floor.forward_features(case.images()).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 def test_every_round_may_have_another_size(files: SimpleNamespace) -> None:
     """The same for all contestants, ten of them, and each computes what it is given."""

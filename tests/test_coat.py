@@ -21,6 +21,7 @@ def body_of(name: str) -> CoatBackbone:
     return CoatBackbone(COAT_VARIANTS[name], det_token_num=4, pos_dim=8, cross_indices=(3,)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COAT_VARIANTS)
 def test_a_timm_file_fills_the_whole_body(name: str, tmp_path: Path) -> None:
     source = timm.create_model(TIMM_NAMES[name], pretrained=False)

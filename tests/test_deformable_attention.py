@@ -225,6 +225,7 @@ def test_what_is_not_a_number_is_not_hidden(form: Form) -> None:
         assert output[0, 1, : sampling.dim].isnan().all()
 
 
+@pytest.mark.slow
 def test_compiles_whole(module: DeformableAttention) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
     for coordinates in (2, 4):

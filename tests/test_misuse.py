@@ -146,7 +146,7 @@ MISTAKES: list[Mistake] = [
     (f"{PREDICT} --batch_size 0", "--batch_size: 0 is no whole number of 1 or more"),
     (f"{PREDICT} --batch_size 2.5", "--batch_size: 2.5 is no whole number"),
     (f"{PREDICT} --device gpu", "device is gpu; it must be cpu, cuda or cuda:1"),
-    (f"{PREDICT} --device cuda:99", "device is cuda:99; there is"),
+    (f"{PREDICT} --device cuda:99", "device is cuda:99; this machine has"),
     (f"{PREDICT} --device meta", "device is meta"),
     (f"{PREDICT} --precision fp8", "--precision: invalid choice: 'fp8' (choose from"),
     (f"{PREDICT} --precision fp16 --device cpu", "precision is fp16; on a CPU it must be fp32"),

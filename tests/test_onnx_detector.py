@@ -97,6 +97,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_without_torch(file: Path, model: Predictor, pictures: list[Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(NO_TORCH)

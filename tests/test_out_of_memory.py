@@ -94,6 +94,7 @@ def test_texts_that_mean_out_of_memory(text: str, expected: bool) -> None:
     assert not is_out_of_memory(ValueError(text))
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_run(
     tiny_data: Path,
     room: Path,

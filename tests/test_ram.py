@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.model.decoder import denoising_mask
+from vidt.model.denoising import denoising_mask
 from vidt.model.ram import ReconfiguredAttention, shift_mask, sine_position
 
 WINDOW = 3

@@ -59,6 +59,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         tiny()(images, padding, torch.rand(1, 2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", ["swin_nano", "coat_lite_tiny"])
 def test_it_trains_is_evaluated_and_predicts(tiny_data: Path, room: Path, body: str) -> None:
     flags = f"--epochs 1 --method vidt_wo_neck --backbone_name {body} --det_token_num 40"

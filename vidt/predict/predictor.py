@@ -33,9 +33,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether smaller batches may help. accelerate's `should_reduce_batch_size` is not used: it
-    misses Triton and cuBLAS, and counts cuDNN's CUDNN_STATUS_NOT_SUPPORTED.
-    """
+    """Whether an error says that memory ran out, so that smaller batches may help."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
