@@ -123,7 +123,7 @@ def test_memory_that_runs_out_on_the_second_process(tmp_path: Path) -> None:
     ended = run_parent(tree, ranks=2, module="ymir_tiny", FAULT="memory")
     assert ended.code == 1
     check_failure(tree, Code.OOM, ended.said)
-    assert "is now computed in 2 portions" in ended.said and "lower" in tree.record[5]
+    assert "is now split into 2 micro-batches" in ended.said and "lower" in tree.record[5]
     assert not CHECKER.exists() or complaints(tree, ended, "--allow-error") == ""
 
 
