@@ -1,5 +1,6 @@
 """`vidt.load` and what it loads, as a person uses it from Python."""
 
+import importlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,9 @@ def test_to_import_the_package_does_not_import_pytorch() -> None:
 def test_every_name_of_the_package_is_there() -> None:
     assert all(getattr(vidt, name) is not None for name in vidt.__all__)
     assert set(vidt.__all__) <= set(dir(vidt)) and vidt.__version__
+    promised = "ViDT ViDTConfig build_detector criterion_for SetCriterion HungarianMatcher load"
+    assert set(promised.split()) <= set(vidt.__all__)
+    assert callable(importlib.import_module("vidt.convert").released_vidt)
     with pytest.raises(AttributeError, match="lode"):
         vidt.lode  # noqa: B018
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidt.loading import load as load
     from vidt.losses.criterion import SetCriterion as SetCriterion
+    from vidt.losses.criterion import criterion_for as criterion_for
     from vidt.losses.matcher import HungarianMatcher as HungarianMatcher
     from vidt.model.vidt import ViDT as ViDT
     from vidt.model.vidt import ViDTConfig as ViDTConfig
+    from vidt.model.vidt import build_detector as build_detector
     from vidt.predict.detections import Detections as Detections
     from vidt.predict.detections import decode_top_k as decode_top_k
     from vidt.predict.predictor import Predictor as Predictor
@@ -29,6 +31,8 @@ _HOMES = {
     "SetCriterion": "losses.criterion",
     "ViDT": "model.vidt",
     "ViDTConfig": "model.config",
+    "build_detector": "model.vidt",
+    "criterion_for": "losses.criterion",
     "decode_top_k": "predict.detections",
     "load": "loading",
 }

@@ -16,6 +16,7 @@ from vidt.atomic import atomic_file
 from vidt.errors import UserError
 from vidt.model.vidt import build_detector
 from vidt.weights.checkpoint import read_released
+from vidt.weights.released import released_vidt as released_vidt
 from vidt.weights.released import to_released, unread_tensors
 from vidt.weights.weights_file import (
     UnusableWeights,
