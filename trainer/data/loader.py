@@ -80,7 +80,7 @@ class DetectionDataset(Dataset):
     def aspect(self, epoch: int, index: int) -> float:
         """Height over width of an image as augmented in an epoch, before the last resize."""
         height, width = self.samples.sizes[index].tolist()
-        random = np.random.default_rng((self.seed, epoch, index))
+        random = random_of(self.seed, epoch, index)
         _, crop = self.augmentation.draw_flip_and_crop((height, width), random)
         return crop.height / crop.width if crop else height / width
 
@@ -93,7 +93,7 @@ class DetectionDataset(Dataset):
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
             sample = self.samples[index]
-            random = np.random.default_rng((self.seed, epoch, wanted))
+            random = random_of(self.seed, epoch, wanted)
             geometry = self.augmentation.draw(sample.size, random, short_side)
             try:
                 image = read_image(sample.path, sample.size, at_least=geometry.needed)
@@ -102,6 +102,11 @@ class DetectionDataset(Dataset):
                 self.unreadable[index] = True
                 last = error
         raise last
+
+
+def random_of(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator from which all random numbers of an image in an epoch are drawn."""
+    return np.random.default_rng((seed, epoch, index))
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
