@@ -215,7 +215,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 def step_times(setting: Setting) -> Any:
     """Whole training steps: milliseconds, host's share, images per second, peak memory."""
-    results = {}
+    results: dict[str, Any] = {}
     print(f"{'images':<14}{'precision':<14}{'how':<10}{'canvas':<8}", end="")
     print(f"{'ms':>8}{'host ms':>9}{'images/s':>10}{'GiB':>7}")
     for size in setting.sizes:
@@ -318,7 +318,7 @@ def attention(setting: Setting) -> Any:
     images, heads = (1, 4) if setting.quick else (16 * 529, 3)
     windows = [attention_input(setting, (images, heads, 49, 32)) for _ in range(3)]
     bias = attention_input(setting, (1, heads, 49, 49))
-    results = {}
+    results: dict[str, Any] = {}
     for name, backend in (
         ("chosen", None),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
