@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000123` that appears by one rename, after its files are written
 and flushed. Its `state.json` holds the size and SHA-256 of its tensors, so that a torn or foreign
 folder is noticed, named and skipped. Nothing in it is pickled. It holds no random state: random
-numbers follow from (seed, step) and (seed, epoch, image).
+numbers follow from (seed, step), (seed, epoch) and (seed, epoch, image).
 """
 
 import dataclasses
