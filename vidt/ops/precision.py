@@ -1,0 +1,57 @@
+"""Which precision suits a device, and PyTorch's switches for what stays in float32."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+NATIVE_BF16 = (8, 0)  # first compute capability with it; older GPUs emulate it, slower than fp32
+
+
+def best_precision(device: torch.device) -> tuple[str, str]:
+    """What `auto` means on a device, and why: "bf16" on a GPU that computes it natively, else "no",
+    which is fp32.
+    """
+    if device.type != "cuda":
+        return "no", f"auto on {device.type}"
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= NATIVE_BF16:
+        return "bf16", "auto: this GPU computes it natively"
+    return "no", "auto: this GPU lacks bf16; --mixed_precision fp16 would be faster"
+
+
+def prepare_training(*, tf32: bool) -> None:
+    """Sets this process's switches for training on CUDA; on other devices they mean nothing."""
+    set_tf32(tf32)
+    # cuDNN's attention with a mask gave NaN gradients on H100 (pytorch/pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def set_tf32(enabled: bool) -> None:
+    """Whether products and convolutions of float32 round their inputs to TF32 (10 bits) on CUDA.
+
+    These are the older of PyTorch's two sets of switches, which must not be mixed: torch.compile
+    reads them, and the newer ones are missing in 2.8. `set_float32_matmul_precision` would change
+    the CPU too.
+    """
+    _set_tf32(enabled, enabled)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, float32 is never rounded to TF32. cuDNN rounds or not depending on shapes, so that a
+    result would depend on the images that share its batch.
+    """
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        _set_tf32(*before)
+
+
+def _set_tf32(products: bool, convolutions: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch 2.9 advertises the newer switches
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
