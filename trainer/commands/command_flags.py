@@ -63,7 +63,10 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         ".onnx model has a fixed one",
     )
     group.add_argument(  # its older name
-        "--precision", dest="mixed_precision", choices=("fp32", "bf16", "fp16"), help=argparse.SUPPRESS
+        "--precision",
+        dest="mixed_precision",
+        choices=("fp32", "bf16", "fp16"),
+        help=argparse.SUPPRESS,
     )
     group.add_argument(
         "--compile",

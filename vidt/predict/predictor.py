@@ -78,9 +78,7 @@ class Predictor:
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
         dtype = PRECISIONS[self.precision]
-        self._autocast = partial(
-            torch.autocast, self.device.type, dtype, enabled=dtype is not None
-        )
+        self._autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         self._compiled: Callable[..., dict] | None = None
         self._one_at_a_time = Lock()  # for the compiled model: CUDA graphs have one memory
         if compile:

@@ -258,7 +258,9 @@ def load(task: Task, settings: CandidateSettings, accelerator: Accelerator) -> D
         return None
     precision, device = settings.mixed_precision, accelerator.device
     if precision == "fp16" and device.type == "cpu":
-        raise TaskError(Code.CONFIG, "mixed_precision is fp16; a task on a CPU takes auto, no or bf16")
+        raise TaskError(
+            Code.CONFIG, "mixed_precision is fp16; a task on a CPU takes auto, no or bf16"
+        )
     predictor = Predictor.from_checkpoint(path, device=device, precision=precision)
     if accelerator.is_main_process:
         logger.info(f"on {device}, precision {predictor.precision} ({predictor.why_precision})")
