@@ -111,10 +111,10 @@ class CandidateSettings:
     conf_threshold: float = 0.1
     batch_size_per_gpu: int = 8
     num_workers_per_gpu: int = 2
-    mixed_precision: str = "auto"
     mining_algorithm: str = "entropy"  # one forward pass for each image, which inference can share
     class_balance: bool = False
     seed: int = 42
+    mixed_precision: str = "auto"
 
 
 def read_task(path: str | Path | None = None) -> Task:
