@@ -114,7 +114,7 @@ def set_up(
 ) -> Run:
     """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
     agreement = Agreement(accelerator)
-    prepare_training(tf32=config.tf32)
+    prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})

@@ -106,7 +106,7 @@ def evaluate(
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
     exact = accelerator.mixed_precision == "no"
-    with full_float32(), packed(model) if exact else nullcontext():
+    with full_float32(accelerator.device), packed(model) if exact else nullcontext():
         for done, (indices, pixels, padding) in enumerate(loader):
             found = {}
             if indices:

@@ -20,8 +20,10 @@ def best_precision(device: torch.device) -> tuple[str, str]:
     return "no", "auto: this GPU lacks bf16; --mixed_precision fp16 would be faster"
 
 
-def prepare_training(*, tf32: bool) -> None:
-    """Sets this process's switches for training on CUDA; on other devices they mean nothing."""
+def prepare_training(device: torch.device, *, tf32: bool) -> None:
+    """Sets this process's switches for training on CUDA; does nothing on other devices."""
+    if device.type != "cuda":
+        return
     set_tf32(tf32)
     # cuDNN's attention with a mask gave NaN gradients on H100 (pytorch/pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -31,17 +33,20 @@ def set_tf32(enabled: bool) -> None:
     """Whether products and convolutions of float32 round their inputs to TF32 (10 bits) on CUDA.
 
     These are the older of PyTorch's two sets of switches, which must not be mixed: torch.compile
-    reads them, and the newer ones are missing in 2.8. `set_float32_matmul_precision` would change
-    the CPU too.
+    reads them, and the newer ones are missing in 2.8. Leave them alone where there is no CUDA: some
+    versions take them for a CPU's float32 as well.
     """
     _set_tf32(enabled, enabled)
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Inside, float32 is never rounded to TF32. cuDNN rounds or not depending on shapes, so that a
-    result would depend on the images that share its batch.
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Inside, float32 on CUDA is never rounded to TF32. cuDNN rounds or not depending on shapes, so
+    that a result would depend on the images that share its batch.
     """
+    if device.type != "cuda":
+        yield
+        return
     before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     set_tf32(False)
     try:
