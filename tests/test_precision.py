@@ -59,7 +59,12 @@ def switches() -> tuple[bool, bool, bool]:
 
 @pytest.mark.parametrize(
     ("capability", "expected", "word"),
-    [((9, 0), "bf16", "natively"), ((8, 0), "bf16", "natively"), ((7, 5), "no", "fp16")],
+    [
+        ((9, 0), "bf16", "natively"),
+        ((8, 0), "bf16", "natively"),
+        ((7, 5), "no", "--mixed_precision fp16 would be faster"),
+        ((6, 1), "no", "lacks bf16"),  # its fp16 is slow
+    ],
 )
 def test_auto_depends_on_what_the_gpu_computes_natively(
     capability: tuple[int, int], expected: str, word: str, monkeypatch: pytest.MonkeyPatch

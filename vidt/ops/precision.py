@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-NATIVE_BF16 = (8, 0)  # first compute capability with it; older GPUs emulate it, slower than fp32
+# First compute capabilities; older GPUs emulate bf16, slower than fp32, or have slow fp16.
+NATIVE_BF16, FAST_FP16 = (8, 0), (7, 0)
 
 
 def best_precision(device: torch.device) -> tuple[str, str]:
@@ -15,9 +16,11 @@ def best_precision(device: torch.device) -> tuple[str, str]:
     """
     if device.type != "cuda":
         return "no", f"auto on {device.type}"
-    if torch.version.hip or torch.cuda.get_device_capability(device) >= NATIVE_BF16:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability >= NATIVE_BF16:
         return "bf16", "auto: this GPU computes it natively"
-    return "no", "auto: this GPU lacks bf16; --mixed_precision fp16 would be faster"
+    hint = "; --mixed_precision fp16 would be faster" if capability >= FAST_FP16 else ""
+    return "no", f"auto: this GPU lacks bf16{hint}"
 
 
 def prepare_training(device: torch.device, *, tf32: bool) -> None:
