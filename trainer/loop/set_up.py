@@ -14,7 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.order import steps_per_epoch
 from trainer.loop import resume
 from trainer.loop.agreement import PATIENCE, Agreement
 from trainer.loop.clock import Clock

@@ -34,6 +34,7 @@ DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
+SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
@@ -99,6 +100,16 @@ class TrainConfig:
     train_max_size: int | None = field(
         default=None,
         metadata=_help("largest long side, pixels; None: the released one, scaled to eval_size"),
+    )
+    scale_per: str = field(
+        default="step",
+        metadata=_help(
+            "what draws its own short side: " + " or ".join(SCALE_PER) + ", as released"
+        ),
+    )
+    group_by_aspect: bool = field(
+        default=True,
+        metadata=_help("give images of similar aspect ratio to the same optimiser step"),
     )
 
     epochs: int = field(
@@ -278,6 +289,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    scales = f"one of {', '.join(SCALE_PER)}"
+    _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
