@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.image_cache import ImageCache
 from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
@@ -46,7 +47,9 @@ class DetectionDataset(Dataset):
         *,
         seed: int,
         denoising_queries: int = 0,
+        cache: ImageCache | None = None,
     ) -> None:
+        self.cache = cache
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
         self.seed, self.denoising_queries = seed, denoising_queries
         self.reported = 0  # unreadable images that the caller has reported
@@ -74,12 +77,12 @@ class DetectionDataset(Dataset):
             target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
         if self.denoising_queries:
             target["denoising_boxes"] = noise_boxes(boxes, self.denoising_queries, random)
-        return {"image": to_pixels(geometry.on_image(image)), "target": target}
+        return {"image": to_pixels(image), "target": target}
 
     def _read_from(
         self, epoch: int, wanted: int
     ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The sample at `wanted` or the next readable one, its geometry, its image, and the
+        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and the
         generator after drawing the geometry.
         """
         for offset in range(len(self.samples)):
@@ -88,12 +91,16 @@ class DetectionDataset(Dataset):
             random = np.random.default_rng((self.seed, epoch, wanted))
             geometry = self.augmentation.draw(sample.size, random)
             try:
-                image = read_image(sample.path, sample.size, at_least=geometry.needed)
-                return sample, geometry, image, random
+                return sample, geometry, self._augmented(index, sample, geometry), random
             except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
+
+    def _augmented(self, index: int, sample: Sample, geometry: Geometry) -> Image.Image:
+        if self.cache is not None:
+            return geometry.on_image(self.cache.read(index, sample), shrunk=True)
+        return geometry.on_image(read_image(sample.path, sample.size, at_least=geometry.needed))
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.data.loader_wait import LoaderWait
 from trainer.loop import resume
 from trainer.loop.agreement import PATIENCE, Agreement
 from trainer.loop.clock import Clock
@@ -49,6 +52,7 @@ class Run:
     criterion: SetCriterion | SoftmaxCriterion
     teacher: TokenMatching | None
     dataset: DetectionDataset
+    loader_wait: LoaderWait
     clock: Clock
     state: RunState
     micro_batches: Iterator[dict[str, Any]] | None = None  # of the steps to come
@@ -124,15 +128,34 @@ def set_up(
         optimizer=optimizer,
         criterion=criterion_for(model_config),
         teacher=teacher,
-        dataset=DetectionDataset(
-            train_set,
-            Augmentation.from_config(config),
-            Preprocessing(eval_size=config.eval_size),
-            seed=config.seed,
-            denoising_queries=config.denoising,
+        dataset=training_dataset(config, train_set, agreement),
+        loader_wait=LoaderWait(
+            config,
+            accelerator.device,
+            num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
         clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
         state=state,
+    )
+
+
+def training_dataset(
+    config: TrainConfig, samples: SampleTable, agreement: Agreement
+) -> DetectionDataset:
+    """The images to train on, through the cache if there is one. Raises UserError for a cache
+    folder that cannot be made.
+    """
+    augmentation, cache = Augmentation.from_config(config), None
+    if config.cache_images is not None:
+        cache = ImageCache(config.cache_images, samples, augmentation)
+        logger.info(agreement.on_main(cache.open_folder))
+    return DetectionDataset(
+        samples,
+        augmentation,
+        Preprocessing(eval_size=config.eval_size),
+        seed=config.seed,
+        denoising_queries=config.denoising,
+        cache=cache,
     )
 
 
