@@ -59,8 +59,9 @@ class ImageCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"--cache_images {self.folder}: {reason}; name another folder") from error
+            raise UserError(
+                f"--cache_images {self.folder}: {error.strerror}; name another folder"
+            ) from error
         for path in self.folder.glob("*/.*.tmp"):
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink(missing_ok=True)
@@ -141,7 +142,7 @@ class ImageCache:
             return None
         if len(content) != len(header) + 3 * shape[0] * shape[1] or not content.startswith(header):
             return None
-        pixels = memoryview(content)[len(header) :]
+        pixels = np.frombuffer(content, np.uint8, offset=len(header))
         return Image.frombuffer("RGB", shape[::-1], pixels, "raw", "RGB", 0, 1)
 
     def _save(self, digest: bytes, image: Image.Image) -> None:

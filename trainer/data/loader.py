@@ -82,8 +82,8 @@ class DetectionDataset(Dataset):
     def _read_from(
         self, epoch: int, wanted: int
     ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and the
-        generator after drawing the geometry.
+        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and
+        the generator after drawing the geometry.
         """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)

@@ -153,9 +153,9 @@ class CsvLog:
 
 class TensorBoard:
     """A `Report` that writes TensorBoard events: `train/` (losses; those of inner decoder layers in
-    `train_inner/`), `run/` (learning rates, gradient norm, speed, memory, waits for the loader), `val/`, `val_ap/`,
-    `val_ap50/`, `val_f1/` and `val_threshold/` (the highest F1 and its score threshold),
-    `pictures/`, `worst/`, `confusion`, and under PR CURVES `precision_recall/`.
+    `train_inner/`), `run/` (learning rates, gradient norm, speed, memory, the wait for the
+    loader), `val/`, `val_ap/`, `val_ap50/`, `val_f1/` and `val_threshold/` (the highest F1 and its
+    score threshold), `pictures/`, `worst/`, `confusion`, and under PR CURVES `precision_recall/`.
     """
 
     def __init__(self, directory: Path) -> None:
