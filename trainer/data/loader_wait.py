@@ -10,7 +10,7 @@ import torch
 from trainer.settings.config import TrainConfig
 
 LONG = 1 / 3  # share of the time above which the loader holds training up
-STEADY = 20  # batches over which it must: one slow image does not make a slow loader
+STEADY = 50  # batches over which it must: one slow image does not make a slow loader
 
 Batch = TypeVar("Batch")
 

@@ -18,7 +18,7 @@ from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.data.loader_wait import LoaderWait
 from trainer.loop import resume
-from trainer.loop.agreement import PATIENCE, Agreement
+from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.execution import checkpoint_activations, compiled
 from trainer.loop.optim import make_ema, make_optimizer
@@ -70,7 +70,7 @@ def make_accelerator() -> Accelerator:
         return Accelerator(
             cpu=not torch.accelerator.is_available(),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
             rng_types=[],
         )
     except ValueError as error:  # such as a precision that the device does not have
