@@ -280,3 +280,18 @@ def test_functions_counts_what_runs(tmp_path: Path) -> None:
         assert 0 < counts["functions"] < counts["code_lines"] < counts["file_lines"]
         assert sum(counts["code_lines_by_room"].values()) == counts["code_lines"]
         assert counts["code_lines"] < whole["lines"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
+    sections = ("agreement", "step_times", "kernels", "attention", "deformable")
+    written = tmp_path / "gpu.json"
+    run("gpu.py", "--device", "cpu", "--quick", "--only", *sections, "--json", written)
+    results = json.loads(written.read_text())
+    assert list(results) == ["machine", *sections]
+    exact = results["agreement"]["no highest"]
+    assert exact["loss"] == pytest.approx(1) and exact["worst"] < 1e-5
+    assert results["agreement"]["bf16 highest"]["median"] < 0.2
+    assert min(each["seconds"] for each in results["step_times"].values()) > 0
+    assert results["kernels"]["kernels"] > 100
+    assert results["attention"]["[DET] 40"]["finite"]
