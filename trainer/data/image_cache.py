@@ -27,8 +27,9 @@ from vidt.errors import UserError, counted
 from vidt.images.files import UnreadableImage, read_image
 
 # Cached images are this many times as large as needed. After the augmentation they differ from
-# images decoded in full by as much as JPEGs decoded at SPARE times the size do: by 0.2 to 0.4 of
-# 255 on average, where another resampling filter makes 0.4 to 3.
+# images decoded in full by about as much as JPEGs decoded at SPARE times the size do: measured, by
+# 0.2 to 0.4 of 255 on average for noisy photographs (another resampling filter: 0.4 to 0.5) and 0.5
+# to 1.2 for a detailed one (2.7 to 3.2).
 CACHED_SPARE = 4 / 3
 VERSION = 1  # part of each digest; raise it when cached pixels change
 ROOM_LEFT = 4 * 2**30  # bytes of the disk that stay free, for the checkpoints of the run
