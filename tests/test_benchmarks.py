@@ -236,6 +236,17 @@ def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_loader_compares_with_a_cache(tmp_path: Path) -> None:
+    written = tmp_path / "loader.json"
+    flags = ("--sizes", "640x480", "--eval_size", 64, "--rounds", 1, "--json", written)
+    printed = run("loader.py", *flags)
+    (rate,) = json.loads(written.read_text())
+    assert min(rate["plain"], rate["filling"], rate["cached"]) > 0
+    assert rate["cached_mb"] == pytest.approx(3 * 86 * 114 / 1e6, rel=0.05)  # 4/3 of 64 x 85
+    assert rate["size"] in printed
+
+
+@pytest.mark.slow
 def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
     written = tmp_path / "scoring.json"
     flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)

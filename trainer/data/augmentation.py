@@ -76,6 +76,14 @@ class Augmentation:
         before = resized_shape(*size, _one_of(self.crop_resize, random))
         return flip, Crop(before, *self._crop_area(before, random))
 
+    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The largest (height, width) to which `draw` may resize a whole image of `size`."""
+        shapes = [resized_shape(*size, max(self.sizes), self.max_size)]
+        if self.crop:
+            shapes.append(resized_shape(*size, max(self.crop_resize)))
+        heights, widths = zip(*shapes, strict=True)
+        return max(heights), max(widths)
+
     def _crop_area(
         self, size: tuple[int, int], random: np.random.Generator
     ) -> tuple[int, int, int, int]:
@@ -89,6 +97,14 @@ class Augmentation:
 
 def _one_of(sizes: tuple[int, ...], random: np.random.Generator) -> int:
     return sizes[int(random.integers(len(sizes)))]
+
+
+def covered(size: tuple[int, int], image: Image.Image) -> tuple[float, float]:
+    """The (height, width) of the part of `image` that a picture of `size` covers, if it was decoded
+    at a whole fraction of `size`, rounded up.
+    """
+    fraction = round(size[0] / image.height)
+    return size[0] / fraction, size[1] / fraction
 
 
 @dataclass(frozen=True)
@@ -123,13 +139,13 @@ class Geometry:
         height, width = self.crop.before if self.crop else self.shape
         return SPARE * height, SPARE * width
 
-    def on_image(self, image: Image.Image) -> Image.Image:
-        """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up.
+    def on_image(self, image: Image.Image, *, shrunk: bool = False) -> Image.Image:
+        """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up;
+        with `shrunk` an image that was resized from `size` to any other.
 
         The flip comes last, when the image is smallest; only the cropped part is resized.
         """
-        fraction = round(self.size[0] / image.height)
-        height, width = self.size[0] / fraction, self.size[1] / fraction
+        height, width = (image.height, image.width) if shrunk else covered(self.size, image)
         if self.crop:
             image = resize(image, self.crop.area[2:], self._crop_box(height, width))
             height, width = image.height, image.width

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.image_cache import ImageCache
 from trainer.data.order import Key, RunSampler
 from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
@@ -47,7 +48,9 @@ class DetectionDataset(Dataset):
         *,
         seed: int,
         denoising_queries: int = 0,
+        cache: ImageCache | None = None,
     ) -> None:
+        self.cache = cache
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
         self.seed, self.denoising_queries = seed, denoising_queries
         self.reported = 0  # unreadable images that the caller has reported
@@ -75,7 +78,7 @@ class DetectionDataset(Dataset):
             target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
         if self.denoising_queries:
             target["denoising_boxes"] = noise_boxes(boxes, self.denoising_queries, random)
-        return {"image": to_pixels(geometry.on_image(image)), "target": target}
+        return {"image": to_pixels(image), "target": target}
 
     def aspect(self, epoch: int, index: int) -> float:
         """Height over width of an image as augmented in an epoch, before the last resize."""
@@ -87,8 +90,8 @@ class DetectionDataset(Dataset):
     def _read_from(
         self, epoch: int, wanted: int, short_side: int | None = None
     ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The sample at `wanted` or the next readable one, its geometry, its image, and the
-        generator after drawing the geometry.
+        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and
+        the generator after drawing the geometry.
         """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
@@ -96,12 +99,16 @@ class DetectionDataset(Dataset):
             random = random_of(self.seed, epoch, wanted)
             geometry = self.augmentation.draw(sample.size, random, short_side)
             try:
-                image = read_image(sample.path, sample.size, at_least=geometry.needed)
-                return sample, geometry, image, random
+                return sample, geometry, self._augmented(index, sample, geometry), random
             except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
+
+    def _augmented(self, index: int, sample: Sample, geometry: Geometry) -> Image.Image:
+        if self.cache is not None:
+            return geometry.on_image(self.cache.read(index, sample), shrunk=True)
+        return geometry.on_image(read_image(sample.path, sample.size, at_least=geometry.needed))
 
 
 def random_of(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -14,10 +14,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.loader_wait import LoaderWait
 from trainer.data.order import steps_per_epoch
 from trainer.loop import resume
-from trainer.loop.agreement import PATIENCE, Agreement
+from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.execution import checkpoint_activations, compiled
 from trainer.loop.launch_check import cpu_of_launcher
@@ -53,6 +55,7 @@ class Run:
     criterion: SetCriterion | SoftmaxCriterion
     teacher: TokenMatching | None
     dataset: DetectionDataset
+    loader_wait: LoaderWait
     clock: Clock
     state: RunState
     micro_batches: Iterator[dict[str, Any]] | None = None  # of the steps to come
@@ -77,7 +80,7 @@ def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
             cpu=device.type == "cpu",
             mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
             rng_types=[],
         )
     except ValueError as error:  # such as a precision that the device does not have
@@ -158,15 +161,34 @@ def set_up(
         optimizer=optimizer,
         criterion=criterion_for(model_config),
         teacher=teacher,
-        dataset=DetectionDataset(
-            train_set,
-            Augmentation.from_config(config),
-            Preprocessing(eval_size=config.eval_size),
-            seed=config.seed,
-            denoising_queries=config.denoising,
+        dataset=training_dataset(config, train_set, agreement),
+        loader_wait=LoaderWait(
+            config,
+            accelerator.device,
+            num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
         clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
         state=state,
+    )
+
+
+def training_dataset(
+    config: TrainConfig, samples: SampleTable, agreement: Agreement
+) -> DetectionDataset:
+    """The images to train on, through the cache if there is one. Raises UserError for a cache
+    folder that cannot be made.
+    """
+    augmentation, cache = Augmentation.from_config(config), None
+    if config.cache_images is not None:
+        cache = ImageCache(config.cache_images, samples, augmentation)
+        logger.info(agreement.on_main(cache.open_folder))
+    return DetectionDataset(
+        samples,
+        augmentation,
+        Preprocessing(eval_size=config.eval_size),
+        seed=config.seed,
+        denoising_queries=config.denoising,
+        cache=cache,
     )
 
 

@@ -45,6 +45,7 @@ ELSEWHERE = {
 PATHS = (
     *COCO_FILES,
     *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+    "cache_images",
 )
 
 
@@ -77,6 +78,13 @@ class TrainConfig:
     )
     num_workers: int = field(
         default=2, metadata=_help("processes that load images, for each training process")
+    )
+    cache_images: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder in which training images are cached, decoded and shrunk to what the "
+            "augmentation can need; runs may share it; None: no cache"
+        ),
     )
     max_bad_fraction: float = field(
         default=0.05,
