@@ -65,6 +65,7 @@ def train(
     Raises UserError, NonFiniteLoss, and, after SIGTERM or SIGINT once everything is saved, Stopped.
     """
     run = set_up(config, model_fields, train_set, val_set, accelerator or make_accelerator())
+    config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

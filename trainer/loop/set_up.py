@@ -1,7 +1,8 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.loop import resume
 from trainer.loop.agreement import PATIENCE, Agreement
 from trainer.loop.clock import Clock
-from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.execution import checkpoint_activations, compiled, compiled_canvas
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import TrainConfig, resolved
-from vidt.errors import UserError
+from trainer.settings.config import AUTO, TrainConfig, resolved
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.gradients import gradients
+from trainer.step.memory import (
+    Probe,
+    fitting_batch_size,
+    fitting_micro_batches,
+    largest_canvas,
+    use_expandable_segments,
+)
+from vidt.errors import UserError, counted
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion, criterion_for
 from vidt.losses.distillation import TokenMatching
@@ -43,6 +53,7 @@ class Run:
     accelerator: Accelerator
     agreement: Agreement
     model: nn.Module
+    gradient_sum: GradientSum
     forward: nn.Module  # the model as training steps call it: compiled if --compile is given
     ema: ModelEmaV3 | None
     optimizer: Optimizer
@@ -61,6 +72,7 @@ class Run:
 
 def make_accelerator() -> Accelerator:
     """An accelerator without trackers; the launcher sets processes and precision."""
+    use_expandable_segments()
     # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
     try:
         return Accelerator(
@@ -95,11 +107,45 @@ def set_up(
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     if config.activation_checkpointing:
         checkpoint_activations(detector)
-    # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
+    # Prepared "for evaluation", which leaves DistributedDataParallel out: see `GradientSum`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     scaled = accelerator.scaler is not None
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
+    gradient_sum = GradientSum(model.parameters(), accelerator.num_processes)
+    forward = compiled(model) if config.compile else model
+    criterion = criterion_for(model_config)
+    dataset = DetectionDataset(
+        train_set,
+        Augmentation.from_config(config),
+        Preprocessing(eval_size=config.eval_size),
+        seed=config.seed,
+        denoising_queries=config.denoising,
+    )
 
+    canvas = largest_canvas(dataset.augmentation)
+    if config.compile:
+        canvas = compiled_canvas(canvas, config.eval_size, dataset.augmentation.max_size)
+    probe = Probe(
+        dataset,
+        optimizer,
+        canvas,
+        accelerator.device,
+        partial(
+            gradients,
+            forward,
+            criterion,
+            accelerator,
+            canvas=canvas,
+            num_boxes=1.0,
+            teacher=teacher,
+            denoising_queries=config.denoising,
+            gradient_sum=gradient_sum,
+        ),
+        agreement.true_anywhere,
+    )
+    if config.batch_size == AUTO:
+        found = automatic_batch_size(probe, checkpoint, len(train_set), accelerator)
+        config = replace(config, batch_size=found)
     step_images = config.batch_size * accelerator.num_processes
     per_epoch = steps_per_epoch(len(train_set), step_images)
     total_steps = config.epochs * per_epoch
@@ -113,27 +159,45 @@ def set_up(
     )
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
+    if probe.possible():
+        state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
     return Run(
         config=config,
         model_config=model_config,
         accelerator=accelerator,
         agreement=agreement,
         model=model,
-        forward=compiled(model) if config.compile else model,
+        gradient_sum=gradient_sum,
+        forward=forward,
         ema=ema,
         optimizer=optimizer,
-        criterion=criterion_for(model_config),
+        criterion=criterion,
         teacher=teacher,
-        dataset=DetectionDataset(
-            train_set,
-            Augmentation.from_config(config),
-            Preprocessing(eval_size=config.eval_size),
-            seed=config.seed,
-            denoising_queries=config.denoising,
-        ),
+        dataset=dataset,
         clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
         state=state,
     )
+
+
+def automatic_batch_size(
+    probe: Probe, checkpoint: Checkpoint | None, num_images: int, accelerator: Accelerator
+) -> int:
+    """The images per process that `--batch_size auto` stands for: as many as in the checkpoint,
+    else as fit on a GPU, else the default.
+    """
+    processes = accelerator.num_processes
+    if checkpoint is not None:
+        found, why = max(checkpoint.state.step_images // processes, 1), "as in the checkpoint"
+    elif probe.possible():
+        found = fitting_batch_size(probe, num_images // processes)
+        why = "the largest power of two that fits"
+    else:
+        found, why = TrainConfig.batch_size, "the default, since only a GPU is tried"
+    logger.info(
+        f"--batch_size auto: {counted(found, 'image')} per process, {why}; "
+        f"{found * processes} per step; the learning rate is not scaled with it"
+    )
+    return found
 
 
 def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
