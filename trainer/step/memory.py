@@ -15,7 +15,7 @@ from trainer.data.augmentation import Augmentation
 from trainer.data.loader import DetectionDataset
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
-from vidt.images.canvas import GRANULE
+from vidt.images.canvas import whole_granules
 from vidt.predict.predictor import is_out_of_memory
 
 logger = get_logger(__name__)
@@ -42,8 +42,8 @@ def largest_canvas(augmentation: Augmentation) -> tuple[int, int]:
     """The largest (height, width) of an augmented image: the largest short side by the largest long
     side. A step that pads wide and tall images of the largest scale together needs more.
     """
-    long = augmentation.max_size // GRANULE * GRANULE
-    return min(max(augmentation.sizes), long), long
+    long = whole_granules(augmentation.max_size)
+    return min(whole_granules(max(augmentation.sizes)), long), long
 
 
 def largest_batch(
@@ -71,6 +71,12 @@ def largest_batch(
         "padding": torch.zeros(images, height, width, dtype=torch.bool, device=device),
         "targets": [{**on_device, "image_id": number} for number in range(images)],
     }
+
+
+def missing_moments(optimizer: Optimizer) -> list[Tensor]:
+    """Memory for the two moments of AdamW, which its first step allocates."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [torch.empty_like(p) for p in parameters if p not in optimizer.state for _ in range(2)]
 
 
 @dataclass(frozen=True)
@@ -111,19 +117,13 @@ class Probe:
         batches: list[dict[str, Any]] = []
         moments: list[Tensor] = []
         try:
-            moments += self._missing_moments()
+            moments += missing_moments(self.optimizer)
             batches.append(largest_batch(self.dataset, images, self.canvas, self.device))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         # Without a batch too: the other processes wait for this one's part in the sums.
         return self.gradients(batches) is not None
-
-    def _missing_moments(self) -> list[Tensor]:
-        """Memory for the two moments of AdamW, which its first step would allocate."""
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        return [torch.empty_like(p) for p in parameters if p not in state for _ in range(2)]
 
 
 def fitting_micro_batches(probe: Probe, config: TrainConfig, n_iter_to_acc: int) -> int:
