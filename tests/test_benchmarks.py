@@ -269,3 +269,14 @@ def test_functions_counts_what_runs(tmp_path: Path) -> None:
         assert 0 < counts["functions"] < counts["code_lines"] < counts["file_lines"]
         assert sum(counts["code_lines_by_room"].values()) == counts["code_lines"]
         assert counts["code_lines"] < whole["lines"]
+
+
+@pytest.mark.slow
+def test_overlap_tells_all_modes(tmp_path: Path) -> None:
+    """Without namespaces and without a slowed link, which need root."""
+    small = ("--side", 64, "--images", 1, "--rounds", 1)
+    printed = run("overlap.py", "--rate", "none", *small, "--json", tmp_path / "overlap.json")
+    written = json.loads((tmp_path / "overlap.json").read_text())
+    assert all(written[mode] > 0 for mode in ("compute", "transfer", "after", "overlap", "ddp"))
+    assert 0 <= written["share summed when the backward pass ends"] <= 1
+    assert "of max(compute, transfer)" in printed
