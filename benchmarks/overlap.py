@@ -1,6 +1,6 @@
 """Two processes with a slow link between them: what the sum of their gradients adds to a step.
 
-    sudo .venv/bin/python benchmarks/overlap.py --rate 400mbit
+    .venv/bin/python benchmarks/overlap.py --rate 400mbit
 
 Each process runs in a network namespace of its own; `tc` limits what each sends to the rate. That
 needs root and the programs `ip` and `tc`. `--rate none` leaves the namespaces out and measures over
