@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,13 +123,6 @@ def modes(given: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], dic
     overlap = GradientSum(overlapped.parameters, 2)
     ddp = DistributedDataParallel(wrapped.model, bucket_cap_mb=BUCKET_BYTES // 2**20)
     facts = {"megabytes": plain.bytes / 1e6, "images": given.images}
-    all_reduce, begun = dist.all_reduce, []
-
-    def noted(tensor: Tensor, **how: object) -> Any:
-        begun.append((tensor.nbytes, all_reduce(tensor, **how)))
-        return begun[-1][1]
-
-    dist.all_reduce = noted
 
     def sum_after() -> None:
         plain.loss(plain.model).backward()
@@ -138,11 +130,8 @@ def modes(given: argparse.Namespace) -> tuple[dict[str, Callable[[], None]], dic
 
     def sum_meanwhile() -> None:
         loss = overlapped.loss(overlapped.model)
-        begun.clear()
         overlap.begin()
         loss.backward()
-        done = sum(size for size, work in begun if work.is_completed())
-        facts["share summed when the backward pass ends"] = done / overlapped.bytes
         overlap.finish()
 
     return {
