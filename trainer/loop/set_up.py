@@ -17,7 +17,7 @@ from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
 from trainer.loop import resume
 from trainer.loop.agreement import PATIENCE, Agreement
 from trainer.loop.clock import Clock
-from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.execution import checkpoint_activations
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
@@ -29,7 +29,7 @@ from vidt.losses.criterion import SetCriterion, criterion_for
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
-from vidt.model.vidt import build_detector
+from vidt.model.vidt import build_detector, compile_blocks
 
 logger = get_logger(__name__)
 
@@ -43,7 +43,6 @@ class Run:
     accelerator: Accelerator
     agreement: Agreement
     model: nn.Module
-    forward: nn.Module  # the model as training steps call it: compiled if --compile is given
     ema: ModelEmaV3 | None
     optimizer: Optimizer
     criterion: SetCriterion | SoftmaxCriterion
@@ -95,6 +94,8 @@ def set_up(
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     if config.activation_checkpointing:
         checkpoint_activations(detector)
+    if config.compile:
+        compile_blocks(detector)
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     scaled = accelerator.scaler is not None
@@ -119,7 +120,6 @@ def set_up(
         accelerator=accelerator,
         agreement=agreement,
         model=model,
-        forward=compiled(model) if config.compile else model,
         ema=ema,
         optimizer=optimizer,
         criterion=criterion_for(model_config),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.data.loader import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
 from trainer.loop.agreement import Agreement, sum_gradients
-from trainer.loop.execution import OutOfMemory, compiled_canvas
+from trainer.loop.execution import OutOfMemory
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
@@ -50,12 +50,10 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
         num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
         if signum:
             raise Stopped(signum)
-        if config.compile:
-            canvas = compiled_canvas(canvas, config.eval_size, run.dataset.augmentation.max_size)
         # The step number determines all random numbers of a step: no state needs saving.
         set_seed(step_seed(config.seed, state.step, accelerator.process_index))
         terms = gradients(
-            run.forward,
+            run.model,
             run.criterion,
             accelerator,
             batches,

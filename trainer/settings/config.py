@@ -160,7 +160,8 @@ class TrainConfig:
     compile: bool = field(
         default=False,
         metadata=_help(
-            "train through torch.compile; batches are padded to few sizes", group="Execution"
+            "compile the model's blocks with torch.compile; the first steps take minutes",
+            group="Execution",
         ),
     )
     activation_checkpointing: bool = field(

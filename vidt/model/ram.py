@@ -150,9 +150,9 @@ class ReconfiguredAttention(nn.Module):
         """[B, H, W, C] -> [B, H, W, C], before the projection."""
         window, shift = self.window, self.shift
         batch, height, width, _ = patches.shape
+        padded = -(-height // window) * window, -(-width // window) * window
         # Padded positions take part as tokens of zeros, unmasked, as released.
-        patches = F.pad(patches, (0, 0, 0, -width % window, 0, -height % window))
-        padded = patches.shape[1], patches.shape[2]
+        patches = F.pad(patches, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         if shift:
             patches = patches.roll((-shift, -shift), dims=(1, 2))
         windows = window_partition(patches, (window, window)).flatten(1, 2)  # [B * W', T, C]
