@@ -13,9 +13,19 @@ import torch
 from conftest import Compare
 from test_benchmarks import run
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidt.ops import deformable_cpu
-from vidt.ops.deformable_attention import DeformableAttention, Form, Levels, deformable_attention
+from vidt.ops.deformable_attention import (
+    DeformableAttention,
+    Form,
+    Levels,
+    _kernel_ran,
+    best_form,
+    deformable_attention,
+    kernel_runs,
+)
 
 CORE_CASES = (
     "tiny_two_levels",
@@ -321,3 +331,22 @@ def test_sampling_before_projecting_gives_the_same(boxes: int, queries: int, pad
 
     for ours, theirs in zip(outcome("cpu"), outcome("plain"), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_counting_and_fake_tensors_do_not_change_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            return op(*args, **(kwargs or {}))
+
+    def try_out(device: torch.device) -> None:
+        assert type(torch.empty(1)) is Tensor, "tried on a fake tensor"
+
+    monkeypatch.setattr("vidt.ops.deformable_triton.try_out", try_out)
+    device = torch.device("cuda", 7)  # nobody asked of it before
+    with FakeTensorMode():
+        assert kernel_runs(device)
+    with Count():
+        assert best_form(torch.device("cpu")) == "cpu" and best_form(device) == "triton"
+    _kernel_ran.cache_clear()

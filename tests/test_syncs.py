@@ -229,6 +229,7 @@ def test_a_prediction_waits_for_what_was_found_alone(
     info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(64))
     predictor = Predictor(build_detector(config), info, device=DEVICE)
     pictures = [np.zeros((64, width, 3), np.uint8) for width in (80, 80, 100, 100, 120, 120)]
+    predictor.preprocessing.normalise(torch.zeros(1, 3, 8, 8, device=DEVICE))  # constants go there
     assert waits(lambda: predictor(pictures, batch_size=2)) == ["brought to the host"] * 3
 
 
@@ -250,6 +251,7 @@ def test_an_evaluation_waits_for_what_was_found_alone(
         found = list(predict_batches(model, batches, sizes, preprocessing, accelerator))
         assert [list(each) for each in found] == [[0, 1], [2, 3], [4, 5]]
 
+    preprocessing.normalise(torch.zeros(1, 3, 8, 8, device=DEVICE))  # constants go there
     assert waits(work) == ["brought to the host"] * 3
 
 

@@ -25,8 +25,8 @@ MASKED = -100.0  # added to masked scores; finite, as released
 
 
 def autocasted(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which autocast multiplies matrices; unchanged without autocast.
-    One cast then serves every reader, and copies on the way move half the bytes.
+    """The tensor in the precision in which autocast multiplies matrices; without autocast, as it
+    is. One cast then serves every reader, and copies on the way move half the bytes.
     """
     device = tensor.device.type
     if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vidt.errors import UserError
 from vidt.ops import deformable_cpu
@@ -69,7 +70,8 @@ def _kernel_ran(device: torch.device) -> bool:
     try:
         from vidt.ops import deformable_triton
 
-        deformable_triton.try_out(device)
+        with _disable_current_modes():  # a fake tensor tells nothing of the device
+            deformable_triton.try_out(device)
     except torch.OutOfMemoryError:  # says nothing about the kernel
         raise
     except Exception as error:
