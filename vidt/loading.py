@@ -23,8 +23,8 @@ def load(
     model (.onnx, which onnxruntime runs without PyTorch).
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
-    precision: "fp32", "bf16" or "fp16"; None is fp32. compile: use torch.compile, which compiles
-    once for each canvas.
+    precision: "fp32", "bf16" or "fp16"; None is fp32. compile: compile the model's blocks with
+    torch.compile, once for all canvases.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
     arrays. Raises UserError that names the file if it holds no detector, and for a device or
