@@ -2,9 +2,10 @@
 backward pass, and within the memory that there is.
 """
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidt.errors import UserError
@@ -24,6 +25,12 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, BLOCKS):
-            module.forward = partial(  # type: ignore[method-assign]
-                checkpoint, module.forward, use_reentrant=False
-            )
+            module.forward = _checkpointed(module.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function of ours rather than a partial of PyTorch's: `torch.compile` compiles this one.
+    def recomputed(*inputs: Any) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return recomputed
