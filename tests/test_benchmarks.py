@@ -1,10 +1,14 @@
-"""The benchmarks start, measure something, and write it down. Their figures are no matter here."""
+"""The benchmarks start, measure something, and write it down. Their figures are no matter here, but
+those of padding, which do not depend on the machine.
+"""
 
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.shapes import write_shapes
+from trainer.settings.config import TrainConfig
 from vidt.ops.packing import PackedLinear, onednn_runs
 
 ROOT = Path(__file__).parent.parent
@@ -269,3 +274,46 @@ def test_functions_counts_what_runs(tmp_path: Path) -> None:
         assert 0 < counts["functions"] < counts["code_lines"] < counts["file_lines"]
         assert sum(counts["code_lines_by_room"].values()) == counts["code_lines"]
         assert counts["code_lines"] < whole["lines"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
+    sections = ("agreement", "step_times", "kernels", "attention", "deformable")
+    written = tmp_path / "gpu.json"
+    run("gpu.py", "--device", "cpu", "--quick", "--only", *sections, "--json", written)
+    results = json.loads(written.read_text())
+    assert list(results) == ["machine", *sections]
+    exact = results["agreement"]["no highest"]
+    assert exact["loss"] == pytest.approx(1) and exact["worst"] < 1e-5
+    assert results["agreement"]["bf16 highest"]["median"] < 0.2
+    assert min(each["seconds"] for each in results["step_times"].values()) > 0
+    assert results["kernels"]["kernels"] > 100
+    assert results["attention"]["[DET] 40"]["finite"]
+
+
+def test_padding_is_as_little_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin over the figures of docs/benchmarks.md; the released way pads most."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    padding = importlib.import_module("padding")
+    samples = padding.table_of(padding.coco_sizes(1500))
+    most = {(1, 2): 1.02, (2, 2): 1.03, (1, 16): 1.05}
+    for (processes, batch), limit in most.items():
+        config = TrainConfig(batch_size=batch)
+        assert 1 < padding.padded_over_own(config, samples, processes) < limit
+    released = TrainConfig(batch_size=16, scale_per="image", group_by_aspect=False)
+    assert padding.padded_over_own(released, samples, 1) > 1.8
+    assert padding.padded_over_own(replace(released, batch_size=2), samples, 8) > 1.8
+
+
+def test_sizes_are_those_of_coco(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    padding = importlib.import_module("padding")
+    assert sum(padding.COMMON.values()) + sum(padding.OTHERS) == 5000
+    assert len(padding.BOUNDS) == len(padding.OTHERS) + 1
+    sizes = padding.coco_sizes(5000)
+    assert padding.coco_sizes(5000) == sizes and max(map(max, sizes)) == 640
+    counts = Counter(sizes)
+    assert counts[480, 640] == pytest.approx(1061, rel=0.1)
+    assert counts[640, 480] == pytest.approx(336, rel=0.2)
+    landscape = sum(width > height for height, width in sizes)
+    assert landscape == pytest.approx(3602, rel=0.03)

@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from trainer.commands.command_flags import (
     check_result,
     command_parser,
     count,
+    load_detector,
     say,
     side,
     write_json,
 )
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
-from vidt.loading import load
 
 SUMMARY = """
 Times a detector on this machine, from images in memory to boxes: one image at a time (latency), and
@@ -32,7 +33,7 @@ exported .onnx model, or the name of a backbone, which gets random weights: they
 EXAMPLES = """
 examples:
   vidt benchmark output/best.safetensors
-  vidt benchmark swin_tiny --size 640 640 --batch_size 16 --precision bf16
+  vidt benchmark swin_tiny --size 640 640 --batch_size 16 --mixed_precision bf16
   vidt benchmark model.onnx --repeat 50 --out speed.json
 
 output: the median, fastest and slowest run in milliseconds, and images per second. Times on a
@@ -66,8 +67,8 @@ def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
     check_result("--out", given.out, [Path(given.weights)])
-    detector = _detector(given, compile=False)
-    compiled = _detector(given, compile=True) if given.compile else None
+    detector = _detector(Namespace(**{**vars(given), "compile": False}))
+    compiled = _detector(given) if given.compile else None
     pixels = np.random.default_rng(0).integers(0, 256, (*given.size, 3), np.uint8)
     picture = Image.fromarray(pixels)
 
@@ -82,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
         "height": given.size[0],
         "width": given.size[1],
         "device": str(getattr(detector, "device", given.device or "cpu")),
-        "precision": given.precision or getattr(detector, "precision", "its own"),
+        "precision": getattr(detector, "precision", "its own"),
         "compile": given.compile,
         "machine": platform.processor() or platform.machine(),
         **both(detector),
@@ -97,8 +98,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _detector(given: Any, compile: bool) -> Any:
-    how = {"device": given.device, "precision": given.precision, "compile": compile}
+def _detector(given: Any) -> Any:
     from vidt.model.config import ViDTConfig, backbone_names
 
     if given.threads is not None and not given.weights.endswith(".onnx"):
@@ -109,7 +109,7 @@ def _detector(given: Any, compile: bool) -> Any:
         if not Path(given.weights).exists():
             backbones = ", ".join(backbone_names())
             raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
-        return load(given.weights, **how)
+        return load_detector(given)
     from vidt.images.preprocessing import Preprocessing
     from vidt.model.vidt import build_detector
     from vidt.predict.predictor import Predictor, usable_device
@@ -118,8 +118,13 @@ def _detector(given: Any, compile: bool) -> Any:
     config = ViDTConfig(backbone_name=given.weights)
     names = tuple(f"class {number}" for number in range(config.num_classes))
     info = WeightsInfo(config, names, Preprocessing(min(given.size)))
-    how |= {"device": usable_device(given.device), "precision": given.precision or "fp32"}
-    return Predictor(build_detector(config), info, **how)
+    return Predictor(
+        build_detector(config),
+        info,
+        device=usable_device(given.device),
+        precision=given.mixed_precision or "auto",
+        compile=given.compile,
+    )
 
 
 def timed(

@@ -54,16 +54,27 @@ class Augmentation:
             crop_range=(round(RELEASED_CROP[0] * ratio), round(RELEASED_CROP[1] * ratio)),
         )
 
-    def draw(self, size: tuple[int, int], random: np.random.Generator) -> "Geometry":
-        """Draw the geometry for an image of `size` (height, width)."""
+    def draw(
+        self, size: tuple[int, int], random: np.random.Generator, short_side: int | None = None
+    ) -> "Geometry":
+        """Draw the geometry for an image of `size` (height, width); if `short_side` is None, draw
+        that too.
+        """
+        flip, crop = self.draw_flip_and_crop(size, random)
+        area = crop.area[2:] if crop else size
+        if short_side is None:
+            short_side = _one_of(self.sizes, random)
+        return Geometry(size, flip, crop, resized_shape(*area, short_side, self.max_size))
+
+    def draw_flip_and_crop(
+        self, size: tuple[int, int], random: np.random.Generator
+    ) -> tuple[bool, "Crop | None"]:
+        """The first part of `draw`, which determines the aspect ratio."""
         flip = self.flip and random.random() < 0.5
-        area, crop = size, None
-        if self.crop and random.random() < 0.5:
-            before = resized_shape(*size, _one_of(self.crop_resize, random))
-            crop = Crop(before, *self._crop_area(before, random))
-            area = crop.height, crop.width
-        shape = resized_shape(*area, _one_of(self.sizes, random), self.max_size)
-        return Geometry(size, flip, crop, shape)
+        if not self.crop or random.random() >= 0.5:
+            return flip, None
+        before = resized_shape(*size, _one_of(self.crop_resize, random))
+        return flip, Crop(before, *self._crop_area(before, random))
 
     def _crop_area(
         self, size: tuple[int, int], random: np.random.Generator

@@ -1,8 +1,9 @@
 """COCO metrics of a model on a table of samples. The images are split among the processes; each is
 scored exactly once.
 
-The result does not depend on the number of processes or on the batch size: each image has its own
-canvas, only images of equal canvas share a batch, and scoring uses the order of the table.
+The result does not depend on the number of processes or on the batch size, up to rounding of the
+precision: each image has its own canvas, only images of equal canvas share a batch, TF32 is off,
+and scoring uses the order of the table.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +50,7 @@ from vidt.images.batching import overlapped
 from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
+from vidt.ops.precision import full_float32
 from vidt.predict.detections import Detections, copy_to_cpu, decode_for
 from vidt.predict.predictor import is_out_of_memory
 
@@ -106,7 +108,7 @@ def evaluate(
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
     exact = accelerator.mixed_precision == "no"
-    with packed(model) if exact else nullcontext():
+    with full_float32(accelerator.device), packed(model) if exact else nullcontext():
         predicted = predict_batches(model, loader, samples.sizes, preprocessing, accelerator)
         for done, found in enumerate(predicted):
             if scores_masks:

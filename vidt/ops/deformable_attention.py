@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vidt.errors import UserError
 from vidt.ops import deformable_cpu
@@ -62,7 +62,9 @@ def kernel_runs(device: torch.device) -> bool:
 
     Triton does not support every platform and GPU, and it needs a C compiler.
     """
-    return _kernel_ran(device)
+    # Fake tensors have no values to try it out on, and the answer holds for the whole process.
+    with unset_fake_temporarily():
+        return _kernel_ran(device)
 
 
 @functools.cache
@@ -70,8 +72,7 @@ def _kernel_ran(device: torch.device) -> bool:
     try:
         from vidt.ops import deformable_triton
 
-        with _disable_current_modes():  # a fake tensor tells nothing of the device
-            deformable_triton.try_out(device)
+        deformable_triton.try_out(device)
     except torch.OutOfMemoryError:  # says nothing about the kernel
         raise
     except Exception as error:
