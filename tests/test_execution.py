@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from trainer.loop.execution import checkpoint_activations
+from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.ram import shift_mask
 from vidt.model.swin import SwinBlock
 from vidt.model.vidt import build_detector, compile_blocks
+from vidt.predict.predictor import Predictor
+from vidt.weights.weights_file import WeightsInfo
 
 SMALL = {
     "num_classes": 3,
@@ -160,3 +164,24 @@ def test_mixed_precision_compiles_too() -> None:
     tests = str(Path(__file__).parent)
     call = [sys.executable, "-c", program]
     subprocess.run(call, env=environment(PYTHONPATH=tests), cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_a_predictor_stays_compiled_over_twelve_canvases(
+    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounter()
+    monkeypatch.setattr(
+        "vidt.predict.predictor.compile_blocks", partial(compile_blocks, backend=counter)
+    )
+    model = detector("vidt")
+    info = WeightsInfo(model.config, ("disc", "square", "star"), Preprocessing(256))
+    predictor = Predictor(model, info, compile=True)
+    pictures = [np.zeros((64, 64 + 8 * i, 3), np.uint8) for i in range(12)]
+    torch._dynamo.utils.counters.clear()
+    predictor(pictures[:1])
+    first = counter.frame_count
+    predictor(pictures)
+    # Each kind at most four times: whole windows in either direction or not.
+    assert 1 <= first <= counter.frame_count <= 4 * first
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -197,7 +197,7 @@ def _predict(
     finally:
         model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)
-    return copy_to_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
+    return copy_to_cpu(decode(outputs, sizes))  # sizes are also needed on the CPU
 
 
 def run_lengths(found: Detections) -> list[RunLengths]:
