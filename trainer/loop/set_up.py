@@ -22,7 +22,6 @@ from trainer.data.order import steps_per_epoch
 from trainer.loop import resume
 from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
-from trainer.loop.execution import checkpoint_activations, compiled, compiled_canvas
 from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
@@ -33,6 +32,7 @@ from trainer.step.gradient_sum import GradientSum
 from trainer.step.gradients import gradients
 from trainer.step.memory import (
     Probe,
+    checkpoint_activations,
     fitting_batch_size,
     fitting_micro_batches,
     largest_canvas,
@@ -44,7 +44,7 @@ from vidt.losses.criterion import SetCriterion, criterion_for
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
-from vidt.model.vidt import build_detector
+from vidt.model.vidt import build_detector, compile_blocks
 from vidt.ops.precision import best_precision, prepare_training
 
 logger = get_logger(__name__)
@@ -60,7 +60,6 @@ class Run:
     agreement: Agreement
     model: nn.Module
     gradient_sum: GradientSum
-    forward: nn.Module  # the model as training steps call it: compiled if --compile is given
     ema: ModelEmaV3 | None
     optimizer: Optimizer
     criterion: SetCriterion | SoftmaxCriterion
@@ -144,18 +143,19 @@ def set_up(
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     if config.activation_checkpointing:
         checkpoint_activations(detector)
+    if config.compile:
+        compile_blocks(detector)
     # Prepared "for evaluation", which leaves DistributedDataParallel out: see `GradientSum`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     scaled = accelerator.scaler is not None
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
     gradient_sum = GradientSum(model.parameters(), accelerator.num_processes)
-    forward = compiled(model) if config.compile else model
     criterion = criterion_for(model_config)
     dataset = training_dataset(config, train_set, agreement)
 
     learn = partial(
         gradients,
-        forward,
+        model,
         criterion,
         accelerator,
         num_boxes=1.0,
@@ -189,7 +189,6 @@ def set_up(
         agreement=agreement,
         model=model,
         gradient_sum=gradient_sum,
-        forward=forward,
         ema=ema,
         optimizer=optimizer,
         criterion=criterion,
@@ -237,8 +236,6 @@ def make_probe(
     augmentation = dataset.augmentation
     sizes = dataset.samples.sizes.tolist()
     canvas = largest_canvas(augmentation, sizes, mixed=not config.group_by_aspect)
-    if config.compile:
-        canvas = compiled_canvas(canvas, config.eval_size, augmentation.max_size)
     return Probe(
         dataset,
         optimizer,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from trainer.data.loader import DetectionDataset, training_loader, unpacked
 from trainer.loop.agreement import Agreement
-from trainer.loop.execution import compiled_canvas
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
@@ -51,9 +50,6 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
             num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
             if signum:
                 raise Stopped(signum)
-            if config.compile:
-                longest = run.dataset.augmentation.max_size
-                canvas = compiled_canvas(canvas, config.eval_size, longest)
         # The step number determines all random numbers of a step: no state needs saving.
         set_seed(step_seed(config.seed, state.step, accelerator.process_index))
         terms = summed_gradients(run, batches, canvas, num_boxes)
@@ -90,7 +86,7 @@ def summed_gradients(
     any process.
     """
     terms = gradients(
-        run.forward,
+        run.model,
         run.criterion,
         run.accelerator,
         batches,

@@ -198,7 +198,9 @@ class TrainConfig:
     )
     compile: bool = field(
         default=False,
-        metadata=_help("train through torch.compile; batches are padded to few sizes"),
+        metadata=_help(
+            "compile the model's blocks with torch.compile; the first steps take minutes"
+        ),
     )
     activation_checkpointing: bool = field(
         default=False,
