@@ -20,7 +20,7 @@ from torch import Tensor
 from vidt import ViDT, ViDTConfig
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
-from vidt.weights.checkpoint import load_model, read_start, start_from
+from vidt.weights.checkpoint import load_model, matching_classes, read_start, start_from
 from vidt.weights.published import PUBLISHED, TEACHERS, Unreachable, local_weights
 from vidt.weights.released import to_released
 from vidt.weights.weights_file import WeightsInfo, load_weights, read_pickled, save_weights
@@ -193,6 +193,45 @@ def test_head_rows_go_by_class_name(tiny_model: ViDT, saved: Path) -> None:
         else:
             assert torch.equal(after[name][[0, 2]], theirs[name][[2, 0]]), name
             assert torch.equal(after[name][[1, 3]], before[name][[1, 3]]), name
+
+
+def test_class_names_match_apart_from_case_and_blanks(tiny_model: ViDT, saved: Path) -> None:
+    """As the platform of YMIR compares them: equal names first."""
+    wanted = ("star ", "cross", "DISC", "disc")
+    model = ViDT(dataclasses.replace(tiny_model.config, num_classes=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    transfer = start_from(model, saved, wanted)
+    assert transfer.kept == ("star ", "disc") and transfer.new == ("cross", "DISC")
+    assert transfer.dropped == ("square",)
+    assert "kept 2: star  (as 'star', apart from case and blanks), disc;" in str(transfer)
+    after, theirs = model.state_dict(), tiny_model.state_dict()
+    for name in (name for name in after if name.startswith("class_embed.")):
+        assert torch.equal(after[name][[0, 3]], theirs[name][[2, 0]]), name
+        assert torch.equal(after[name][[1, 2]], before[name][[1, 2]]), name
+
+
+@pytest.mark.parametrize(
+    ("class_names", "known", "pairs"),
+    [
+        (("RBC", "rbc "), ("rbc ", "RBC"), {0: 1, 1: 0}),
+        (("RBC", "wbc"), (" WBC", "rbc"), {0: 1, 1: 0}),
+        (("a", "A"), ("A ",), {0: 0}),  # no row serves two classes
+        (("x",), ("y",), {}),
+    ],
+)
+def test_matching_classes(class_names: tuple, known: tuple, pairs: dict) -> None:
+    assert matching_classes(class_names, known) == pairs
+
+
+def test_a_warning_if_no_class_matches(
+    tiny_model: ViDT, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ViDT(dataclasses.replace(tiny_model.config, num_classes=1))
+    start_from(model, saved, ("hexagon",))
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    lines = warning.getMessage().splitlines()
+    assert "WARNING: no class" in lines[1] and str(saved) in lines[1]
+    assert lines[2].endswith(", ".join(NAMES)) and lines[3].endswith("hexagon")
 
 
 @pytest.mark.parametrize(
