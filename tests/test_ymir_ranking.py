@@ -136,6 +136,22 @@ def test_class_balance_prefers_rare_classes(tmp_path: Path) -> None:
     assert balanced == ["6.png", *(name for name in plain if name != "6.png")]
 
 
+@pytest.mark.parametrize("algorithm", ["entropy", "cald", "aldd"])
+def test_pictures_without_boxes_are_ranked_by_their_best_queries(
+    algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path
+) -> None:
+    """At this threshold no picture has a box, as with a weak model; one of them is black."""
+    black = tmp_path / "black.png"
+    Image.new("RGB", (64, 64)).save(black)
+    paths = [black, *(path for path in images if path.suffix == ".png")]
+    form = {"mining_algorithm": algorithm, "conf_threshold": 1.0}
+    tree = candidate_task(tmp_path / "task", paths, learnt.weights, mining=True, **form)  # type: ignore[arg-type]
+    names, scores = zip(*run_here(tree).ranking or [], strict=True)
+    assert len(set(scores)) >= len(paths) - 1  # of four decimals two may be equal
+    assert names != tuple(path.name for path in paths) and names[0] != "black.png"
+    assert FLOORS[algorithm] <= min(scores) and max(scores) < FLOORS[algorithm] + 1.3
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_batch_size_workers_and_order_do_not_matter(
     algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path
