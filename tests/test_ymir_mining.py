@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from ymir_adapter.protocol.outputs import DECIMALS
 from ymir_adapter.protocol.task import ALGORITHMS
 from ymir_adapter.tasks.mining import (
     BASE,
-    DECIMALS,
     FLOORS,
     SHARE_UNITS,
     VIEWS,

@@ -263,8 +263,12 @@ def load(task: Task, settings: CandidateSettings, accelerator: Accelerator) -> D
 def make_detector(
     algorithm: str | None, settings: CandidateSettings, predictor: Predictor
 ) -> Detector:
-    """A detector whose batches hold at least an image with its views."""
+    """A detector whose batches hold at least an image with its views. On a CPU images are computed
+    one by one: batches of large images are no faster there, and no score depends on its batch.
+    """
     rows = max(settings.batch_size_per_gpu, rows_per_image(algorithm))
+    if predictor.device.type == "cpu":
+        rows = 1
     return Detector(predictor, rows=rows, num_members=COMMITTEE if algorithm == "aldd" else 1)
 
 

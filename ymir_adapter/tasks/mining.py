@@ -44,14 +44,12 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from ymir_adapter.protocol.outputs import DECIMALS
+
 DUPLICATE = 0.5  # IoU above which boxes of one class are duplicates
 BASE = 1.3  # CALD's base point: a box of this consistency is the most informative
 # The lowest score of each algorithm.
 FLOORS = {"random": 0.0, "entropy": 0.0, "cald": -BASE, "aldd": 0.0}
-# Decimals of a score. Another batch size changes the order of additions, and so a score by up to
-# 1e-6. Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer decimals
-# would tie images.
-DECIMALS = 4
 SHARE_UNITS = 1_000_000  # of a class share: sums of integers do not depend on their order
 
 VIEWS = 4
