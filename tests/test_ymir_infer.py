@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_the_weights_file_is_all_that_is_needed(
         scores = [box["score"] for box in found[path.name]]
         assert scores == pytest.approx(detections.scores.tolist(), abs=6e-5)  # 4 decimals
         assert scores == sorted(scores, reverse=True) and min(scores, default=1) >= 0.1
+
+
+def test_img_size_takes_the_place_of_the_weights_size(
+    learnt: Learnt, images: list[Path], tmp_path: Path
+) -> None:
+    tree = candidate_task(tmp_path / "task", images, learnt.weights, infer=True, img_size=96)
+    found = run_here(tree).boxes or {}
+    predictor = Predictor.from_checkpoint(learnt.weights)
+    assert predictor.preprocessing.eval_size == 64
+    predictor.preprocessing = replace(predictor.preprocessing, eval_size=96)
+    for path, detections in zip(images, predictor(images, threshold=0.1), strict=True):
+        scores = [box["score"] for box in found[path.name]]
+        assert scores == pytest.approx(detections.scores.tolist(), abs=6e-5)
 
 
 @pytest.mark.parametrize("protocol", [None, "1.0.0", "1.1.0"])

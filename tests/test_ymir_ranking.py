@@ -136,6 +136,18 @@ def test_class_balance_prefers_rare_classes(tmp_path: Path) -> None:
     assert balanced == ["6.png", *(name for name in plain if name != "6.png")]
 
 
+@pytest.mark.parametrize("algorithm", ["entropy", "cald"])
+def test_class_distribution_prefers_classes_with_weight(algorithm: str, tmp_path: Path) -> None:
+    """Objects of one class in turn red, green, blue; red counts twice as much as green, blue not at
+    all: its pictures have the lowest score.
+    """
+    paths = [write_object(tmp_path / f"{i}.png", i % 3, i % 3, seed=i // 3) for i in range(9)]
+    form = {"mining_algorithm": algorithm, "class_distribution": "2,1,0"}
+    ranked = ranked_by_tones(tmp_path / "task", paths, **form)
+    assert [int(name[0]) % 3 for name in ranked[-3:]] == [2, 2, 2]
+    assert [int(name[0]) % 3 for name in ranked[:6]] == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("algorithm", ["entropy", "cald", "aldd"])
 def test_pictures_without_boxes_are_ranked_by_their_best_queries(
     algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path

@@ -22,7 +22,8 @@ aldd     Disagreement, after Aghdam et al. (ICCV 2019, arXiv 1911.09168): entrop
          with a box count. It needs weights that were trained with scores of inner layers.
 
 Class balance weighs a score by how much the image's classes differ from those of all candidates
-(Jensen-Shannon divergence, as CALD's second stage against the labelled images).
+(Jensen-Shannon divergence, as CALD's second stage against the labelled images). A class
+distribution weighs it by the classes of the image's own boxes, see `wanted_share`.
 
 If no query of an image or view reaches the threshold, its best one counts as a box, so that a score
 has no gap there. The code of CALD's authors ranks such images first, an empty one too.
@@ -234,6 +235,16 @@ def class_weights(shares: Tensor, total: Tensor) -> Tensor:
     shares, total = shares.double(), total.double()
     divergence = jensen_shannon(_distribution(shares), _distribution(total)) / math.log(2)
     return torch.where(shares.sum(1) > 0, (1 + divergence) / 2, 1.0)
+
+
+def wanted_share(
+    probabilities: Tensor, boxes: Tensor, threshold: float, class_weights: Tensor
+) -> Tensor:
+    """The mean weight of the classes of the boxes, a scalar. probabilities [Q, K], boxes [Q, 4],
+    class_weights [K].
+    """
+    counts = boxes_or_best(probabilities, boxes, threshold)
+    return class_weights[probabilities.argmax(1)[counts]].mean()
 
 
 def weighted(scores: Tensor, weights: Tensor, floor: float) -> Tensor:
