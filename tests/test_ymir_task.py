@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from test_checkpoint import released_names
 from tiny_runs import ROOT
@@ -492,7 +493,10 @@ def test_missing_keys_are_the_defaults(tmp_path: Path, protocol: str | None):
 
 def test_no_default_is_falsy_but_where_a_missing_key_means_that():
     falsy = {name for name, value in vars(CandidateSettings()).items() if not value}
-    assert falsy == {"class_balance"}
+    assert falsy == {"class_balance", "img_size", "class_distribution"}
+    for name in ("mining", "infer"):
+        template = ROOT / f"ymir_adapter/templates/{name}-template.yaml"
+        assert all(yaml.safe_load(template.read_text()).values()), "the form would drop it"
 
 
 def test_candidate_settings_are_coerced(tmp_path: Path):

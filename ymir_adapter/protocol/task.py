@@ -104,13 +104,13 @@ class CandidateSettings:
     """
 
     conf_threshold: float = 0.1
-    img_size: int | None = None  # short side of images, pixels; None: that of the weights
     batch_size_per_gpu: int = 8
     num_workers_per_gpu: int = 2
     mining_algorithm: str = "entropy"  # one forward pass for each image, which inference can share
     class_balance: bool = False
-    class_distribution: tuple[float, ...] | None = None  # weights by class of the task; None: equal
     seed: int = 42
+    img_size: int | None = None  # short side of images, pixels; None: that of the weights
+    class_distribution: tuple[float, ...] | None = None  # weights by class of the task; None: equal
 
 
 def read_task(path: str | Path | None = None) -> Task:
