@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import call, main_here, program
 
-from trainer.loop.launch_check import asked_of_accelerate, require_processes
+from trainer.loop.launch_check import asked_of_accelerate, refuse_silent_cpu, require_processes
 from trainer.settings.flags import ConfigError
+from vidt.errors import UserError
+from vidt.predict import predictor
 
 ROOT = Path(__file__).parent.parent
 CONFIG_FILE = str(ROOT / "accelerate_config.yaml")
@@ -98,3 +101,54 @@ def test_fsdp_of_the_real_launcher_is_refused():
     assert done.returncode == 1  # the launcher's, for any code of ours
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "FSDP" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "visible", "words"),
+    [
+        ("525.85.12", "13.2", None, "CUDA 13.2 needs driver 580"),
+        ("525.85.12", "12.6", "7", "CUDA_VISIBLE_DEVICES is 7"),
+        ("580.65.06", "13.2", None, "no GPU is visible"),
+        ("580.65.06", None, None, "built without CUDA"),
+    ],
+)
+def test_a_gpu_that_pytorch_cannot_use_stops_a_run(
+    driver: str,
+    cuda: str | None,
+    visible: str | None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The CPU would take over, weeks long and unnoticed, unless it was asked for."""
+    file = tmp_path / "version"
+    file.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Jan 28\n")
+    monkeypatch.setattr(predictor, "NVIDIA_DRIVER", file)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert main_here(["--output_dir", str(tmp_path / "output")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"driver {driver}" in line and words in line and "CUDA_VISIBLE_DEVICES= " in line
+    with pytest.raises(UserError, match=words):
+        predictor.usable_device(None)
+    predictor.usable_device("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    refuse_silent_cpu()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        refuse_silent_cpu()
+        predictor.usable_device(None)
+
+
+def test_a_machine_without_a_driver_computes_on_its_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(predictor, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    refuse_silent_cpu()

@@ -337,6 +337,20 @@ def test_a_cpu_computes_images_one_by_one(algorithm: str | None, predictor: Pred
     assert make_detector(algorithm, settings, predictor).rows == 8
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_precision_of_the_form_is_that_of_the_detector(precision: str, learnt: Learnt) -> None:
+    predictor, seen = Predictor.from_checkpoint(learnt.weights, precision=precision), []
+    forward = ViDT.forward
+
+    def watched(self, *images, **more):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *images, **more)
+
+    with swapped(ViDT, "forward", watched):
+        found = Detector(predictor, rows=1)(torch.rand(1, 3, 64, 64))
+    assert seen == [precision == "bf16"] and found.logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("batch_size", [4, 16])
 def test_the_result_is_the_same_bytes_for_any_batch_size(
     batch_size: int, learnt: Learnt, images: list[Path], tmp_path: Path

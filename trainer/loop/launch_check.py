@@ -12,8 +12,10 @@ from pathlib import Path
 
 import yaml
 from accelerate.commands.config import default_config_file
+from accelerate.utils import parse_flag_from_env
 
 from trainer.settings.flags import ConfigError
+from vidt.predict.predictor import require_working_gpu
 
 # Variables by which the launcher asks to split the model over processes.
 _SPLIT_BY = {
@@ -43,6 +45,19 @@ def require_processes(num_processes: int) -> None:
             f"asked for {asked} processes, {num_processes} started; use "
             f"`accelerate launch --multi_gpu --num_processes {asked}` without --cpu, or torchrun"
         )
+
+
+def cpu_of_launcher() -> bool:
+    """Whether the launcher was given --cpu."""
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def refuse_silent_cpu() -> None:
+    """Raises UserError if this machine has a GPU that PyTorch cannot use, unless the CPU was asked
+    for: a run must not take weeks unawares.
+    """
+    if not cpu_of_launcher():
+        require_working_gpu()
 
 
 def refuse_split_models() -> None:

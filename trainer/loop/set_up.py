@@ -1,5 +1,6 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.loop import resume
 from trainer.loop.agreement import PATIENCE, Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
@@ -30,6 +32,7 @@ from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector
+from vidt.ops.precision import best_precision, prepare_training
 
 logger = get_logger(__name__)
 
@@ -59,18 +62,47 @@ class Run:
         return self.model if self.ema is None else self.ema.module
 
 
-def make_accelerator() -> Accelerator:
-    """An accelerator without trackers; the launcher sets processes and precision."""
+def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
+    """An accelerator without trackers, in the precision of `--mixed_precision`; the launcher sets
+    the processes.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or cpu_of_launcher():
+        device = torch.device("cpu")
+    precision, _ = choose_precision(mixed_precision, device)
     # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
     try:
         return Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             rng_types=[],
         )
     except ValueError as error:  # such as a precision that the device does not have
         raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The precision that `--mixed_precision` stands for on a device, and why. bf16 or fp16 given to
+    the launcher wins over auto; its "no" means nothing, because it says so without being asked.
+    """
+    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "auto":
+        return asked, "as asked"
+    if of_launcher != "no":
+        return of_launcher, "as asked of the launcher"
+    return best_precision(device)
+
+
+def precision_line(asked: str, accelerator: Accelerator) -> str:
+    """The precision of a run, and why, in a few words."""
+    precision, device = accelerator.mixed_precision, accelerator.device
+    if precision == "fp16" and device.type == "cpu":
+        return "fp16 asked for, but a CPU computes fp32 (bf16 works)"
+    chosen, reason = choose_precision(asked, device)
+    name = "fp32" if precision == "no" else precision
+    return f"{name} ({reason if chosen == precision else 'as the accelerator was made'})"
 
 
 def set_up(
@@ -82,6 +114,7 @@ def set_up(
 ) -> Run:
     """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
     agreement = Agreement(accelerator)
+    prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})

@@ -1,7 +1,7 @@
 """Settings of a training run and its command line.
 
 Every setting has one owner: architecture in `vidt.ViDTConfig` (saved with the weights),
-optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. The fields
+optimisation, data and precision in `TrainConfig`, machines in accelerate's own file. The fields
 of the two dataclasses define flags, YAML keys and help text: a new field is a new flag. A flag
 overrides the `--config` file, which overrides the dataset's recipe (`recipes/<dataset_file>.yaml`),
 which overrides the default of the dataclass.
@@ -25,6 +25,7 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
@@ -37,9 +38,8 @@ COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
     "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
-    "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
+    "precision": "--mixed_precision bf16 chooses it, --mixed_precision no is fp32",
 }
-ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
@@ -157,11 +157,21 @@ class TrainConfig:
     ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
+    mixed_precision: str = field(
+        default="auto",
+        metadata=_help(
+            "bf16, fp16, or no for fp32; auto: what the launcher was told, else bf16 where the GPU "
+            "computes it natively, else fp32",
+            group="Execution",
+        ),
+    )
+    tf32: bool = field(
+        default=True,
+        metadata=_help("train with TF32 on the GPU for what is computed in fp32"),
+    )
     compile: bool = field(
         default=False,
-        metadata=_help(
-            "train through torch.compile; batches are padded to few sizes", group="Execution"
-        ),
+        metadata=_help("train through torch.compile; batches are padded to few sizes"),
     )
     activation_checkpointing: bool = field(
         default=False,
@@ -270,6 +280,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
+    _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")

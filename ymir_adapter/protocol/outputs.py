@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 LATEST_STAGES = 10  # listed beside the best one
 # Decimals of a score. On a GPU another batch size changes the order of additions, and so a score by
-# up to 1e-6. Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer
-# decimals would tie images.
+# up to 1e-6 in float32. Rounding hides this, except for one score in a hundred, which moves by
+# 1e-4. Fewer decimals would tie images.
 DECIMALS = 4
 MAP, MAR = "map50", "mar_100"  # the trainer's names of the platform's mAP and mAR
 

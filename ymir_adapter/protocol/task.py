@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import counted
 from ymir_adapter.protocol.environment import (
     InputPaths,
@@ -22,7 +23,15 @@ from ymir_adapter.protocol.environment import (
     read_mapping,
 )
 from ymir_adapter.protocol.errors import Code, TaskError, one_line
-from ymir_adapter.protocol.values import is_given, to_bool, to_float, to_int, to_list, to_text
+from ymir_adapter.protocol.values import (
+    is_given,
+    to_bool,
+    to_float,
+    to_int,
+    to_list,
+    to_precision,
+    to_text,
+)
 
 if TYPE_CHECKING:
     from trainer.settings.config import TrainConfig
@@ -46,6 +55,7 @@ TEMPLATE = {
     "num_workers_per_gpu": ("num_workers", to_int),
     "eval_size": ("eval_size", to_int),
     "weight_save_interval": ("save_interval", to_int),
+    "mixed_precision": ("mixed_precision", to_precision),
 }
 # Flags of the trainer that name its data.
 DATA_FLAGS = (
@@ -109,6 +119,7 @@ class CandidateSettings:
     mining_algorithm: str = "entropy"  # one forward pass for each image, which inference can share
     class_balance: bool = False
     seed: int = 42
+    mixed_precision: str = "auto"
     img_size: int | None = None  # short side of images, pixels; None: that of the weights
     class_distribution: tuple[float, ...] | None = None  # weights by class of the task; None: equal
 
@@ -197,6 +208,7 @@ def candidate_settings(task: Task) -> CandidateSettings:
         "img_size": lambda key, value: None if _is(value, AS_TRAINED) else to_int(key, value),
         "batch_size_per_gpu": to_int,
         "num_workers_per_gpu": to_int,
+        "mixed_precision": to_precision,
         "mining_algorithm": lambda key, value: to_text(key, value).lower(),
         "class_balance": to_bool,
         "class_distribution": _class_distribution,
@@ -207,6 +219,7 @@ def candidate_settings(task: Task) -> CandidateSettings:
         **{key: read(key, task.config[key]) for key, read in given.items()}
     )
     algorithms = f"one of {', '.join(ALGORITHMS)}"
+    precisions = f"one of {', '.join(MIXED_PRECISIONS)}"
     for key, is_valid, expected in (
         (
             "img_size",
@@ -218,6 +231,7 @@ def candidate_settings(task: Task) -> CandidateSettings:
         ("num_workers_per_gpu", settings.num_workers_per_gpu >= 0, "0 or more"),
         ("seed", 0 <= settings.seed < 2**32, "from 0 to 4294967295"),
         ("mining_algorithm", settings.mining_algorithm in ALGORITHMS, algorithms),
+        ("mixed_precision", settings.mixed_precision in MIXED_PRECISIONS, precisions),
     ):
         if not is_valid:
             value = getattr(settings, key)

@@ -160,7 +160,8 @@ class Detector:
     def _forward(self, images: Tensor) -> Predictions:
         no_padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)
         alone = self.num_members == 1
-        outputs = self.predictor.model(images, no_padding, detections_only=alone)
+        with self.predictor.autocast():
+            outputs = self.predictor.model(images, no_padding, detections_only=alone)
         levels = [*outputs.get("aux_outputs", []), outputs][-self.num_members :]
         if len(levels) < min(self.num_members, 2):
             raise TaskError(

@@ -40,7 +40,9 @@ class Outcome:
     `with_onnx`.
     """
 
-    def __init__(self, monitor: Monitor, result: TrainingResult, *, with_onnx: bool = False) -> None:
+    def __init__(
+        self, monitor: Monitor, result: TrainingResult, *, with_onnx: bool = False
+    ) -> None:
         self.monitor, self.result, self.with_onnx = monitor, result, with_onnx
 
     def __call__(self, progress: Progress) -> None:
@@ -90,7 +92,7 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     """Runs a training task. `monitor`: on rank 0 only."""
     config, fields = training_settings(task)
     wants_onnx(task)  # first: it may raise
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.mixed_precision)
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
     agreement.on_main(lambda: require_files(config))
