@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import call, main_here, program
+from torch.distributed import run
 
-from trainer.loop.launch_check import asked_of_accelerate, refuse_silent_cpu, require_processes
+from trainer.loop import launch_check, set_up
+from trainer.loop.agreement import PATIENCE
+from trainer.loop.launch_check import (
+    asked_of_accelerate,
+    gpus_of_accelerate,
+    refuse_silent_cpu,
+    require_processes,
+)
 from trainer.settings.flags import ConfigError
 from vidt.errors import UserError
 from vidt.predict import predictor
@@ -73,6 +81,66 @@ def test_fewer_processes_than_asked_for_are_an_error(monkeypatch: pytest.MonkeyP
     require_processes(2)
     with pytest.raises(ConfigError, match="asked for 2 processes, 1 started"):
         require_processes(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus"),
+    [
+        (f"accelerate launch --config_file {CONFIG_FILE} --gpu_ids 0,1 train.py", ["0", "1"]),
+        ("accelerate-launch --gpu-ids=3 train.py", ["3"]),
+        ("accelerate launch --gpu_ids all train.py", []),
+        ("accelerate launch train.py", []),
+        ("torchrun train.py", []),
+        ("", []),
+    ],
+)
+def test_reading_the_gpus_of_the_command_line(words: str, gpus: list[str]):
+    assert gpus_of_accelerate(words.split()) == gpus
+
+
+@pytest.mark.parametrize(("processes", "local"), [(1, None), (2, 1)])
+def test_gpus_without_a_process_are_an_error(
+    processes: int, local: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """`local`: processes of this machine, where there are several machines."""
+    words = ["accelerate", "launch", "--gpu_ids", "4,5", "train.py"]
+    monkeypatch.setattr(launch_check, "_command_of_launcher", lambda: words)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    require_processes(2)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    with pytest.raises(ConfigError) as error:
+        require_processes(processes)
+    assert "--gpu_ids 4,5" in str(error.value) and "--num_processes 2" in str(error.value)
+    assert "CUDA_VISIBLE_DEVICES=4" in str(error.value)
+
+
+@pytest.mark.slow
+def test_gpu_ids_of_the_real_launcher_are_refused():
+    options = ("--config_file", CONFIG_FILE, "--gpu_ids", "0,1")
+    done = call([program("accelerate"), "launch", *options, str(ROOT / "trainer/train.py")])
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "--gpu_ids 0,1" in errors[0]
+
+
+def test_gpus_wait_minutes_and_processes_hours(monkeypatch: pytest.MonkeyPatch):
+    """While the main process scores, the others wait in the agreement's own group."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(set_up, "Accelerator", lambda **settings: given.update(settings))
+    set_up.make_accelerator()
+    (handler,) = given["kwargs_handlers"]  # type: ignore[attr-defined]
+    assert 10 <= handler.timeout.total_seconds() / 60 <= 60 < PATIENCE.total_seconds() / 3600 * 60
+
+
+def test_the_launchers_read_how_long_to_wait_for_a_stop(monkeypatch: pytest.MonkeyPatch):
+    """As docs/many-gpus.md says; PyTorch before this setting always waited for 30 seconds."""
+    arguments = run.get_args_parser().parse_args(["--nproc_per_node", "2", "train.py"])
+    if not hasattr(arguments, "shutdown_timeout"):
+        pytest.skip("this PyTorch has no such setting")
+    assert run.config_from_args(arguments)[0].shutdown_timeout == 30
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert run.config_from_args(arguments)[0].shutdown_timeout == 600
 
 
 @pytest.mark.parametrize(

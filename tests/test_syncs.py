@@ -24,8 +24,10 @@ from torch.utils._pytree import tree_leaves
 from trainer.loop.agreement import Agreement
 from trainer.loop.loss_log import LossLog
 from trainer.loop.optim import make_ema, make_optimizer
-from trainer.loop.step import agree_on, gradients
+from trainer.loop.step import agree_on
 from trainer.settings.config import TrainConfig
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.gradients import gradients
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
 from vidt.losses.distillation import TokenMatching
@@ -163,6 +165,7 @@ def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable
     if config.method == "vidt":
         teacher = TokenMatching(build_detector(config).to(device))
     parameters = list(model.parameters())
+    gradient_sum = GradientSum(parameters, accelerator.num_processes)
     optimizer = None if device.type == "meta" else make_optimizer(model, options)
     log = LossLog(agreement, tmp_path, step_images=6)
     window = [micro_batch(config, device) for _ in range(2)]
@@ -171,7 +174,16 @@ def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable
     canvas = (height + 16, width)  # another process has a larger image
 
     def step() -> None:
-        terms = gradients(model, criterion, accelerator, window, canvas, num_boxes, teacher)
+        terms = gradients(
+            model,
+            criterion,
+            accelerator,
+            window,
+            canvas,
+            num_boxes,
+            teacher,
+            gradient_sum=gradient_sum,
+        )
         assert terms is not None
         norm = accelerator.clip_grad_norm_(parameters, 0.1)
         if optimizer is not None:

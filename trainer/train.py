@@ -27,7 +27,7 @@ from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.set_up import Run, make_accelerator, precision_line, set_up
 from trainer.loop.start import load_detector, require_files
-from trainer.loop.step import check_readable, train_step
+from trainer.loop.step import check_readable, report_wait, train_step
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.readers.findings import format_findings
 from trainer.readers.samples import SampleTable
@@ -66,6 +66,7 @@ def train(
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
     run = set_up(config, model_fields, train_set, val_set, accelerator)
+    config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def train(
                 terms, norm, image_ids = train_step(run, stop)
                 losses.add(step, terms, norm, image_ids)
                 if state.step % config.log_interval == 0 or clock.pause_due(state.step, config):
-                    say("step", {**losses.check(), "lr": rate})
+                    say("step", {**losses.check(), **report_wait(run), "lr": rate})
                     check_readable(run.dataset, config.max_bad_fraction, run.agreement)
                 evaluate_and_save(run, train_set, val_set, say, stop)
         except Stopped:

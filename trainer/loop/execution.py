@@ -1,5 +1,5 @@
-"""How a model runs, without a change to what it computes: compiled, with activations recomputed in
-the backward pass, and within the memory that there is.
+"""How a model runs, without a change to what it computes: compiled, or with activations recomputed
+in the backward pass.
 """
 
 import math
@@ -9,17 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vidt.errors import UserError
 from vidt.model import coat, decoder, swin
 
 BLOCKS = (swin.SwinBlock, coat.CoatBlock, decoder.DecoderLayer)
 SIDES = 6  # a compiled run has about as many lengths of a side
 # More shapes than `compiled_canvas` produces, also if micro-batches become smaller during the run.
 COMPILED_SHAPES = 4 * (SIDES + 2) ** 2
-
-
-class OutOfMemory(UserError):
-    """Not even one image at a time fits into memory; the message says what reduces it."""
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -26,7 +26,6 @@ from trainer.data.loader import (
     leave_signals_to_the_parent,
 )
 from trainer.loop.agreement import Agreement
-from trainer.loop.execution import OutOfMemory
 from trainer.loop.stopping import Stopped
 from trainer.readers.masks import encode
 from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
@@ -46,6 +45,7 @@ from trainer.scoring.average_precision import (
     xywh,
 )
 from trainer.scoring.mistakes import Diagnosis, diagnose
+from trainer.step.memory import OutOfMemory
 from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed

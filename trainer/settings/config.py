@@ -31,9 +31,11 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
+AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
+SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
@@ -44,6 +46,7 @@ ELSEWHERE = {
 PATHS = (
     *COCO_FILES,
     *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+    "cache_images",
 )
 
 
@@ -77,6 +80,13 @@ class TrainConfig:
     num_workers: int = field(
         default=2, metadata=_help("processes that load images, for each training process")
     )
+    cache_images: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder in which training images are cached, decoded and shrunk to what the "
+            "augmentation can need; runs may share it; None: no cache"
+        ),
+    )
     max_bad_fraction: float = field(
         default=0.05,
         metadata=_help("largest share of damaged images to skip; the run ends if there are more"),
@@ -100,6 +110,16 @@ class TrainConfig:
         default=None,
         metadata=_help("largest long side, pixels; None: the released one, scaled to eval_size"),
     )
+    scale_per: str = field(
+        default="step",
+        metadata=_help(
+            "what draws its own short side: " + " or ".join(SCALE_PER) + ", as released"
+        ),
+    )
+    group_by_aspect: bool = field(
+        default=True,
+        metadata=_help("give images of similar aspect ratio to the same optimiser step"),
+    )
 
     epochs: int = field(
         default=50, metadata=_help("passes over the training images", group="Optimisation")
@@ -107,7 +127,14 @@ class TrainConfig:
     max_steps: int | None = field(
         default=None, metadata=_help("optimiser steps after which the run ends; None: no limit")
     )
-    batch_size: int = field(default=2, metadata=_help("images per process and optimiser step"))
+    batch_size: int = field(
+        default=2,
+        metadata=_help(
+            "images per process and optimiser step; auto: the largest power of two that fits on "
+            "the GPU",
+            words={"auto": AUTO},
+        ),
+    )
     n_iter_to_acc: int = field(
         default=1, metadata=_help("micro-batches into which batch_size is split")
     )
@@ -250,7 +277,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("epochs", "max_steps", "batch_size", "n_iter_to_acc", "eval_batch_size"), 1),
+    **dict.fromkeys(("epochs", "max_steps", "n_iter_to_acc", "eval_batch_size"), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
@@ -268,6 +295,10 @@ def _check_alone(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
+    automatic = config.batch_size == AUTO
+    _require(
+        automatic or config.batch_size >= 1, "batch_size", config.batch_size, "1 or more, or auto"
+    )
     datasets = f"one of {', '.join(DATASETS)}"
     _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
     size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
@@ -280,6 +311,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    scales = f"one of {', '.join(SCALE_PER)}"
+    _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
@@ -303,6 +336,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
+    if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
+        other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
+        raise ConfigError(f"batch_size is auto; with {other} it must be a number")
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
@@ -448,7 +484,7 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in owned} | {
         name: model[name] for name in _MODEL
     }
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {name: _ALL[name].as_yaml(value) for name, value in values.items()}
 
 
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
