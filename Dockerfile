@@ -4,6 +4,8 @@ ARG BASE_IMAGE=pytorch/pytorch:2.14.1-cuda12.6-cudnn9-runtime
 FROM ${BASE_IMAGE}
 # Backbones whose ImageNet weights the image includes: --build-arg BODIES="swin_nano swin_tiny".
 ARG BODIES=""
+# Backbones whose published COCO detectors it includes: --build-arg DETECTORS="swin_nano".
+ARG DETECTORS=""
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Every user can write to the caches, because the platform decides which user runs a task.
@@ -29,7 +31,7 @@ COPY . /tmp/vidt/
 # Install from wheels only. Keep the PyTorch of the base image, which matches its CUDA.
 RUN grep -v '^torch' /tmp/vidt/constraints.txt > /tmp/kept.txt \
     && python3 -m pip list --format=freeze | grep -E '^torch(vision)?==' >> /tmp/kept.txt \
-    && python3 -m pip install --no-cache-dir --only-binary :all: --constraint /tmp/kept.txt /tmp/vidt \
+    && python3 -m pip install --no-cache-dir --only-binary :all: --constraint /tmp/kept.txt "/tmp/vidt[export]" \
     && rm -r /tmp/vidt /tmp/kept.txt
 
 COPY ymir_adapter/templates/ /img-man/
@@ -39,6 +41,8 @@ RUN mkdir -p "$TORCH_HOME" "$HF_HOME" \
     && for backbone in $BODIES; do python3 -c "from vidt.model.vidt import ViDT, ViDTConfig; \
 from vidt.weights.pretrained import load_imagenet; \
 load_imagenet(ViDT(ViDTConfig(backbone_name='$backbone')).backbone, '$backbone', 'imagenet')" || exit 1; done \
+    && for backbone in $DETECTORS; do python3 -c "from vidt.weights.published import local_weights, \
+published_for; local_weights(published_for('$backbone').url)" || exit 1; done \
     && chmod -R a+rwX /opt/vidt/cache \
     && chmod -R a+rX /img-man /usr/bin/start.sh
 

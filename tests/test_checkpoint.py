@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +15,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from served import served
-from tiny_runs import blurred
+from tiny_runs import blurred, cpu
 from torch import Tensor
 
+from trainer.loop.agreement import Agreement
+from trainer.loop.start import load_start
+from trainer.settings.config import TrainConfig, parse
+from trainer.settings.flags import ConfigError
 from vidt import ViDT, ViDTConfig
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
-from vidt.weights.checkpoint import load_model, read_start, start_from
-from vidt.weights.published import PUBLISHED, TEACHERS, Unreachable, local_weights
+from vidt.weights import published
+from vidt.weights.checkpoint import load_model, matching_classes, read_start, start_from
+from vidt.weights.published import (
+    PUBLISHED,
+    TEACHERS,
+    Published,
+    Unreachable,
+    local_weights,
+    published_for,
+)
 from vidt.weights.released import to_released
 from vidt.weights.weights_file import WeightsInfo, load_weights, read_pickled, save_weights
 
@@ -193,6 +206,45 @@ def test_head_rows_go_by_class_name(tiny_model: ViDT, saved: Path) -> None:
         else:
             assert torch.equal(after[name][[0, 2]], theirs[name][[2, 0]]), name
             assert torch.equal(after[name][[1, 3]], before[name][[1, 3]]), name
+
+
+def test_class_names_match_apart_from_case_and_blanks(tiny_model: ViDT, saved: Path) -> None:
+    """As the platform of YMIR compares them: equal names first."""
+    wanted = ("star ", "cross", "DISC", "disc")
+    model = ViDT(dataclasses.replace(tiny_model.config, num_classes=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    transfer = start_from(model, saved, wanted)
+    assert transfer.kept == ("star ", "disc") and transfer.new == ("cross", "DISC")
+    assert transfer.dropped == ("square",)
+    assert "kept 2: star  (as 'star', apart from case and blanks), disc;" in str(transfer)
+    after, theirs = model.state_dict(), tiny_model.state_dict()
+    for name in (name for name in after if name.startswith("class_embed.")):
+        assert torch.equal(after[name][[0, 3]], theirs[name][[2, 0]]), name
+        assert torch.equal(after[name][[1, 2]], before[name][[1, 2]]), name
+
+
+@pytest.mark.parametrize(
+    ("class_names", "known", "pairs"),
+    [
+        (("RBC", "rbc "), ("rbc ", "RBC"), {0: 1, 1: 0}),
+        (("RBC", "wbc"), (" WBC", "rbc"), {0: 1, 1: 0}),
+        (("a", "A"), ("A ",), {0: 0}),  # no row serves two classes
+        (("x",), ("y",), {}),
+    ],
+)
+def test_matching_classes(class_names: tuple, known: tuple, pairs: dict) -> None:
+    assert matching_classes(class_names, known) == pairs
+
+
+def test_a_warning_if_no_class_matches(
+    tiny_model: ViDT, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ViDT(dataclasses.replace(tiny_model.config, num_classes=1))
+    start_from(model, saved, ("hexagon",))
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    lines = warning.getMessage().splitlines()
+    assert "WARNING: no class" in lines[1] and str(saved) in lines[1]
+    assert lines[2].endswith(", ".join(NAMES)) and lines[3].endswith("hexagon")
 
 
 @pytest.mark.parametrize(
@@ -378,6 +430,45 @@ def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None
         cache.rmdir()
         cache.touch()  # a file in its place
         assert_unreachable("File exists")
+
+
+def test_coco_starts_from_the_published_detector(
+    tiny_config: ViDTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched once; a file that is in the cache, as in an image, is not fetched."""
+    source = blurred(ViDT(dataclasses.replace(tiny_config, num_classes=91)))
+    file, fetched = tmp_path / "published.pth", []
+    torch.save({"model": to_released(source.state_dict(), source.config)}, file)
+
+    def fetch(url: str, path: Path, sha256: str | None) -> None:
+        fetched.append(url)
+        shutil.copyfile(file, path)
+
+    url = PUBLISHED["vidt_nano_150"].url
+    ours = Published(tiny_config.backbone_name, url, None)
+    monkeypatch.setitem(PUBLISHED, "vidt_nano_150", ours)
+    monkeypatch.setattr(published, "_download", fetch)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    names = ("stop sign", "hexagon", "Person ")
+    for _ in range(2):
+        model = ViDT(dataclasses.replace(tiny_config, num_classes=3))
+        fresh = model.class_embed[0].weight[1].clone()
+        load_start(model, TrainConfig(pre_trained="coco"), names, Agreement(cpu()))
+        assert torch.equal(
+            model.class_embed[0].weight[[0, 2]], source.class_embed[0].weight[[13, 1]]
+        )
+        assert torch.equal(model.class_embed[0].weight[1], fresh)
+        assert torch.equal(model.backbone.det_token, source.backbone.det_token)
+    assert fetched == [url]
+
+
+def test_coco_needs_a_published_detector() -> None:
+    assert published_for("swin_nano").url.endswith("vidt_nano_150.pth")
+    assert published_for("swin_tiny", epff=True).url.endswith("vidt_plus_tiny_det300.pth")
+    for flags in ("--backbone_name coat_lite_tiny", "--method vidt_wo_neck"):
+        with pytest.raises(ConfigError, match=r"pre_trained is coco; .* swin_nano, swin_tiny"):
+            parse(["--pre_trained", "coco", *flags.split()])
+    parse(["--pre_trained", "coco", "--backbone_name", "coat_lite_tiny", "--load_from", "x.pth"])
 
 
 def test_the_table_of_published_models() -> None:

@@ -247,7 +247,7 @@ MISTAKES: list[Mistake] = [
     ),
     (
         "train --coco_path nowhere --pre_trained imagnet",
-        "imagnet: no such file; give imagenet, none or the path of a weights file",
+        "imagnet: no such file; give imagenet, coco, none or the path of a weights file",
     ),
     ("train --coco_path nowhere --check --load_from gone", "nowhere/annotations"),
     ("train --coco_path nowhere --load_from {root}/cut.safetensors --pre_trained gone", "nowhere"),

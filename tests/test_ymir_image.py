@@ -71,7 +71,8 @@ def test_a_template_is_flat_and_every_field_is_explained(name: str):
 
 def test_every_key_of_the_forms_is_understood():
     for_the_platform = {"export_format", "shm_size"}
-    assert template("training").keys() == TEMPLATE.keys() | for_the_platform | {"args_options"}
+    own = {"args_options", "export_onnx"}
+    assert template("training").keys() == TEMPLATE.keys() | for_the_platform | own
     known = {field.name for field in dataclasses.fields(CandidateSettings)}
     assert template("mining").keys() == known | {"shm_size"}
     assert template("infer").keys() <= known | {"shm_size"}

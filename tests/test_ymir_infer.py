@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from vidt.predict.predictor import Predictor
 from vidt.weights.checkpoint import load_model
 from vidt.weights.weights_file import WeightsInfo, save_weights
 from ymir_adapter.protocol.errors import Code, TaskError
-from ymir_adapter.tasks.candidates import PARTS
+from ymir_adapter.protocol.task import CandidateSettings
+from ymir_adapter.tasks.candidates import PARTS, make_detector
 from ymir_adapter.tasks.inference import (
     PENDING_BATCHES,
     Candidate,
@@ -118,8 +120,21 @@ def test_the_weights_file_is_all_that_is_needed(
         names = [predictor.class_names[label] for label in detections.labels]
         assert [box["class_name"] for box in found[path.name]] == names
         scores = [box["score"] for box in found[path.name]]
-        assert scores == pytest.approx(detections.scores.tolist(), abs=1e-6)
+        assert scores == pytest.approx(detections.scores.tolist(), abs=6e-5)  # 4 decimals
         assert scores == sorted(scores, reverse=True) and min(scores, default=1) >= 0.1
+
+
+def test_img_size_takes_the_place_of_the_weights_size(
+    learnt: Learnt, images: list[Path], tmp_path: Path
+) -> None:
+    tree = candidate_task(tmp_path / "task", images, learnt.weights, infer=True, img_size=96)
+    found = run_here(tree).boxes or {}
+    predictor = Predictor.from_checkpoint(learnt.weights)
+    assert predictor.preprocessing.eval_size == 64
+    predictor.preprocessing = replace(predictor.preprocessing, eval_size=96)
+    for path, detections in zip(images, predictor(images, threshold=0.1), strict=True):
+        scores = [box["score"] for box in found[path.name]]
+        assert scores == pytest.approx(detections.scores.tolist(), abs=6e-5)
 
 
 @pytest.mark.parametrize("protocol", [None, "1.0.0", "1.1.0"])
@@ -314,17 +329,40 @@ def test_too_little_memory_halves_the_batch(predictor: Predictor) -> None:
     assert torch.allclose(found.boxes, expected.boxes, atol=1e-5)
 
 
-def test_a_cpu_takes_large_images_alone(predictor: Predictor) -> None:
-    forward, sizes = ViDT.forward, []
+@pytest.mark.parametrize("algorithm", [None, "cald"])
+def test_a_cpu_computes_images_one_by_one(algorithm: str | None, predictor: Predictor) -> None:
+    settings = CandidateSettings(batch_size_per_gpu=8)
+    assert make_detector(algorithm, settings, predictor).rows == 1
+    predictor.device = torch.device("cuda")
+    assert make_detector(algorithm, settings, predictor).rows == 8
 
-    def counted(self, images, *rest, **more):
-        sizes.append(len(images))
-        return forward(self, images, *rest, **more)
 
-    with swapped(ViDT, "forward", counted):
-        Detector(predictor, rows=8)(torch.rand(3, 3, 256, 272))
-        Detector(predictor, rows=8)(torch.rand(3, 3, 128, 128))
-    assert sizes == [1, 1, 1, 3]
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_precision_of_the_form_is_that_of_the_detector(precision: str, learnt: Learnt) -> None:
+    predictor, seen = Predictor.from_checkpoint(learnt.weights, precision=precision), []
+    forward = ViDT.forward
+
+    def watched(self, *images, **more):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *images, **more)
+
+    with swapped(ViDT, "forward", watched):
+        found = Detector(predictor, rows=1)(torch.rand(1, 3, 64, 64))
+    assert seen == [precision == "bf16"] and found.logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_the_result_is_the_same_bytes_for_any_batch_size(
+    batch_size: int, learnt: Learnt, images: list[Path], tmp_path: Path
+) -> None:
+    """Two processes: see `test_two_processes_give_what_one_gives`."""
+    written = []
+    for size in (1, batch_size):
+        form = {"batch_size_per_gpu": size, "conf_threshold": 0.001}
+        tree = candidate_task(tmp_path / f"{size}", images, learnt.weights, infer=True, **form)  # type: ignore[arg-type]
+        assert any((run_here(tree).boxes or {}).values())
+        written.append((tree.output / "infer-result.json").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_one_image_that_is_too_large_is_out_of_memory(predictor: Predictor) -> None:

@@ -78,8 +78,9 @@ class Play:
         """State 4, the code, and one readable line as the last of all output; nothing is left."""
         assert self.left() == []
         assert self.record[2:5] == ["1.00", "4", str(int(code))], self.said
-        last = self.said.splitlines()[-1]
+        rule, *_, last = self.said.splitlines()[-5:]
         assert words in self.record[5] and last == f"error {int(code)}: {self.record[5]}"
+        assert rule == "-" * 80, "the platform shows five lines, none of which is the launcher's"
 
 
 def write_task(folder: Path, gpu_id: str = "") -> None:
@@ -132,6 +133,7 @@ def test_ranks_end_well_and_leave_nothing(play) -> None:
         ("second fails", Code.MODEL, "the second process has no weights"),
         ("both fail", Code.DATASET, "no images"),
         ("killed", Code.OOM, "was killed"),
+        ("lost connection", Code.OOM, "lower batch_size_per_gpu"),
         ("bus error", Code.OOM, "raise shm_size"),
     ],
 )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from ymir_adapter.protocol.outputs import DECIMALS
 from ymir_adapter.protocol.task import ALGORITHMS
 from ymir_adapter.tasks.mining import (
     BASE,
-    DECIMALS,
     FLOORS,
     SHARE_UNITS,
     VIEWS,
@@ -160,13 +160,6 @@ def test_where_nothing_overlaps_the_surest_box_is_compared() -> None:
     assert turned.item() == pytest.approx(found.item())
 
 
-@pytest.mark.parametrize(("own", "theirs"), [(0, 1), (1, 0), (0, 0)])
-def test_a_view_or_an_image_without_boxes_counts_nothing(own: int, theirs: int) -> None:
-    scores, boxes = rows([0.9]), rows([0.1, 0.1, 0.2, 0.2])
-    found = view_consistency(scores[:own], boxes[:own], scores[:theirs], boxes[:theirs])
-    assert found.item() == 0
-
-
 def test_boxes_without_an_area_do_not_spoil_the_score() -> None:
     point = rows([0.3, 0.3, 0.3, 0.3])
     assert view_consistency(rows([0.5]), point, rows([0.5]), point).item() == pytest.approx(0.8)
@@ -174,23 +167,34 @@ def test_boxes_without_an_area_do_not_spoil_the_score() -> None:
 
 def test_cald_score_by_hand() -> None:
     """One box of score 0.8 in the middle. Each view finds it exactly where it went, with score 0.8,
-    0.4, 0 and 0.6: m = 1 + 0.8, 1 + 0.6, nothing, 1 + 0.7.
+    0.4, 0.06 and 0.6: m = 1 + 0.8, 1 + 0.6, 1 + 0.43, 1 + 0.7. 0.06 is below the threshold, yet the
+    best of its view.
     """
     canvas, box = (100, 100), rows([0.5, 0.5, 0.2, 0.2])
     moved = boxes_in_views(box, canvas)[:, 0]
     found = box_convert(torch.cat([box_convert(box, "cxcywh", "xyxy"), moved]), "xyxy", "cxcywh")
-    probabilities = rows([0.8], [0.8], [0.4], [0.0], [0.6])
-    expected = -(0.5 + 0.3 + 0.0 + 0.4) / 4
+    probabilities = rows([0.8], [0.8], [0.4], [0.06], [0.6])
+    expected = -(0.5 + 0.3 + 0.13 + 0.4) / 4
     score = cald_score(probabilities[:, None], found[:, None], canvas, 0.1)
     assert score.item() == pytest.approx(expected)
 
 
-def test_cald_score_of_an_image_without_boxes_is_the_highest() -> None:
-    probabilities, boxes = (
-        torch.full((1 + VIEWS, 3, 2), 0.05).double(),
-        torch.rand(5, 3, 4).double(),
-    )
-    assert cald_score(probabilities, boxes, (64, 96), 0.1).item() == 0
+def test_cald_score_without_boxes_is_that_of_the_best_query() -> None:
+    """The best query of an empty picture and of its views, which see it in the same place: one of
+    score 0.05, m = 1.05, beside a worse one. No gap at the threshold.
+    """
+    canvas, box = (100, 100), rows([0.5, 0.5, 0.2, 0.2])
+    moved = boxes_in_views(box, canvas)[:, 0]
+    found = box_convert(torch.cat([box_convert(box, "cxcywh", "xyxy"), moved]), "xyxy", "cxcywh")
+    boxes = torch.stack([found, torch.full_like(found, 0.1)], 1)
+
+    def score(best: float, threshold: float = 0.1) -> float:
+        probabilities = torch.tensor([[best], [0.01]], dtype=torch.float64).expand(5, 2, 1)
+        return cald_score(probabilities, boxes, canvas, threshold).item()
+
+    assert score(0.05) == pytest.approx(-0.25)
+    assert score(0.02) == pytest.approx(-0.28)
+    assert score(0.1 - 1e-9) == pytest.approx(score(0.1 + 1e-9), abs=1e-6)
 
 
 @pytest.mark.parametrize("canvas", [(64, 96), (96, 48), (80, 80)])

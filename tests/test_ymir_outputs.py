@@ -239,6 +239,22 @@ def test_the_best_and_the_ten_latest_are_kept(tree: Tree):
         assert [p.name for p in weight_files(tree)] == ["epoch_2.safetensors"]
 
 
+def test_more_files_of_a_stage_come_and_go_with_its_weights(tree: Tree):
+    result, model = TrainingResult(tree.read()), tree.output / "last.onnx"
+    for epoch in range(LATEST_STAGES + 3):
+        model.unlink(missing_ok=True)  # another file under the same name
+        model.write_text(f"model of epoch {epoch}")
+        weights = weights_of(tree, f"weights of epoch {epoch}")
+        result.add(f"epoch_{epoch}", weights, {"map50": epoch / 100}, [model])
+        found = read_result(tree)
+        assert weight_files(tree) == {file for _, files in found.values() for file in files}
+    names = [file.name for file in next(iter(found.values()))[1]]
+    last = LATEST_STAGES + 2
+    assert names == [f"epoch_{last}.safetensors", f"epoch_{last}.onnx"]
+    resumed = TrainingResult(tree.read(), resumed=True)
+    assert resumed.best == f"epoch_{last}"
+
+
 @pytest.mark.parametrize("score", [-1.0, float("nan"), 0.0])
 def test_what_could_not_be_scored_is_zero(tree: Tree, score: float):
     add(TrainingResult(tree.read()), tree, 1, score)

@@ -1,15 +1,19 @@
 """`env.yaml` and `config.yaml` of any make become one Task, or one line that says why not."""
 
 import argparse
+import ast
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from test_checkpoint import released_names
+from tiny_runs import ROOT
 from ymir_task import NAMES, PROTOCOLS, Tree, make_tree
 
 from trainer.settings.config import parse, resolved
@@ -19,12 +23,15 @@ from vidt.weights.weights_file import WeightsInfo, save_weights
 from ymir_adapter.protocol.environment import DEFAULT_ENV_FILE, read_identity
 from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.task import (
+    TEMPLATE,
     CandidateSettings,
     Task,
     candidate_settings,
+    in_form_words,
     pick_weights,
     read_task,
     training_settings,
+    wants_onnx,
 )
 from ymir_adapter.protocol.values import to_bool, to_float, to_int, to_list, to_text
 
@@ -307,6 +314,99 @@ def test_bad_settings_are_one_line_naming_the_key(
     assert error.code == Code.CONFIG and named in str(error)
 
 
+def test_an_export_that_the_image_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert not wants_onnx(make_tree(tmp_path / "a").read())
+    assert not wants_onnx(make_tree(tmp_path / "b", config={"export_onnx": "False"}).read())
+    task = make_tree(tmp_path / "c", config={"export_onnx": "yes"}).read()
+    monkeypatch.setattr("ymir_adapter.protocol.task.EXPORT_PACKAGES", ("json", "nosuchpackage"))
+    error = refused(lambda: wants_onnx(task))
+    assert error.code == Code.CONFIG and "export_onnx needs nosuchpackage" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (None, None)),
+        ({"img_size": "auto", "class_distribution": "equal"}, (None, None)),
+        ({"img_size": "800", "class_distribution": "1, 0.5"}, (800, (1.0, 0.5))),
+        ({"img_size": 320, "class_distribution": [0, 2]}, (320, (0.0, 2.0))),
+    ],
+)
+def test_sizes_and_class_weights_of_candidates(tmp_path: Path, config: dict, expected: tuple):
+    settings = candidate_settings(make_tree(tmp_path, "mining", config=config).read())
+    assert (settings.img_size, settings.class_distribution) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"img_size": value} for value in (16, 10**9, "big", -1, 1.5)),
+        *({"class_distribution": value} for value in ("1", "1,2,3", "0,0", "-1,1", "a,b", "nan,1")),
+    ],
+    ids=str,
+)
+def test_sizes_and_class_weights_that_are_none(tmp_path: Path, config: dict):
+    task = make_tree(tmp_path, "mining", config=config).read()
+    error = refused(lambda: candidate_settings(task))
+    assert error.code == Code.CONFIG and next(iter(config)) in str(error)
+
+
+def test_messages_name_fields_of_the_form() -> None:
+    """Every text of an exception or log line in the trainer and the detector, except of commands:
+    a flag that is a field has the field's name, any other is named with args_options.
+    """
+    flags = {flag for flag, _ in TEMPLATE.values()}
+    with_fields = with_others = 0
+    for text in spoken_texts():
+        said = in_form_words(text)
+        assert not re.search(rf"--({'|'.join(flags)})\b", said), text
+        for flag in re.finditer(r"(?<!\S)--[a-z][\w-]*", said):
+            assert "args_options --" in said[: flag.end()], text
+        with_others += "args_options" in said
+        with_fields += said != text and "args_options" not in said
+    assert with_fields > 3 and with_others > 8
+
+
+def spoken_texts() -> Iterator[str]:
+    """Of raise statements and calls of loggers; values in f-strings are "x"."""
+    for package in ("trainer", "vidt"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.parent.name == "commands" or path.name in ("convert.py", "launch_check.py"):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                is_log = isinstance(node, ast.Call) and "logger." in ast.unparse(node.func)
+                for part in ast.walk(node) if is_log or isinstance(node, ast.Raise) else ():
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield part.value
+                    if isinstance(part, ast.JoinedStr):
+                        values = (getattr(each, "value", "") for each in part.values)
+                        yield "".join(v if isinstance(v, str) else "x" for v in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_size is 0; it must", "batch_size_per_gpu is 0; it must"),
+        ("a divisor of batch_size, 2", "a divisor of batch_size_per_gpu, 2"),
+        (
+            "min_lr is 1; it must be at most lr, 0.1",
+            "min_lr is 1; it must be at most learning_rate, 0.1",
+        ),
+        (
+            "--batch_size 4 is now split. Pass --n_iter_to_acc 2 to",
+            "batch_size_per_gpu 4 is now split. Set args_options --n_iter_to_acc 2 to",
+        ),
+        (
+            "/in/lr/my--lr.jpg: damaged; lr, batch_size",
+            "/in/lr/my--lr.jpg: damaged; lr, batch_size",
+        ),
+        ("args_options: --epochs has no value", "args_options: --epochs has no value"),
+    ],
+)
+def test_words_of_the_form(text: str, said: str) -> None:
+    assert in_form_words(text) == said
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -393,7 +493,10 @@ def test_missing_keys_are_the_defaults(tmp_path: Path, protocol: str | None):
 
 def test_no_default_is_falsy_but_where_a_missing_key_means_that():
     falsy = {name for name, value in vars(CandidateSettings()).items() if not value}
-    assert falsy == {"class_balance"}
+    assert falsy == {"class_balance", "img_size", "class_distribution"}
+    for name in ("mining", "infer"):
+        template = ROOT / f"ymir_adapter/templates/{name}-template.yaml"
+        assert all(yaml.safe_load(template.read_text()).values()), "the form would drop it"
 
 
 def test_candidate_settings_are_coerced(tmp_path: Path):

@@ -3,12 +3,14 @@ each failure is told as.
 """
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,19 +23,22 @@ from ymir_runs import (
     Ended,
     Tree,
     complaints,
+    processes_with,
     run_parent,
     start,
     training_task,
     wait_until_gone,
 )
 
+import vidt
 from trainer.report.progress import Progress
+from trainer.scoring.scores import Hits, curve
 from vidt.model.vidt import ViDT
 from vidt.weights.weights_file import load_weights
 from ymir_adapter.protocol.errors import Code, diagnose, first_failure, write_failure
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.outputs import TrainingResult
-from ymir_adapter.protocol.task import read_task
+from ymir_adapter.protocol.task import in_form_words, read_task
 from ymir_adapter.tasks import training
 
 OTHER_NAMES = ("blue", "violet", "red")
@@ -125,6 +130,24 @@ def test_memory_that_runs_out_on_the_second_process(tmp_path: Path) -> None:
     check_failure(tree, Code.OOM, ended.said)
     assert "is now split into 2 micro-batches" in ended.said and "lower" in tree.record[5]
     assert not CHECKER.exists() or complaints(tree, ended, "--allow-error") == ""
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_the_cause_and_not_the_connection_that_it_drops(tmp_path: Path) -> None:
+    tree = training_task(tmp_path, backbone_name="swin_test", epochs=200)
+    parent = start(tree, ranks=2, module="ymir_tiny")
+    deadline = time.monotonic() + TIMEOUT
+    while not (tree.models / "result.yaml").exists():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    (second,) = set(processes_with("RANK=1")) & set(processes_with(f"MARK={tree.root}"))
+    os.kill(second, signal.SIGKILL)
+    assert parent.wait(TIMEOUT) == 1
+    said = (tree.root / "log.txt").read_text()
+    assert tree.record[2:5] == ["1.00", "4", str(int(Code.OOM))], said
+    assert "was killed" in tree.record[5] and "lower batch_size_per_gpu" in tree.record[5]
+    rule, *_, last = said.splitlines()[-5:]
+    assert rule == "-" * 80 and last == f"error {int(Code.OOM)}: {tree.record[5]}"
 
 
 @pytest.mark.parametrize("content", ["task_id: [", "run_training: perhaps", "run_infer: false"])
@@ -247,7 +270,8 @@ def test_a_body_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monke
     body = {"backbone_name": "swin_tiny", "pre_trained": "imagenet"}
     tree = tiny_task(tmp_path / "task", lambda tree: body)
     code, line = diagnose(failure_here(tree))
-    assert code == Code.NETWORK and "swin_tiny" in line and "--pre_trained" in line
+    assert code == Code.NETWORK and "swin_tiny" in line
+    assert "pre_trained none" in in_form_words(line) and "--" not in in_form_words(line)
 
 
 def test_memory_that_runs_out_whatever_the_portions(tmp_path: Path) -> None:
@@ -277,6 +301,42 @@ def test_progress_becomes_percent_and_stages(tmp_path: Path) -> None:
     assert (stage["stage_name"], stage["mAP"], stage["mAR"]) == ("epoch_4", 0.25, 0.0)
     with safe_open(listed_weights(tree)[0], framework="pt") as file:
         assert list(file.keys()) == ["weight"]
+
+
+def test_a_class_has_its_best_threshold_in_the_log() -> None:
+    """Of right, right, wrong, right at falling scores, three true boxes: F1 6/7 at the last."""
+    hits = Hits(np.array([0.9, 0.7, 0.6, 0.4]), np.array([True, True, False, True]), 3)
+    nothing = Hits(np.zeros(0), np.zeros(0, bool), 2)
+    said = training.best_thresholds([curve("cat", hits), curve("dog", nothing)])
+    assert said.endswith("cat 0.400 (F1 0.857), dog - (nothing right)")
+
+
+@pytest.mark.slow
+def test_stages_with_onnx_models_and_thresholds(tmp_path: Path) -> None:
+    """The model is listed beside the weights, and finds what they find."""
+    pytest.importorskip("onnxruntime")
+    tree = training_task(tmp_path, backbone_name="swin_test", epochs=1, export_onnx="yes")
+    ended = run_parent(tree, module="ymir_tiny")
+    check_end(tree, ended)
+    weights, model = listed_weights(tree)
+    assert model.name == "epoch_1.onnx" and "thresholds with the highest F1" in ended.said
+    image = next((tree.root / "in/assets").glob("val*.png"))
+    ours, theirs = (vidt.load(path).predict(image, threshold=0) for path in (weights, model))
+    assert np.allclose(sorted(ours.scores), sorted(theirs.scores), atol=0.05)
+    assert not list(tree.output.glob("training/*.onnx*"))
+
+
+def test_a_stage_whose_export_fails_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = training_task(tmp_path)
+    weights = tree.output / "last.safetensors"
+    save_file({"weight": torch.ones(1)}, weights)
+    monitor, result = Monitor(tree.monitor, "t1"), TrainingResult(read_task(tree.env_file))
+    outcome = training.Outcome(monitor, result, with_onnx=True)
+    outcome(Progress("evaluation", 1.0, 3, 8, 8, {"map50": 0.25}, weights=weights))
+    assert [path.name for path in listed_weights(tree)] == ["epoch_4.safetensors"]
+    assert "stage epoch_4 has no ONNX model" in caplog.text
 
 
 @pytest.mark.slow

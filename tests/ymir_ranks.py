@@ -61,6 +61,17 @@ def dies_of(signum: int) -> Callable[[bool], None]:
     return die
 
 
+def lost_connection(first: bool) -> None:
+    """The second is killed; the first learns of it as a lost connection."""
+    if first:
+        second = Path(os.environ["SEEN"]).with_suffix(".1")
+        while not second.exists():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def deaf(first: bool) -> None:
     """Ignores SIGTERM, and leaves a child."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -73,6 +84,7 @@ SCENES: dict[str, Callable[[bool], None]] = {
     "well": well,
     "second fails": second_fails,
     "both fail": both_fail,
+    "lost connection": lost_connection,
     "killed": dies_of(signal.SIGKILL),
     "bus error": dies_of(signal.SIGBUS),
     "deaf": deaf,

@@ -7,12 +7,13 @@ Exit codes: 0 done, 1 failed, 143 and 130 stopped by SIGTERM and SIGINT.
 import sys
 import time
 import traceback
+from dataclasses import replace
 
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
 from ymir_adapter.protocol.environment import read_identity
 from ymir_adapter.protocol.errors import Code, Failure, diagnose
 from ymir_adapter.protocol.monitor import Monitor
-from ymir_adapter.protocol.task import Task, read_task
+from ymir_adapter.protocol.task import Task, in_form_words, read_task
 
 
 def main(module: str | None = None) -> int:
@@ -40,11 +41,27 @@ def module_of(task: Task) -> str:
 
 def report(failure: Failure, monitor: Monitor) -> None:
     """Writes the error record, and prints the cause as the last line of all output."""
-    if failure.code == Code.CONTAINER and failure.traceback:
-        print(failure.traceback, file=sys.stderr)
+    failure = replace(failure, message=in_form_words(failure.message))
+    if failure.mendable and failure.code == Code.CONTAINER:
+        failure = replace(failure, code=Code.CONFIG)
     monitor.error(failure.code, failure.message, failure.traceback)
     sys.stdout.flush()
-    print(f"error {int(failure.code)}: {failure.message}", file=sys.stderr, flush=True)
+    print("\n".join(closing_lines(failure)), file=sys.stderr, flush=True)
+
+
+def closing_lines(failure: Failure) -> list[str]:
+    """Five lines or more. The platform shows users the last five of the output: without these some
+    would be the launcher's. Only an unknown failure prints its traceback.
+    """
+    unknown = failure.code == Code.CONTAINER
+    return [
+        "-" * 80,
+        f"The task failed: {failure.code.name.lower().replace('_', ' ')}, the last line says why.",
+        "The complete log may say more above this line.",
+        "The traceback, if there is one, is in monitor.txt.",
+        *(failure.traceback.rstrip().splitlines() if unknown else []),
+        f"error {int(failure.code)}: {failure.message}",
+    ]
 
 
 if __name__ == "__main__":

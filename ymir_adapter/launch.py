@@ -2,7 +2,8 @@
 
 The platform starts the parent. The parent starts `accelerate launch`, which starts the ranks. A
 rank that fails writes its failure to a folder and waits, so that no other rank fails first with a
-lost connection. The parent sees the file, kills everything and reports. Nothing outlives the
+lost connection. The parent sees the file, kills everything and reports. If a rank dies without
+writing, its death is the cause, whatever the others say of lost connections. Nothing outlives the
 parent: orphans become its children, and a rank whose parent was killed sees its standard input hang
 up.
 """
@@ -27,7 +28,7 @@ import yaml
 
 from ymir_adapter.protocol.errors import Code, Failure, TaskError, first_failure, write_failure
 from ymir_adapter.protocol.monitor import Monitor
-from ymir_adapter.protocol.task import Task, read_task
+from ymir_adapter.protocol.task import Task, in_form_words, read_task
 
 FAILURES = "VIDT_FAILURES"  # variable: the folder of the ranks' failures and signs of life
 CPU_PROCESSES = "VIDT_CPU_PROCESSES"  # variable: ranks of a task without GPUs, default 1
@@ -35,7 +36,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL = 0.1  # seconds between two checks of the ranks
 REFRESH = 1.0  # seconds between two records while the ranks start
 SETTLE = 1.0  # seconds to wait for a failure with a known cause after one without
+# Codes that a rank also reports when it loses the connection to one that died.
+FROM_LOST_CONNECTION = (Code.CONTAINER, Code.NETWORK)
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+CRASH = "crash-{rank}-{pid}.txt"  # file: a rank at work, and the trace if a signal ends it
 RUNNING = "running"  # file: rank 0 has started, and writes the monitor file from now on
 SET_CHILD_SUBREAPER = 36  # of prctl(2): orphaned descendants become our children
 # Cache folders of libraries, below HOME unless these variables are set.
@@ -179,17 +183,19 @@ def _devices(gpu_ids: Sequence[int], visible: str | None) -> str:
 def _watch(launcher: subprocess.Popen, folder: Path, monitor: Monitor, ranks: int) -> None:
     """Waits until the launcher ends or a rank fails; raises RankFailed for a failure."""
     refreshed = 0.0
-    while launcher.poll() is None and first_failure(folder) is None:
+    while launcher.poll() is None and first_failure(folder) is None and not _dead(folder):
         if time.monotonic() - refreshed > REFRESH:
             _refresh(monitor, folder)
             refreshed = time.monotonic()
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL)
     failure = _settled(folder, ranks)
+    if _dead(folder) and (failure is None or failure.code in FROM_LOST_CONNECTION):
+        raise RankFailed(_silent_death(_dead(folder)))
     if failure is not None:
         raise RankFailed(failure)
-    if launcher.returncode:
-        raise RankFailed(_silent_death(folder, launcher.returncode))
+    if launcher.poll():
+        raise RankFailed(_failed_start(launcher.returncode))
 
 
 def _refresh(monitor: Monitor, folder: Path) -> None:
@@ -226,10 +232,29 @@ def _num_failures(folder: Path) -> int:
     return len(list(folder.glob("rank-*.json")))
 
 
-def _silent_death(folder: Path, code: int) -> Failure:
+def _dead(folder: Path) -> list[Path]:
+    """The crash files of ranks that died without writing their failure."""
+    found = []
+    for path in sorted(folder.glob(CRASH.format(rank="*", pid="*"))):
+        _, rank, pid = path.stem.split("-")
+        # In this order: a rank removes its crash file, or writes its failure, before it ends.
+        if not _is_running(int(pid)) and path.exists():
+            found += [path] * (not (folder / f"rank-{rank}.json").exists())
+    return found
+
+
+def _is_running(pid: int) -> bool:
+    """False for a process that has ended, waited for or not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _silent_death(crash_files: Sequence[Path]) -> Failure:
     """The failure of ranks that a signal ended, which wrote none."""
-    begun = sorted(folder.glob("crash-*.txt"))
-    for path in begun:
+    for path in crash_files:
         trace = path.read_text(encoding="utf-8", errors="replace")
         if trace:
             what = trace.splitlines()[0].rpartition(": ")[2]
@@ -237,16 +262,16 @@ def _silent_death(folder: Path, code: int) -> Failure:
             cause = "; shared memory is full: raise shm_size" if bus else ""
             message = f"a process of the task crashed: {what}{cause}"
             return Failure(Code.OOM if bus else Code.CONTAINER, message, trace, time.time())
-    if begun:
-        message = (
-            "a process of the task was killed, probably because memory was full; lower "
-            "batch_size_per_gpu or num_workers_per_gpu"
-        )
-        return Failure(Code.OOM, message, "", time.time())
     message = (
-        f"accelerate launch ended with code {code} before the task began; see the output above"
+        "a process of the task was killed, probably because memory was full; lower "
+        "batch_size_per_gpu or num_workers_per_gpu"
     )
-    return Failure(Code.CONTAINER, message, "", time.time())
+    return Failure(Code.OOM, message, "", time.time())
+
+
+def _failed_start(code: int) -> Failure:
+    message = f"accelerate launch ended with code {code} while no rank was at work"
+    return Failure(Code.CONTAINER, f"{message}; see the output above", "", time.time())
 
 
 def _ask_to_stop(launcher: subprocess.Popen, folder: Path, ranks: int) -> None:
@@ -299,13 +324,15 @@ def run_rank(work: Work) -> None:
         _work(work, rank)
         return
     _end_with_parent()
-    with open(Path(folder) / f"crash-{rank}.txt", "w") as crash:
+    crash_file = Path(folder) / CRASH.format(rank=rank, pid=os.getpid())
+    with crash_file.open("w") as crash:
         faulthandler.enable(crash)
         try:
             if rank == 0:
                 with _locked(Path(folder)):
                     (Path(folder) / RUNNING).touch()
             _work(work, rank)
+            crash_file.unlink()
         except BaseException as error:
             write_failure(Path(folder), rank, error)
             threading.Event().wait(2 * GRACE)
@@ -326,8 +353,17 @@ def _work(work: Work, rank: int) -> None:
         work(task, monitor)
 
 
+class FormWords(logging.Formatter):
+    """Log lines in the words of the platform's forms, see `in_form_words`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_form_words(super().format(record))
+
+
 def _log_lines() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(FormWords())
     for package in ("ymir_adapter", "trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
 

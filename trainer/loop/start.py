@@ -16,12 +16,12 @@ from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.weights.checkpoint import load_model, read_start, start_from
 from vidt.weights.pretrained import load_imagenet
-from vidt.weights.published import TEACHERS, local_weights
+from vidt.weights.published import TEACHERS, local_weights, published_for
 from vidt.weights.weights_file import UnusableWeights, WeightsInfo, fill_strictly
 
 logger = get_logger(__name__)
 
-NO_FILE = ("imagenet", "none")  # values of --pre_trained that are not a path
+NO_FILE = ("imagenet", "coco", "none")  # values of --pre_trained that are not a path
 
 
 def require_files(config: TrainConfig) -> None:
@@ -45,16 +45,19 @@ def load_start(
     class_names: tuple[str, ...],
     agreement: Agreement,
 ) -> None:
-    """Fills a fresh model: all of it from --load_from, else the backbone from --pre_trained. Raises
-    UserError on every process.
+    """Fills a fresh model: all of it from --load_from or with --pre_trained coco, else the backbone
+    from --pre_trained. Raises UserError on every process.
     """
 
     def load() -> None:
-        if config.load_from is None:
-            load_imagenet(model.backbone, model.config.backbone_name, config.pre_trained)
+        own, source = model.config, config.load_from
+        if source is None and config.pre_trained == "coco":
+            source = published_for(own.backbone_name, method=own.method, epff=own.epff).url
+        if source is None:
+            load_imagenet(model.backbone, own.backbone_name, config.pre_trained)
             return
-        transfer = start_from(model, local_weights(config.load_from), class_names)
-        logger.info(f"started from {config.load_from}; classes {transfer}")
+        transfer = start_from(model, local_weights(source), class_names)
+        logger.info(f"started from {source}; classes {transfer}")
 
     agreement.on_main(load)
     agreement.copy_from_main(model.state_dict().values())

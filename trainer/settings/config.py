@@ -28,7 +28,7 @@ from trainer.settings.flags import (
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
-from vidt.weights.published import TEACHERS
+from vidt.weights.published import TEACHERS, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
@@ -229,7 +229,9 @@ class TrainConfig:
     pre_trained: str = field(
         default="imagenet",
         metadata=_help(
-            "weights of the backbone: imagenet, none or a file", group="Weights and state"
+            "weights to start from: imagenet, none or a file for the backbone; coco for all of the "
+            "published detector of this backbone",
+            group="Weights and state",
         ),
     )
     load_from: str | None = field(
@@ -394,6 +396,8 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
     model = {name: given.get(name, setting.default) for name, setting in _MODEL.items()}
     _check_model(model)
+    if config.pre_trained == "coco" and config.load_from is None and config.resume is None:
+        _check_published(model)
     if not own_data:
         _check_data_path(config)
     return config, model
@@ -439,6 +443,13 @@ def _check_model(model: Mapping[str, Any]) -> None:
     """
     try:
         ViDTConfig(**{name: value for name, value in model.items() if value is not None})
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_published(model: Mapping[str, Any]) -> None:
+    try:
+        published_for(model["backbone_name"], method=model["method"], epff=model["epff"])
     except UserError as error:
         raise ConfigError(str(error)) from None
 

@@ -85,7 +85,7 @@ class Predictor:
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
         dtype = PRECISIONS[self.precision]
-        self._autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         if compile:
             compile_blocks(self.model)
 
@@ -217,7 +217,7 @@ class Predictor:
         images = self.preprocessing.normalise(images).contiguous()
         padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=self.device)
         sizes = torch.tensor([picture.size for picture in batch])  # also needed on the CPU
-        with self._autocast():
+        with self.autocast():
             detections = self.decode(self.model(images, padding, detections_only=True), sizes)
         return copy_to_cpu(detections)
 

@@ -5,7 +5,9 @@ fine-tune from.
 import dataclasses
 import logging
 import re
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -44,16 +46,24 @@ NECK_SETTINGS = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "wit
 @dataclass(frozen=True)
 class HeadTransfer:
     """Classes of a fine-tuned model whose head rows are loaded from the file, dropped, or newly
-    initialised; `notes` name other parts that are left out or new.
+    initialised; `notes` name other parts that are left out or new. `respelled` maps a kept class to
+    the file's name of it where only case or outer blanks differ.
     """
 
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    respelled: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = (("kept", self.kept), ("dropped", self.dropped), ("new", self.new))
+        told = [
+            f"{name} (as {self.respelled[name]!r}, apart from case and blanks)"
+            if name in self.respelled
+            else name
+            for name in self.kept
+        ]
+        parts = (("kept", told), ("dropped", self.dropped), ("new", self.new))
         classes = [f"{name} {len(rows)}: {', '.join(rows) or '-'}" for name, rows in parts]
         return "; ".join([*classes, *self.notes])
 
@@ -145,8 +155,9 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
 
 
 def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
-    """Loads weights for fine-tuning into `model`: class rows by name, everything else strictly,
-    except for decoder layers above the model's and optional heads that either side lacks.
+    """Loads weights for fine-tuning into `model`: class rows by name (see `matching_classes`),
+    everything else strictly, except for decoder layers above the model's and optional heads that
+    either side lacks. Warns if no class matches.
 
     Raises UnusableWeights if the architectures differ, naming the first flag that does.
     """
@@ -170,12 +181,28 @@ def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...])
         if pairs is not None and tensors[name] is not fresh.get(name):
             tensors[name] = _merged(fresh[name], tensors[name], pairs)
     fill_strictly(model, tensors, path)
-    kept = tuple(class_names[row] for row in rows)
+    if not rows:
+        _warn_of_a_fresh_head(path, names, class_names)
+    theirs = {class_names[ours]: names[row] for ours, row in rows.items()} if names else {}
     return HeadTransfer(
-        kept=kept,
-        dropped=tuple(name for name in names or () if name not in class_names),
-        new=tuple(name for name in class_names if name not in kept),
+        kept=tuple(class_names[row] for row in rows),
+        dropped=tuple(name for name in names or () if name not in theirs.values()),
+        new=tuple(name for row, name in enumerate(class_names) if row not in rows),
         notes=tuple(notes),
+        respelled={ours: name for ours, name in theirs.items() if ours != name},
+    )
+
+
+def _warn_of_a_fresh_head(
+    path: str | Path, names: Sequence[str] | None, class_names: Sequence[str]
+) -> None:
+    known = "unnamed" if names is None else textwrap.shorten(", ".join(names), 300)
+    asked = textwrap.shorten(", ".join(class_names), 300)
+    frame = "!" * 80
+    logger.warning(
+        f"{frame}\nWARNING: no class of {path} matches this dataset: the class head starts from "
+        f"random weights.\nIts classes: {known}\nThe dataset's: {asked}\nIf classes should match, "
+        f"give them the same names.\n{frame}"
     )
 
 
@@ -202,7 +229,24 @@ def _matching_rows(
     """
     if names is None:
         return {row: row for row in range(rows)} if rows == len(class_names) else {}
-    return {ours: names.index(name) for ours, name in enumerate(class_names) if name in names}
+    return matching_classes(class_names, names)
+
+
+def matching_classes(class_names: Sequence[str], known: Sequence[str]) -> dict[int, int]:
+    """Index in `class_names` -> index in `known`, in order. Equal names match first, then names
+    that differ in case and outer blanks only. No entry of `known` serves two classes.
+    """
+    pairs = {ours: known.index(name) for ours, name in enumerate(class_names) if name in known}
+    taken = set(pairs.values())
+    loose = {_plain(name): row for row, name in enumerate(known) if row not in taken}
+    for ours, name in enumerate(class_names):
+        if ours not in pairs and _plain(name) in loose:
+            pairs[ours] = loose.pop(_plain(name))
+    return dict(sorted(pairs.items()))
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
 
 
 def _row_pairs(

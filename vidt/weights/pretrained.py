@@ -94,7 +94,7 @@ def address(backbone_name: str) -> str:
 def _read(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UnusableWeights(
-            f'--pre_trained {path}: no such file (pass "imagenet", "none" or a file)'
+            f'--pre_trained {path}: no such file (pass "imagenet", "coco", "none" or a file)'
         )
     if path.endswith(".safetensors"):
         try:

@@ -83,6 +83,22 @@ TEACHERS = {f"vidt_{size}": PUBLISHED[f"vidt_{size}_50"] for size in BACKBONES} 
 }
 
 
+def published_for(backbone_name: str, *, method: str = "vidt", epff: bool = False) -> Published:
+    """The published COCO detector of a backbone, trained for 150 epochs; of ViDT+ with `epff`.
+    Raises UserError if there is none.
+    """
+    prefix, suffix = ("vidt_plus_", "") if epff else ("vidt_", "_150")
+    files = [PUBLISHED[f"{prefix}{size}{suffix}"] for size in BACKBONES]
+    found = {file.backbone_name: file for file in files}
+    if method != "vidt" or backbone_name not in found:
+        raise UserError(
+            "pre_trained is coco; there are published detectors of method vidt for "
+            f"{', '.join(found)}, not of {method} for {backbone_name}; choose one of these, or "
+            "imagenet"
+        )
+    return found[backbone_name]
+
+
 def local_weights(source: str, flag: str = "--load_from") -> Path:
     """The file of `source`, a path or a URL. A URL is downloaded once, into torch hub's cache. If
     the URL ends in `#sha256=` and a hash, the file is verified, also in the cache.

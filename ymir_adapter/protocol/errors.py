@@ -44,12 +44,15 @@ class TaskError(UserError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended. `time` is in seconds since 1970."""
+    """Why a process ended. `time` is in seconds since 1970; `mendable` if the error was a
+    UserError, perhaps another rank's, whose class, and so its code, is unknown here.
+    """
 
     code: Code
     message: str
     traceback: str
     time: float
+    mendable: bool = False
 
 
 def diagnose(error: BaseException) -> tuple[Code, str]:
@@ -78,7 +81,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> None:
         return
     code, message = diagnose(error)
     trace = "".join(traces.format_exception(error))
-    failure = Failure(code, message, trace, clock.time())
+    failure = Failure(code, message, trace, clock.time(), isinstance(error, UserError))
     atomic_write(path, json.dumps(asdict(failure)).encode(), durable=False)
 
 

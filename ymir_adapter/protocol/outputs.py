@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATEST_STAGES = 10  # listed beside the best one
+# Decimals of a score. On a GPU another batch size changes the order of additions, and so a score by
+# up to 1e-6 in float32. Rounding hides this, except for one score in a hundred, which moves by
+# 1e-4. Fewer decimals would tie images.
+DECIMALS = 4
 MAP, MAR = "map50", "mar_100"  # the trainer's names of the platform's mAP and mAR
 
 
@@ -55,25 +59,33 @@ class TrainingResult:
         ranked = [(one["mAP"], one["timestamp"], at) for at, one in enumerate(stages)]
         return list(self._stages)[max(ranked)[2]] if ranked else None
 
-    def add(self, stage_name: str, weights: Path, metrics: Mapping[str, float]) -> None:
-        """Copies the weights of an evaluated epoch under the name of the stage, rewrites the
-        result, and only then removes files that it no longer names.
+    def add(
+        self,
+        stage_name: str,
+        weights: Path,
+        metrics: Mapping[str, float],
+        more: Sequence[Path] = (),
+    ) -> None:
+        """Copies the weights of an evaluated epoch, and `more` files of it, under the name of the
+        stage, rewrites the result, and only then removes files that it no longer names.
 
         `metrics` are those of `trainer.report.progress`; without ground truth (-1, NaN) they count
-        as 0. `weights` may be replaced afterwards, but must not be written to in place.
+        as 0. The files may be replaced afterwards, but must not be written to in place.
         """
         assert stage_name.isidentifier() and stage_name != "attachments", stage_name
         latest = max((stage["timestamp"] for stage in self._stages.values()), default=0)
-        file_name = f"{stage_name}{weights.suffix}"
-        place = self.folder / stage_name / file_name if self.has_stages else self.folder / file_name
+        sources = [weights, *more]
+        file_names = [f"{stage_name}{source.suffix}" for source in sources]
+        folder = self.folder / stage_name if self.has_stages else self.folder
+        places = [folder / file_name for file_name in file_names]
         self._stages.pop(stage_name, None)  # an epoch that is evaluated again is the latest
         self._stages[stage_name] = {
             "stage_name": stage_name,
-            "files": [file_name],
+            "files": file_names,
             "timestamp": max(int(time.time()), latest),
             "mAP": _unit(metrics.get(MAP, 0.0)),
             **({"mAR": _unit(metrics[MAR])} if MAR in metrics else {}),
-            "paths": [place],
+            "paths": places,
         }
         best = self.best
         latest_names = list(self._stages)[-LATEST_STAGES:]
@@ -83,7 +95,8 @@ class TrainingResult:
         dropped = [one for name, one in self._stages.items() if name not in kept]
         self._stages = kept
         if stage_name in kept:
-            _copy_atomically(weights, place)
+            for source, place in zip(sources, places, strict=True):
+                _copy_atomically(source, place)
         self._stale |= {file for stage in dropped for file in stage["paths"]}
         atomic_write(self.path, yaml.safe_dump(self._content(), sort_keys=False).encode())
         self._remove_stale()
@@ -119,10 +132,10 @@ class TrainingResult:
         try:
             content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
             if not self.has_stages:
-                (file,) = content["model"]
-                name, score = Path(file).stem, float(content["map"])
-                row = {"stage_name": name, "files": [file], "timestamp": 0, "mAP": score}
-                return {name: {**row, "paths": [self.folder / file]}}
+                first, *more = content["model"]
+                name, score, files = Path(first).stem, float(content["map"]), [first, *more]
+                row = {"stage_name": name, "files": files, "timestamp": 0, "mAP": score}
+                return {name: {**row, "paths": [self.folder / file for file in files]}}
             return {
                 name: {**stage, "paths": [self.folder / name / file for file in stage["files"]]}
                 for name, stage in content["model_stages"].items()
@@ -211,7 +224,7 @@ def _boxes(
     scores = detections.scores.double().tolist()
     rows = zip(scores, detections.labels.tolist(), detections.boxes.double().tolist(), strict=True)
     found = []
-    for score, label, corners in sorted(rows, key=lambda row: -row[0]):
+    for score, label, corners in rows:
         if not all(math.isfinite(number) for number in (score, *corners)):
             continue
         x1, x2 = (min(max(round(x), 0), width) for x in corners[::2])
@@ -221,10 +234,10 @@ def _boxes(
                 {
                     "box": {"x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1},
                     "class_name": class_names[label],
-                    "score": min(max(score, 0.0), 1.0),
+                    "score": round(min(max(score, 0.0), 1.0), DECIMALS),
                 }
             )
-    return found
+    return sorted(found, key=lambda row: -row["score"])
 
 
 def _json(value: object) -> str:

@@ -10,10 +10,12 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidt.arguments import MIXED_PRECISIONS
+from vidt.errors import counted
 from ymir_adapter.protocol.environment import (
     InputPaths,
     OutputPaths,
@@ -38,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 STAGES_SINCE = (1, 0, 0)
 DETECTION = 2  # the platform's object_type
+AS_TRAINED, EQUAL = "auto", "equal"  # of img_size and class_distribution: forms drop empty values
+SMALLEST_SIZE, LARGEST_SIZE = 32, 4096  # of img_size
 ALGORITHMS = ("random", "entropy", "cald", "aldd")
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Key of the training template to the trainer's flag and the reader of its value.
 TEMPLATE = {
     "method": ("method", to_text),
@@ -115,6 +120,8 @@ class CandidateSettings:
     class_balance: bool = False
     seed: int = 42
     mixed_precision: str = "auto"
+    img_size: int | None = None  # short side of images, pixels; None: that of the weights
+    class_distribution: tuple[float, ...] | None = None  # weights by class of the task; None: equal
 
 
 def read_task(path: str | Path | None = None) -> Task:
@@ -148,6 +155,9 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
     words = _option_words(task.config)
     try:
         own = given_settings(words)
+    except ConfigError as error:
+        raise TaskError(Code.CONFIG, f"args_options: {one_line(error)}") from error
+    try:
         base = {flag: value for flag, value in _base_settings(task).items() if flag not in own}
         if not {"load_from", "resume"} & set(own):
             weights = pick_weights(task)
@@ -166,7 +176,7 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
             [*(f"--{flag}={value}" for flag, value in base.items()), *words], own_data=True
         )
     except ConfigError as error:
-        raise TaskError(Code.CONFIG, _in_template_words(one_line(error))) from error
+        raise TaskError(Code.CONFIG, in_form_words(one_line(error))) from error
     if fields["num_classes"] not in (None, len(task.class_names)):
         raise TaskError(
             Code.CONFIG,
@@ -176,15 +186,32 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
     return config, {**fields, "num_classes": len(task.class_names)}
 
 
+def wants_onnx(task: Task) -> bool:
+    """Whether each stage has an ONNX model too. Raises TaskError if this image cannot export."""
+    if not is_given(task.config, "export_onnx") or not to_bool(
+        "export_onnx", task.config["export_onnx"]
+    ):
+        return False
+    missing = [name for name in EXPORT_PACKAGES if find_spec(name) is None]
+    if missing:
+        message = (
+            f"export_onnx needs {', '.join(missing)}, which this image does not have; choose no"
+        )
+        raise TaskError(Code.CONFIG, message)
+    return True
+
+
 def candidate_settings(task: Task) -> CandidateSettings:
     """Settings of mining and inference, from either template. Raises TaskError."""
     readers: dict[str, Callable[[str, object], Any]] = {
         "conf_threshold": to_float,
+        "img_size": lambda key, value: None if _is(value, AS_TRAINED) else to_int(key, value),
         "batch_size_per_gpu": to_int,
         "num_workers_per_gpu": to_int,
         "mixed_precision": to_precision,
         "mining_algorithm": lambda key, value: to_text(key, value).lower(),
         "class_balance": to_bool,
+        "class_distribution": _class_distribution,
         "seed": to_int,
     }
     given = {key: read for key, read in readers.items() if is_given(task.config, key)}
@@ -194,6 +221,11 @@ def candidate_settings(task: Task) -> CandidateSettings:
     algorithms = f"one of {', '.join(ALGORITHMS)}"
     precisions = f"one of {', '.join(MIXED_PRECISIONS)}"
     for key, is_valid, expected in (
+        (
+            "img_size",
+            settings.img_size is None or SMALLEST_SIZE <= settings.img_size <= LARGEST_SIZE,
+            f"{AS_TRAINED} or from {SMALLEST_SIZE} to {LARGEST_SIZE} pixels",
+        ),
         ("conf_threshold", 0 <= settings.conf_threshold <= 1, "from 0 to 1"),
         ("batch_size_per_gpu", settings.batch_size_per_gpu >= 1, "1 or more"),
         ("num_workers_per_gpu", settings.num_workers_per_gpu >= 0, "0 or more"),
@@ -204,7 +236,28 @@ def candidate_settings(task: Task) -> CandidateSettings:
         if not is_valid:
             value = getattr(settings, key)
             raise TaskError(Code.CONFIG, f"{key} is {value}; it must be {expected}")
+    weights = settings.class_distribution
+    if weights is not None and len(weights) != len(task.class_names):
+        raise TaskError(
+            Code.CONFIG,
+            f"class_distribution has {counted(len(weights), 'weight')}; it must have one for each "
+            f"of the {len(task.class_names)} classes {', '.join(task.class_names[:5])} ...",
+        )
     return settings
+
+
+def _class_distribution(key: str, value: object) -> tuple[float, ...] | None:
+    if _is(value, EQUAL):
+        return None
+    weights = tuple(to_float(key, part) for part in to_list(key, value))
+    if any(weight < 0 for weight in weights) or not any(weights):
+        message = f"{key} is {value!r}; weights must be 0 or more, and one above 0"
+        raise TaskError(Code.CONFIG, message)
+    return weights
+
+
+def _is(value: object, word: str) -> bool:
+    return isinstance(value, str) and value.strip().lower() == word
 
 
 def pick_weights(task: Task) -> Path | None:
@@ -318,8 +371,26 @@ def _base_settings(task: Task) -> dict[str, Any]:
     }
 
 
-def _in_template_words(message: str) -> str:
-    """A message of the trainer with the template's name of the setting."""
-    for key, (flag, _) in TEMPLATE.items():
-        message = re.sub(rf"^(--)?{flag} is ", f"{key} is ", message)
-    return message
+def in_form_words(message: str) -> str:
+    """A message with the form's fields in place of the trainer's settings and flags; a flag without
+    a field is named with args_options, where it can be given.
+    """
+    if message.startswith("args_options"):
+        return message
+    fields = {flag: key for key, (flag, _) in TEMPLATE.items()}
+    renamed = [flag for flag, key in fields.items() if flag != key]
+
+    def field(match: re.Match[str]) -> str:
+        name = match[1].replace("-", "_")
+        return fields.get(name, f"args_options --{match[1]}")
+
+    message = message.replace("pass --", "set --").replace("Pass --", "Set --")
+    message = re.sub(r"(?<![\w/-])--([a-z][\w-]*)", field, message)
+    message = re.sub(r"(args_options --\S+(?: \w+)?) args_options (?=--)", r"\1 ", message)
+    # Without dashes only where a setting is meant: a path or a class may have such a name.
+    settings = "|".join(renamed)
+    return re.sub(
+        rf"^({settings})(?= is )|(?<= of )({settings})\b|(?<=at most )({settings})\b",
+        lambda match: fields[match[0]],
+        message,
+    )

@@ -10,6 +10,7 @@ Progress is the share of images that are done, also when one pass serves mining 
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +49,7 @@ from ymir_adapter.tasks.mining import (
     ranking,
     rounded,
     views,
+    wanted_share,
     weighted,
 )
 from ymir_adapter.tasks.parts import NAMED_UNREADABLE, Part, Parts
@@ -77,8 +79,13 @@ class CandidatePass:
         # A random ranking makes no predictions, so it knows no classes.
         self.balanced = settings.class_balance and self.algorithm not in (None, "random")
         self.names: list[str] = []  # by label, as the task spells them
+        self.class_weights: Tensor | None = None  # [K], at most 1
         if detector is not None:
             self.names = names_in_task(detector.predictor.class_names, task.class_names)
+        if settings.class_distribution is not None:
+            given = dict(zip(task.class_names, settings.class_distribution, strict=True))
+            wanted = torch.tensor([given.get(name, 0.0) for name in self.names]).double()
+            self.class_weights = wanted / max(given.values())
 
     def run(
         self,
@@ -145,9 +152,13 @@ class CandidatePass:
             return random_score(self.settings.seed, self.assets[picture.index])
         assert predictions is not None and picture.pixels is not None
         height, width = picture.pixels.shape[1:]
-        return informativeness(
-            self.algorithm, predictions, (height, width), self.settings.conf_threshold
-        )
+        threshold = self.settings.conf_threshold
+        score = informativeness(self.algorithm, predictions, (height, width), threshold)
+        if self.class_weights is None:
+            return score
+        final, boxes = predictions.probabilities[-1, 0], predictions.boxes[0].double()
+        share = wanted_share(final, boxes, threshold, self.class_weights)
+        return weighted(torch.tensor(score).double(), share, FLOORS[self.algorithm]).item()
 
     def _shares(self, predictions: Predictions | None) -> Tensor | None:
         if not self.balanced:
@@ -264,14 +275,20 @@ def load(task: Task, settings: CandidateSettings, accelerator: Accelerator) -> D
     predictor = Predictor.from_checkpoint(path, device=device, precision=precision)
     if accelerator.is_main_process:
         logger.info(f"on {device}, precision {predictor.precision} ({predictor.why_precision})")
+    if settings.img_size is not None:
+        predictor.preprocessing = replace(predictor.preprocessing, eval_size=settings.img_size)
     return make_detector(algorithm, settings, predictor)
 
 
 def make_detector(
     algorithm: str | None, settings: CandidateSettings, predictor: Predictor
 ) -> Detector:
-    """A detector whose batches hold at least an image with its views."""
+    """A detector whose batches hold at least an image with its views. On a CPU images are computed
+    one by one: batches of large images are no faster there, and no score depends on its batch.
+    """
     rows = max(settings.batch_size_per_gpu, rows_per_image(algorithm))
+    if predictor.device.type == "cpu":
+        rows = 1
     return Detector(predictor, rows=rows, num_members=COMMITTEE if algorithm == "aldd" else 1)
 
 

@@ -27,9 +27,6 @@ from ymir_adapter.protocol.errors import Code, TaskError
 
 logger = logging.getLogger(__name__)
 
-# The most pixels of a forward pass on a CPU. Measured on one thread: batching makes images of
-# 128 x 128 faster, and images of 320 x 416 slower.
-PIXELS_ON_CPU = 2**16
 PENDING_BATCHES = 16  # batches' worth of pictures that wait for others of their canvas
 
 
@@ -146,7 +143,7 @@ class Detector:
         start = 0
         while start < len(images):
             try:
-                parts.append(self._forward(images[start : start + self._rows_for(images)]))
+                parts.append(self._forward(images[start : start + self.rows]))
             except RuntimeError as error:
                 if self.rows == 1 or not is_out_of_memory(error):
                     raise
@@ -160,16 +157,11 @@ class Detector:
             parts[0].score,
         )
 
-    def _rows_for(self, images: Tensor) -> int:
-        """Images [B, 3, h, w] in one forward pass: on a CPU no more than its caches hold."""
-        if images.device.type != "cpu":
-            return self.rows
-        return min(self.rows, max(PIXELS_ON_CPU // images[0, 0].numel(), 1))
-
     def _forward(self, images: Tensor) -> Predictions:
         no_padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)
         alone = self.num_members == 1
-        outputs = self.predictor.model(images, no_padding, detections_only=alone)
+        with self.predictor.autocast():
+            outputs = self.predictor.model(images, no_padding, detections_only=alone)
         levels = [*outputs.get("aux_outputs", []), outputs][-self.num_members :]
         if len(levels) < min(self.num_members, 2):
             raise TaskError(

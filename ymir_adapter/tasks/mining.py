@@ -7,8 +7,7 @@ an image are the queries whose best class scores at least the threshold, without
 random   A hash of the seed and the asset's name; class balance does not apply.
 entropy  Mean over the boxes of the entropy of the best class score, in bits. After the "average"
          aggregation of Brust et al. (arXiv 1809.09875). Instead of their margin between two softmax
-         scores it is the entropy of one sigmoid, which this detector predicts. If no box reaches
-         the threshold the best query counts, so that the score has no gap there.
+         scores it is the entropy of one sigmoid, which this detector predicts.
 cald     Consistency under augmentation, Yu et al. (arXiv 2103.10374): minus the mean over four
          views of the least |IoU + C - 1.3|, see `view_consistency`. Departures: sigmoid scores
          divided by their sum replace the softmax; the smaller view is padded to the canvas with
@@ -23,7 +22,11 @@ aldd     Disagreement, after Aghdam et al. (ICCV 2019, arXiv 1911.09168): entrop
          with a box count. It needs weights that were trained with scores of inner layers.
 
 Class balance weighs a score by how much the image's classes differ from those of all candidates
-(Jensen-Shannon divergence, as CALD's second stage against the labelled images).
+(Jensen-Shannon divergence, as CALD's second stage against the labelled images). A class
+distribution weighs it by the classes of the image's own boxes, see `wanted_share`.
+
+If no query of an image or view reaches the threshold, its best one counts as a box, so that a score
+has no gap there. The code of CALD's authors ranks such images first, an empty one too.
 
 Letters: Q queries, K classes, M committee members, V views. Probabilities are sigmoid scores. Boxes
 are cxcywh in 0..1 of the canvas unless stated otherwise.
@@ -42,14 +45,12 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from ymir_adapter.protocol.outputs import DECIMALS
+
 DUPLICATE = 0.5  # IoU above which boxes of one class are duplicates
 BASE = 1.3  # CALD's base point: a box of this consistency is the most informative
 # The lowest score of each algorithm.
 FLOORS = {"random": 0.0, "entropy": 0.0, "cald": -BASE, "aldd": 0.0}
-# Decimals of a score. Another batch size changes the order of additions, and so a score by up to
-# 1e-6. Rounding hides this, except for one score in a hundred, which moves by 1e-4. Fewer decimals
-# would tie images.
-DECIMALS = 4
 SHARE_UNITS = 1_000_000  # of a class share: sums of integers do not depend on their order
 
 VIEWS = 4
@@ -129,15 +130,13 @@ def view_consistency(
     probabilities: Tensor, boxes: Tensor, view_probabilities: Tensor, view_boxes: Tensor
 ) -> Tensor:
     """CALD's measure of one view: the least |IoU + C - 1.3| of the picture's boxes, moved along
-    with the view, each against the view's box that fits it best. 0 without boxes in either. A
-    scalar in 0..1.3.
+    with the view, each against the view's box that fits it best. A scalar in 0..1.3.
 
-    probabilities [N, K], boxes [N, 4] xyxy in the view; the view's own [M, K] and [M, 4] xyxy.
+    probabilities [N, K], boxes [N, 4] xyxy in the view; the view's own [M, K] and [M, 4] xyxy; N
+    and M at least 1.
     C is half the sum of the two best class scores, times 1 - the divergence of the two class
     distributions (natural logarithms, as in the authors' code).
     """
-    if not len(boxes) or not len(view_boxes):
-        return probabilities.new_zeros(())
     # If no box overlaps, `max` returns the first, which is then the one with the highest score.
     best_first = view_probabilities.amax(1).argsort(descending=True, stable=True)
     overlap = box_iou(boxes, view_boxes[best_first]).nan_to_num(0.0)  # 0 / 0: both are empty
@@ -158,12 +157,12 @@ def cald_score(
     """probabilities [1 + V, Q, K] and boxes [1 + V, Q, 4] of the picture and its views, canvas
     (height, width) -> scalar in -1.3..0, 0 the most informative.
     """
-    own = boxes_of(probabilities[0], boxes[0], threshold)
+    own = boxes_or_best(probabilities[0], boxes[0], threshold)
     measured = []
     for scores, found, moved in zip(
         probabilities[1:], boxes[1:], boxes_in_views(boxes[0, own], canvas), strict=True
     ):
-        kept = boxes_of(scores, found, threshold)
+        kept = boxes_or_best(scores, found, threshold)
         corners = box_convert(found[kept], "cxcywh", "xyxy").clamp(0, 1)
         measured.append(view_consistency(probabilities[0, own], moved, scores[kept], corners))
     return -torch.stack(measured).mean()
@@ -236,6 +235,16 @@ def class_weights(shares: Tensor, total: Tensor) -> Tensor:
     shares, total = shares.double(), total.double()
     divergence = jensen_shannon(_distribution(shares), _distribution(total)) / math.log(2)
     return torch.where(shares.sum(1) > 0, (1 + divergence) / 2, 1.0)
+
+
+def wanted_share(
+    probabilities: Tensor, boxes: Tensor, threshold: float, class_weights: Tensor
+) -> Tensor:
+    """The mean weight of the classes of the boxes, a scalar. probabilities [Q, K], boxes [Q, 4],
+    class_weights [K].
+    """
+    counts = boxes_or_best(probabilities, boxes, threshold)
+    return class_weights[probabilities.argmax(1)[counts]].mean()
 
 
 def weighted(scores: Tensor, weights: Tensor, floor: float) -> Tensor:

@@ -5,8 +5,12 @@ Only the main process writes: percent, a stage for every evaluation, TensorBoard
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+
+import torch
 
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
@@ -15,35 +19,79 @@ from trainer.loop.start import require_files
 from trainer.readers.samples import SampleTable
 from trainer.report.console import Console
 from trainer.report.progress import CsvLog, Progress, Report, TensorBoard, fan_out
+from trainer.scoring.scores import ScoreCurve
 from trainer.settings.config import TrainConfig
 from trainer.train import make_accelerator, train
 from ymir_adapter.dataset.tables import read_tables
 from ymir_adapter.launch import run_rank
+from ymir_adapter.protocol.errors import one_line
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.outputs import TrainingResult
-from ymir_adapter.protocol.task import Task, training_settings
+from ymir_adapter.protocol.task import Task, training_settings, wants_onnx
+
+logger = logging.getLogger(__name__)
 
 LOADING = 0.05  # progress after reading the dataset
 ALMOST = 0.99  # progress until all results are written
 
 
 class Outcome:
-    """A report that turns `Progress` into percent and stages."""
+    """A report that turns `Progress` into percent and stages, with an ONNX model in each stage if
+    `with_onnx`.
+    """
 
-    def __init__(self, monitor: Monitor, result: TrainingResult) -> None:
-        self.monitor, self.result = monitor, result
+    def __init__(
+        self, monitor: Monitor, result: TrainingResult, *, with_onnx: bool = False
+    ) -> None:
+        self.monitor, self.result, self.with_onnx = monitor, result, with_onnx
 
     def __call__(self, progress: Progress) -> None:
         if progress.event == "evaluation":
             assert progress.weights is not None
             name = f"epoch_{progress.epoch + 1}"
-            self.result.add(name, progress.weights, progress.metrics)
+            model = exported(progress.weights, name) if self.with_onnx else None
+            self.result.add(name, progress.weights, progress.metrics, [model] if model else [])
+            if model is not None:
+                model.unlink()
+            if progress.best and progress.diagnosis is not None:
+                logger.info(best_thresholds(progress.diagnosis.curves))
         self.monitor.update(min(LOADING + (1 - LOADING) * progress.fraction, ALMOST))
+
+
+def best_thresholds(curves: Sequence[ScoreCurve]) -> str:
+    """One line: the score threshold with the highest F1 of each class. The protocol has no place
+    for it in a result.
+    """
+    points = [(curve.name, curve.best) for curve in curves]
+    told = [
+        f"{name} {best.threshold:.3f} (F1 {best.f1:.3f})" if best else f"{name} - (nothing right)"
+        for name, best in points
+    ]
+    return f"thresholds with the highest F1 at IoU 0.5: {', '.join(told)}"
+
+
+def exported(weights: Path, name: str) -> Path | None:
+    """The weights as an ONNX model beside them, which gives boxes, scores and labels; None, with a
+    warning, if the export fails: a training must not end for that.
+    """
+    path = weights.with_suffix(".onnx")
+    try:
+        with torch.random.fork_rng(devices=[]):  # a detector is initialised before it is loaded
+            report = import_module("vidt.onnx.export").export(weights, path, with_decode=True)
+        reason = "; ".join(report.failures)
+        if not report.ok:
+            Path(report.file).unlink()
+    except Exception as error:  # torch, onnx and onnxruntime raise many types
+        reason = one_line(error)
+    if reason:
+        logger.warning(f"stage {name} has no ONNX model: {reason}")
+    return None if reason else path
 
 
 def train_task(task: Task, monitor: Monitor | None) -> None:
     """Runs a training task. `monitor`: on rank 0 only."""
     config, fields = training_settings(task)
+    wants_onnx(task)  # first: it may raise
     accelerator = make_accelerator(config.mixed_precision)
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
@@ -84,7 +132,8 @@ def reports(task: Task, config: TrainConfig, monitor: Monitor | None) -> Iterato
     output = Path(config.output_dir)
     events = TensorBoard(Path(config.tensorboard_dir or task.output.tensorboard_dir))
     with contextlib.closing(Console()) as console, contextlib.closing(events):
-        outcome = Outcome(monitor, TrainingResult(task, resumed=config.resume is not None))
+        result = TrainingResult(task, resumed=config.resume is not None)
+        outcome = Outcome(monitor, result, with_onnx=wants_onnx(task))
         yield fan_out(console, CsvLog(output / "metrics.csv"), events, outcome)
 
 
