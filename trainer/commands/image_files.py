@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from vidt.errors import UserError
+from vidt.images.formats import is_picture
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-)
 STANDARD_INPUT = "-"
 
 
@@ -65,7 +63,7 @@ class ImageFiles:
             if source.word == STANDARD_INPUT:
                 yield from self._listed(_names(self._stdin), "", source.prefix)
             elif source.matches is not None:
-                images = (path for path in source.matches if _is_image(os.path.basename(path)))
+                images = (path for path in source.matches if is_picture(os.path.basename(path)))
                 start = _fixed_part(source.word)
                 yield from self._listed(source.matches, start, source.prefix, _twins(images))
             elif os.path.isdir(source.word):
@@ -98,7 +96,7 @@ class ImageFiles:
                 if not name.startswith(".")
                 and os.path.realpath(os.path.join(place, name)) != self._avoid
             )
-            images = sorted(name for name in files if _is_image(name))
+            images = sorted(name for name in files if is_picture(name))
             twins = _twins(images)
             inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, folder)))
             for name in images:
@@ -204,6 +202,3 @@ def _harmless(path: str) -> str:
     parts = [part for part in Path(os.path.normpath(path)).parts if part not in ("/", "..")]
     return os.path.join(*parts) if parts else "image"
 
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
