@@ -247,7 +247,8 @@ def test_what_counts_as_a_picture_can_be_read(tmp_path: Path, name: str) -> None
 
 def test_every_ending_of_a_picture_is_one_that_pillow_reads() -> None:
     Image.init()
-    assert {kind for kind in ENDINGS if Image.registered_extensions()[kind] not in Image.OPEN} == set()
+    kinds = {Image.registered_extensions()[each] for each in ENDINGS}
+    assert kinds - set(Image.OPEN) == {"MPO"}  # which the JPEG reader opens
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vidt.errors import UserError
-from vidt.images.formats import is_picture
+from vidt.images.formats import ending, is_picture
 
 STANDARD_INPUT = "-"
 
@@ -40,13 +40,15 @@ class ImageFiles:
     """The images that the words of a command line name, in order; those of a folder and its
     subfolders sorted by name. A folder is read when it is reached.
 
-    `avoid` is a folder to skip: the results may lie among the images.
+    `avoid` is a folder to skip: the results may lie among the images. `others` counts, by ending,
+    the files of folders that are no pictures, as they are passed over.
 
     Raises UserError for a word that matches nothing, and for standard input that does not hold one
     name a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
+        self.others = Counter[str]()
         self._stdin, self._avoid = stdin, None if avoid is None else os.path.realpath(avoid)
         if list(words).count(STANDARD_INPUT) > 1:
             raise UserError("IMAGES - stands for standard input; give it once")
@@ -59,6 +61,7 @@ class ImageFiles:
         ]
 
     def __iter__(self) -> Iterator[ImageFile]:
+        self.others.clear()
         for source in self._sources:
             if source.word == STANDARD_INPUT:
                 yield from self._listed(_names(self._stdin), "", source.prefix)
@@ -97,6 +100,8 @@ class ImageFiles:
                 and os.path.realpath(os.path.join(place, name)) != self._avoid
             )
             images = sorted(name for name in files if is_picture(name))
+            rest = (name for name in files if not is_picture(name) and not name.startswith("."))
+            self.others.update(map(ending, rest))
             twins = _twins(images)
             inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, folder)))
             for name in images:
@@ -175,7 +180,8 @@ def _source(word: str) -> _Source:
 
 def _names(lines: Iterable[str]) -> Iterator[str]:
     """Raises UserError for names separated by null bytes, as by find -print0."""
-    for line in lines:
+    for number, line in enumerate(lines):
+        line = line if number else line.removeprefix("\ufeff")  # a byte order mark
         if "\0" in line:
             raise UserError("IMAGES -: null bytes in it; names are expected one a line")
         if line.strip():
@@ -201,4 +207,3 @@ def _harmless(path: str) -> str:
     """The path without its root and its `..`, so that it stays below any folder."""
     parts = [part for part in Path(os.path.normpath(path)).parts if part not in ("/", "..")]
     return os.path.join(*parts) if parts else "image"
-

@@ -103,7 +103,9 @@ def _near_duplicates(train: SampleTable, val: SampleTable) -> Iterator[Finding]:
         for row in np.flatnonzero((differ <= ALIKE_BITS).any(1) & (some[:, 1] == 1)).tolist():
             twin = int(known[differ[row].argmin()])
             index = start + row
-            detail = f"looks like {train.path(twin)}, image {int(train.image_ids[twin])} of training"
+            detail = (
+                f"looks like {train.path(twin)}, image {int(train.image_ids[twin])} of training"
+            )
             yield Finding(
                 "image that looks like one of training",
                 "warning",

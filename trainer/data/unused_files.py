@@ -44,6 +44,8 @@ def _finding(path: str, name: str) -> Finding:
         return Finding("picture without a split", "info", "not used", detail, file=path)
     if ending(name) in ANNOTATIONS:
         detail = "no picture of either split belongs to it"
-        return Finding("annotation file without a picture", "warning", "not used", detail, file=path)
+        return Finding(
+            "annotation file without a picture", "warning", "not used", detail, file=path
+        )
     detail = f"{ending(name) or 'no ending'}: the names of pictures end otherwise"
     return Finding("file of unknown ending", "warning", "not used", detail, file=path)

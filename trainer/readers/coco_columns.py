@@ -189,9 +189,7 @@ def _annotations(rows: list[Row], first: int, told: Told) -> dict[str, np.ndarra
     }
 
 
-def _numbers(
-    values: list[Any], key: str, first: int, told: Told
-) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(values: list[Any], key: str, first: int, told: Told) -> tuple[np.ndarray, np.ndarray]:
     """int64 [M], 0 where a value is no integer, and bool [M], where that is so."""
     if set(map(type, values)) == {int}:
         with contextlib.suppress(OverflowError):
@@ -273,13 +271,30 @@ def repeated_boxes(
     owners: np.ndarray, labels: np.ndarray, crowd: np.ndarray, boxes: np.ndarray
 ) -> np.ndarray:
     """bool [M]: whether an earlier box of the same image and class has the same corners."""
-    kind = labels.astype(np.int64) * 2 + crowd
-    order = np.lexsort((*boxes.T, kind, owners))  # stable: the first of equal ones stays first
-    same = (np.diff(owners[order]) == 0) & (np.diff(kind[order]) == 0)
-    same &= (boxes[order[1:]] == boxes[order[:-1]]).all(1)
     repeated = np.zeros(len(owners), np.bool_)
-    repeated[order[1:][same]] = True
+    rows = _of_equal_sum(owners, labels, boxes)
+    columns = [*boxes[rows].T, crowd[rows], labels[rows], owners[rows]]
+    order = np.lexsort(columns)  # stable: the first of equal ones stays first
+    same = np.ones(max(len(rows) - 1, 0), np.bool_)
+    for column in columns:
+        same &= column[order[1:]] == column[order[:-1]]
+    repeated[rows[order[1:][same]]] = True
     return repeated
+
+
+def _of_equal_sum(owners: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Rows whose weighted sum is that of another row: only these can be equal, and they are few.
+    Sorting one column takes a tenth of the time of sorting six.
+    """
+    sums = owners * np.sqrt(3) + labels * np.sqrt(5)
+    with np.errstate(invalid="ignore", over="ignore"):
+        # Not by a matrix product, which may round equal rows differently.
+        for column, weight in zip(
+            boxes.T.astype(np.float64), (1, np.pi, np.e, 2**0.5), strict=True
+        ):
+            sums += column * weight
+    ordered = np.sort(sums)
+    return np.flatnonzero(np.isin(sums, ordered[1:][ordered[1:] == ordered[:-1]]))
 
 
 def _size(image: Row) -> tuple[int, int]:

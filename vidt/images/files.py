@@ -35,6 +35,7 @@ _JPEG_END = b"\xff\xd9"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEIF = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
 _TAIL_BYTES = 4096
+_TRUNCATED = "vidt_truncated"  # key in `Image.info`
 _SIDEWAYS = 5  # the first EXIF orientation that exchanges height and width
 _MOST_MISSING = 0.25  # share of the rows of a truncated JPEG
 
@@ -82,23 +83,10 @@ def read_image(
 
     Alpha is dropped, not blended: other detectors train on these colours too, and blending would
     need a background colour. A JPEG whose end is missing is read with one colour in place of the
-    end if at least three quarters of its rows are there, unless `strict`.
+    end if at least three quarters of its rows are there, unless `strict`; see `is_truncated`.
 
     Raises UnreadableImage, or UserError if the image has another size in both orientations.
     """
-    return _read(path, size, at_least, exif=exif, strict=strict)[0]
-
-
-def _read(
-    path: str | PathLike[str],
-    size: tuple[int, int] | None = None,
-    at_least: tuple[int, int] | None = None,
-    *,
-    exif: bool = False,
-    strict: bool = False,
-) -> tuple[Image.Image, bool]:
-    """`read_image`, and whether the file is truncated."""
-    truncated = False
     with _failures_named(path):
         try:
             rgb, orientation, smaller = _decode(path, size, at_least, exif)
@@ -106,16 +94,21 @@ def _read(
             whole = None if strict else _with_end(path)
             if whole is None:
                 raise
-            truncated = True
             rgb, orientation, smaller = _decode(whole, size, at_least, exif)
             if _missing(rgb) > _MOST_MISSING:
                 raise
+            rgb.info[_TRUNCATED] = True
     if smaller:
-        return rgb, truncated
+        return rgb
     if exif and size is None:
-        return turned(rgb, orientation), truncated
+        return turned(rgb, orientation)
     turn = find_turn(path, (rgb.height, rgb.width), orientation, size)
-    return rgb if turn is None else rgb.transpose(turn), truncated
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def is_truncated(image: Image.Image) -> bool:
+    """Whether `read_image` replaced the missing end of a file by one colour."""
+    return bool(image.info.get(_TRUNCATED))
 
 
 def _decode(
@@ -215,7 +208,9 @@ def _failures_named(path: str | PathLike[str]) -> Iterator[None]:
         raise UnreadableImage(f"{path}: no such file") from error
     # Pillow's decoders raise nearly anything (SyntaxError, struct.error, ...) on damaged bytes.
     except Exception as error:
-        raise UnreadableImage(f"{path}: cannot be read as an image ({_why(error, path)})") from error
+        raise UnreadableImage(
+            f"{path}: cannot be read as an image ({_why(error, path)})"
+        ) from error
 
 
 def _why(error: Exception, path: str | PathLike[str]) -> str:
@@ -241,7 +236,11 @@ def _why(error: Exception, path: str | PathLike[str]) -> str:
 def _probe_or_error(path: str) -> ImageHeader | UnreadableImage:
     try:
         header = probe_image(path)
-        return header if header.ends_whole else replace(header, truncated=_read(path)[1])
+        return (
+            header
+            if header.ends_whole
+            else replace(header, truncated=is_truncated(read_image(path)))
+        )
     except UnreadableImage as error:
         return error
 

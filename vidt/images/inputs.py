@@ -3,6 +3,7 @@
 Does not import PyTorch: a tensor is recognised by its type's name and read through NumPy.
 """
 
+import logging
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vidt.errors import UserError
-from vidt.images.files import as_rgb, orientation_of, read_image, turned
+from vidt.images.files import as_rgb, is_truncated, orientation_of, read_image, turned
+
+logger = logging.getLogger(__name__)
 
 # A path, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]. See `as_picture`.
 ImageLike: TypeAlias = Any
@@ -30,7 +33,10 @@ def as_picture(image: ImageLike) -> Image.Image:
     another shape, type or range, TypeError for anything else.
     """
     if isinstance(image, str | PathLike):
-        return read_image(image, exif=True)
+        picture = read_image(image, exif=True)
+        if is_truncated(picture):
+            logger.warning(f"{image}: the end of the file is missing; what is there is used")
+        return picture
     if isinstance(image, Image.Image):
         orientation = orientation_of(image)
         return turned(as_rgb(image), orientation)
