@@ -25,7 +25,7 @@ from trainer.readers.coco_file import (
     read_coco_file,
     read_masks,
 )
-from trainer.readers.findings import Finding, FilesSeen, fold, listed
+from trainer.readers.findings import FilesSeen, Finding, fold, listed
 from trainer.readers.masks import MaskColumn
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable

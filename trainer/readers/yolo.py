@@ -185,7 +185,7 @@ def _label_path(image_path: str) -> Path:
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of a label file: [class, cx, cy, w, h], relative, or the kind and detail of a fault."""
+    """A line of a label file: [class, cx, cy, w, h], relative, or a fault's kind and detail."""
 
     row: list[float]
     kind: str = ""
