@@ -109,15 +109,20 @@ def read_validation(
     config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
 ) -> tuple[SampleTable, list[Finding]]:
     """The validation samples, labelled by the class names of a weights file. Raises UserError as
-    `read_datasets` does, but not for missing masks.
+    `read_datasets` does, but not for missing masks; the findings that led to it are logged.
     """
-    val, findings = reader_of(config)("val", class_names, masks, FilesSeen())
-    return clean(
-        val,
-        max_bad_fraction=config.max_bad_fraction,
-        strict_images=config.strict_images,
-        found=findings,
-    )
+    try:
+        val, findings = reader_of(config)("val", class_names, masks, FilesSeen())
+        val, findings = clean(
+            val,
+            max_bad_fraction=config.max_bad_fraction,
+            strict_images=config.strict_images,
+            found=findings,
+        )
+    except BadDataset as error:
+        logger.info(format_findings(error.findings))
+        raise
+    return val, findings
 
 
 def read_and_log(
