@@ -162,6 +162,7 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ("--lr_fan_in_power 3", "lr_fan_in_power is 3.0; it must be from 0 to 2"),
         ("--adam_beta2 1", "adam_beta2 is 1.0; it must be 0 or more and below 1"),
         ("--sched step", "sched is step; it must be one of cosine, linear"),
+        ("--scale_per batch", "scale_per is batch; it must be one of step, image"),
         ("--max_bad_fraction 1.1", "max_bad_fraction is 1.1; it must be from 0 to 1"),
         ("--eval_size 31", "eval_size is 31; it must be 32 or more"),
         ("--eval --eval_size 31", "eval_size is 31; it must be 32 or more"),

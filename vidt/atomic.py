@@ -5,6 +5,7 @@ Imports nothing heavy, since programs that run without PyTorch write files too.
 """
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +17,15 @@ class Unwritable(OSError):
 
 
 @contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`. A file that is still there at the end of the block is
     removed. If a kill leaves one behind, the next write replaces it.
+
+    shared: several processes may write `path` at once. Each has a temporary path of its own, and
+    what a kill leaves behind stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    own = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
         yield temporary
     finally:
@@ -43,15 +48,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def atomic_file(
+    path: str | Path, *, durable: bool = True, shared: bool = False
+) -> Iterator[IO[bytes]]:
     """A file to write to, which replaces `path` when the block ends without an exception. Raises
     Unwritable.
 
     durable: flush to the disk before the rename, so that a power failure also leaves the old or the
     new file. It costs milliseconds; turn it off for many files that can be made again.
+    shared: several processes may write `path` at once; the last one counts.
     """
     path = Path(path)
-    with unfinished(path) as temporary, naming(path):
+    with unfinished(path, shared=shared) as temporary, naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
@@ -61,7 +69,9 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]
         temporary.replace(path)
 
 
-def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None:
+def atomic_write(
+    path: str | Path, data: bytes, *, durable: bool = True, shared: bool = False
+) -> None:
     """Writes `data` as the file's whole content, with `atomic_file`."""
-    with atomic_file(path, durable=durable) as file:
+    with atomic_file(path, durable=durable, shared=shared) as file:
         file.write(data)

@@ -126,7 +126,7 @@ def launch_command(task: Task, module: str, folder: Path) -> list[str]:
         "num_processes": ranks,
         "machine_rank": 0,
         "main_process_port": 0,  # any free one
-        "mixed_precision": "no",
+        "mixed_precision": "no",  # says nothing: the form's field decides
     }
     path = folder / "accelerate.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")

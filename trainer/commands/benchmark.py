@@ -15,13 +15,13 @@ from trainer.commands.command_flags import (
     check_result,
     command_parser,
     count,
+    load_detector,
     say,
     side,
     write_json,
 )
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
-from vidt.loading import load
 
 SUMMARY = """
 Times a detector on this machine, from images in memory to boxes: one image at a time (latency), and
@@ -31,7 +31,7 @@ exported .onnx model, or the name of a backbone, which gets random weights: they
 EXAMPLES = """
 examples:
   vidt benchmark output/best.safetensors
-  vidt benchmark swin_tiny --size 640 640 --batch_size 16 --precision bf16
+  vidt benchmark swin_tiny --size 640 640 --batch_size 16 --mixed_precision bf16
   vidt benchmark model.onnx --repeat 50 --out speed.json
 
 output: the median, fastest and slowest run in milliseconds, and images per second. Times on a
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         "height": given.size[0],
         "width": given.size[1],
         "device": str(getattr(detector, "device", given.device or "cpu")),
-        "precision": given.precision or getattr(detector, "precision", "its own"),
+        "precision": getattr(detector, "precision", "its own"),
         "compile": given.compile,
         "machine": platform.processor() or platform.machine(),
         **results,
@@ -88,7 +88,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _detector(given: Any) -> Any:
-    how = {"device": given.device, "precision": given.precision, "compile": given.compile}
     from vidt.model.config import ViDTConfig, backbone_names
 
     if given.threads is not None and not given.weights.endswith(".onnx"):
@@ -99,7 +98,7 @@ def _detector(given: Any) -> Any:
         if not Path(given.weights).exists():
             backbones = ", ".join(backbone_names())
             raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
-        return load(given.weights, **how)
+        return load_detector(given)
     from vidt.images.preprocessing import Preprocessing
     from vidt.model.vidt import build_detector
     from vidt.predict.predictor import Predictor, usable_device
@@ -108,8 +107,13 @@ def _detector(given: Any) -> Any:
     config = ViDTConfig(backbone_name=given.weights)
     names = tuple(f"class {number}" for number in range(config.num_classes))
     info = WeightsInfo(config, names, Preprocessing(min(given.size)))
-    how |= {"device": usable_device(given.device), "precision": given.precision or "fp32"}
-    return Predictor(build_detector(config), info, **how)
+    return Predictor(
+        build_detector(config),
+        info,
+        device=usable_device(given.device),
+        precision=given.mixed_precision or "auto",
+        compile=given.compile,
+    )
 
 
 def timed(

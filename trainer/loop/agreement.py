@@ -16,6 +16,9 @@ from torch import Tensor
 from vidt.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # a dead process is noticed at once, by its closed connection
+# For collectives on the devices, of which all processes agree to make the next one: only a GPU or a
+# link that hangs takes long, and nothing else notices that. Compiling a step can take minutes.
+DEVICE_PATIENCE = timedelta(minutes=30)
 
 
 class Agreement:

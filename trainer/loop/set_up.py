@@ -1,5 +1,6 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.data.image_cache import ImageCache
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.loader_wait import LoaderWait
+from trainer.data.order import steps_per_epoch
 from trainer.loop import resume
-from trainer.loop.agreement import PATIENCE, Agreement
+from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
@@ -30,6 +35,7 @@ from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector
+from vidt.ops.precision import best_precision, prepare_training
 
 logger = get_logger(__name__)
 
@@ -49,6 +55,7 @@ class Run:
     criterion: SetCriterion | SoftmaxCriterion
     teacher: TokenMatching | None
     dataset: DetectionDataset
+    loader_wait: LoaderWait
     clock: Clock
     state: RunState
     micro_batches: Iterator[dict[str, Any]] | None = None  # of the steps to come
@@ -59,18 +66,47 @@ class Run:
         return self.model if self.ema is None else self.ema.module
 
 
-def make_accelerator() -> Accelerator:
-    """An accelerator without trackers; the launcher sets processes and precision."""
+def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
+    """An accelerator without trackers, in the precision of `--mixed_precision`; the launcher sets
+    the processes.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or cpu_of_launcher():
+        device = torch.device("cpu")
+    precision, _ = choose_precision(mixed_precision, device)
     # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
     try:
         return Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
             rng_types=[],
         )
     except ValueError as error:  # such as a precision that the device does not have
         raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The precision that `--mixed_precision` stands for on a device, and why. bf16 or fp16 given to
+    the launcher wins over auto; its "no" means nothing, because it says so without being asked.
+    """
+    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "auto":
+        return asked, "as asked"
+    if of_launcher != "no":
+        return of_launcher, "as asked of the launcher"
+    return best_precision(device)
+
+
+def precision_line(asked: str, accelerator: Accelerator) -> str:
+    """The precision of a run, and why, in a few words."""
+    precision, device = accelerator.mixed_precision, accelerator.device
+    if precision == "fp16" and device.type == "cpu":
+        return "fp16 asked for, but a CPU computes fp32 (bf16 works)"
+    chosen, reason = choose_precision(asked, device)
+    name = "fp32" if precision == "no" else precision
+    return f"{name} ({reason if chosen == precision else 'as the accelerator was made'})"
 
 
 def set_up(
@@ -82,6 +118,7 @@ def set_up(
 ) -> Run:
     """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
     agreement = Agreement(accelerator)
+    prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
@@ -124,15 +161,34 @@ def set_up(
         optimizer=optimizer,
         criterion=criterion_for(model_config),
         teacher=teacher,
-        dataset=DetectionDataset(
-            train_set,
-            Augmentation.from_config(config),
-            Preprocessing(eval_size=config.eval_size),
-            seed=config.seed,
-            denoising_queries=config.denoising,
+        dataset=training_dataset(config, train_set, agreement),
+        loader_wait=LoaderWait(
+            config,
+            accelerator.device,
+            num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
         clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
         state=state,
+    )
+
+
+def training_dataset(
+    config: TrainConfig, samples: SampleTable, agreement: Agreement
+) -> DetectionDataset:
+    """The images to train on, through the cache if there is one. Raises UserError for a cache
+    folder that cannot be made.
+    """
+    augmentation, cache = Augmentation.from_config(config), None
+    if config.cache_images is not None:
+        cache = ImageCache(config.cache_images, samples, augmentation)
+        logger.info(agreement.on_main(cache.open_folder))
+    return DetectionDataset(
+        samples,
+        augmentation,
+        Preprocessing(eval_size=config.eval_size),
+        seed=config.seed,
+        denoising_queries=config.denoising,
+        cache=cache,
     )
 
 

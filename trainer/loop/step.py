@@ -43,8 +43,8 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
     while True:
         if run.micro_batches is None:
             steps = range(state.step, run.clock.total_steps)
-            run.micro_batches = micro_batches(
-                run.dataset, config, state.n_iter_to_acc, steps, accelerator
+            run.micro_batches = run.loader_wait.timed(
+                micro_batches(run.dataset, config, state.n_iter_to_acc, steps, accelerator)
             )
         batches = [next(run.micro_batches) for _ in range(state.n_iter_to_acc)]
         num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
@@ -183,15 +183,30 @@ def more_micro_batches(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[in
     return larger[0]
 
 
+def report_wait(run: Run) -> dict[str, float]:
+    """The share of the time that the processes waited for their loaders since the last report: of
+    the one that waited longest. Logs what to do if it is large.
+    """
+    share, advice = run.loader_wait.report(lambda own: run.agreement.gather(own).max().item())
+    if advice:
+        logger.warning(advice)
+    return {"loader_wait": share}
+
+
 def check_readable(
     dataset: DetectionDataset, max_bad_fraction: float, agreement: Agreement
 ) -> None:
-    """Logs the images that any process could not read since the check before training.
+    """Logs the images that any process could not read since the check before training, and why any
+    process could not cache one.
 
-    Raises UserError if they are more than --max_bad_fraction of all.
+    Raises UserError if the unreadable ones are more than --max_bad_fraction of all.
     """
     own = dataset.unreadable.nonzero().flatten().tolist()
-    unreadable = sorted({index for each in agreement.gather_objects(own) for index in each})
+    problem = "" if dataset.cache is None else dataset.cache.new_problem()
+    unread, problems = zip(*agreement.gather_objects((own, problem)), strict=True)
+    for line in sorted({*problems} - {""}):
+        logger.warning(line)
+    unreadable = sorted({index for each in unread for index in each})
     if len(unreadable) == dataset.reported:
         return
     dataset.reported = len(unreadable)

@@ -1,8 +1,9 @@
 """COCO metrics of a model on a table of samples. The images are split among the processes; each is
 scored exactly once.
 
-The result does not depend on the number of processes or on the batch size: each image has its own
-canvas, only images of equal canvas share a batch, and scoring uses the order of the table.
+The result does not depend on the number of processes or on the batch size, up to rounding of the
+precision: each image has its own canvas, only images of equal canvas share a batch, TF32 is off,
+and scoring uses the order of the table.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,7 @@ from trainer.scoring.mistakes import Diagnosis, diagnose
 from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
+from vidt.ops.precision import full_float32
 from vidt.predict.detections import Detections, decode_for, on_cpu
 from vidt.predict.predictor import is_out_of_memory
 
@@ -104,7 +106,7 @@ def evaluate(
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
     exact = accelerator.mixed_precision == "no"
-    with packed(model) if exact else nullcontext():
+    with full_float32(accelerator.device), packed(model) if exact else nullcontext():
         for done, (indices, pixels, padding) in enumerate(loader):
             found = {}
             if indices:

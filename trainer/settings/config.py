@@ -1,7 +1,7 @@
 """Settings of a training run and its command line.
 
 Every setting has one owner: architecture in `vidt.ViDTConfig` (saved with the weights),
-optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. The fields
+optimisation, data and precision in `TrainConfig`, machines in accelerate's own file. The fields
 of the two dataclasses define flags, YAML keys and help text: a new field is a new flag. A flag
 overrides the `--config` file, which overrides the dataset's recipe (`recipes/<dataset_file>.yaml`),
 which overrides the default of the dataclass.
@@ -25,6 +25,7 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import UserError
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
@@ -33,17 +34,18 @@ DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
+SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
     "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
-    "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
+    "precision": "--mixed_precision bf16 chooses it, --mixed_precision no is fp32",
 }
-ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
     *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+    "cache_images",
 )
 
 
@@ -77,6 +79,13 @@ class TrainConfig:
     num_workers: int = field(
         default=2, metadata=_help("processes that load images, for each training process")
     )
+    cache_images: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder in which training images are cached, decoded and shrunk to what the "
+            "augmentation can need; runs may share it; None: no cache"
+        ),
+    )
     max_bad_fraction: float = field(
         default=0.05,
         metadata=_help("largest share of damaged images to skip; the run ends if there are more"),
@@ -103,6 +112,16 @@ class TrainConfig:
     train_max_size: int | None = field(
         default=None,
         metadata=_help("largest long side, pixels; None: the released one, scaled to eval_size"),
+    )
+    scale_per: str = field(
+        default="step",
+        metadata=_help(
+            "what draws its own short side: " + " or ".join(SCALE_PER) + ", as released"
+        ),
+    )
+    group_by_aspect: bool = field(
+        default=True,
+        metadata=_help("give images of similar aspect ratio to the same optimiser step"),
     )
 
     epochs: int = field(
@@ -161,11 +180,21 @@ class TrainConfig:
     ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
+    mixed_precision: str = field(
+        default="auto",
+        metadata=_help(
+            "bf16, fp16, or no for fp32; auto: what the launcher was told, else bf16 where the GPU "
+            "computes it natively, else fp32",
+            group="Execution",
+        ),
+    )
+    tf32: bool = field(
+        default=True,
+        metadata=_help("train with TF32 on the GPU for what is computed in fp32"),
+    )
     compile: bool = field(
         default=False,
-        metadata=_help(
-            "train through torch.compile; batches are padded to few sizes", group="Execution"
-        ),
+        metadata=_help("train through torch.compile; batches are padded to few sizes"),
     )
     activation_checkpointing: bool = field(
         default=False,
@@ -272,6 +301,10 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    scales = f"one of {', '.join(SCALE_PER)}"
+    _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
+    precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
+    _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")

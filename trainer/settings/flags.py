@@ -94,6 +94,8 @@ def _scalar(kind: type, raw: object) -> Any:
         number = float(raw)
         if math.isfinite(number):
             return number
+    if kind is str and raw is False:
+        return "no"  # which YAML reads as False unless it is quoted
     if kind is str and isinstance(raw, str) and raw.strip():
         return raw
     raise ValueError(raw)

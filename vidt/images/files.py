@@ -5,12 +5,12 @@ EXIF orientation. Pillow itself applies a TIFF's orientation while it decodes, s
 stored upright here.
 """
 
-import io
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from os import PathLike
 from typing import BinaryIO
 
@@ -68,6 +68,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     *,
     at_least: tuple[int, int] | None = None,
+    content: bytes | None = None,
     exif: bool = False,
     strict: bool = False,
 ) -> Image.Image:
@@ -81,17 +82,20 @@ def read_image(
     decoded at a half, a quarter or an eighth of its size, rounded up, in a fraction of the time,
     unless it has to be turned.
 
+    `content` are the bytes of the file, if the caller has read them.
+
     Alpha is dropped, not blended: other detectors train on these colours too, and blending would
     need a background colour. A JPEG whose end is missing is read with one colour in place of the
     end if at least three quarters of its rows are there, unless `strict`; see `is_truncated`.
 
     Raises UnreadableImage, or UserError if the image has another size in both orientations.
     """
+    source = path if content is None else BytesIO(content)
     with _failures_named(path):
         try:
-            rgb, orientation, smaller = _decode(path, size, at_least, exif)
+            rgb, orientation, smaller = _decode(source, size, at_least, exif)
         except OSError:
-            whole = None if strict else _with_end(path)
+            whole = None if strict else _with_end(path, content)
             if whole is None:
                 raise
             rgb, orientation, smaller = _decode(whole, size, at_least, exif)
@@ -129,11 +133,12 @@ def _decode(
         return without_exif(as_rgb(image)), orientation, smaller
 
 
-def _with_end(path: str | PathLike[str]) -> BinaryIO | None:
+def _with_end(path: str | PathLike[str], content: bytes | None) -> BinaryIO | None:
     """A JPEG file with an end marker after its last byte; None for any other file."""
-    with open(path, "rb") as file:
-        data = file.read()
-    return io.BytesIO(data + _JPEG_END) if data.startswith(_JPEG_START) else None
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read()
+    return BytesIO(content + _JPEG_END) if content.startswith(_JPEG_START) else None
 
 
 def _missing(image: Image.Image) -> float:

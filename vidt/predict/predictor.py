@@ -1,5 +1,7 @@
 """`Predictor`: a trained detector with preprocessing and decoding, from images to detections."""
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import UserError, counted
 from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
 from vidt.images.canvas import resize
@@ -17,12 +20,15 @@ from vidt.images.inputs import ImageLike, as_picture, check_threshold, is_one, s
 from vidt.model.vidt import ViDT
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.ops.packing import pack
+from vidt.ops.precision import best_precision, set_tf32
 from vidt.predict.detections import Detections, decode_for, on_cpu
 from vidt.weights.checkpoint import load_model
 from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.weights_file import WeightsInfo
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by the major version of PyTorch's CUDA
 # Texts of RuntimeErrors that have no type of their own: CUDA, Triton, cuBLAS, cuDNN and the CPU.
 OUT_OF_MEMORY = (
     "out of memory",
@@ -50,33 +56,29 @@ class Predictor:
         info: WeightsInfo,
         *,
         device: str | torch.device = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         compile: bool = False,
     ) -> None:
-        """precision: fp32, bf16 or fp16, by autocast. compile: use torch.compile, once for each
-        canvas; on CUDA with CUDA graphs, which speed up small batches. The model is moved to the
-        device; on a CPU, in fp32 and not compiled, it is packed (see `vidt.ops.packing.pack`).
+        """precision: bf16 or fp16, by autocast, fp32 (or "no"), or auto: bf16 where the GPU
+        computes it natively, else fp32. compile: use torch.compile, once for each canvas; on CUDA
+        with CUDA graphs, which speed up small batches. The model is moved to the device; on a CPU,
+        in fp32 and not compiled, it is packed (see `vidt.ops.packing.pack`). On CUDA, TF32 is
+        switched off in this process: what is computed in float32 must not depend on the batch.
 
         Raises UserError for a precision that does not exist or that the device does not support.
         """
         self.device = torch.device(device)
-        if precision not in PRECISIONS:
-            raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
-        if precision == "fp16" and self.device.type == "cpu":
-            raise UserError("precision is fp16; on a CPU it must be fp32 or bf16")
+        self.precision, self.why_precision = _precision(precision, self.device)
+        if self.device.type == "cuda":
+            set_tf32(False)
         self.model = model.to(self.device).eval()
-        if precision == "fp32" and not compile:
+        if self.precision == "fp32" and not compile:
             pack(self.model)
         self.info = info
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
-        self.precision = precision
-        self._autocast = partial(
-            torch.autocast,
-            self.device.type,
-            PRECISIONS[precision],
-            enabled=PRECISIONS[precision] is not None,
-        )
+        dtype = PRECISIONS[self.precision]
+        self._autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         self._compiled: Callable[..., dict] | None = None
         self._one_at_a_time = Lock()  # for the compiled model: CUDA graphs have one memory
         if compile:
@@ -98,7 +100,7 @@ class Predictor:
         path: str | Path,
         *,
         device: str | torch.device = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         compile: bool = False,
     ) -> "Predictor":
         """Reads one of our weights files or a released one. Raises UserError, naming the file, for
@@ -222,12 +224,50 @@ def _first(outputs: dict, count: int) -> dict:
     return {name: outputs[name][:count] for name in names}
 
 
+def _precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The key of PRECISIONS that a precision stands for on a device, and why. Raises UserError."""
+    if asked not in (*PRECISIONS, *MIXED_PRECISIONS):
+        expected = ", ".join(MIXED_PRECISIONS)
+        raise UserError(f"mixed_precision is {asked}; it must be one of {expected}")
+    if asked == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision is fp16; on a CPU it must be auto, no or bf16")
+    chosen, reason = best_precision(device) if asked == "auto" else (asked, "as asked")
+    return ("fp32" if chosen == "no" else chosen), reason
+
+
+def require_working_gpu() -> None:
+    """Raises UserError if there is an NVIDIA driver but no GPU that PyTorch can use, unless
+    CUDA_VISIBLE_DEVICES hides all GPUs: a CPU must not take over unnoticed.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.split(",")[0].strip() in ("", "-1")
+    if hidden or torch.accelerator.is_available() or not NVIDIA_DRIVER.is_file():
+        return
+    found = re.search(r"\d+\.[\d.]+", NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace"))
+    driver, cuda = found[0] if found else "unknown", torch.version.cuda
+    oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0) if cuda else 0
+    if cuda is None:
+        cause = "it is built without CUDA; install a PyTorch with CUDA"
+    elif found and int(driver.partition(".")[0]) < oldest:
+        cause = f"its CUDA {cuda} needs driver {oldest}; update the driver or take an older CUDA"
+    elif visible is not None:
+        cause = f"CUDA_VISIBLE_DEVICES is {visible}; name GPUs that nvidia-smi lists"
+    else:
+        cause = "no GPU is visible; if this is a container, start it with its GPUs"
+    raise UserError(
+        f"NVIDIA driver {driver} is installed, but PyTorch {torch.__version__} finds no GPU: "
+        f"{cause}; to compute on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+    )
+
+
 def usable_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU if there is one, else the CPU.
 
-    Raises UserError for a device that PyTorch does not know or that this machine does not have.
+    Raises UserError for a device that PyTorch does not know or that this machine does not have, and
+    without a name for a GPU that PyTorch cannot use.
     """
     if name is None:
+        require_working_gpu()
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
