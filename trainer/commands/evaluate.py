@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     found, unread = predict(detector, file, given.images, given.batch_size)
     num_images, malformed = len(file.images.ids), file.images.num_malformed
     if len(unread) + malformed > MAX_BAD * (num_images + malformed):
-        for line in remarks(file, {}, unread, 0):
+        for line in remarks(file, {}, [], 0):  # the error tells of the unreadable ones
             note(line)
         first = unread[0] if unread else f"{file.source}: {shortened(file.images.malformed[0])}"
         raise UserError(
