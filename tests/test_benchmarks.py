@@ -288,6 +288,16 @@ def test_functions_counts_what_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_overlap_tells_all_modes(tmp_path: Path) -> None:
+    """Without namespaces and without a slowed link, which need root."""
+    small = ("--side", 64, "--images", 1, "--rounds", 1)
+    printed = run("overlap.py", "--rate", "none", *small, "--json", tmp_path / "overlap.json")
+    written = json.loads((tmp_path / "overlap.json").read_text())
+    assert all(written[mode] > 0 for mode in ("compute", "transfer", "after", "overlap", "ddp"))
+    assert "of max(compute, transfer)" in printed
+
+
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
     sections = ("agreement", "step_times", "kernels", "attention", "deformable")
     written = tmp_path / "gpu.json"

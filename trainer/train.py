@@ -66,6 +66,7 @@ def train(
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
     run = set_up(config, model_fields, train_set, val_set, accelerator)
+    config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ def load(
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
     precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or
-    "fp16"; None is auto. compile: use torch.compile, which compiles once for each canvas.
+    "fp16"; None is auto. compile: compile the model's blocks with torch.compile, once for all
+    canvases.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
     arrays. Raises UserError that names the file if it holds no detector, and for a device or

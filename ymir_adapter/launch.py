@@ -144,9 +144,17 @@ def rank_environment(task: Task, folder: Path, inherited: Mapping[str, str]) -> 
         **inherited,
         **_homes(folder, inherited),
         "CUDA_VISIBLE_DEVICES": _devices(task.gpu_ids, inherited.get("CUDA_VISIBLE_DEVICES")),
+        **_allocator(inherited),
         "PYTHONUNBUFFERED": "1",
         FAILURES: str(folder),
     }
+
+
+def _allocator(inherited: Mapping[str, str]) -> dict[str, str]:
+    """PyTorch's memory on a GPU grows in blocks, which fragments less; what the user set stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch 2.9, and before
+    given = any(name in inherited for name in names)
+    return {} if given else {names[0]: "expandable_segments:True"}
 
 
 def _homes(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="use torch.compile: slow to start, faster where many images have one size",
+        help="compile the model's blocks with torch.compile, which takes minutes to start",
     )
     group.add_argument(
         "--batch_size",

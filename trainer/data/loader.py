@@ -147,7 +147,7 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
 
 def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
     """The targets' `denoising_boxes` as [B, N, 4], filled up with a box in the middle. N is a
-    multiple of `queries`, to limit compiled shapes. None if the targets have none.
+    multiple of `queries`. None if the targets have none.
     """
     if "denoising_boxes" not in targets[0]:
         return None

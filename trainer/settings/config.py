@@ -31,6 +31,7 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
+AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 SCHEDULES = ("cosine", "linear")
@@ -130,7 +131,14 @@ class TrainConfig:
     max_steps: int | None = field(
         default=None, metadata=_help("optimiser steps after which the run ends; None: no limit")
     )
-    batch_size: int = field(default=2, metadata=_help("images per process and optimiser step"))
+    batch_size: int = field(
+        default=2,
+        metadata=_help(
+            "images per process and optimiser step; auto: the largest power of two that fits on "
+            "the GPU",
+            words={"auto": AUTO},
+        ),
+    )
     n_iter_to_acc: int = field(
         default=1, metadata=_help("micro-batches into which batch_size is split")
     )
@@ -194,7 +202,9 @@ class TrainConfig:
     )
     compile: bool = field(
         default=False,
-        metadata=_help("train through torch.compile; batches are padded to few sizes"),
+        metadata=_help(
+            "compile the model's blocks with torch.compile; the first steps take minutes"
+        ),
     )
     activation_checkpointing: bool = field(
         default=False,
@@ -271,7 +281,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("epochs", "max_steps", "batch_size", "n_iter_to_acc", "eval_batch_size"), 1),
+    **dict.fromkeys(("epochs", "max_steps", "n_iter_to_acc", "eval_batch_size"), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
@@ -289,6 +299,10 @@ def _check_alone(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
+    automatic = config.batch_size == AUTO
+    _require(
+        automatic or config.batch_size >= 1, "batch_size", config.batch_size, "1 or more, or auto"
+    )
     datasets = f"one of {', '.join(DATASETS)}"
     _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
     size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
@@ -326,6 +340,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
+    if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
+        other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
+        raise ConfigError(f"batch_size is auto; with {other} it must be a number")
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
@@ -462,7 +479,7 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in owned} | {
         name: model[name] for name in _MODEL
     }
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {name: _ALL[name].as_yaml(value) for name, value in values.items()}
 
 
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
