@@ -275,19 +275,46 @@ def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, pho
             break
 
 
-def test_pictures_are_taken_as_they_are_stored(
+def test_photographs_are_turned_as_their_exif_says(
     learnt: Learnt, tmp_path: Path, capsys: Output
 ) -> None:
-    """Whatever their EXIF says, as the help has it."""
+    """By `vidt predict`, unless the stored pixels are asked for, and from Python."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    ok("predict", learnt.weights, tmp_path / "turned.jpg", "--json")
-    (entry,) = json.loads(capsys.readouterr().out)["images"]
-    assert (entry["height"], entry["width"]) == (40, 80)
-    with pytest.raises(SystemExit):
-        main(["predict", "--help"])
-    assert "not turned as their EXIF says" in " ".join(capsys.readouterr().out.split())
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (80, 40)).save(path, exif=exif)
+    for flags, size in (([], (80, 40)), (["--stored_pixels"], (40, 80))):
+        ok("predict", learnt.weights, path, "--json", *flags)
+        (entry,) = json.loads(capsys.readouterr().out)["images"]
+        assert (entry["height"], entry["width"]) == size
+    ok("predict", learnt.weights, path, "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "turned.jpg") as drawn:
+        assert drawn.size == (40, 80)
+    detector = vidt.load(learnt.weights)
+    for image in (path, Image.open(path)):
+        assert detector.predict(image, threshold=0).plot().size == (40, 80)
+
+
+def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    for name in ("a.jpg", "cut.jpg"):
+        Image.fromarray(noise).save(folder / name)
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:-100])
+    (folder / "empty.jpg").touch()
+    for name in ("photo.heic", "notes.txt", "more.TXT"):
+        (folder / name).touch()
+    ok("predict", learnt.weights, folder, "--out", tmp_path / "out", "--no_pictures")
+    told = capsys.readouterr().err
+    assert (
+        "2 images" in told and "empty.jpg: cannot be read as an image (the file is empty)" in told
+    )
+    assert "used 1 whose end is missing" in told and "cut.jpg" in told
+    assert "no pictures by their ending: 2 .txt, 1 .heic" in told
+    ok("predict", learnt.weights, folder, "--json", "--strict_images")
+    printed = capsys.readouterr()
+    assert "1 images" in printed.err and "cut.jpg: cannot be read as an image" in printed.err
 
 
 class Fake:

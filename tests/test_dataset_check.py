@@ -74,19 +74,19 @@ def test_bad_boxes_are_named_and_repaired(
     tmp_path: Path, box: list[float], kind: str, left: list[float] | None
 ) -> None:
     path = write_image(tmp_path / "a.png")
-    good = [1.0, 1, 9, 9]
-    cleaned, findings = clean(table_of(sample(path, 4, [good, box, good])))
+    good, other = [1.0, 1, 9, 9], [1.0, 1, 9, 10]
+    cleaned, findings = clean(table_of(sample(path, 4, [good, box, other])))
     assert len(findings) == 1
     finding = findings[0]
     assert (finding.kind, finding.file, finding.image_id) == (kind, path, 4)
     assert (finding.source, finding.annotation_id) == ("train.json", 401)
     assert finding.action == ("dropped" if left is None else "clipped")
-    assert cleaned[0].boxes.tolist() == [good, *([left] if left else []), good]
+    assert cleaned[0].boxes.tolist() == [good, *([left] if left else []), other]
 
 
 def test_areas_fit_the_boxes(tmp_path: Path) -> None:
     areas = torch.tensor([12.0, 0.0, float("nan"), 5000.0])
-    boxes = [[0, 0, 4, 5], [0, 0, 4, 5], [0, 0, 4, 5], [30, 10, 90, 90]]
+    boxes = [[0, 0, 4, 5], [1, 0, 5, 5], [2, 0, 6, 5], [30, 10, 90, 90]]
     cleaned, _ = clean(table_of(sample(write_image(tmp_path / "a.png"), 1, boxes, areas=areas)))
     assert cleaned[0].areas.tolist() == [12, 20, 20, 100]
 
@@ -97,7 +97,7 @@ def test_bad_images_are_removed_and_named(tmp_path: Path) -> None:
     text = sample(str(tmp_path / "text.jpg"), 11)
     Path(text.path).write_text("not found")
     half = sample(write_image(tmp_path / "half.jpg"), 12)
-    Path(half.path).write_bytes(Path(half.path).read_bytes()[:-100])
+    Path(half.path).write_bytes(Path(half.path).read_bytes()[:-800])
     resized = sample(write_image(tmp_path / "resized.png"), 13, size=(20, 41))
     table = table_of(missing, good[0], text, good[1], half, resized, *good[2:])
     cleaned, findings = clean(table, max_bad_fraction=0.5)
@@ -178,7 +178,7 @@ def test_images_without_boxes_and_crowds_are_kept(tmp_path: Path) -> None:
 def test_check_compares_the_splits(tmp_path: Path) -> None:
     def boxed(name: str, image_id: int, labels: list[int]) -> Sample:
         path = write_image(tmp_path / name, seed=image_id)
-        boxes = [[1, 1, 9, 9]] * len(labels)
+        boxes = [[1, 1, 9, 9 + number] for number in range(len(labels))]
         return sample(path, image_id, boxes, labels=torch.tensor(labels))
 
     train = table_of(boxed("a.png", 1, [0, 0, 0]), boxed("b.png", 2, [1]), classes="abc")
@@ -273,7 +273,7 @@ def test_many_faults_are_counted_and_few_are_kept(tmp_path: Path) -> None:
     shown = format_findings(findings, limit=10)
     assert f"degenerate box, dropped: {2 * many}\n" in shown
     assert f"    and {2 * many - 10} more\n" in shown
-    crowded = sample(path, 1, [[1, 1, 9, 9]] * 9)
+    crowded = sample(path, 1, [[1, 1, 9, 9 + number] for number in range(9)])
     found = check(table_of(*[crowded] * many), table_of(crowded), num_queries=8)[2]
     of_kind = [each.count for each in found if each.kind.startswith("more boxes")]
     assert sum(of_kind) == many + 1 and len(of_kind) == MOST_OF_A_KIND + 2

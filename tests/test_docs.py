@@ -378,7 +378,11 @@ def test_the_formats_by_example_are_read(flag: str, tmp_path: Path) -> None:
     boxes = 1 if flag == "--voc_path" else 2
     assert [split["boxes"] for split in facts["splits"]] == [boxes, boxes]
     kinds_found = {finding["kind"] for finding in facts["findings"]}
-    assert len(kinds_found) <= 1, kinds_found  # the same picture is in both splits
+    # The same picture is in both splits, and there are few.
+    assert kinds_found <= {
+        "image in both training and validation",
+        "class with fewer than 10 training boxes",
+    }
 
 
 def test_the_page_on_the_code_names_every_room() -> None:

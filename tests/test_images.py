@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vidt.images.files import UnreadableImage, probe_image, probe_images, read_image
+from vidt.images.formats import ENDINGS, ending, is_picture
+from vidt.images.inputs import as_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about damaged metadata
 
@@ -66,6 +68,13 @@ def test_16_bit_grey_is_scaled_over_its_whole_range(tmp_path: Path, name: str) -
     values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
     grey = np.asarray(read_image(save(tmp_path / name, values)))[..., 0]
     assert grey.tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_12_bits_in_16_are_scaled_too(tmp_path: Path, name: str) -> None:
+    values = np.array([[0, 819, 2048, 4095]], np.uint16)
+    grey = np.asarray(read_image(save(tmp_path / name, values)))[..., 0]
+    assert grey.tolist() == [[0, 51, 128, 255]]
 
 
 @pytest.mark.parametrize(
@@ -186,8 +195,86 @@ def test_probe_finds_truncated_files(tmp_path: Path, suffix: str) -> None:
     good, bad = save(tmp_path / f"good{suffix}", noise(64, 64)), tmp_path / f"bad{suffix}"
     bad.write_bytes(good.read_bytes()[:-200])
     first, second = probe_images([str(good), str(bad)])
-    assert not isinstance(first, UnreadableImage)
-    assert isinstance(second, UnreadableImage)
+    assert not isinstance(first, UnreadableImage) and not first.truncated
+    if suffix == ".jpg":
+        assert not isinstance(second, UnreadableImage) and second.truncated
+    else:
+        assert isinstance(second, UnreadableImage)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_its_end_is_used_unless_strict(tmp_path: Path, progressive: bool) -> None:
+    good = save(tmp_path / "good.jpg", noise(160, 64), quality=90, progressive=progressive)
+    whole, bad = np.asarray(read_image(good)), tmp_path / "bad.jpg"
+    data = good.read_bytes()
+    bad.write_bytes(data[: len(data) * 9 // 10])
+    read = np.asarray(read_image(bad))
+    assert read.shape == whole.shape
+    assert progressive or np.array_equal(read[:96], whole[:96])
+    with pytest.raises(UnreadableImage, match="truncated"):
+        read_image(bad, strict=True)
+    if not progressive:  # a progressive one is there as a whole, blurred
+        bad.write_bytes(data[: len(data) * 6 // 10])
+        with pytest.raises(UnreadableImage, match="truncated"):
+            read_image(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"<html>not found</html>\n", "it holds text, '<html>not found"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIF, which Pillow does not read"),
+        (b"\0" * 4096, "zero bytes"),
+        (bytes(range(255, 0, -1)), "no image, or its start is damaged"),
+    ],
+)
+def test_the_true_reason_is_told(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=reason):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.ppm", "a.jp2", "a.avif", "a.TIF", "a.apng", "a.jpf"])
+def test_what_counts_as_a_picture_can_be_read(tmp_path: Path, name: str) -> None:
+    assert is_picture(name) and not is_picture(f".{name}") and not is_picture(f"{name}.txt")
+    kind = Image.registered_extensions()[ending(name)]
+    Image.fromarray(noise(32, 48)).save(tmp_path / name, kind)
+    assert read_image(tmp_path / name).size == (48, 32)
+    assert probe_image(tmp_path / name).size == (32, 48)
+
+
+def test_every_ending_of_a_picture_is_one_that_pillow_reads() -> None:
+    Image.init()
+    kinds = {Image.registered_extensions()[each] for each in ENDINGS}
+    assert kinds - set(Image.OPEN) == {"MPO"}  # which the JPEG reader opens
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_the_first_of_several_frames_counts(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.x", kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert probe_image(tmp_path / "a.x").frames
+    assert read_image(tmp_path / "a.x").getpixel((3, 3)) in [(255, 0, 0), (254, 0, 0)]
+    frames[0].save(tmp_path / "b.x", kind)
+    assert not probe_image(tmp_path / "b.x").frames
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_with_exif_an_image_is_turned_as_pillow_turns_it(tmp_path: Path, orientation: int) -> None:
+    path = save_oriented(tmp_path / "a.png", orientation)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    read = read_image(path, exif=True)
+    assert np.array_equal(np.asarray(read), expected)
+    assert np.array_equal(np.asarray(as_picture(path)), expected)
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(as_picture(image)), expected)
+    assert np.array_equal(np.asarray(as_picture(read)), expected)  # not turned again
+    stored = as_picture(read_image(path))
+    assert np.array_equal(np.asarray(stored), noise(24, 40))
+    assert read_image(path, exif=True, at_least=(1, 1)).size == (expected.shape[1], len(expected))
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:

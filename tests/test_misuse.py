@@ -84,8 +84,10 @@ def spoilt_annotations(root: Path) -> None:
     write("unnamed.json", categories=[{"id": 1}])
     write("twice.json", categories=[{"id": 1, "name": "red"}, {"id": 2, "name": "red"}])
     images = document["images"]
-    gone = [{**each, "file_name": "gone.png", "id": 900 + each["id"]} for each in images]
-    write("same_image.json", images=[*images, images[0]])
+    gone = [
+        {**each, "file_name": f"gone{each['id']}.png", "id": 900 + each["id"]} for each in images
+    ]
+    write("same_image.json", images=[*images, {**images[0], "file_name": "x.png"}])
     annotation = document["annotations"][0]
     annotation = {key: value for key, value in annotation.items() if key != "bbox"}
     write("no_box.json", annotations=[annotation])

@@ -179,7 +179,7 @@ def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:
         ({"images": [{"id": True, "file_name": "1.jpg"}]}, "integer id"),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "of its own"),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]}, "'cat' is used tw"),
-        ({"images": [image_entry(7), image_entry(7)]}, "id 7 is used twice"),
+        ({"images": [image_entry(7), {"id": 7, "file_name": "8.jpg"}]}, "id 7 is used twice"),
     ],
 )
 def test_coco_errors_are_one_line_with_the_file(tmp_path: Path, change: Any, message: str) -> None:
@@ -263,8 +263,8 @@ def test_voc_findings(tmp_path: Path) -> None:
     assert len(table.boxes) == 0
     kinds = [finding.kind for finding in findings]
     assert kinds == ["malformed box"] + ["unreadable annotations"] * 2 + ["class not trained"]
-    assert findings[0].file.endswith("a.png")
-    assert findings[1].file.endswith("b.png")
+    assert findings[0].file.endswith("a.xml") and "'left, 3, 10, 8'" in findings[0].detail
+    assert findings[1].file.endswith("b.xml") and "train.txt line 2" in findings[1].detail
 
 
 def test_voc_errors(tmp_path: Path) -> None:
@@ -304,7 +304,12 @@ def test_yolo(tmp_path: Path, config: str) -> None:
     (root / "list.txt").write_text(lines)
     for given in (root, root / "data.yaml"):
         table, findings = read_yolo(given, "train")
-        assert findings == []
+        assert [(f.kind, f.count) for f in findings] == [
+            ("image without a label file", 1),
+            ("label line with a score", 1),
+            ("label line with a polygon", 1),
+        ]
+        assert findings[1].file.endswith("a.txt") and findings[1].detail.endswith("line 3")
         assert table.class_names == ("cat", "dog")
         assert table.box_counts.tolist() == [2, 1, 0]
         assert table.sizes.tolist() == [[20, 40]] * 3
@@ -332,11 +337,15 @@ def test_yolo_findings(tmp_path: Path) -> None:
     assert [(f.kind, f.image_id) for f in findings] == [
         ("malformed box", 1),
         ("malformed box", 1),
+        ("malformed box", 1),
         ("unknown category id", 1),
         ("unknown category id", 1),
+        ("image without a label file", None),
         ("class not trained", None),
     ]
-    assert table.box_counts.tolist() == [1, 0, 0]  # the box with NaN is for the check
+    assert [f.detail.split(":")[0] for f in findings[:5]] == [f"line {n}" for n in (1, 2, 5, 3, 4)]
+    assert all(f.file.endswith("labels/a.txt") for f in findings[:5])
+    assert table.box_counts.tolist() == [0, 0, 0]
     assert table.category_ids == (0,)
 
 
@@ -344,6 +353,9 @@ def test_yolo_findings(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ("[", "not YAML"),
+        ("[" * 3000, "not YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]\ntrain: train/images", "names"),
+        ("names: [a]\nkpt_shape: [17]\ntrain: train/images", "kpt_shape"),
         ("just text", "names"),
         ("train: train/images", "names"),
         ("names: [a, a]\ntrain: train/images", "'a' is used twice"),

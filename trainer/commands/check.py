@@ -12,18 +12,19 @@ from trainer.commands.command_flags import (
     count,
     say,
     share,
+    side,
     write_json,
 )
-from trainer.commands.image_files import SUFFIXES
-from trainer.readers.findings import Finding, format_findings
+from trainer.readers.findings import BadDataset, Finding, format_findings
 from trainer.settings.config import COCO_FILES, DATASETS, TrainConfig
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
+from vidt.images.formats import ENDINGS
 
 SUMMARY = """
-Reads every annotation and the header of every image, and prints what is wrong with them and what a
-training would do about it: boxes dropped or clipped, images left out, classes without examples,
-images that are in both splits. It takes seconds, not hours, and changes nothing.
+Reads every annotation and every image, and prints what is wrong with them and what a training would
+do about it: boxes dropped or clipped, images left out, files that nothing uses, classes without
+examples, images that are in both splits or look alike. It changes nothing.
 """
 EXAMPLES = """
 examples:
@@ -38,7 +39,7 @@ count).
 
 exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
 """
-DATASET_SUFFIXES = (*SUFFIXES, ".txt", ".xml", ".yaml", ".yml")
+DATASET_SUFFIXES = (*ENDINGS, ".txt", ".xml", ".yaml", ".yml")
 HELP_OF = {
     "coco_path": "folder with annotations/instances_{train,val}2017.json, train2017/, val2017/",
     "voc_path": "folder of a Pascal VOC dataset",
@@ -68,6 +69,23 @@ def flags() -> OneLineParser:
         metavar="S",
         help="share of unusable images that a training accepts (default %(default)s)",
     )
+    parser.add_argument(
+        "--eval_size",
+        type=side,
+        default=TrainConfig.eval_size,
+        metavar="N",
+        help="short side at evaluation, pixels, for objects too small (default %(default)s)",
+    )
+    parser.add_argument(
+        "--strict_images",
+        action="store_true",
+        help="leave out JPEG files whose end is missing, as a training with this flag does",
+    )
+    parser.add_argument(
+        "--no_look_alikes",
+        action="store_true",
+        help="do not decode the images to find validation images that look like training images",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON to a file")
     return parser
@@ -79,7 +97,6 @@ def run(argv: Sequence[str]) -> int:
     config = settings(vars(given))
     check_result("--out", given.out, read_files(config, given.out))
     # Imported here, so that --help does not wait for PyTorch.
-    from trainer.data.dataset_check import BadDataset
     from trainer.data.load import read_datasets
 
     failure: BadDataset | None = None
@@ -87,7 +104,10 @@ def run(argv: Sequence[str]) -> int:
     tables: list[Any] = []
     try:
         train, val, findings = read_datasets(
-            config, num_queries=given.det_token_num, num_classes=None
+            config,
+            num_queries=given.det_token_num,
+            num_classes=None,
+            compare_pictures=not given.no_look_alikes,
         )
         tables = [train, val]
     except BadDataset as error:
@@ -120,8 +140,8 @@ def settings(given: dict[str, Any]) -> TrainConfig:
     if len(kinds) > 1:
         both = " and ".join(f"--{name}" for name in paths)
         raise UserError(f"{both}: check one dataset at a time")
-    share = given["max_bad_fraction"]
-    return TrainConfig(dataset_file=kinds[0], max_bad_fraction=share, **paths)
+    chosen = {name: given[name] for name in ("max_bad_fraction", "eval_size", "strict_images")}
+    return TrainConfig(dataset_file=kinds[0], **chosen, **paths)
 
 
 def read_files(config: TrainConfig, out: Path | None) -> list[Path]:

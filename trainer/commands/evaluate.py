@@ -19,7 +19,9 @@ from trainer.commands.command_flags import (
 )
 from trainer.commands.image_files import ImageFile
 from trainer.commands.predictions import predict_files, read_file
-from trainer.readers.coco_file import CocoFile, read_coco_file
+from trainer.readers.coco_file import CocoFile, locate_images, read_coco_file
+from trainer.readers.findings import format_findings
+from trainer.readers.values import shortened
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
@@ -64,11 +66,14 @@ def run(argv: Sequence[str]) -> int:
     detector = load_detector(given)
     file = read(given.json, given.images, detector.class_names)
     found, unread = predict(detector, file, given.images, given.batch_size)
-    num_images = len(file.images.ids)
-    if len(unread) > MAX_BAD * num_images:
+    num_images, malformed = len(file.images.ids), file.images.num_malformed
+    if len(unread) + malformed > MAX_BAD * (num_images + malformed):
+        for line in remarks(file, {}, [], 0):  # the error tells of the unreadable ones
+            note(line)
+        first = unread[0] if unread else f"{file.source}: {shortened(file.images.malformed[0])}"
         raise UserError(
-            f"--images {given.images}: {len(unread)} of {num_images} images cannot be read; the "
-            f"first: {unread[0]}"
+            f"--images {given.images}: {len(unread) + malformed} of {num_images + malformed} "
+            f"images cannot be read; the first: {first}"
         )
     truth = judge(file, found)
     metrics = box_scores(file, truth, found, detector.class_names)
@@ -103,6 +108,7 @@ def read(
         )
     if not os.path.isdir(image_dir):
         raise UserError(f"{images_flag} {image_dir}: no such folder")
+    locate_images(file, image_dir)
     files = file.images.names
     if not any(os.path.isfile(os.path.join(image_dir, name)) for name in files):
         raise UserError(
@@ -143,10 +149,16 @@ def predict(
 def remarks(
     file: CocoFile, left_out: Mapping[str, int], unread: Sequence[str], unusable_masks: int
 ) -> Iterator[str]:
-    """A line for each reason why something does not count."""
+    """A line for each reason why something does not count, or counts in another way."""
+    if file.findings:
+        yield format_findings(file.findings)
     malformed = file.images.num_malformed
     if malformed:
-        yield f"{file.source}: {malformed} images without a file_name or id are left out"
+        first = shortened(file.images.malformed[0])
+        yield (
+            f"{file.source}: {malformed} images without a file_name or an id of 64 bits are left "
+            f"out; the first: {first}"
+        )
     for problem, number in left_out.items():
         yield f"{file.source}: {number} objects {problem} are left out"
     if unusable_masks:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from vidt.errors import UserError
+from vidt.images.formats import ending, is_picture
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-)
 STANDARD_INPUT = "-"
 
 
@@ -42,13 +40,15 @@ class ImageFiles:
     """The images that the words of a command line name, in order; those of a folder and its
     subfolders sorted by name. A folder is read when it is reached.
 
-    `avoid` is a folder to skip: the results may lie among the images.
+    `avoid` is a folder to skip: the results may lie among the images. `others` counts, by ending,
+    the files of folders that are no pictures, as they are passed over.
 
     Raises UserError for a word that matches nothing, and for standard input that does not hold one
     name a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
+        self.others = Counter[str]()
         self._stdin, self._avoid = stdin, None if avoid is None else os.path.realpath(avoid)
         if list(words).count(STANDARD_INPUT) > 1:
             raise UserError("IMAGES - stands for standard input; give it once")
@@ -61,11 +61,12 @@ class ImageFiles:
         ]
 
     def __iter__(self) -> Iterator[ImageFile]:
+        self.others.clear()
         for source in self._sources:
             if source.word == STANDARD_INPUT:
                 yield from self._listed(_names(self._stdin), "", source.prefix)
             elif source.matches is not None:
-                images = (path for path in source.matches if _is_image(os.path.basename(path)))
+                images = (path for path in source.matches if is_picture(os.path.basename(path)))
                 start = _fixed_part(source.word)
                 yield from self._listed(source.matches, start, source.prefix, _twins(images))
             elif os.path.isdir(source.word):
@@ -98,7 +99,9 @@ class ImageFiles:
                 if not name.startswith(".")
                 and os.path.realpath(os.path.join(place, name)) != self._avoid
             )
-            images = sorted(name for name in files if _is_image(name))
+            images = sorted(name for name in files if is_picture(name))
+            rest = (name for name in files if not is_picture(name) and not name.startswith("."))
+            self.others.update(map(ending, rest))
             twins = _twins(images)
             inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, folder)))
             for name in images:
@@ -177,7 +180,8 @@ def _source(word: str) -> _Source:
 
 def _names(lines: Iterable[str]) -> Iterator[str]:
     """Raises UserError for names separated by null bytes, as by find -print0."""
-    for line in lines:
+    for number, line in enumerate(lines):
+        line = line if number else line.removeprefix("\ufeff")  # a byte order mark
         if "\0" in line:
             raise UserError("IMAGES -: null bytes in it; names are expected one a line")
         if line.strip():
@@ -203,7 +207,3 @@ def _harmless(path: str) -> str:
     """The path without its root and its `..`, so that it stays below any folder."""
     parts = [part for part in Path(os.path.normpath(path)).parts if part not in ("/", "..")]
     return os.path.join(*parts) if parts else "image"
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES

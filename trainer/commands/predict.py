@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +25,7 @@ from trainer.commands.command_flags import (
     write_result,
 )
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
-from trainer.commands.predictions import Predicted, predict_files
+from trainer.commands.predictions import Predicted, predict_files, read_file
 from trainer.scoring.prediction_formats import (
     Format,
     ImagePredictions,
@@ -38,15 +39,16 @@ from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
+from vidt.images.files import is_truncated
 
 SUMMARY = """
 Detects objects in images: in files, in folders and all folders inside, in files that match a
 pattern, or in files that standard input lists, one a line. Writes the images with boxes drawn on
 them, and the class, the score from 0 to 1 and the box of each object, in pixels of the original
 image. Results appear in the order of the images, as they are ready: a million images take no more
-memory than a hundred. Unreadable files are skipped and named at the end. Images are used as they
-are stored, not turned as their EXIF says; training and evaluation turn an image if its annotated
-size says so.
+memory than a hundred. Unreadable files are skipped and named at the end. Photographs are turned as
+their EXIF says, as every viewer shows them, and boxes are those of the turned image; training and
+evaluation turn an image if its annotated size says so.
 """
 EXAMPLES = """
 examples:
@@ -84,7 +86,7 @@ FILES = {
     "coco": "predictions.coco.json",
     "csv": "predictions.csv",
 }
-NAMED = 3  # unreadable images that the summary names
+NAMED = 20  # unreadable images that the summary names
 PICTURE_KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -108,6 +110,12 @@ def flags() -> OneLineParser:
     kinds = parser.add_mutually_exclusive_group()
     for name, text in FORMATS.items():
         kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
+    parser.add_argument(
+        "--stored_pixels", action="store_true", help="do not turn images as their EXIF says"
+    )
+    parser.add_argument(
+        "--strict_images", action="store_true", help="skip JPEG files whose end is missing"
+    )
     parser.add_argument("--no_pictures", action="store_true", help="with --out: write no images")
     add_detector_flags(parser, batch_size=8)
     return parser
@@ -139,6 +147,7 @@ def _predict(given: Any) -> int:
                 files,
                 threshold=given.threshold,
                 batch_size=given.batch_size,
+                read=partial(read_file, exif=not given.stored_pixels, strict=given.strict_images),
             )
             done: Iterable[Predicted] = _placed(predicted, results)
             if results.pictures:
@@ -153,7 +162,7 @@ def _predict(given: Any) -> int:
             )
         if not results.images:
             raise UserError(f"IMAGES {' '.join(given.images)}: there is no image in it")
-    for line in results.summary():
+    for line in [*results.summary(), *passed_over(files)]:
         note(line)
     return 0
 
@@ -185,6 +194,12 @@ class NothingRead(UserError):
     """None of the images could be read."""
 
     exit_code = 1
+
+
+def passed_over(files: ImageFiles) -> list[str]:
+    """How many files of the folders are no pictures by their ending; a line, or none."""
+    kinds = [f"{count} {kind or 'without ending'}" for kind, count in files.others.most_common(10)]
+    return [f"no pictures by their ending: {', '.join(kinds)}"] if kinds else []
 
 
 def check_output(out: Path | None, kind: str | None) -> None:
@@ -220,6 +235,7 @@ class PredictionWriter:
         self.pictures = pictures and out is not None
         self.images = self.skipped = self.boxes = 0
         self.reasons: list[str] = []  # why the first few are unreadable
+        self.truncated: list[str] = []
         self._format = format_of(kind, detector, given)
         self._is_new = out is not None and not out.exists()
         self._open_files = ExitStack()
@@ -297,6 +313,8 @@ class PredictionWriter:
                 self._file.flush()
         if found.problem:
             return
+        if predicted.picture is not None and is_truncated(predicted.picture):
+            self.truncated.append(predicted.file.path)
         self.images += 1
         self.boxes += len(found.labels)
         path = self.labels_path(predicted.file)
@@ -311,7 +329,12 @@ class PredictionWriter:
             lines.append(f"skipped {self.skipped} that cannot be read:")
             lines += [f"  {reason}" for reason in self.reasons]
         if self.skipped > len(self.reasons):
-            lines.append(f"  and {self.skipped - len(self.reasons)} more")
+            where = f", in {FILES['json']}" if self.out and self.kind == "json" else ""
+            lines.append(f"  and {self.skipped - len(self.reasons)} more{where}")
+        if self.truncated:
+            lines.append(
+                f"used {len(self.truncated)} whose end is missing: {self.truncated[0]}, ..."
+            )
         return lines
 
     def _opened(self) -> TextIO:

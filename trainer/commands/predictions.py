@@ -41,10 +41,16 @@ class Predicted:
     found: ImagePredictions
 
 
-def read_file(file: ImageFile, size: tuple[int, int] | None = None) -> Read:
+def read_file(
+    file: ImageFile,
+    size: tuple[int, int] | None = None,
+    *,
+    exif: bool = False,
+    strict: bool = False,
+) -> Read:
     """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
     try:
-        return Read(file, read_image(file.path, size))
+        return Read(file, read_image(file.path, size, exif=exif, strict=strict))
     except UserError as error:
         return Read(file, None, str(error))
 

@@ -1,7 +1,8 @@
 """Check a dataset before training: repair or leave out what is wrong, and report all of it.
 
 This reads only the header and the end of each image file, so it takes seconds. The loader handles
-other damage when it decodes an image.
+other damage when it decodes an image. `trainer.data.dataset_advice` looks for what is usable but
+implausible.
 """
 
 import hashlib
@@ -15,36 +16,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.readers.coco_columns import judge_boxes
-from trainer.readers.findings import Finding, Severity, fold, listed
+from trainer.readers.coco_columns import judge_boxes, repeated_boxes
+from trainer.readers.findings import (
+    BadDataset,
+    Finding,
+    Severity,
+    fold,
+    hint_at_losses,
+    listed,
+    num_removed,
+)
 from trainer.readers.samples import SampleTable
 from vidt.errors import UserError, counted
 from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_images
 
 # Rounding in annotation tools moves boxes beyond the image by less than this many pixels.
 _ROUNDING = 1.0
+DEEP = "image of more than 8 bits"
 
 
-class BadDataset(UserError):
-    """A dataset that is unfit for training; `findings` give the details."""
-
-    def __init__(self, message: str, findings: Sequence[Finding]) -> None:
-        super().__init__(message)
-        self.findings = list(findings)
+__all__ = ["BadDataset", "check", "clean"]
 
 
 def clean(
-    table: SampleTable, *, max_bad_fraction: float = 0.05
+    table: SampleTable,
+    *,
+    max_bad_fraction: float = 0.05,
+    strict_images: bool = False,
+    found: Sequence[Finding] = (),
 ) -> tuple[SampleTable, list[Finding]]:
-    """Return the usable samples, with boxes inside their images, and all findings.
+    """Return the usable samples, with boxes inside their images, and all findings: those that the
+    reader `found` first.
 
-    Removes images that are missing, unreadable or of another size than annotated; drops boxes that
-    are not finite, have no area or lie outside their image; clips the others.
+    Removes images that are missing, unreadable or of another size than annotated, and with
+    `strict_images` truncated ones; drops boxes that are not finite, have no area, lie outside their
+    image or are there twice; clips the others.
 
-    Raises BadDataset if it removes all images, or more than the share `max_bad_fraction`.
+    Raises BadDataset if all images are removed, or more than the share `max_bad_fraction`, those
+    that the reader removed included.
     """
-    cleaned, _, findings = _clean(table, max_bad_fraction)
-    return cleaned, findings
+    cleaned, _, findings = _clean(table, max_bad_fraction, strict_images, found)
+    return cleaned, [*found, *findings]
 
 
 def check(
@@ -53,34 +65,39 @@ def check(
     *,
     num_queries: int,
     max_bad_fraction: float = 0.05,
+    strict_images: bool = False,
+    found: Sequence[Finding] = (),
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
-    """Clean both splits (see `clean`) and return them with all findings in and between them.
+    """Clean both splits (see `clean`) and return them with all findings in and between them, after
+    those that the reader `found`.
 
     `num_queries` is the number of [DET] tokens, the most objects that an image can have.
 
     Raises BadDataset as `clean` does, or if there is no box to learn from.
     """
     assert train.class_names == val.class_names, "read the validation set with train.class_names"
-    train, train_headers, findings = _clean(train, max_bad_fraction)
-    try:
-        val, val_headers, val_findings = _clean(val, max_bad_fraction)
-    except BadDataset as error:
-        raise BadDataset(str(error), findings + error.findings) from error
-    findings += val_findings
+    train, train_headers, in_train = _clean(train, max_bad_fraction, strict_images, found)
+    findings = [*found, *in_train]
+    val, val_headers, in_val = _clean(val, max_bad_fraction, strict_images, findings)
+    findings += in_val
     for table in (train, val):
         findings += _crowded_images(table, num_queries)
     findings += _classes_without_boxes(train, val)
     findings += fold(_shared_images(train, train_headers, val, val_headers))
     if bool(train.crowd.all()):
-        raise BadDataset(f"{train.source}: no image has a box to learn from", findings)
+        hint = hint_at_losses(findings, train.source)
+        raise BadDataset(f"{train.source}: no image has a box to learn from{hint}", findings)
     return train, val, findings
 
 
 def _clean(
-    table: SampleTable, max_bad_fraction: float
+    table: SampleTable, max_bad_fraction: float, strict_images: bool, found: Sequence[Finding]
 ) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
-    table, headers, findings = _usable_images(table, max_bad_fraction)
-    findings += _mode_findings(table, headers)
+    """The usable samples, the headers of their images, and findings, without those `found`, which
+    an error carries too.
+    """
+    table, headers, findings = _usable_images(table, max_bad_fraction, strict_images, found)
+    findings += _file_findings(table, headers)
     table, box_findings = _clean_boxes(table)
     findings += box_findings
     findings += _images_without_boxes(table)
@@ -89,7 +106,7 @@ def _clean(
 
 
 def _usable_images(
-    table: SampleTable, max_bad_fraction: float
+    table: SampleTable, max_bad_fraction: float, strict_images: bool, found: Sequence[Finding]
 ) -> tuple[SampleTable, list[ImageHeader], list[Finding]]:
     sizes = table.sizes.tolist()
     kept_sizes: list[tuple[int, int]] = []
@@ -98,6 +115,8 @@ def _usable_images(
 
     def examined() -> Iterator[Finding]:
         for index, header in enumerate(probe_images(table.paths())):
+            if strict_images and isinstance(header, ImageHeader) and header.truncated:
+                header = UnreadableImage(f"{table.path(index)}: truncated, and --strict_images")
             finding, size = _examine(table, index, header, (sizes[index][0], sizes[index][1]))
             if size is not None and isinstance(header, ImageHeader):
                 kept.append(index)
@@ -107,11 +126,13 @@ def _usable_images(
                 yield finding
 
     findings = fold(examined())
-    num_bad = len(table) - len(kept)
-    if not kept or num_bad > max_bad_fraction * len(table):
-        bad = [finding for finding in findings if finding.action == "removed"]
+    removed = num_removed(found, table.source)  # by the reader
+    num_bad, total = len(table) - len(kept) + removed, len(table) + removed
+    if not kept or num_bad > max_bad_fraction * total:
+        findings = [*found, *findings]
+        bad = [f for f in findings if f.action == "removed" and f.source == table.source]
         raise BadDataset(
-            f"{table.source}: {num_bad} of {counted(len(table), 'image')} cannot be used, more "
+            f"{table.source}: {num_bad} of {counted(total, 'image')} cannot be used, more "
             f"than --max_bad_fraction {max_bad_fraction:g} allows; the first: {bad[0].detail}",
             findings,
         )
@@ -164,18 +185,31 @@ def _image_finding(
     )
 
 
-def _mode_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Finding]:
-    return fold(
-        _image_finding(table, index, kind, "info", "converted to RGB", f"mode {header.mode}")
-        for index, header in enumerate(headers)
-        if (kind := _mode_kind(header.mode))
-    )
+def _file_findings(table: SampleTable, headers: list[ImageHeader]) -> list[Finding]:
+    """Of images that are not all there, have several frames, or are not RGB with 8 bits."""
+
+    def found() -> Iterator[Finding]:
+        for index, header in enumerate(headers):
+            if header.truncated:
+                kind, action = "truncated image", "used without its end"
+                detail = "the end of the file is missing: rows at the bottom have one colour"
+                yield _image_finding(table, index, kind, "warning", action, detail)
+            if header.frames:
+                kind, action = "image of several frames", "the first is used"
+                yield _image_finding(table, index, kind, "info", action)
+            if kind := _mode_kind(header.mode):
+                detail = f"mode {header.mode}"
+                if kind == DEEP:
+                    detail += "; values up to 4095 count as 12 bits, others as 16"
+                yield _image_finding(table, index, kind, "info", "converted to RGB", detail)
+
+    return fold(found())
 
 
 def _mode_kind(mode: str) -> str:
     """The kind of finding for a Pillow mode, "" for RGB."""
     if mode.startswith("I") or mode == "F":
-        return "image of more than 8 bits"
+        return DEEP
     if mode in ("L", "1"):
         return "grey image"
     if mode == "P":
@@ -189,12 +223,15 @@ def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
     sizes = table.sizes[table.box_owners].numpy()
     judged = judge_boxes(table.boxes.numpy(), table.areas.numpy(), sizes)
     finite, empty, outside = judged.finite, judged.empty, judged.outside
+    columns = (table.box_owners, table.labels, table.crowd, table.boxes)
+    twice = judged.usable & repeated_boxes(*(column.numpy() for column in columns))
     far, near = judged.excess >= _ROUNDING, judged.excess < _ROUNDING
-    sticks_out = judged.usable & (judged.excess > 0)
+    sticks_out = judged.usable & ~twice & (judged.excess > 0)
     faults: tuple[tuple[np.ndarray, str, Severity, str], ...] = (
         (~finite, "box with NaN or infinity", "warning", "dropped"),
         (finite & empty, "degenerate box", "warning", "dropped"),
         (finite & ~empty & outside, "box outside the image", "warning", "dropped"),
+        (twice, "box twice", "warning", "dropped"),
         (sticks_out & far, "box beyond the image", "warning", "clipped"),
         (sticks_out & near, "box beyond the image by rounding", "info", "clipped"),
     )
@@ -203,7 +240,7 @@ def _clean_boxes(table: SampleTable) -> tuple[SampleTable, list[Finding]]:
         findings += _box_findings(table, torch.from_numpy(where), kind, severity, action)
     boxes, areas = torch.from_numpy(judged.boxes), torch.from_numpy(judged.areas)
     table = replace(table, boxes=boxes, areas=areas)
-    return table.keep_boxes(torch.from_numpy(judged.usable)), findings
+    return table.keep_boxes(torch.from_numpy(judged.usable & ~twice)), findings
 
 
 def _box_findings(

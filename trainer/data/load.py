@@ -5,18 +5,26 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from trainer.data.dataset_check import BadDataset, check, clean
+from trainer.data.dataset_advice import implausible_boxes, near_duplicates, rare_classes
+from trainer.data.dataset_check import check, clean
 from trainer.data.shapes import write_shapes
+from trainer.data.unused_files import unused_files
 from trainer.readers.coco import coco_folder, read_coco
-from trainer.readers.findings import Finding, format_findings, write_findings
+from trainer.readers.findings import (
+    BadDataset,
+    FilesSeen,
+    Finding,
+    format_findings,
+    write_findings,
+)
 from trainer.readers.samples import SampleTable
 from trainer.readers.voc import read_voc
 from trainer.readers.yolo import read_yolo
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError, counted
 
-# Takes "train" or "val", the class names to match, and whether to read masks.
-Reader = Callable[[str, Sequence[str] | None, bool], tuple[SampleTable, list[Finding]]]
+# Takes "train" or "val", the class names to match, whether to read masks, and the files seen.
+Reader = Callable[[str, Sequence[str] | None, bool, FilesSeen], tuple[SampleTable, list[Finding]]]
 SHAPES_CACHE = Path("~/.cache/vidt")  # the embedded images are written here, once
 
 logger = get_logger(__name__)
@@ -29,15 +37,23 @@ def reader_of(config: TrainConfig) -> Reader:
             "train": (config.train_json, config.train_images),
             "val": (config.val_json, config.val_images),
         }
-        return lambda split, names, masks: read_coco(*files[split], names, masks=masks)  # type: ignore[arg-type]
+        return lambda split, names, masks, seen: read_coco(
+            *files[split],  # type: ignore[arg-type]
+            names,
+            masks=masks,
+            seen=seen,
+        )
     if config.dataset_file == "voc":
-        return lambda split, names, masks: read_voc(str(config.voc_path), split, names)
+        return lambda split, names, _, seen: read_voc(str(config.voc_path), split, names, seen=seen)
     if config.dataset_file == "yolo":
-        return lambda split, names, masks: read_yolo(str(config.yolo_path), split, names)
+        path = str(config.yolo_path)
+        return lambda split, names, _, seen: read_yolo(path, split, names, seen=seen)
     root = config.coco_path
     if config.dataset_file == "shapes":
         root = str(write_shapes(SHAPES_CACHE.expanduser()))
-    return lambda split, names, masks: read_coco(*coco_folder(str(root), split), names, masks=masks)
+    return lambda split, names, masks, seen: read_coco(
+        *coco_folder(str(root), split), names, masks=masks, seen=seen
+    )
 
 
 def read_datasets(
@@ -47,15 +63,17 @@ def read_datasets(
     num_classes: int | None,
     masks: bool = False,
     token_label: bool = False,
+    compare_pictures: bool = False,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """The usable training and validation samples, and all findings. `masks` reads the masks of both
-    splits; `token_label` those of the training split, if it has any.
+    splits; `token_label` those of the training split, if it has any. `compare_pictures` decodes all
+    pictures to find near-duplicates between the splits.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
     """
-    read = reader_of(config)
-    train, findings = read("train", None, masks or token_label)
+    read, seen = reader_of(config), FilesSeen()
+    train, findings = read("train", None, masks or token_label, seen)
     if masks and train.masks is None:
         raise UserError(
             f"{train.source}: no object has a mask to learn from; leave --with_vector out"
@@ -67,22 +85,44 @@ def read_datasets(
             f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
             "leave the flag out"
         )
-    val, val_findings = read("val", train.class_names, masks)
-    train, val, checked = check(
-        train, val, num_queries=num_queries, max_bad_fraction=config.max_bad_fraction
+    try:
+        val, in_val = read("val", train.class_names, masks, seen)
+    except BadDataset as error:
+        raise BadDataset(str(error), [*findings, *error.findings]) from error
+    train, val, findings = check(
+        train,
+        val,
+        num_queries=num_queries,
+        max_bad_fraction=config.max_bad_fraction,
+        strict_images=config.strict_images,
+        found=[*findings, *in_val, *unused_files(seen)],
     )
-    return train, val, [*findings, *val_findings, *checked]
+    for table in (train, val):
+        findings += implausible_boxes(table, config.eval_size)
+    findings += rare_classes(train)
+    if compare_pictures:
+        findings += near_duplicates(train, val)
+    return train, val, findings
 
 
 def read_validation(
     config: TrainConfig, class_names: Sequence[str], *, masks: bool = False
 ) -> tuple[SampleTable, list[Finding]]:
     """The validation samples, labelled by the class names of a weights file. Raises UserError as
-    `read_datasets` does, but not for missing masks.
+    `read_datasets` does, but not for missing masks; the findings that led to it are logged.
     """
-    val, findings = reader_of(config)("val", class_names, masks)
-    val, checked = clean(val, max_bad_fraction=config.max_bad_fraction)
-    return val, [*findings, *checked]
+    try:
+        val, findings = reader_of(config)("val", class_names, masks, FilesSeen())
+        val, findings = clean(
+            val,
+            max_bad_fraction=config.max_bad_fraction,
+            strict_images=config.strict_images,
+            found=findings,
+        )
+    except BadDataset as error:
+        logger.info(format_findings(error.findings))
+        raise
+    return val, findings
 
 
 def read_and_log(

@@ -21,13 +21,15 @@ from trainer.readers.coco_file import (
     UNKNOWN_CATEGORY,
     UNKNOWN_IMAGE,
     CocoFile,
+    locate_images,
     read_coco_file,
     read_masks,
 )
-from trainer.readers.findings import Finding, fold, listed
+from trainer.readers.findings import FilesSeen, Finding, fold, listed
 from trainer.readers.masks import MaskColumn
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import SampleTable
+from trainer.readers.values import shortened
 from vidt.errors import UserError
 
 # Kind of finding, the key at fault, and the detail with its value.
@@ -59,13 +61,15 @@ def read_coco(
     class_names: Sequence[str] | None = None,
     *,
     masks: bool = False,
+    seen: FilesSeen | None = None,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a COCO file and list what was left out.
 
     Labels follow the sorted category ids, or `class_names` if given, as a validation set takes
     those of its training set. Categories are then matched by name, and boxes of other classes are
     left out with a finding, since the model has no output for them. Segmentations are read only
-    with `masks`; an object whose segmentation is unusable keeps its box.
+    with `masks`; an object whose segmentation is unusable keeps its box. Files that are dealt with
+    are added to `seen`.
 
     Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
@@ -75,7 +79,12 @@ def read_coco(
     file = read_coco_file(json_path, class_names)
     images, annotations = file.images, file.annotations
     folder = os.fspath(image_dir)
-    findings = [*_image_findings(file), *_fault_findings(file, folder)]
+    locate_images(file, folder)
+    findings = [*file.findings, *_image_findings(file), *_fault_findings(file, folder)]
+    paths = [os.path.join(folder, name) for name in images.names]
+    if seen is not None:
+        seen.folders.add(folder)
+        seen.files.update(map(os.path.normpath, paths))
     foreign = annotations.category_ids[file.faults == FOREIGN_CLASS].tolist()
     findings += foreign_class_findings(file.source, (file.own_names[own_id] for own_id in foreign))
 
@@ -94,7 +103,7 @@ def read_coco(
         source=file.source,
         class_names=file.classes.names,
         category_ids=file.classes.category_ids,
-        paths=(os.path.join(folder, name) for name in images.names),
+        paths=paths,
         image_ids=images.ids,
         sizes=images.sizes,
         owners=_kept(file.owners, keep),
@@ -116,8 +125,8 @@ def _image_findings(file: CocoFile) -> list[Finding]:
     malformed = file.images.malformed
 
     def finding(row: int) -> Finding:
-        needs = "needs an integer id and a valid file_name"
-        detail = f"image entry {malformed[row]} {needs}"
+        needs = "needs an integer id of 64 bits and a valid file_name"
+        detail = f"image entry {shortened(malformed[row], 200)} {needs}"
         return Finding("malformed image", "error", "removed", detail, file.source)
 
     return listed(range(file.images.num_malformed), finding)
@@ -135,7 +144,7 @@ def _fault_findings(file: CocoFile, folder: str) -> Iterator[Finding]:
         kind, key, detail = _FAULTS[int(file.faults[row])]
         numbers, is_odd = columns[key]
         if row in file.odd:
-            value = repr(file.odd[row].get(key))
+            value = shortened(file.odd[row].get(key), 200)
         else:  # only the values of the first odd rows are stored
             value = "(not shown)" if is_odd[row] else str(numbers[row])
         return _finding(file, folder, row, kind, "dropped", detail.format(value))

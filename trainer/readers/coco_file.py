@@ -7,14 +7,16 @@ The file is read part by part: a million annotations are common. Boxes stay as a
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trainer.readers.classes import ClassMatch, match_classes
 from trainer.readers.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
+from trainer.readers.findings import Finding, listed
 from trainer.readers.json_stream import NotJSON, read_members
 from trainer.readers.run_lengths import RunLengths, read_segmentation
+from trainer.readers.values import existing_name, shortened, whole_number
 from vidt.errors import UserError
 
 # Why an annotation is left out; the first reason that applies counts.
@@ -23,7 +25,9 @@ UNKNOWN_IMAGE, UNKNOWN_CATEGORY, MALFORMED_BOX, FOREIGN_CLASS, NO_FAULT = range(
 
 @dataclass(frozen=True, eq=False)
 class CocoFile:
-    """N images and M annotations; `source` names the file in messages."""
+    """N images and M annotations; `source` names the file in messages. `findings` are about values
+    that COCO writes otherwise, and images that are there twice.
+    """
 
     path: str
     source: str
@@ -35,12 +39,15 @@ class CocoFile:
     owners: np.ndarray  # int64 [M], the image, 0..N-1, of each; -1 if unknown
     labels: np.ndarray  # int64 [M], -1 for a class that is not trained, -2 for an unknown one
     faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
+    findings: list[Finding] = field(default_factory=list)
 
 
 def read_coco_file(
     json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> CocoFile:
     """Read a file. Labels follow the sorted category ids, or `class_names`, matched by name.
+
+    An image file that is there twice counts once, with the boxes of both entries.
 
     Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
@@ -51,12 +58,15 @@ def read_coco_file(
     classes = match_classes(str(json_path), own_names, class_names)
     _require_images(json_path, images)
     columns = annotations.joined()
-    owners = _owners(columns, images.ids)
+    source = os.path.basename(json_path)
+    findings = images.told.findings(source, str(json_path))
+    findings += annotations.told.findings(source, str(json_path))
+    owners, more = _owners_in_files(columns, images, source)
     labels = _labels(columns, classes)
     faulty = [owners < 0, labels == -2, columns.no_box, labels == -1]
     return CocoFile(
         path=str(json_path),
-        source=os.path.basename(json_path),
+        source=source,
         own_names=own_names,
         classes=classes,
         images=images,
@@ -65,7 +75,23 @@ def read_coco_file(
         owners=owners,
         labels=labels,
         faults=np.select(faulty, list(range(len(faulty))), default=NO_FAULT),
+        findings=[*findings, *more],
     )
+
+
+def locate_images(file: CocoFile, folder: str) -> None:
+    """Replace file names with backslashes, as Windows writes them, by those that exist in `folder`,
+    with a finding in `file.findings`.
+    """
+    names = file.images.names
+    found = {i: existing_name(folder, names[i]) for i, name in enumerate(names) if "\\" in name}
+    changed = [index for index, name in found.items() if name != names[index]]
+    if changed:
+        detail = f"backslashes in file names are read as /; the first: {names[changed[0]]}"
+        kind, count = "file name with backslashes", len(changed)
+        file.findings.append(Finding(kind, "info", "read", detail, file.source, count=count))
+    for index in changed:
+        names[index] = found[index]
 
 
 def _read(
@@ -102,16 +128,17 @@ def _needs_list(json_path: str | os.PathLike[str], key: str) -> UserError:
 def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
-        own_id, name = category.get("id"), category.get("name")
-        if type(own_id) is not int or not isinstance(name, str) or own_id in names:
+        own_id, name = whole_number(category.get("id")), category.get("name")
+        if own_id is None or not isinstance(name, str) or own_id in names:
             raise UserError(
-                f"{json_path}: category {category} needs a name and an integer id of its own"
+                f"{json_path}: category {shortened(category)} needs a name and an integer id of "
+                "its own, of 64 bits"
             )
         try:
             name.encode()
         except UnicodeEncodeError:  # half of a surrogate pair
             raise UserError(
-                f"{json_path}: category {category} has a name that is no text"
+                f"{json_path}: category {shortened(category)} has a name that is no text"
             ) from None
         names[own_id] = name
     return names
@@ -126,7 +153,29 @@ def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> 
             f"{json_path}: image id {own_id} is used twice ({first}, {second}); ids must differ"
         )
     if not images.ids:
-        raise UserError(f"{json_path}: no image has an integer id and a file_name")
+        raise UserError(
+            f"{json_path}: no image has an integer id of 64 bits and a file_name; the first is "
+            f"{shortened(images.malformed[0], 200)}"
+        )
+
+
+def _owners_in_files(
+    annotations: Annotations, images: ImageColumns, source: str
+) -> tuple[np.ndarray, list[Finding]]:
+    """`_owners`, after images whose file is there twice have become one."""
+    owners = _owners(annotations, images.ids)
+    ids, names = images.ids, images.names
+    dropped = images.drop_repeated()
+    if dropped is None:
+        return owners, []
+    row_of, others = dropped
+
+    def finding(row: int) -> Finding:
+        detail = f"the file belongs to image {images.ids[int(row_of[row])]}, too"
+        action = "counted once, with the boxes of both"
+        return Finding("image twice", "warning", action, detail, source, names[row], ids[row])
+
+    return np.where(owners >= 0, row_of[owners], -1), listed(others, finding)
 
 
 def _owners(annotations: Annotations, image_ids: list[int]) -> np.ndarray:

@@ -4,8 +4,10 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from vidt.errors import UserError, counted
 
 Severity = Literal["error", "warning", "info"]
 GRAVEST_FIRST = ("error", "warning", "info")
@@ -17,7 +19,7 @@ class Finding:
     """One finding; `count` is above 1 only where it covers several boxes or images.
 
     `source` is the split (`SampleTable.source`). `action` says what was done: kept, dropped (a
-    box), removed (an image), clipped, turned, computed.
+    box), removed (an image), clipped, turned, computed, read.
     """
 
     kind: str
@@ -30,12 +32,53 @@ class Finding:
     annotation_id: int | None = None
     count: int = 1
 
+    @property
+    def text(self) -> str:
+        """The kind and the detail."""
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
     def line(self) -> str:
         """One line: the place and the detail."""
         place = [self.source, self.file]
         place += [] if self.image_id is None else [f"image {self.image_id}"]
         place += [] if self.annotation_id is None else [f"annotation {self.annotation_id}"]
         return ": ".join(part for part in (", ".join(filter(None, place)), self.detail) if part)
+
+
+class BadDataset(UserError):
+    """A dataset that is unfit for training; `findings` give the details."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]) -> None:
+        super().__init__(message)
+        self.findings = list(findings)
+
+
+@dataclass(frozen=True)
+class FilesSeen:
+    """What a reader has dealt with: the folders of a dataset, and the files in them that it used or
+    has a finding about. `trainer.data.unused_files` reports the others.
+    """
+
+    folders: set[str] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)
+
+
+def num_removed(findings: Iterable[Finding], source: str) -> int:
+    """Images of a split that are left out."""
+    return sum(f.count for f in findings if f.action == "removed" and f.source == source)
+
+
+def hint_at_losses(findings: Iterable[Finding], source: str) -> str:
+    """The end of a message: the gravest finding of a split, else how many boxes were left out and
+    why the first; "" for neither.
+    """
+    ours = [finding for finding in findings if finding.source == source]
+    grave = [finding for finding in ours if finding.severity == "error"]
+    lost = [finding for finding in ours if finding.action == "dropped"]
+    if grave:
+        return f"; {grave[0].text}"
+    count = counted(sum(finding.count for finding in lost), "box", "boxes")
+    return f"; {count} left out, the first: {lost[0].text}" if lost else ""
 
 
 def listed(rows: Sequence[int], finding: Callable[[int], Finding]) -> list[Finding]:

@@ -1,7 +1,8 @@
 """Pascal VOC (Annotations, ImageSets/Main, JPEGImages) to a sample table."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,11 +10,14 @@ from xml.etree import ElementTree
 import torch
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.readers.findings import Finding, fold
+from trainer.readers.findings import BadDataset, FilesSeen, Finding, Severity, fold
 from trainer.readers.samples import Sample, SampleTable
+from trainer.readers.values import number_of, parse_xml, read_text, shortened, truth
 from vidt.errors import UserError
+from vidt.images.formats import is_picture
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_LARGEST_SIDE = 2**31
 
 
 @dataclass(frozen=True)
@@ -30,35 +34,56 @@ class _Picture:
     objects: list[_Object]
 
 
+@dataclass(frozen=True)
+class _Line:
+    """One name of a list, with the files that belong to it."""
+
+    place: str  # in messages
+    picture: Path
+    xml: Path
+    odd: str = ""  # the line, if it has another form
+
+
 def read_voc(
-    root: str | os.PathLike[str], split: str, class_names: Sequence[str] | None = None
+    root: str | os.PathLike[str],
+    split: str,
+    class_names: Sequence[str] | None = None,
+    *,
+    seen: FilesSeen | None = None,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a split of one VOC folder, or of all VOC20xx folders in `root` that have the split.
 
     Labels follow the sorted class names, or `class_names` if given; boxes of other classes are
     left out with a finding. VOC counts pixels from 1 and includes both corners, so a box becomes
     (xmin - 1, ymin - 1, xmax, ymax). Difficult objects become crowd regions, which training and
-    scoring ignore. Images are numbered from 1.
+    scoring ignore. Images are numbered from 1. Files that are dealt with are added to `seen`.
 
-    Raises UserError if no folder has the split, or if none of its annotations can be read.
+    Raises UserError if no folder has the split, BadDataset if none of its annotations can be read.
     """
-    pictures: list[_Picture] = []
-    findings: list[Finding] = []
+    reader = _Reader(f"{Path(root).name}/{split}.txt", seen or FilesSeen())
     split_files = _split_files(Path(root), split)
     for split_file in split_files:
-        _read_year(split_file, pictures, findings)
+        reader.read_year(split_file)
+    pictures, findings = reader.pictures, fold(reader.findings)
     if not pictures:
-        raise UserError(f"{split_files[0]}: empty dataset: no image in it has annotations")
+        lost = [finding for finding in findings if finding.action == "removed"]
+        first = f": {lost[0].text}" if lost else ""
+        raise BadDataset(
+            f"{split_files[0]}: empty dataset: no image in it has annotations that can be "
+            f"read{first}",
+            findings,
+        )
     own_names = sorted({thing.name for picture in pictures for thing in picture.objects})
     if class_names is not None:
         own_names = sorted({*own_names, *class_names})
-    source = f"{Path(root).name}/{split}.txt"
-    classes = match_classes(source, dict(enumerate(own_names, 1)), class_names)
+    if not own_names:
+        raise BadDataset(f"{split_files[0]}: no object in its annotations has a box", findings)
+    classes = match_classes(reader.source, dict(enumerate(own_names, 1)), class_names)
     names = (thing.name for picture in pictures for thing in picture.objects)
-    findings += foreign_class_findings(source, (n for n in names if n not in classes.names))
+    findings += foreign_class_findings(reader.source, (n for n in names if n not in classes.names))
     samples = [_to_sample(index, picture, classes) for index, picture in enumerate(pictures, 1)]
-    table = SampleTable.from_samples(samples, classes.names, classes.category_ids, source)
-    return table, fold(findings)
+    table = SampleTable.from_samples(samples, classes.names, classes.category_ids, reader.source)
+    return table, findings
 
 
 def _split_files(root: Path, split: str) -> list[Path]:
@@ -70,60 +95,155 @@ def _split_files(root: Path, split: str) -> list[Path]:
     return found
 
 
-def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Finding]) -> None:
-    folder = split_file.parents[2]
-    source = f"{folder.name}/{split_file.name}"
-    image_dir = folder / "JPEGImages"
-    if not image_dir.is_dir():
-        raise UserError(f"{image_dir}: no such image folder")
-    file_names = {name.rsplit(".", 1)[0]: name for name in sorted(os.listdir(image_dir))}
-    for line in split_file.read_text().splitlines():
-        if not line.strip():
-            continue
-        stem = line.split()[0]  # split files of one class have "stem 1" or "stem -1"
-        path = str(image_dir / file_names.get(stem, f"{stem}.jpg"))
-        xml_path = folder / "Annotations" / f"{stem}.xml"
+class _Reader:
+    """Collects the pictures and findings of a split."""
+
+    def __init__(self, source: str, seen: FilesSeen) -> None:
+        self.source, self.seen = source, seen
+        self.pictures: list[_Picture] = []
+        self.findings: list[Finding] = []
+
+    def read_year(self, split_file: Path) -> None:
+        folder = split_file.parents[2]
+        image_dir, xml_dir = folder / "JPEGImages", folder / "Annotations"
+        if not image_dir.is_dir():
+            raise UserError(f"{image_dir}: no such image folder")
+        self.seen.folders.update((str(image_dir), str(xml_dir)))
+        file_names = self._file_names(image_dir)
+        first: dict[Path, str] = {}  # the place of each file that was named
+        for line in _lines(split_file, image_dir, xml_dir, file_names):
+            self.seen.files.update(os.path.normpath(each) for each in (line.picture, line.xml))
+            if line.xml in first:
+                detail = f"{line.place}: named before in {first[line.xml]}"
+                self.tell("image twice", "warning", "counted once", detail, str(line.picture))
+                continue
+            if line.odd:
+                kind = "name in another form"
+                self.tell(kind, "info", "read", f"{line.place}: {line.odd}", str(line.picture))
+            first[line.xml] = line.place
+            self._read_picture(line)
+
+    def tell(
+        self,
+        kind: str,
+        severity: Severity,
+        action: str,
+        detail: str,
+        file: str,
+        image_id: int | None = None,
+    ) -> None:
+        self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
+
+    def note(self, kind: str, severity: Severity, action: str, detail: str, file: str) -> None:
+        """A finding about the picture that is being read."""
+        self.tell(kind, severity, action, detail, file, len(self.pictures) + 1)
+
+    def _file_names(self, image_dir: Path) -> dict[str, str]:
+        """Name without ending to name, of the pictures in a folder."""
+        file_names: dict[str, str] = {}
+        for name in filter(is_picture, sorted(os.listdir(image_dir))):
+            used = file_names.setdefault(name.rsplit(".", 1)[0], name)
+            if used != name:
+                detail = f"{used} has the same name without its ending and is used"
+                file = str(image_dir / name)
+                kind = "picture that no list can name"
+                self.tell(kind, "warning", "not used", detail, file)
+                self.seen.files.add(os.path.normpath(file))
+        return file_names
+
+    def _read_picture(self, line: _Line) -> None:
+        path = str(line.picture)
         try:
-            tree = ElementTree.parse(xml_path).getroot()
-        except (OSError, ElementTree.ParseError) as error:
+            tree, remark = parse_xml(line.xml.read_bytes())
+        except (OSError, ElementTree.ParseError, ValueError) as error:
             # Kept without boxes, the image would train its objects as background.
-            detail = f"{xml_path.name} cannot be read ({error})"
-            findings.append(
-                Finding("unreadable annotations", "error", "removed", detail, source, path)
-            )
-            continue
-        pictures.append(_parse(path, tree, source, len(pictures) + 1, findings))
+            reason = error.strerror if isinstance(error, OSError) else error
+            detail = f"{line.xml.name} cannot be read ({reason}), named in {line.place}"
+            self.note("unreadable annotations", "error", "removed", detail, str(line.xml))
+            return
+        if remark:
+            self.note("XML that had to be mended", "warning", "read", remark, str(line.xml))
+        objects = [
+            found
+            for number, element in enumerate(tree.findall("object"), 1)
+            if (found := self._object(element, number, str(line.xml)))
+        ]
+        size, odd = _size(tree)
+        if odd:
+            detail = f"{odd}: the size of the file is used"
+            self.note("size that no image has", "warning", "ignored", detail, str(line.xml))
+        self.pictures.append(_Picture(path, size, objects))
 
-
-def _parse(
-    path: str, tree: ElementTree.Element, source: str, image_id: int, findings: list[Finding]
-) -> _Picture:
-    objects = []
-    for number, element in enumerate(tree.findall("object"), 1):
+    def _object(self, element: ElementTree.Element, number: int, file: str) -> _Object | None:
         name = (element.findtext("name") or "").strip()
-        try:
-            corners = [float(element.findtext(f"bndbox/{key}", "")) for key in _CORNERS]
-        except ValueError:
-            corners = []
-        if not name or not corners:
-            detail = f"object {number} needs a name and a bndbox of four numbers"
-            findings.append(
-                Finding("malformed box", "warning", "dropped", detail, source, path, image_id)
+        corners = [number_of(element.findtext(f"bndbox/{key}")) for key in _CORNERS]
+        if element.find("bndbox") is None and (around := _box_around(element)):
+            corners = around
+            detail = f"object {number} has a polygon and no bndbox"
+            self.note("box that only a polygon states", "info", "computed", detail, file)
+        if not name or any(math.isnan(corner) for corner in corners):
+            values = ", ".join(element.findtext(f"bndbox/{key}", "nothing") for key in _CORNERS)
+            detail = (
+                f"object {number} needs a name and a bndbox of four numbers, xmin, ymin, xmax, "
+                f"ymax; it has the name {shortened(name)} and {shortened(values)}"
             )
-            continue
+            self.note("malformed box", "warning", "dropped", detail, file)
+            return None
+        value = element.findtext("difficult") or "0"
+        difficult = truth(value)
+        if difficult is None:
+            detail = f"object {number}: {shortened(value)}"
+            kind = "difficult that is neither 0 nor 1"
+            self.note(kind, "warning", "read as 0", detail, file)
+        elif value.strip() not in ("0", "1"):
+            detail = f"object {number}: difficult {shortened(value)} is read as {int(difficult)}"
+            self.note("truth value in another form", "info", "read", detail, file)
         xmin, ymin, xmax, ymax = corners
-        difficult = element.findtext("difficult", "0").strip() not in ("0", "")
-        objects.append(_Object(name, (xmin - 1, ymin - 1, xmax, ymax), difficult))
-    return _Picture(path, _size(tree), objects)
+        return _Object(name, (xmin - 1, ymin - 1, xmax, ymax), bool(difficult))
 
 
-def _size(tree: ElementTree.Element) -> tuple[int, int]:
-    """(height, width), (0, 0) if not given."""
-    try:
-        height, width = int(tree.findtext("size/height", "")), int(tree.findtext("size/width", ""))
-    except ValueError:
-        return 0, 0
-    return (height, width) if height > 0 and width > 0 else (0, 0)
+def _lines(
+    split_file: Path, image_dir: Path, xml_dir: Path, file_names: dict[str, str]
+) -> Iterator[_Line]:
+    """The names in a list. A line is a name without its ending, and in the lists of one class a
+    space and 1 or -1; a name with its ending, its folder or spaces is understood if its annotations
+    exist.
+    """
+    known = set(file_names.values())
+    for number, line in enumerate(read_text(split_file).splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        name = words[0]
+        for form in (line.strip(), words[0]):
+            form = form.replace("\\", "/").rsplit("/", 1)[-1]
+            stem = form.rsplit(".", 1)[0] if form in known or form.endswith(".xml") else form
+            if (xml_dir / f"{stem}.xml").is_file():
+                name = stem
+                break
+        picture = image_dir / file_names.get(name, f"{name}.jpg")
+        odd = shortened(line.strip()) if name != words[0] else ""
+        yield _Line(f"{split_file.name} line {number}", picture, xml_dir / f"{name}.xml", odd)
+
+
+def _box_around(element: ElementTree.Element) -> list[float] | None:
+    """The corners of the box around a polygon: x and y elements of points, or x1, y1, x2, ..."""
+    parts = [part for part in element.findall("polygon//*") if not len(part)]
+    xs = [number_of(part.text) for part in parts if part.tag.startswith("x")]
+    ys = [number_of(part.text) for part in parts if part.tag.startswith("y")]
+    if len(xs) < 3 or len(xs) != len(ys):
+        return None
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def _size(tree: ElementTree.Element) -> tuple[tuple[int, int], str]:
+    """(height, width), (0, 0) if not given; and the value that no image can have, "" for none."""
+    texts = [tree.findtext("size/height"), tree.findtext("size/width")]
+    height, width = (number_of(text) for text in texts)
+    if 0 < height < _LARGEST_SIDE and 0 < width < _LARGEST_SIDE:
+        return (int(height), int(width)), ""
+    not_given = all(text is None or text.strip() in ("", "0") for text in texts)
+    return (0, 0), "" if not_given else f"height {shortened(texts[0])}, width {shortened(texts[1])}"
 
 
 def _to_sample(image_id: int, picture: _Picture, classes: ClassMatch) -> Sample:

@@ -1,7 +1,10 @@
 """YOLO (data.yaml, images/, labels/) to a sample table."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +12,65 @@ import torch
 import yaml
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.readers.findings import Finding, fold
+from trainer.readers.findings import FilesSeen, Finding, Severity, fold
 from trainer.readers.samples import Sample, SampleTable
+from trainer.readers.values import existing_name, number_of, read_text, shortened, whole_number
 from vidt.errors import UserError, counted
 from vidt.images.files import ImageHeader, probe_images
+from vidt.images.formats import is_picture
 
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_FORM = '"class x y width height" in fractions of the image'
+_LARGEST_FRACTION = 2.0  # beyond this, coordinates are taken for pixels
+# What lines other than boxes become.
+_FORMS = {
+    "polygon": "its bounding box is used",
+    "score": "a sixth number is read as a score and ignored",
+    "keypoints": "the first four numbers are the box; keypoints are ignored",
+}
+_NOTHING = ("", "~", "null", "Null", "NULL")  # YAML's null
 
 
 def read_yolo(
-    root_or_yaml: str | os.PathLike[str], split: str, class_names: Sequence[str] | None = None
+    root_or_yaml: str | os.PathLike[str],
+    split: str,
+    class_names: Sequence[str] | None = None,
+    *,
+    seen: FilesSeen | None = None,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
 
     Labels follow the yaml's names, or `class_names` if given; boxes of other classes are left out
     with a finding. A line is "class cx cy w h", optionally with a score, which is ignored, or
-    "class x1 y1 x2 y2 ..." for a polygon, which becomes its bounding box. An image without a label
-    file has no boxes. Coordinates are relative to the image as YOLO tools show it, rotated by its
-    EXIF orientation. Images are numbered from 1 in the order of their paths.
+    "class x1 y1 x2 y2 ..." for a polygon, which becomes its bounding box; where the yaml has
+    `kpt_shape`, keypoints follow the box and are ignored. An image without a label file has no
+    boxes; one whose label file has lines but none that can be read is left out. Coordinates are
+    relative to the image as YOLO tools show it, rotated by its EXIF orientation. Images are
+    numbered from 1 in the order of their paths. Files that are dealt with are added to `seen`.
 
     Raises UserError if the yaml or the split is missing or malformed, or has no image.
     """
     yaml_path = _yaml_path(Path(root_or_yaml))
     config = _load(yaml_path)
-    classes = match_classes(str(yaml_path), _names(yaml_path, config.get("names")), class_names)
-    paths = _image_paths(yaml_path, config, split)
-    source = f"{yaml_path.name} {split}"
-    findings: list[Finding] = []
+    own_names = _names(yaml_path, config.get("names"))
+    classes = match_classes(str(yaml_path), own_names, class_names)
+    reader = _Reader(f"{yaml_path.name} {split}", classes, _num_keypoint_values(yaml_path, config))
+    reader.check_count(config, len(own_names), yaml_path)
+    seen = seen or FilesSeen()
+    paths = _image_paths(yaml_path, config, split, reader, seen)
     foreign: list[str] = []
     samples = []
     for image_id, (path, header) in enumerate(zip(paths, probe_images(paths), strict=True), 1):
-        rows = _read_labels(path, source, image_id, classes, findings)
-        foreign += [_own_name(config, row) for row in rows if classes.label_of[int(row[0])] < 0]
+        rows = reader.read_labels(path, image_id)
+        seen.files.update((os.path.normpath(path), os.path.normpath(_label_path(path))))
+        seen.folders.update((os.path.dirname(path), str(_label_path(path).parent)))
+        if rows is None:
+            continue
+        foreign += [own_names[int(row[0])] for row in rows if classes.label_of[int(row[0])] < 0]
         size = _shown_size(header) if isinstance(header, ImageHeader) else (0, 0)
         samples.append(_to_sample(path, image_id, size, rows, classes))
-    findings += foreign_class_findings(source, foreign)
-    table = SampleTable.from_samples(samples, classes.names, classes.category_ids, source)
+    findings = [*reader.findings, *reader.summary(paths)]
+    findings += foreign_class_findings(reader.source, foreign)
+    table = SampleTable.from_samples(samples, classes.names, classes.category_ids, reader.source)
     return table, fold(findings)
 
 
@@ -60,49 +86,88 @@ def _yaml_path(path: Path) -> Path:
 
 
 def _load(yaml_path: Path) -> dict[str, Any]:
+    """The entries; every value is text, so that classes may be called yes, no, 1.0 or 007."""
     try:
-        config = yaml.safe_load(yaml_path.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"{yaml_path}: not YAML ({' '.join(str(error).split())})") from error
+        config = yaml.load(yaml_path.read_bytes(), yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{yaml_path}: not YAML ({reason})") from error
     if not isinstance(config, dict):
         raise UserError(f"{yaml_path}: needs the keys names, train and val")
-    return config
+    return {key: value for key, value in config.items() if value not in _NOTHING}
 
 
 def _names(yaml_path: Path, names: Any) -> dict[int, str]:
     pairs = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(pairs, dict) or not all(isinstance(key, int) for key in pairs):
-        raise UserError(f'{yaml_path}: "names" must list the class names, but is {names!r}')
-    return {key: str(name) for key, name in pairs.items()}
+    keys = [whole_number(key) for key in pairs] if isinstance(pairs, dict) else [None]
+    if None in keys or not all(isinstance(name, str) for name in pairs.values()):
+        raise UserError(
+            f'{yaml_path}: "names" must list the class names, but is '
+            f"{names if names is None else shortened(_flat(names))}"
+        )
+    named = zip(keys, pairs.values(), strict=True)
+    return {key: name for key, name in named if key is not None}
 
 
-def _own_name(config: dict[str, Any], row: list[float]) -> str:
-    return str(config["names"][int(row[0])])
+def _flat(value: Any) -> Any:
+    """A value without what is nested in it, which aliases can make endless."""
+    return [type(each).__name__ for each in value][:5] if isinstance(value, list | dict) else value
 
 
-def _image_paths(yaml_path: Path, config: dict[str, Any], split: str) -> list[str]:
+def _num_keypoint_values(yaml_path: Path, config: dict[str, Any]) -> int:
+    """Numbers after the box of a line: of kpt_shape [keypoints, 2 or 3]; 0 without it."""
+    shape = config.get("kpt_shape")
+    if shape is None:
+        return 0
+    sides = [whole_number(side) for side in shape] if isinstance(shape, list) else []
+    if len(sides) != 2 or not all(side and 0 < side < 10_000 for side in sides):
+        raise UserError(
+            f'{yaml_path}: "kpt_shape" must be two numbers, the keypoints and 2 or 3, but is '
+            f"{shortened(_flat(shape))}"
+        )
+    return (sides[0] or 0) * (sides[1] or 0)
+
+
+def _image_paths(
+    yaml_path: Path, config: dict[str, Any], split: str, reader: "_Reader", seen: FilesSeen
+) -> list[str]:
     """Images of a split: its entries are folders, or text files that list images."""
     entries = config.get(split) or (config.get("valid") if split == "val" else None)
     if not entries:
         raise UserError(f'{yaml_path}: has no entry "{split}"')
-    paths: list[str] = []
+    found: dict[str, str] = {}  # path to where it was found
     for entry in entries if isinstance(entries, list) else [entries]:
-        source = _resolve(yaml_path, config, str(entry))
-        if source.is_file():
-            lines = source.read_text().split("\n")
-            paths += [str(source.parent / line.strip()) for line in lines if line.strip()]
-        else:
-            files = (Path(top) / name for top, _, names in os.walk(source) for name in names)
-            paths += [str(file) for file in files if file.suffix.lower() in _SUFFIXES]
-    if not paths:
+        if not isinstance(entry, str):
+            raise UserError(f'{yaml_path}: "{split}" must name folders or lists of images')
+        source = _resolve(yaml_path, config, entry)
+        for place, path in _listed(source) if source.is_file() else _in_folder(source, seen):
+            if path in found:
+                reader.note("image twice", "warning", "counted once", place, path)
+            found[path] = place
+    if not found:
         raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
-    return sorted(set(paths))
+    return sorted(found)
+
+
+def _listed(source: Path) -> Iterator[tuple[str, str]]:
+    """The images in a list, with their places in it."""
+    for number, line in enumerate(read_text(source).split("\n"), 1):
+        if line.strip():
+            name = existing_name(source.parent, line.strip())
+            yield f"{source.name} line {number}", os.path.normpath(source.parent / name)
+
+
+def _in_folder(source: Path, seen: FilesSeen) -> Iterator[tuple[str, str]]:
+    for top, _, names in os.walk(source):
+        seen.folders.add(top)
+        yield from ((top, os.path.join(top, name)) for name in names if is_picture(name))
 
 
 def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
-    base = yaml_path.parent / str(config.get("path") or "")
+    base = yaml_path.parent / existing_name(yaml_path.parent, str(config.get("path") or ""))
     # In many exports entries start with ../ although the folders are next to the yaml.
-    candidates = [base / entry, yaml_path.parent / entry, base / entry.removeprefix("../")]
+    folders = ((base, entry), (yaml_path.parent, entry), (base, entry.removeprefix("../")))
+    candidates = [folder / existing_name(folder, name) for folder, name in folders]
     for path in candidates:
         if path.exists():
             return path
@@ -118,42 +183,141 @@ def _label_path(image_path: str) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _read_labels(
-    image_path: str, source: str, image_id: int, classes: ClassMatch, findings: list[Finding]
-) -> list[list[float]]:
-    """Rows [class, cx, cy, w, h], relative, of known classes."""
-    try:
-        lines = _label_path(image_path).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is None:
-            kind, detail = "malformed box", f"line {number}: {line[:80]!r} is no box or polygon"
-        elif row[0] not in classes.label_of:
-            kind, detail = "unknown category id", f"line {number}: class {row[0]:g} has no name"
-        else:
-            rows.append(row)
-            continue
-        findings.append(Finding(kind, "warning", "dropped", detail, source, image_path, image_id))
-    return rows
+@dataclass(frozen=True)
+class _Line:
+    """A line of a label file: [class, cx, cy, w, h], relative, or a fault's kind and detail."""
+
+    row: list[float]
+    kind: str = ""
+    detail: str = ""
+    form: str = ""  # of _FORMS
 
 
-def _parse(line: str) -> list[float] | None:
-    try:
-        values = [float(word) for word in line.split()]
-    except ValueError:
-        return None
-    if len(values) in (5, 6):
-        return values[:5]
+class _Reader:
+    """Reads label files and collects findings."""
+
+    def __init__(self, source: str, classes: ClassMatch, num_keypoint_values: int) -> None:
+        self.source, self.classes = source, classes
+        self.num_keypoint_values = num_keypoint_values
+        self.findings: list[Finding] = []
+        self._without_labels: list[str] = []
+        self._forms = Counter[str]()
+        self._first_of_form: dict[str, tuple[str, str]] = {}  # label file and line
+
+    def note(
+        self,
+        kind: str,
+        severity: Severity,
+        action: str,
+        detail: str,
+        file: str,
+        image_id: int | None = None,
+    ) -> None:
+        self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
+
+    def check_count(self, config: dict[str, Any], num_names: int, yaml_path: Path) -> None:
+        """Compares the yaml's number of classes with its names."""
+        given = config.get("nc")
+        if given is not None and whole_number(given) != num_names:
+            detail = f"nc is {shortened(_flat(given))}, but names has {num_names}; names counts"
+            kind = "number of classes that does not fit the names"
+            self.note(kind, "warning", "ignored", detail, str(yaml_path))
+
+    def read_labels(self, image_path: str, image_id: int) -> list[list[float]] | None:
+        """Rows [class, cx, cy, w, h], relative, of known classes; None if the file has lines but
+        none that can be read: without its boxes the image would train objects as background.
+        """
+        path = _label_path(image_path)
+        try:
+            lines = read_text(path).splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            self._without_labels.append(str(path))
+            return []
+        except OSError as error:
+            detail = f"cannot be read ({error.strerror})"
+            self.note("unreadable annotations", "error", "removed", detail, str(path), image_id)
+            return None
+        rows: list[list[float]] = []
+        first = ""
+        malformed = 0
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
+                continue
+            line = _parse(text, self.num_keypoint_values, self.classes)
+            if not line.kind:
+                rows.append(line.row)
+                self._count_form(line.form, str(path), number)
+                continue
+            detail = f"line {number}: {line.detail}"
+            self.note(line.kind, "warning", "dropped", detail, str(path), image_id)
+            if line.kind != "unknown category id":
+                malformed, first = malformed + 1, first or detail
+        if malformed and not rows:
+            kind = "unreadable annotations"
+            self.note(kind, "error", "removed", f"no line has a box; {first}", str(path), image_id)
+            return None
+        return rows
+
+    def _count_form(self, form: str, path: str, number: int) -> None:
+        if form:
+            self._forms[form] += 1
+            self._first_of_form.setdefault(form, (path, f"the first is line {number}"))
+
+    def summary(self, paths: Sequence[str]) -> list[Finding]:
+        """Findings that cover many lines or images."""
+        found = []
+        without = self._without_labels
+        if len(without) == len(paths):
+            folders = sorted({os.path.dirname(path) for path in without})
+            detail = (
+                f"none of {counted(len(paths), 'image')} has one; looked in {folders[0]}, since "
+                "labels/ stands for the last images/ of a path"
+            )
+            kind, action = "no label file", "used as background"
+            found.append(Finding(kind, "error", action, detail, self.source, count=len(without)))
+        elif without:
+            detail = f"the first that is not there: {without[0]}"
+            kind, action = "image without a label file", "used as background"
+            found.append(Finding(kind, "info", action, detail, self.source, count=len(without)))
+        for form, count in self._forms.items():
+            file, detail = self._first_of_form[form]
+            kind = f"label line with {'a ' if form != 'keypoints' else ''}{form}"
+            finding = Finding(kind, "info", _FORMS[form], detail, self.source, file, count=count)
+            found.append(finding)
+        return found
+
+
+def _parse(line: str, num_keypoint_values: int, classes: ClassMatch) -> _Line:
+    values = [number_of(word) for word in line.split()]
+    if any(math.isnan(value) for value in values):
+        return _Line([], "malformed box", f"{shortened(line)} is not {_FORM}")
+    row, form = _box_of(values, num_keypoint_values)
+    if row is None:
+        detail = f"{shortened(line)} has {len(values)} numbers, not {_FORM}"
+        return _Line([], "malformed box", detail)
+    if row[0] not in classes.label_of:
+        return _Line([], "unknown category id", f"class {row[0]:g} has no name")
+    if max(row[1:]) > _LARGEST_FRACTION:
+        detail = f"{shortened(line)} seems to be in pixels; expected {_FORM}"
+        return _Line([], "coordinates that are no fractions", detail)
+    return _Line(row, form=form)
+
+
+def _box_of(values: list[float], num_keypoint_values: int) -> tuple[list[float] | None, str]:
+    """[class, cx, cy, w, h] of the numbers of a line, None if it has another form; and the form."""
+    if len(values) == 5:
+        return values, ""
+    if num_keypoint_values:
+        is_pose = len(values) == 5 + num_keypoint_values
+        return (values[:5], "keypoints") if is_pose else (None, "")
+    if len(values) == 6:
+        return values[:5], "score"
     if len(values) < 7 or len(values) % 2 == 0:
-        return None
+        return None, ""
     xs, ys = values[1::2], values[2::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-    return [values[0], (left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    box = [values[0], (left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    return box, "polygon"
 
 
 def _shown_size(header: ImageHeader) -> tuple[int, int]:

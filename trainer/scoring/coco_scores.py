@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.readers.coco_columns import judge_boxes
+from trainer.readers.coco_columns import judge_boxes, repeated_boxes
 from trainer.readers.coco_file import (
     FOREIGN_CLASS,
     MALFORMED_BOX,
@@ -100,14 +100,17 @@ def judge(file: CocoFile, found: Mapping[int, ImagePredictions]) -> JudgedObject
         left_out[words] += int((file.faults == fault).sum())
     left_out[_LEFT_OUT[MALFORMED_BOX]] += int((~judged.finite).sum())
     left_out["whose box has no area in its image"] = int((judged.finite & ~judged.usable).sum())
-    which = judged.usable & np.isin(image, list(found))
+    labels, crowd = file.labels[rows], annotations.crowd[rows]
+    again = repeated_boxes(image, labels, crowd, annotations.boxes[rows]) & judged.usable
+    left_out["whose box is there twice"] = int(again.sum())
+    which = judged.usable & ~again & np.isin(image, list(found))
     return JudgedObjects(
         rows=rows[which],
         image=image[which],
-        labels=file.labels[rows][which],
+        labels=labels[which],
         boxes=judged.boxes[which],
         areas=judged.areas[which],
-        crowd=annotations.crowd[rows][which],
+        crowd=crowd[which],
         left_out={words: count for words, count in left_out.items() if count},
     )
 

@@ -91,6 +91,10 @@ class TrainConfig:
         default=0.05,
         metadata=_help("largest share of damaged images to skip; the run ends if there are more"),
     )
+    strict_images: bool = field(
+        default=False,
+        metadata=_help("leave out JPEG files whose end is missing, instead of using the rest"),
+    )
     check: bool = field(default=False, metadata=_help("only check the dataset"))
 
     flip: bool = field(

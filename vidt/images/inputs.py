@@ -3,6 +3,7 @@
 Does not import PyTorch: a tensor is recognised by its type's name and read through NumPy.
 """
 
+import logging
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vidt.errors import UserError
-from vidt.images.files import as_rgb, read_image
+from vidt.images.files import as_rgb, is_truncated, orientation_of, read_image, turned
+
+logger = logging.getLogger(__name__)
 
 # A path, a Pillow image, an array [H, W, 3] or [H, W], or a tensor [3, H, W]. See `as_picture`.
 ImageLike: TypeAlias = Any
@@ -20,8 +23,8 @@ ImageLike: TypeAlias = Any
 def as_picture(image: ImageLike) -> Image.Image:
     """One image as an RGB picture, which may share its memory.
 
-    - `str` or path: a file, as stored; its EXIF orientation is ignored
-    - Pillow image of any mode
+    - `str` or path: a file, turned as its EXIF says, as every viewer shows it
+    - Pillow image of any mode, turned likewise if it has EXIF data
     - NumPy array: uint8 [H, W, 3] RGB, [H, W, 4] RGBA (alpha is dropped), [H, W] or [H, W, 1] grey;
       uint16 [H, W]; or the same shapes in float, from 0 to 1
     - PyTorch tensor: [3, H, W] or [1, H, W], uint8, or float from 0 to 1; on any device
@@ -30,9 +33,13 @@ def as_picture(image: ImageLike) -> Image.Image:
     another shape, type or range, TypeError for anything else.
     """
     if isinstance(image, str | PathLike):
-        return read_image(image)
+        picture = read_image(image, exif=True)
+        if is_truncated(picture):
+            logger.warning(f"{image}: the end of the file is missing; what is there is used")
+        return picture
     if isinstance(image, Image.Image):
-        return as_rgb(image)
+        orientation = orientation_of(image)
+        return turned(as_rgb(image), orientation)
     if isinstance(image, np.ndarray):
         return _from_array(image, "array", "height x width, or height x width x 3 (RGB)")
     if _is_tensor(image):
