@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.readers.findings import Finding, fold
 from trainer.readers.samples import Sample, SampleTable
-from vidt.errors import UserError, counted
+from trainer.settings.yaml_text import load_yaml, read_text
+from vidt.errors import UserError, counted, shown
 from vidt.images.files import ImageHeader, probe_images
 
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -61,9 +61,9 @@ def _yaml_path(path: Path) -> Path:
 
 def _load(yaml_path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(yaml_path.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"{yaml_path}: not YAML ({' '.join(str(error).split())})") from error
+        config = load_yaml(read_text(yaml_path), yaml_path)
+    except OSError as error:
+        raise UserError(f"{yaml_path}: cannot be read ({error.strerror})") from error
     if not isinstance(config, dict):
         raise UserError(f"{yaml_path}: needs the keys names, train and val")
     return config
@@ -72,7 +72,7 @@ def _load(yaml_path: Path) -> dict[str, Any]:
 def _names(yaml_path: Path, names: Any) -> dict[int, str]:
     pairs = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(pairs, dict) or not all(isinstance(key, int) for key in pairs):
-        raise UserError(f'{yaml_path}: "names" must list the class names, but is {names!r}')
+        raise UserError(f'{yaml_path}: "names" must list the class names, but is {shown(names)}')
     return {key: str(name) for key, name in pairs.items()}
 
 

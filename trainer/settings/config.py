@@ -25,13 +25,16 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
-from vidt.errors import UserError
+from trainer.settings.yaml_text import BadYAML, read_text
+from vidt.atomic import atomic_write
+from vidt.errors import UserError, escaped, shown
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
+LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
 SCHEDULES = ("cosine", "linear")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
@@ -244,11 +247,22 @@ _AT_LEAST = {
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
     **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
+# Limits that no run comes near: beyond them a slip of the finger would fork, allocate or wait
+# without end.
+_AT_MOST = {
+    **dict.fromkeys(("epochs", "eval_interval", "save_interval", "patience", "keep"), 10**6),
+    **dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "log_interval"), 10**9),
+    **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
+    **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
+    **{"num_workers": 256, "denoising": 10_000},
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "lr_linear_proj_mult"), 1e6),
+    **dict.fromkeys(("lr_backbone_mult", "clip_max_norm", "distil_loss_coef"), 1e6),
+}
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} is {value}; it must be {expected}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {expected}")
 
 
 def _check_alone(config: TrainConfig) -> None:
@@ -256,6 +270,9 @@ def _check_alone(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
+    for name, most in _AT_MOST.items():
+        value = getattr(config, name)
+        _require(value is None or value <= most, name, value, f"at most {most:,}")
     datasets = f"one of {', '.join(DATASETS)}"
     _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
     size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
@@ -282,6 +299,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
         _require(size >= SMALLEST_SIZE, "train_sizes", size, f"{SMALLEST_SIZE} or more")
+        _require(size <= LARGEST_SIZE, "train_sizes", size, f"at most {LARGEST_SIZE:,}")
+    _require(len(sizes or ()) <= 1000, "train_sizes", f"{len(sizes or ())} sizes", "at most 1,000")
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -364,9 +383,11 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+    except BadYAML as error:
+        raise ConfigError(f"config {error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"config {path} cannot be read: it is not text") from None
     nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
@@ -401,7 +422,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> tuple[TrainConfig, dict[
         sys.stdout.write(help_text())
         sys.exit(0)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {escaped(str(error))}\n")
         sys.exit(2)
 
 
@@ -431,6 +452,4 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
     """Writes the file with which `--config` repeats the run."""
     text = yaml.safe_dump(resolved(config, model), sort_keys=False)
-    Path(path).write_text(
-        f"# All settings of a run: --config THIS_FILE repeats it.\n{text}", encoding="utf-8"
-    )
+    atomic_write(path, f"# All settings of a run: --config THIS_FILE repeats it.\n{text}".encode())
