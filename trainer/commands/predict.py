@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.commands.command_flags import (
@@ -84,6 +86,7 @@ FILES = {
     "csv": "predictions.csv",
 }
 NAMED = 3  # unreadable images that the summary names
+LONGEST_JPEG_SIDE = 65_500  # pixels
 PICTURE_KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -115,6 +118,8 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError, and KeyboardInterrupt when stopped."""
     given = flags().parse_args(argv)
+    # Of images between Pillow's limit and twice that; larger ones are skipped and named.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     with sigterm_interrupts():
         return _predict(given)
 
@@ -261,10 +266,13 @@ class PredictionWriter:
             self.names,
             None if masks is None else np.asarray(masks),
         )
+        kind = PICTURE_KINDS[path.suffix.lower()]
+        if kind == "JPEG" and max(picture.size) > LONGEST_JPEG_SIDE:
+            kind, path = "PNG", path.with_name(fitting(path.name, ".png"))
         encoded = io.BytesIO()
-        picture.save(encoded, PICTURE_KINDS[path.suffix.lower()], quality=90)
+        picture.save(encoded, kind, quality=90)
         write_result(path, encoded.getvalue())
-        return replace(predicted, picture=None)  # it has been used
+        return replace(predicted, picture=None, detections=None)  # both hold the image
 
     def add(self, predicted: Predicted) -> None:
         """Writes the predictions of the next image."""

@@ -113,11 +113,16 @@ def read_findings(path: str | os.PathLike[str]) -> list[Finding]:
 
 def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet computes: a text that starts like a formula gets an apostrophe."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
 
 
 def _text_of(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
+
+
+def _is_formula(text: str) -> bool:
+    """Apostrophes aside, so that `_text_of` can tell ours from the text's own."""
+    return text.lstrip("'").startswith(FORMULA)
 
 
 def _finding(row: dict[str, Any]) -> Finding:

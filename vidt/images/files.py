@@ -29,6 +29,7 @@ _JPEG = ("JPEG", "MPO")
 _JPEG_END = b"\xff\xd9"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _TAIL_BYTES = 4096
+LONGEST_SIDE = 2**18  # resizing needs memory for each pixel of a side
 
 
 class UnreadableImage(UserError):
@@ -165,6 +166,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if max(image.size) > LONGEST_SIDE:
+        raise UserError(
+            f"{image.width} x {image.height} pixels; a side may have at most {LONGEST_SIDE:,}"
+        )
+    if type(image) is Image.Image and image.mode == "RGB":  # in memory: `convert` would copy it
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("P", "PA"):
