@@ -304,7 +304,9 @@ def evaluate_only(
     if config.load_from is None:
         raise UserError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)
-    model, info = load_detector(config.load_from, agreement, model_fields["dec_layers"])
+    model, info = load_detector(
+        config.load_from, agreement, model_fields["dec_layers"], allow_http=config.allow_http
+    )
     preprocessing = info.preprocessing
     if config.eval_size not in (WEIGHTS_OWN, preprocessing.eval_size):
         logger.warning(

@@ -208,6 +208,9 @@ class TrainConfig:
         metadata=_help("weights of the teacher: a file or a URL; None: the published ones"),
     )
     distil_loss_coef: float = field(default=4.0, metadata=_help("weight of the distillation loss"))
+    allow_http: bool = field(
+        default=False, metadata=_help("fetch weights from an http address, unencrypted, too")
+    )
     resume: str | None = field(
         default=None,
         metadata=_help(
