@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -184,12 +185,43 @@ TARGETS = {
 }
 
 
+# What a JSON document may hold anywhere.
+VALUES = [
+    *(None, True, False, 0, -1, 1, 2.5, 1e308, -1e-320, 2**31, 2**63, 2**64, -(10**400)),
+    *(float("nan"), float("inf"), "", "1", "1.0", "cat", "no", "\ud800", "a\nb", "../a.png"),
+    *([], {}, [[]], [{}], {"id": 1}, [1, 2, 3, 4], [1, "2", None, 4], ["1", "2", "3", "4"]),
+]
+
+
+@st.composite
+def spoilt_json(draw: st.DrawFn, document: Any) -> Any:
+    """A document in which a few values are others, or are missing."""
+    for _ in range(draw(st.integers(1, 3))):
+        node = document
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(node[key], dict | list) and draw(st.integers(0, 4)):
+                node = node[key]
+                continue
+            if draw(st.integers(0, 4)):
+                node[key] = draw(st.sampled_from(VALUES))
+            else:
+                del node[key]
+            break
+    return document
+
+
 @st.composite
 def spoilt(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
     """A valid file with some bytes replaced by others or moved, or bytes without any sense."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200) | st.lists(st.sampled_from(TOKENS)).map(b"".join))
     data = draw(st.sampled_from(seeds))
+    if data.startswith(b"{") and draw(st.booleans()):
+        return json.dumps(draw(spoilt_json(json.loads(data)))).encode()
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
         length = draw(st.sampled_from([0, 1, 1, 2, 4, 9, len(data)]))

@@ -77,7 +77,7 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
     if not image_dir.is_dir():
         raise UserError(f"{image_dir}: no such image folder")
     file_names = {name.rsplit(".", 1)[0]: name for name in sorted(os.listdir(image_dir))}
-    for line in split_file.read_text().splitlines():
+    for line in split_file.read_text("utf-8-sig", "surrogateescape").splitlines():
         if not line.strip():
             continue
         stem = line.split()[0]  # split files of one class have "stem 1" or "stem -1"
@@ -85,7 +85,7 @@ def _read_year(split_file: Path, pictures: list[_Picture], findings: list[Findin
         xml_path = folder / "Annotations" / f"{stem}.xml"
         try:
             tree = ElementTree.parse(xml_path).getroot()
-        except (OSError, ElementTree.ParseError) as error:
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
             # Kept without boxes, the image would train its objects as background.
             detail = f"{xml_path.name} cannot be read ({error})"
             findings.append(
