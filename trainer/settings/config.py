@@ -388,13 +388,13 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         text = read_text(path).decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: {error.strerror}") from None
     except BadYAML as error:
         raise ConfigError(f"config {error}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config {path} cannot be read: it is not text") from None
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: it is not text") from None
     except ValueError as error:  # a zero byte in the name
-        raise ConfigError(f"config {shown(path)} cannot be read: {error}") from None
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: {error}") from None
     nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
     return read_yaml(text, nestable, path)
 
