@@ -10,7 +10,19 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PYTHONUNBUFFERED=1 \
     PIP_BREAK_SYSTEM_PACKAGES=1 \
     TORCH_HOME=/opt/vidt/cache/torch \
-    HF_HOME=/opt/vidt/cache/huggingface
+    HF_HOME=/opt/vidt/cache/huggingface \
+    TRITON_CACHE_DIR=/tmp/vidt-triton \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/vidt-inductor
+
+# On a GPU, Triton compiles its launcher with gcc and Python.h at first use, which a -runtime base lacks.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+# The build fails here if the Python of the base cannot compile.
+RUN gcc --version \
+    && echo '#include <Python.h>' \
+    | gcc -E -I"$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')" - > /dev/null
 
 # .dockerignore lists the files that are copied.
 COPY . /tmp/vidt/

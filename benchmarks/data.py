@@ -32,10 +32,10 @@ from trainer.data.load import read_datasets
 from trainer.data.loader import (
     PREFETCH,
     DetectionDataset,
-    RunSampler,
     packed_batch,
     training_loader,
 )
+from trainer.data.order import Key
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.config import ConfigError, HelpRequested, TrainConfig, parse
 from vidt.images.files import probe_image
@@ -81,15 +81,15 @@ def compare(config: TrainConfig, samples: SampleTable, images: int) -> Compariso
     """`images` images a round, or a few more."""
     dataset = dataset_of(config, samples)
     steps = -(-images // config.batch_size)
-    batches = iter(
-        RunSampler(
-            len(samples),
-            step_images=config.batch_size,
-            micro_batch=config.batch_size,
-            seed=config.seed,
-            steps=range((ROUNDS + 1) * steps),
-        )
+    loader = training_loader(
+        dataset,
+        config,
+        num_processes=1,
+        micro_batch=config.batch_size,
+        steps=range((ROUNDS + 1) * steps),
     )
+    assert loader.batch_sampler is not None
+    batches = iter(loader.batch_sampler)
     rounds = [compare_round(dataset, batches, steps) for _ in range(ROUNDS + 1)][1:]
     ratios = [bare / loader for bare, loader in rounds]
     bare, loader = (steps * config.batch_size / min(column) for column in zip(*rounds, strict=True))
@@ -97,7 +97,7 @@ def compare(config: TrainConfig, samples: SampleTable, images: int) -> Compariso
 
 
 def compare_round(
-    dataset: DetectionDataset, batches: Iterator[list[tuple[int, int]]], steps: int
+    dataset: DetectionDataset, batches: Iterator[list[Key]], steps: int
 ) -> tuple[float, float]:
     """Seconds of bare decoding and resizing, and of the loader."""
     bare = loader = 0.0
@@ -107,7 +107,7 @@ def compare_round(
         items = [dataset[key] for key in keys]
         packed_batch(items)
         loader += time.perf_counter() - start
-        paths = [dataset.samples.path(index) for _, index in keys]
+        paths = [dataset.samples.path(key.image) for key in keys]
         sizes = [(item["image"].shape[2], item["image"].shape[1]) for item in items]
         start = time.perf_counter()
         for path, size in zip(paths, sizes, strict=True):

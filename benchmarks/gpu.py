@@ -38,9 +38,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contestants import OBJECTS, Case, Detector, random_objects
 from laps import Clock, Laps, wait_for
-from trainer.loop.execution import compiled
 from vidt import ViDT, ViDTConfig
 from vidt.losses.criterion import criterion_for
+from vidt.model.vidt import compile_blocks
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = ("tests/test_deformable_triton.py", "tests/test_syncs.py")
@@ -234,12 +234,13 @@ def times_of(
     case = Case(setting.backbone_name, size, False, str(setting.device), precision, 1)
     detector = Detector(case)
     detector.model.train()
-    call = detector.model if how == "eager" else compiled(detector.model)
+    if how == "compiled":
+        compile_blocks(detector.model)
     results = {}
     for canvas, canvases in ways(size, 3 if setting.quick else NEW_CANVASES).items():
         if setting.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        taken = [step_time(detector, call, each) for each in canvases][WARM_UP - 1 :]
+        taken = [step_time(detector, detector.model, each) for each in canvases][WARM_UP - 1 :]
         whole, host = (statistics.median(each) for each in zip(*taken, strict=True))
         peak = torch.cuda.max_memory_allocated() / 2**30 if setting.on_gpu else 0.0
         name = "x".join(map(str, size)), f"{precision} {products}", how, canvas

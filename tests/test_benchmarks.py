@@ -1,10 +1,14 @@
-"""The benchmarks start, measure something, and write it down. Their figures are no matter here."""
+"""The benchmarks start, measure something, and write it down. Their figures are no matter here, but
+those of padding, which do not depend on the machine.
+"""
 
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.shapes import write_shapes
+from trainer.settings.config import TrainConfig
 from vidt.ops.packing import PackedLinear, onednn_runs
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +236,17 @@ def test_data_compares_with_bare_decoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_loader_compares_with_a_cache(tmp_path: Path) -> None:
+    written = tmp_path / "loader.json"
+    flags = ("--sizes", "640x480", "--eval_size", 64, "--rounds", 1, "--json", written)
+    printed = run("loader.py", *flags)
+    (rate,) = json.loads(written.read_text())
+    assert min(rate["plain"], rate["filling"], rate["cached"]) > 0
+    assert rate["cached_mb"] == pytest.approx(3 * 86 * 114 / 1e6, rel=0.05)  # 4/3 of 64 x 85
+    assert rate["size"] in printed
+
+
+@pytest.mark.slow
 def test_scoring_compares_with_pycocotools(tmp_path: Path) -> None:
     written = tmp_path / "scoring.json"
     flags = ("--images", 12, "--detections", 30, "--classes", 3, "--json", written)
@@ -272,6 +288,16 @@ def test_functions_counts_what_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_overlap_tells_all_modes(tmp_path: Path) -> None:
+    """Without namespaces and without a slowed link, which need root."""
+    small = ("--side", 64, "--images", 1, "--rounds", 1)
+    printed = run("overlap.py", "--rate", "none", *small, "--json", tmp_path / "overlap.json")
+    written = json.loads((tmp_path / "overlap.json").read_text())
+    assert all(written[mode] > 0 for mode in ("compute", "transfer", "after", "overlap", "ddp"))
+    assert "of max(compute, transfer)" in printed
+
+
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
     sections = ("agreement", "step_times", "kernels", "attention", "deformable")
     written = tmp_path / "gpu.json"
@@ -284,3 +310,31 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert min(each["seconds"] for each in results["step_times"].values()) > 0
     assert results["kernels"]["kernels"] > 100
     assert results["attention"]["[DET] 40"]["finite"]
+
+
+def test_padding_is_as_little_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin over the figures of docs/benchmarks.md; the released way pads most."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    padding = importlib.import_module("padding")
+    samples = padding.table_of(padding.coco_sizes(1500))
+    most = {(1, 2): 1.02, (2, 2): 1.03, (1, 16): 1.05}
+    for (processes, batch), limit in most.items():
+        config = TrainConfig(batch_size=batch)
+        assert 1 < padding.padded_over_own(config, samples, processes) < limit
+    released = TrainConfig(batch_size=16, scale_per="image", group_by_aspect=False)
+    assert padding.padded_over_own(released, samples, 1) > 1.8
+    assert padding.padded_over_own(replace(released, batch_size=2), samples, 8) > 1.8
+
+
+def test_sizes_are_those_of_coco(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    padding = importlib.import_module("padding")
+    assert sum(padding.COMMON.values()) + sum(padding.OTHERS) == 5000
+    assert len(padding.BOUNDS) == len(padding.OTHERS) + 1
+    sizes = padding.coco_sizes(5000)
+    assert padding.coco_sizes(5000) == sizes and max(map(max, sizes)) == 640
+    counts = Counter(sizes)
+    assert counts[480, 640] == pytest.approx(1061, rel=0.1)
+    assert counts[640, 480] == pytest.approx(336, rel=0.2)
+    landscape = sum(width > height for height, width in sizes)
+    assert landscape == pytest.approx(3602, rel=0.03)

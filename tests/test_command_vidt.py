@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
 from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
+from torch import nn
 
 import vidt
 from trainer.commands.command_flags import atomic_text, write_result
@@ -481,6 +482,31 @@ def test_benchmark(learnt: Learnt, tmp_path: Path, capsys: Output) -> None:
     assert row["images_per_second"] == pytest.approx(2 / row["median"])
     ok("benchmark", "swin_test", *how)
     assert "swin_test, pictures of 64 x 64" in capsys.readouterr().out
+
+
+def test_benchmark_times_both_ways(
+    learnt: Learnt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """The compiler is left out; then it fails."""
+    how = ("--size", 64, 64, "--repeat", 1, "--batch_size", 1, "--device", "cpu", "--compile")
+    asked: list[nn.Module] = []
+    monkeypatch.setattr("vidt.predict.predictor.compile_blocks", asked.append)
+    ok("benchmark", learnt.weights, *how, "--out", tmp_path / "speed.json")
+    facts = json.loads((tmp_path / "speed.json").read_text())
+    assert len(asked) == 1 and facts["compiled"].keys() == {"latency", "throughput"}
+    text = capsys.readouterr().out
+    assert "\nlatency, compiled" in text and "\nthroughput, compiled" in text
+
+    def fail(model: nn.Module) -> None:
+        def forward(*given: Any, **more: Any) -> None:
+            raise RuntimeError("no C++ compiler\nand more")
+
+        monkeypatch.setattr(model, "forward", forward)
+
+    monkeypatch.setattr("vidt.predict.predictor.compile_blocks", fail)
+    ok("benchmark", learnt.weights, *how)
+    text = capsys.readouterr().out
+    assert "\nthroughput " in text and "\ncompiled: failed, no C++ compiler\n" in text
 
 
 def test_export_hands_on_what_was_asked_for(

@@ -1,11 +1,12 @@
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from trainer.settings.config import (
+    AUTO,
     TrainConfig,
     help_text,
     parse,
@@ -162,6 +163,7 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         ("--lr_fan_in_power 3", "lr_fan_in_power is 3.0; it must be from 0 to 2"),
         ("--adam_beta2 1", "adam_beta2 is 1.0; it must be 0 or more and below 1"),
         ("--sched step", "sched is step; it must be one of cosine, linear"),
+        ("--scale_per batch", "scale_per is batch; it must be one of step, image"),
         ("--max_bad_fraction 1.1", "max_bad_fraction is 1.1; it must be from 0 to 1"),
         ("--eval_size 31", "eval_size is 31; it must be 32 or more"),
         ("--eval --eval_size 31", "eval_size is 31; it must be 32 or more"),
@@ -172,6 +174,13 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
         (
             "--batch_size 8 --n_iter_to_acc 3",
             "n_iter_to_acc is 3; it must be a divisor of batch_size, 8",
+        ),
+        ("--batch_size 0", "batch_size is 0; it must be 1 or more, or auto"),
+        ("--batch_size -1", "--batch_size is '-1'; it must be a whole number or auto"),
+        ("--batch_size auto --eval", "batch_size is auto; with eval it must be a number"),
+        (
+            "--batch_size auto --n_iter_to_acc 2",
+            "batch_size is auto; with n_iter_to_acc 2 it must be a number",
         ),
         ("--dataset_file coko", "dataset_file is coko; it must be one of shapes, coco, voc, yolo"),
         ("--dataset_file voc", "--dataset_file voc needs a path; give voc_path"),
@@ -195,6 +204,16 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
 )
 def test_a_value_that_no_run_can_have(flags: str, expected: str):
     assert message(flags.split()) == expected
+
+
+def test_a_word_that_stands_for_a_number_is_written_as_the_word(tmp_path: Path):
+    config, model = parse(["--batch_size", "Auto"])
+    assert config.batch_size == AUTO
+    write_yaml(tmp_path / "config.yaml", config, model)
+    assert "batch_size: auto" in (tmp_path / "config.yaml").read_text()
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == replace(
+        config, config=str(tmp_path / "config.yaml")
+    )
 
 
 def test_what_the_model_refuses_is_refused_at_once():

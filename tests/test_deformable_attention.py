@@ -13,9 +13,16 @@ import torch
 from conftest import Compare
 from test_benchmarks import run
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from vidt.ops import deformable_cpu
-from vidt.ops.deformable_attention import DeformableAttention, Form, Levels, deformable_attention
+from vidt.ops.deformable_attention import (
+    DeformableAttention,
+    Form,
+    Levels,
+    deformable_attention,
+    kernel_runs,
+)
 
 CORE_CASES = (
     "tiny_two_levels",
@@ -321,3 +328,21 @@ def test_sampling_before_projecting_gives_the_same(boxes: int, queries: int, pad
 
     for ours, theirs in zip(outcome("cpu"), outcome("plain"), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_whether_the_kernel_runs_is_not_asked_of_fake_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They cannot run it, and the answer holds for the rest of the process."""
+    pytest.importorskip("triton")
+    tried = []
+
+    def try_out(device: torch.device) -> None:
+        assert not isinstance(torch.empty(1), FakeTensor)
+        tried.append(device)
+
+    monkeypatch.setattr("vidt.ops.deformable_triton.try_out", try_out)
+    device = torch.device("cuda", 99)
+    with FakeTensorMode():
+        assert kernel_runs(device)
+    assert kernel_runs(device) and tried == [device]

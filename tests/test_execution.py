@@ -2,24 +2,26 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest, run, settings
+import torch.fx.experimental._config as shapes
+from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest, run
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from trainer.data.loader import Augmentation, noise_boxes, noised_batch
-from trainer.loop.execution import (
-    COMPILED_SHAPES,
-    SIDES,
-    checkpoint_activations,
-    compiled,
-    compiled_canvas,
-)
+from trainer.step.memory import checkpoint_activations
+from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
-from vidt.model.vidt import build_detector
+from vidt.model.ram import shift_mask
+from vidt.model.swin import SwinBlock
+from vidt.model.vidt import build_detector, compile_blocks
+from vidt.predict.predictor import Predictor
+from vidt.weights.weights_file import WeightsInfo
 
 SMALL = {
     "num_classes": 3,
@@ -60,56 +62,62 @@ def gradients_through(model: nn.Module, images: Tensor, padding: Tensor) -> dict
     return {name.removeprefix("_orig_mod."): gradient for name, gradient in named.items()}
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs and settings of a test stay in it."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8), shapes.patch(use_duck_shape=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled_eagerly(model: nn.Module) -> CompileCounter:
+    """Compiles the blocks except for the last step, which takes minutes on a CPU."""
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    return counter
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("member", MEMBERS)
-def test_a_model_is_one_graph(member: str) -> None:
-    """Compiled for real but for the last step, which would need a C compiler and minutes."""
-    model = compiled(detector(member), backend="eager")  # fails at the first break
+def test_compiled_blocks_compute_the_same(member: str, fresh_compiler: None) -> None:
+    model = detector(member)
+    names = model.state_dict().keys()
+    counter = compiled_eagerly(model)
+    torch._dynamo.utils.counters.clear()
     ours = gradients_through(model, *batch())
     plain = gradients_through(detector(member), *batch())
     difference, worst = furthest(ours, plain)
     assert difference < 1e-4, worst
+    assert counter.frame_count and model.state_dict().keys() == names
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow
-def test_a_graph_for_each_shape_and_no_more() -> None:
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    model = compiled(detector("vidt"), backend=counter)  # type: ignore[arg-type]
-    for height, width in [(64, 96), (32, 64), (64, 96), (64, 64), (32, 64)]:
-        model(*batch(height, width))
-    assert counter.frame_count == 3
-
-
-SCALES = {
-    "released": "--eval_size 640 --train_sizes none",
-    "far beyond eval_size": "--eval_size 320 --train_sizes 192,320,480,800 --train_max_size 1333",
-    "one": "--eval_size 112 --train_sizes 112",
-}
-
-
-@pytest.mark.parametrize("flags", SCALES.values(), ids=SCALES)
-def test_a_run_of_many_scales_has_few_shapes(flags: str) -> None:
-    """Pictures of any shape, some with more objects than denoising queries."""
-    config, _ = settings(Path("data"), Path("out"), f"{flags} --denoising 100")
-    augmentation = Augmentation.from_config(config)
+def test_compilations_do_not_grow_with_the_canvases(fresh_compiler: None) -> None:
+    """Twenty canvases, as of pictures of any shape at the scales of the default recipe."""
+    torch.manual_seed(0)
+    block = SwinBlock(24, 2, shift=3, drop_path=0.1, pos_dim=16).train()
+    counter = compiled_eagerly(block)
     random = np.random.default_rng(0)
-    drawn, grown = set(), set()
-    for _ in range(3000):
-        sizes = random.integers(200, 1200, (2, 2)).tolist()
-        shapes = [augmentation.draw((height, width), random).shape for height, width in sizes]
-        height, width = (max(sides) for sides in zip(*shapes, strict=True))
-        counts = random.integers(0, 120, 2)
-        targets = [{"denoising_boxes": noise_boxes(torch.rand(n, 4), 100, random)} for n in counts]
-        noised = noised_batch(targets, config.denoising)
-        canvas = compiled_canvas((height, width), config.eval_size, augmentation.max_size)
-        assert canvas[0] >= height and canvas[1] >= width and noised is not None
-        drawn.add((height, width, max(len(each["denoising_boxes"]) for each in targets)))
-        grown.add((*canvas, noised.shape[1]))
-    assert len(drawn) > 100
-    assert len({shape[:2] for shape in grown}) <= (SIDES + 2) ** 2
-    assert len(grown) <= COMPILED_SHAPES
-    assert compiled_canvas((640, 641), 640, 1066) == (640, 768)
+    grids = [(int(h), int(w)) for h, w in random.integers(60, 200, (20, 2))]
+    assert len({*grids}) == 20
+    for grid in grids:
+        tokens = torch.randn(2, grid[0] * grid[1] + 5, 24, requires_grad=True)
+        mask = shift_mask(grid, 7, 3, tokens.device)
+        block(tokens, torch.zeros(1, 5, 16), grid, mask, None, None).sum().backward()
+    assert 1 <= counter.frame_count <= 4  # whole windows in either direction or not
+
+
+@pytest.mark.slow
+def test_compiled_blocks_recompute_activations(fresh_compiler: None) -> None:
+    model = detector("vidt")
+    checkpoint_activations(model)
+    counter = compiled_eagerly(model)
+    ours = gradients_through(model, *batch())
+    assert counter.frame_count
+    difference, worst = furthest(ours, gradients_through(detector("vidt"), *batch()))
+    assert difference < 1e-4, worst
 
 
 @pytest.mark.parametrize("member", ["vidt", "coat"])
@@ -141,15 +149,39 @@ def test_a_run_with_less_memory_ends_with_the_same_weights(tiny_data: Path, room
 
 @pytest.mark.slow
 def test_mixed_precision_compiles_too() -> None:
-    """Accelerate wraps the forward pass; that must not break the graph either."""
+    """Accelerate wraps the forward pass; the blocks inherit its autocast."""
     program = (
         "import test_execution as here, torch\n"
         "from accelerate import Accelerator\n"
         "accelerator = Accelerator(cpu=True, mixed_precision='bf16')\n"
-        "model = accelerator.prepare_model(here.detector('vidt'), evaluation_mode=True)\n"
-        "outputs = here.compiled(model.train(), backend='eager')(*here.batch())\n"
+        "model = here.detector('vidt')\n"
+        "counter = here.compiled_eagerly(model)\n"
+        "model = accelerator.prepare_model(model, evaluation_mode=True)\n"
+        "outputs = model(*here.batch())\n"
+        "assert counter.frame_count\n"
         "assert outputs['pred_logits'].dtype == torch.float32"
     )
     tests = str(Path(__file__).parent)
     call = [sys.executable, "-c", program]
     subprocess.run(call, env=environment(PYTHONPATH=tests), cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_a_predictor_stays_compiled_over_twelve_canvases(
+    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounter()
+    monkeypatch.setattr(
+        "vidt.predict.predictor.compile_blocks", partial(compile_blocks, backend=counter)
+    )
+    model = detector("vidt")
+    info = WeightsInfo(model.config, ("disc", "square", "star"), Preprocessing(256))
+    predictor = Predictor(model, info, compile=True)
+    pictures = [np.zeros((64, 64 + 8 * i, 3), np.uint8) for i in range(12)]
+    torch._dynamo.utils.counters.clear()
+    predictor(pictures[:1])
+    first = counter.frame_count
+    predictor(pictures)
+    # Each kind at most four times: whole windows in either direction or not.
+    assert 1 <= first <= counter.frame_count <= 4 * first
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -69,7 +69,8 @@ def is_limited(setting: Setting, parsed: object) -> bool:
     config, model = parsed  # type: ignore[misc]
     value = getattr(config, setting.name) if setting.name in _TRAIN else model[setting.name]
     largest = 2**32 if setting.name == "seed" else LARGEST
-    return all(math.isfinite(each) and 0 <= each <= largest for each in numbers_in(value))
+    least = -1 if setting.name == "batch_size" else 0  # -1 is auto
+    return all(math.isfinite(each) and least <= each <= largest for each in numbers_in(value))
 
 
 def test_defaults_are_within_the_limits() -> None:

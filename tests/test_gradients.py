@@ -9,7 +9,7 @@ import torch
 from tiny_runs import cpu, furthest, gradients_of_step, run, settings, tables
 from torch import Tensor
 
-from trainer.data.loader import RunSampler
+from trainer.data.order import RunSampler
 from trainer.report.progress import Progress
 from vidt.losses.criterion import SetCriterion
 
@@ -88,9 +88,9 @@ def test_an_epoch_shows_every_image_and_fills_up_from_its_start(
         )
         batches = list(sampler)
         assert len(batches) == len(sampler) == (6 - first) * 4
-        epochs = [{epoch for epoch, _ in batch} for batch in batches]
+        epochs = [{key.epoch for key in batch} for batch in batches]
         assert epochs == [{step // 2} for step in range(first, 6) for _ in range(4)]
-        flat = [index for batch in batches for _, index in batch]
+        flat = [key.image for batch in batches for key in batch]
         return [flat[start : start + 8] for start in range(0, len(flat), 8)]
 
     run_of_images = steps(0)

@@ -4,10 +4,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import call, main_here, program
+from torch.distributed import run
 
-from trainer.loop.launch_check import asked_of_accelerate, require_processes
+from trainer.loop import launch_check, set_up
+from trainer.loop.agreement import PATIENCE
+from trainer.loop.launch_check import (
+    asked_of_accelerate,
+    gpus_of_accelerate,
+    refuse_silent_cpu,
+    require_processes,
+)
 from trainer.settings.flags import ConfigError
+from vidt.errors import UserError
+from vidt.predict import predictor
 
 ROOT = Path(__file__).parent.parent
 CONFIG_FILE = str(ROOT / "accelerate_config.yaml")
@@ -73,6 +84,66 @@ def test_fewer_processes_than_asked_for_are_an_error(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
+    ("words", "gpus"),
+    [
+        (f"accelerate launch --config_file {CONFIG_FILE} --gpu_ids 0,1 train.py", ["0", "1"]),
+        ("accelerate-launch --gpu-ids=3 train.py", ["3"]),
+        ("accelerate launch --gpu_ids all train.py", []),
+        ("accelerate launch train.py", []),
+        ("torchrun train.py", []),
+        ("", []),
+    ],
+)
+def test_reading_the_gpus_of_the_command_line(words: str, gpus: list[str]):
+    assert gpus_of_accelerate(words.split()) == gpus
+
+
+@pytest.mark.parametrize(("processes", "local"), [(1, None), (2, 1)])
+def test_gpus_without_a_process_are_an_error(
+    processes: int, local: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """`local`: processes of this machine, where there are several machines."""
+    words = ["accelerate", "launch", "--gpu_ids", "4,5", "train.py"]
+    monkeypatch.setattr(launch_check, "_command_of_launcher", lambda: words)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    require_processes(2)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    with pytest.raises(ConfigError) as error:
+        require_processes(processes)
+    assert "--gpu_ids 4,5" in str(error.value) and "--num_processes 2" in str(error.value)
+    assert "CUDA_VISIBLE_DEVICES=4" in str(error.value)
+
+
+@pytest.mark.slow
+def test_gpu_ids_of_the_real_launcher_are_refused():
+    options = ("--config_file", CONFIG_FILE, "--gpu_ids", "0,1")
+    done = call([program("accelerate"), "launch", *options, str(ROOT / "trainer/train.py")])
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "--gpu_ids 0,1" in errors[0]
+
+
+def test_gpus_wait_minutes_and_processes_hours(monkeypatch: pytest.MonkeyPatch):
+    """While the main process scores, the others wait in the agreement's own group."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(set_up, "Accelerator", lambda **settings: given.update(settings))
+    set_up.make_accelerator()
+    (handler,) = given["kwargs_handlers"]  # type: ignore[attr-defined]
+    assert 10 <= handler.timeout.total_seconds() / 60 <= 60 < PATIENCE.total_seconds() / 3600 * 60
+
+
+def test_the_launchers_read_how_long_to_wait_for_a_stop(monkeypatch: pytest.MonkeyPatch):
+    """As docs/many-gpus.md says; PyTorch before this setting always waited for 30 seconds."""
+    arguments = run.get_args_parser().parse_args(["--nproc_per_node", "2", "train.py"])
+    if not hasattr(arguments, "shutdown_timeout"):
+        pytest.skip("this PyTorch has no such setting")
+    assert run.config_from_args(arguments)[0].shutdown_timeout == 30
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert run.config_from_args(arguments)[0].shutdown_timeout == 600
+
+
+@pytest.mark.parametrize(
     ("variable", "name"),
     [
         ("ACCELERATE_USE_FSDP", "FSDP"),
@@ -98,3 +169,54 @@ def test_fsdp_of_the_real_launcher_is_refused():
     assert done.returncode == 1  # the launcher's, for any code of ours
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "FSDP" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "visible", "words"),
+    [
+        ("525.85.12", "13.2", None, "CUDA 13.2 needs driver 580"),
+        ("525.85.12", "12.6", "7", "CUDA_VISIBLE_DEVICES is 7"),
+        ("580.65.06", "13.2", None, "no GPU is visible"),
+        ("580.65.06", None, None, "built without CUDA"),
+    ],
+)
+def test_a_gpu_that_pytorch_cannot_use_stops_a_run(
+    driver: str,
+    cuda: str | None,
+    visible: str | None,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The CPU would take over, weeks long and unnoticed, unless it was asked for."""
+    file = tmp_path / "version"
+    file.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Jan 28\n")
+    monkeypatch.setattr(predictor, "NVIDIA_DRIVER", file)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert main_here(["--output_dir", str(tmp_path / "output")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"driver {driver}" in line and words in line and "CUDA_VISIBLE_DEVICES= " in line
+    with pytest.raises(UserError, match=words):
+        predictor.usable_device(None)
+    predictor.usable_device("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    refuse_silent_cpu()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        refuse_silent_cpu()
+        predictor.usable_device(None)
+
+
+def test_a_machine_without_a_driver_computes_on_its_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(predictor, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    refuse_silent_cpu()

@@ -47,28 +47,28 @@ def judged(
 def test_right_missed_false_and_of_the_wrong_class() -> None:
     truth = [(LEFT, 0), (MIDDLE, 1)]
     result = judged(truth, [(LEFT, 0, 0.9), (MIDDLE, 2, 0.8), (RIGHTMOST, 2, 0.7)])
-    assert result.found_as.tolist() == [0, 1, NOTHING]
-    assert result.truth_as.tolist() == [0, 2]
+    assert result.true_class.tolist() == [0, 1, NOTHING]
+    assert result.predicted_class.tolist() == [0, 2]
     assert (result.num_missed, result.num_false, result.num_confused) == (0, 1, 1)
     assert caption(result) == "1 false positive, 1 of the wrong class"
 
 
 def test_a_box_counts_from_the_threshold_of_its_class() -> None:
     result = judged([(LEFT, 0), (MIDDLE, 1)], [(LEFT, 0, 0.4), (MIDDLE, 1, 0.4)])
-    assert result.truth_as.tolist() == [NOTHING, 1] and len(result.found.scores) == 1
+    assert result.predicted_class.tolist() == [NOTHING, 1] and len(result.detections.scores) == 1
 
 
 def test_the_own_class_comes_first_and_a_second_box_is_false() -> None:
     """The surer box of another class does not take the object away from a right one."""
     result = judged([(LEFT, 0)], [(LEFT, 2, 0.9), (LEFT, 0, 0.8), (LEFT, 0, 0.7)])
-    assert result.found_as.tolist() == [NOTHING, 0, NOTHING]
+    assert result.true_class.tolist() == [NOTHING, 0, NOTHING]
     assert (result.num_missed, result.num_false, result.num_confused) == (0, 2, 0)
 
 
 def test_a_crowd_region_is_neither_missed_nor_wrongly_found() -> None:
     result = judged([([0, 0, 60, 60], 0)], [(LEFT, 0, 0.9), (LEFT, 1, 0.9)], crowd=[True])
-    assert result.truth_as.tolist() == [CROWD]
-    assert result.found_as.tolist() == [CROWD, NOTHING]
+    assert result.predicted_class.tolist() == [CROWD]
+    assert result.true_class.tolist() == [CROWD, NOTHING]
     assert (result.num_missed, result.num_false) == (0, 1)
 
 
@@ -111,7 +111,7 @@ def test_the_worst_images_have_the_most_mistakes_and_show_them(tmp_path: Path) -
     truth, found = worst_pictures(samples, [first])[0]
     missed_or_confused = first.num_missed + first.num_confused
     assert (WRONG in colours_of(truth)) == (missed_or_confused > 0)
-    assert (RIGHT in colours_of(found)) == (len(first.found.scores) > first.num_false)
+    assert (RIGHT in colours_of(found)) == (len(first.detections.scores) > first.num_false)
 
 
 def colours_of(picture) -> set[str]:

@@ -1,16 +1,34 @@
 """Memory that runs out: the same images in smaller micro-batches, and the same result."""
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import argv, differences, end_of, last_checkpoint, run
+import yaml
+from tiny_runs import argv, cpu, differences, end_of, last_checkpoint, run, settings, tables
 
-import trainer.loop.step
 import trainer.train
+from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.loop import resume
+from trainer.loop.optim import make_optimizer
+from trainer.loop.step import micro_batches
 from trainer.report.progress import Progress
+from trainer.settings.config import TrainConfig, parse
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.memory import (
+    ALLOCATOR_SETTINGS,
+    OutOfMemory,
+    Probe,
+    largest_batch,
+    largest_canvas,
+    missing_moments,
+    use_expandable_segments,
+)
+from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT
 from vidt.predict.predictor import is_out_of_memory
 
@@ -60,9 +78,9 @@ def test_smaller_micro_batches_with_the_same_result(
     run(tiny_data, room / "planned", flags, "--n_iter_to_acc 2")
     tried = room_for(2)
     run(tiny_data, room / "short", flags)
-    assert tried == [4, 2, 2, 2, 2]
+    assert tried == [4, 4, 2, 2, 2, 2], "once more as it was, then in halves"
     assert differences(end_of(room / "short"), end_of(room / "planned")) == []
-    (line,) = warnings(caplog)
+    _, line = warnings(caplog)
     assert "2 micro-batches" in line and "--n_iter_to_acc 2" in line and "\n" not in line
 
 
@@ -73,7 +91,7 @@ def test_one_image_is_too_much(
     tried = room_for(0, error)
     with pytest.raises(ValueError, match="out of memory with one image of") as caught:
         run(tiny_data, room, "--max_steps 1")
-    assert tried == [4, 2, 1]
+    assert tried == [4, 4, 2, 1]
     assert "--eval_size" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -115,9 +133,9 @@ def test_in_the_middle_of_a_run(
     run(tiny_data, room / "whole", flags, report=report_to("whole"))
     tried = room_for(1, after=2)
     run(tiny_data, room / "short", flags, report=report_to("short"))
-    assert tried == [4, 4, 4, 2, *[1] * 12]
+    assert tried == [4, 4, 4, 4, 2, *[1] * 12]
     assert losses["short"] == pytest.approx(losses["whole"], rel=1e-2)
-    assert len(warnings(caplog)) == 2  # four, then two, then one at a time
+    assert len(warnings(caplog)) == 3  # four, four again, then two, then one at a time
 
 
 def test_the_next_process_goes_on_with_the_smaller_micro_batches(
@@ -127,7 +145,7 @@ def test_the_next_process_goes_on_with_the_smaller_micro_batches(
     run(tiny_data, room, "--max_steps 1")
     assert resume.load(last_checkpoint(room)).state.n_iter_to_acc == 2
     run(tiny_data, room, "--max_steps 2 --resume")
-    assert tried == [4, 2, 2, 2, 2]
+    assert tried == [4, 4, 2, 2, 2, 2]
 
 
 def test_other_errors_are_not_taken_for_it(
@@ -137,6 +155,206 @@ def test_other_errors_are_not_taken_for_it(
     with pytest.raises(RuntimeError, match="must match"):
         run(tiny_data, room, "--max_steps 1")
     assert tried == [4]
+
+
+def test_a_step_that_fails_once_is_repeated_as_it_was(
+    tiny_data: Path,
+    room: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Twice in a run: the second step may fail once too. With dropout: the same masks are drawn."""
+    forward, calls = ViDT.forward, 0
+
+    def fragmented(self, *images, **more):
+        nonlocal calls
+        calls += self.training
+        outputs = forward(self, *images, **more)
+        if self.training and calls in (2, 5):
+            raise MESSAGES[0]
+        return outputs
+
+    flags = "--dropout 0.3 --n_iter_to_acc 2 --max_steps 3"
+    run(tiny_data, room / "enough", flags)
+    monkeypatch.setattr(ViDT, "forward", fragmented)
+    run(tiny_data, room / "once", flags)
+    assert calls == 2 * 3 + 2 + 1, "the first step fails in its second micro-batch"
+    assert differences(end_of(room / "once"), end_of(room / "enough")) == []
+    assert ["step 0" in line for line in warnings(caplog)] == [True, False]
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a CPU tried as a GPU is."""
+    monkeypatch.setattr(Probe, "possible", lambda self: True)
+
+
+@pytest.mark.usefixtures("probed")
+def test_the_probe_leaves_no_trace(
+    tiny_data: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh start and a resumed one, bit for bit those of runs that try nothing."""
+    states, fits = [], Probe.fits
+
+    def watched(self: Probe, images: int) -> bool:
+        before = torch.get_rng_state()
+        answer = fits(self, images)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        states.append(torch.equal(before, torch.get_rng_state()) and not any(gradients))
+        return answer
+
+    flags = "--dropout 0.3 --denoising 9"
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "fits", watched)
+        run(tiny_data, room / "probed", flags, "--max_steps 1")
+        run(tiny_data, room / "probed", flags, "--max_steps 3 --resume")
+    assert states == [True, True]
+    monkeypatch.undo()
+    run(tiny_data, room / "plain", flags, "--max_steps 1")
+    run(tiny_data, room / "plain", flags, "--max_steps 3 --resume")
+    assert differences(end_of(room / "probed"), end_of(room / "plain")) == []
+
+
+@pytest.mark.usefixtures("probed")
+def test_the_largest_step_determines_the_micro_batches(
+    tiny_data: Path,
+    room: Path,
+    room_for: Callable[..., list[int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried = room_for(2)
+    run(tiny_data, room / "probed", "--max_steps 1")
+    assert tried == [4, 2, 2, 2], "four, then two, of the largest; then a step of two and two"
+    (line,) = [line for line in caplog.messages if "micro-batches" in line]
+    assert "2 micro-batches" in line and "96 x 64" in line and "--n_iter_to_acc 2" in line
+    run(tiny_data, room / "planned", "--max_steps 1 --n_iter_to_acc 2")
+    assert differences(end_of(room / "probed"), end_of(room / "planned")) == []
+
+
+@pytest.mark.usefixtures("probed")
+def test_a_largest_image_that_does_not_fit_ends_the_run_before_it_begins(
+    tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
+) -> None:
+    for flags in ("", "--batch_size auto"):
+        room_for(0)
+        with pytest.raises(OutOfMemory, match="one image of 96 x 64 pixels"):
+            run(tiny_data, room, flags)
+
+
+@pytest.mark.usefixtures("probed")
+@pytest.mark.parametrize(("most", "expected"), [(1, 1), (3, 2), (100, 8)])
+def test_automatic_batch_size(
+    tiny_data: Path,
+    room: Path,
+    room_for: Callable[..., list[int]],
+    caplog: pytest.LogCaptureFixture,
+    most: int,
+    expected: int,
+) -> None:
+    """The largest power of two that fits and that the twelve images allow; a resumed run keeps
+    it, and so do the settings.
+    """
+    caplog.set_level("INFO")
+    room_for(most)
+    run(tiny_data, room, "--batch_size auto --max_steps 1")
+    (line,) = [line for line in caplog.messages if "--batch_size auto" in line]
+    assert f"--batch_size auto: {expected} image" in line and "not scaled" in line
+    state = resume.load(last_checkpoint(room)).state
+    saved = yaml.safe_load((room / "config.yaml").read_text())
+    assert saved["batch_size"] == state.settings["batch_size"] == expected
+    assert (state.step_images, state.n_iter_to_acc) == (expected, 1)
+    room_for(100)
+    run(tiny_data, room, "--batch_size auto --max_steps 2 --resume")
+    assert resume.load(last_checkpoint(room)).state.step_images == expected
+
+
+def test_automatic_batch_size_of_a_cpu(
+    tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run(tiny_data, room, "--batch_size auto --max_steps 1")
+    assert resume.load(last_checkpoint(room)).state.step_images == TrainConfig.batch_size
+    assert "only a GPU is tried" in caplog.text
+
+
+@pytest.mark.parametrize("flags", ["", "--denoising 9", "--with_vector --gt_mask_len 16"])
+def test_the_largest_batch_has_the_form_of_a_batch(
+    masked_data: Path, room: Path, flags: str
+) -> None:
+    config, fields = settings(masked_data, room, flags)
+    train_set, _ = tables(config, fields)
+    dataset = DetectionDataset(
+        train_set,
+        Augmentation.from_config(config),
+        Preprocessing(config.eval_size),
+        seed=0,
+        denoising_queries=config.denoising,
+    )
+    canvas = largest_canvas(dataset.augmentation, train_set.sizes.tolist(), mixed=False)
+    batch = largest_batch(dataset, 2, canvas, torch.device("cpu"))
+    loaded = next(micro_batches(dataset, config, 1, range(1), cpu()))
+    assert batch.keys() == loaded.keys() and len(batch["targets"]) == 2
+    most = max(len(sample.labels) for sample in train_set)
+    for target in batch["targets"]:
+        assert len(target["labels"]) == most
+        for name, real in loaded["targets"][0].items():
+            if name != "image_id":
+                assert target[name].dtype == real.dtype and target[name].ndim == real.ndim, name
+        assert target.keys() == loaded["targets"][0].keys()
+    for name in ("images", "padding"):
+        assert batch[name].dtype == loaded[name].dtype and batch[name].shape[-2:] == canvas
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--no-crop", "--eval_size 96", "--train_sizes 64,200 --train_max_size 150"],
+)
+def test_no_augmented_image_is_larger_than_the_largest_canvas(flags: str) -> None:
+    random = np.random.default_rng(0)
+    config, _ = parse(["--dataset_file", "shapes", *flags.split()])
+    augmentation = Augmentation.from_config(config)
+    sizes = random.integers(30, 900, (2000, 2)).tolist()
+    shapes = [augmentation.draw((size[0], size[1]), random).shape for size in sizes]
+    most = max(map(math.prod, shapes))
+    alone = largest_canvas(augmentation, sizes, mixed=False)
+    assert 0.8 * math.prod(alone) < most <= math.prod(alone)
+    heights, widths = zip(*shapes, strict=True)
+    height, width = largest_canvas(augmentation, sizes, mixed=True)
+    assert 0.8 * height < max(heights) <= height and 0.8 * width < max(widths) <= width
+
+
+def test_square_images_without_crops_are_tried_square() -> None:
+    augmentation = Augmentation(sizes=(96, 128), max_size=300, crop=False)
+    assert largest_canvas(augmentation, [(50, 50), (70, 70)], mixed=True) == (128, 128)
+
+
+def test_the_optimisers_state_is_counted() -> None:
+    model = torch.nn.Linear(5, 3)
+    optimizer = make_optimizer(model, TrainConfig())
+    reserved = sum(moment.nbytes for moment in missing_moments(optimizer))
+    model(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    state = [value for held in optimizer.state.values() for value in held.values()]
+    assert reserved == sum(tensor.nbytes for tensor in state if tensor.ndim)
+    assert missing_moments(optimizer) == [], "a resumed run has them already"
+
+
+@pytest.mark.parametrize("name", ALLOCATOR_SETTINGS)
+def test_what_the_user_set_for_the_allocator_stays(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for other in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "backend:native")
+    use_expandable_segments()
+    given = {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
+    assert given == {name: "backend:native"}
+    monkeypatch.delenv(name)
+    use_expandable_segments()
+    (value,) = [os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ]
+    assert value == "expandable_segments:True"
+    for other in ALLOCATOR_SETTINGS:
+        os.environ.pop(other, None)
 
 
 @pytest.fixture
@@ -195,7 +413,7 @@ def test_memory_that_ends_where_micro_batches_do_not_help(
     def nothing_left(*given: object) -> None:
         raise MESSAGES[0]
 
-    monkeypatch.setattr(trainer.loop.step, "sum_gradients", nothing_left)
+    monkeypatch.setattr(GradientSum, "take", nothing_left)
     with pytest.raises(SystemExit) as ended:
         trainer.train.main(argv(tiny_data, room, "--max_steps 1"))
     said = capsys.readouterr().err.splitlines()

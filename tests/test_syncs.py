@@ -24,8 +24,11 @@ from torch.utils._pytree import tree_leaves
 from trainer.loop.agreement import Agreement
 from trainer.loop.loss_log import LossLog
 from trainer.loop.optim import make_ema, make_optimizer
-from trainer.loop.step import agree_on, gradients
+from trainer.loop.step import agree_on
+from trainer.scoring.evaluation import predict_batches
 from trainer.settings.config import TrainConfig
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.gradients import gradients
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
 from vidt.losses.distillation import TokenMatching
@@ -150,9 +153,10 @@ def micro_batch(config: ViDTConfig, device: torch.device) -> dict[str, Any]:
     return {"images": images, "padding": padding, "targets": targets}
 
 
-def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable[[], object]:
-    """An optimiser step of two micro-batches as `trainer.train` makes it; the optimiser itself, for
-    which `meta` has no kernel, takes part on other devices.
+def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable[..., object]:
+    """An optimiser step of two micro-batches as `trainer.train` makes it, on a canvas that is so
+    many pixels higher than its images; the optimiser itself, for which `meta` has no kernel, takes
+    part on other devices.
     """
     accelerator, options = cpu(), TrainConfig(output_dir=str(tmp_path))
     agreement = Agreement(accelerator)
@@ -163,15 +167,25 @@ def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable
     if config.method == "vidt":
         teacher = TokenMatching(build_detector(config).to(device))
     parameters = list(model.parameters())
+    gradient_sum = GradientSum(parameters, accelerator.num_processes)
     optimizer = None if device.type == "meta" else make_optimizer(model, options)
     log = LossLog(agreement, tmp_path, step_images=6)
     window = [micro_batch(config, device) for _ in range(2)]
 
     num_boxes, (height, width), _ = agree_on(window, 0, agreement)
-    canvas = (height + 16, width)  # another process has a larger image
 
-    def step() -> None:
-        terms = gradients(model, criterion, accelerator, window, canvas, num_boxes, teacher)
+    def step(larger: int = 16) -> None:
+        canvas = (height + larger, width)  # another process has a larger image
+        terms = gradients(
+            model,
+            criterion,
+            accelerator,
+            window,
+            canvas,
+            num_boxes,
+            teacher,
+            gradient_sum=gradient_sum,
+        )
         assert terms is not None
         norm = accelerator.clip_grad_norm_(parameters, 0.1)
         if optimizer is not None:
@@ -195,19 +209,23 @@ def test_a_step_waits_for_the_matchers_costs_alone(
     # What heads switch off for their device; PyTorch knows no autocast of this one.
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
     step = step_of(configuration(tiny_config, parts), DEVICE, tmp_path)
-    waits(step)  # tables that stay on the device are made once
-    assert waits(step) == ["brought to the host"] * 2
+    waits(step)  # what begins with the first step
+    for larger in (16, 0, 48, 80):  # three of four canvases are new
+        assert waits(lambda larger=larger: step(larger)) == ["brought to the host"] * 2
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_step_reads_nothing(
     parts: dict[str, Any], tiny_config: ViDTConfig, tmp_path: Any
 ) -> None:
-    """On the CPU, where what the matcher brings to the host is there already."""
+    """On the CPU, where what the matcher brings to the host is there already, at a canvas seen
+    before and at a new one.
+    """
     step = step_of(configuration(tiny_config, parts), torch.device("cpu"), tmp_path)
     step()
     with Reads() as mode:
         step()
+        step(larger=48)
     assert mode.seen == []
 
 
@@ -215,15 +233,38 @@ def test_a_step_reads_nothing(
 def test_a_prediction_waits_for_what_was_found_alone(
     parts: dict[str, Any], tiny_config: ViDTConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for all images of a batch, besides taking their pixels there."""
+    """Once for each batch. Every batch has a new canvas, and the next one is on its way to the
+    device before the host waits for this one.
+    """
     monkeypatch.setattr(torch, "autocast", lambda *given, **how: contextlib.nullcontext())
     config = configuration(tiny_config, parts)
     info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(64))
     predictor = Predictor(build_detector(config), info, device=DEVICE)
-    pictures = [np.zeros((64, 80, 3), np.uint8)] * 3
-    waits(lambda: predictor(pictures))  # tables that stay on the device are made once
-    found = waits(lambda: predictor(pictures))
-    assert found == ["taken to the device, waiting", "brought to the host"]
+    pictures = [np.zeros((64, width, 3), np.uint8) for width in (80, 80, 100, 100, 120, 120)]
+    predictor.preprocessing.normalise(torch.zeros(1, 3, 8, 8, device=DEVICE))  # constants go there
+    assert waits(lambda: predictor(pictures, batch_size=2)) == ["brought to the host"] * 3
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_an_evaluation_waits_for_what_was_found_alone(
+    parts: dict[str, Any], tiny_config: ViDTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *given, **how: contextlib.nullcontext())
+    accelerator = cpu()
+    monkeypatch.setattr(type(accelerator), "device", DEVICE)
+    model = build_detector(configuration(tiny_config, parts)).to(DEVICE)
+    batches = [
+        ([2 * number, 2 * number + 1], pixels.to(torch.uint8), pixels[:, 0] > 0)
+        for number, pixels in enumerate(torch.zeros(2, 3, 64, width) for width in (64, 96, 128))
+    ]
+    sizes, preprocessing = torch.full((6, 2), 64), Preprocessing(64)
+
+    def work() -> None:
+        found = list(predict_batches(model, batches, sizes, preprocessing, accelerator))
+        assert [list(each) for each in found] == [[0, 1], [2, 3], [4, 5]]
+
+    preprocessing.normalise(torch.zeros(1, 3, 8, 8, device=DEVICE))  # constants go there
+    assert waits(work) == ["brought to the host"] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own account needs a GPU")
@@ -235,7 +276,7 @@ def test_a_gpu_agrees(parts: dict[str, Any], tiny_config: ViDTConfig, tmp_path: 
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step()
+            step(larger=48)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     said = [str(warning.message) for warning in caught]

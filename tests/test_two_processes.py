@@ -38,7 +38,7 @@ from tiny_runs import (
     tables,
     write_coco,
 )
-from two_processes import LOSSES, VALIDATION, step_gradients, training
+from two_processes import BUCKET_BYTES, LOSSES, VALIDATION, step_gradients, training
 
 from trainer.loop.agreement import Agreement
 from trainer.scoring.evaluation import evaluate
@@ -194,6 +194,34 @@ def test_training_where_most_images_have_no_boxes(ended: Ended) -> None:
 def test_memory_that_runs_out_on_one_process_makes_both_take_less(ended: Ended) -> None:
     assert [seen["out of memory"] for seen in ended.seen] == [[], []]
     assert (ended.folder / "results/memory/short/best.safetensors").exists()
+
+
+def test_memory_that_runs_out_once_on_one_process_changes_nothing(ended: Ended) -> None:
+    """In the middle of its backward pass: it takes part in the sums that the other waits for."""
+    assert [seen["out of memory once"] for seen in ended.seen] == [[], []]
+    assert (ended.folder / "results/memory/once/best.safetensors").exists()
+
+
+def test_both_try_the_largest_step_and_take_what_fits_on_each(ended: Ended) -> None:
+    for seen in ended.seen:
+        assert seen["probe"][:4] == [4, 2, 2, 2], "four, then two; then a step of two and two"
+
+
+@pytest.mark.parametrize("bucket_bytes", BUCKET_BYTES)
+def test_gradients_are_summed_whoever_has_them(ended: Ended, bucket_bytes: int) -> None:
+    """Also of a layer that one process does not use; one that no process uses has no gradient."""
+    first, second = (seen["gradient sums"][bucket_bytes] for seen in ended.seen)
+    for number, (ours, theirs) in enumerate(zip(first["own"], second["own"], strict=True)):
+        for seen in (first, second):
+            assert torch.equal(seen["summed"][number], ours + theirs)
+    assert [len(gradient) for gradient in second["summed"]] == [1, 1, 3, 3, 3, 3, 3, 3]
+    assert first["events"].count("sum") == second["events"].count("sum")
+
+
+def test_sums_start_while_the_backward_pass_computes(ended: Ended) -> None:
+    """Those of the last layer, weights and bias, before it reaches the one before."""
+    for seen in ended.seen:
+        assert seen["gradient sums"][1]["events"][:3] == ["sum", "sum", "reached"]
 
 
 def test_unreadable_images_of_all_processes_count_together(ended: Ended) -> None:

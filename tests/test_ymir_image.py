@@ -124,10 +124,39 @@ def test_the_start_command_is_the_image_s_own():
     assert json.loads(all_of("CMD")[0]) == ["bash", "/usr/bin/start.sh"]
     assert instructions()[0][0] == "ARG" and all_of("FROM") == ["${BASE_IMAGE}"]
     assert "constraints.txt" in "".join(all_of("RUN"))
-    assert not re.search(
-        r"\b(gcc|g\+\+|make|nvcc|setup\.py|build-essential)\b", "".join(all_of("RUN"))
-    )
+    assert not re.search(r"\b(g\+\+|make|nvcc|setup\.py|build-essential)\b", "".join(all_of("RUN")))
     assert "PYTHONUNBUFFERED=1" in all_of("ENV")[0]
+
+
+def test_the_build_fails_without_a_compiler_or_without_python_s_header(tmp_path: Path):
+    """Triton needs both on a GPU, at first use."""
+    (check,) = [rest for rest in all_of("RUN") if "Python.h" in rest]
+    after = [rest for _, rest in instructions()].index(check)
+    assert any("apt-get install" in rest for _, rest in instructions()[:after])
+    environment = image_environment()
+    assert {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= environment.keys()
+
+    def builds(include: str, *programs: str) -> bool:
+        """With a python3 that names this folder of headers, and these programs of this machine."""
+        folder = tmp_path / f"bin{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "python3").write_text(f"#!/bin/bash\necho {include}\n")
+        (folder / "python3").chmod(0o755)
+        for program in programs:
+            (folder / program).symlink_to(shutil.which(program) or "missing")
+        words = ["/bin/bash", "-o", "pipefail", "-c", check]
+        environment = {**os.environ, "PATH": str(folder)}
+        done = subprocess.run(words, env=environment, capture_output=True, timeout=60)
+        return done.returncode == 0
+
+    headers = tmp_path / "include"
+    headers.mkdir()
+    assert not builds(str(headers))
+    if shutil.which("gcc") is None:
+        pytest.skip("this machine has no gcc")
+    assert not builds(str(headers), "gcc")
+    (headers / "Python.h").write_text("#include <stdlib.h>\n")
+    assert builds(str(headers), "gcc")
 
 
 def test_the_build_gets_what_it_needs_and_no_more(tmp_path: Path):

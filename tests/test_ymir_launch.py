@@ -199,6 +199,13 @@ def test_gpus_count_within_what_is_visible(
     assert environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
+def test_memory_of_a_gpu_grows_in_blocks_unless_the_user_chose(task: Task, tmp_path: Path) -> None:
+    assert rank_environment(task, tmp_path, {})["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environ = rank_environment(task, tmp_path, {name: "backend:native"})
+        assert [v for k, v in environ.items() if "ALLOC_CONF" in k] == ["backend:native"]
+
+
 def test_a_home_that_can_be_written_to_is_kept(task: Task, tmp_path: Path) -> None:
     environ = rank_environment(task, tmp_path / "room", {"HOME": str(tmp_path)})
     assert environ["HOME"] == str(tmp_path) and "TORCH_HOME" not in environ

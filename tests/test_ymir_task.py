@@ -404,9 +404,22 @@ def test_candidate_settings_are_coerced(tmp_path: Path):
         "mining_algorithm": "CALD",
         "class_balance": "True",
         "seed": 7.0,
+        "mixed_precision": "BF16",
     }
     found = candidate_settings(make_tree(tmp_path, "mining", config=config).read())
-    assert found == CandidateSettings(0.005, 16, 2, "cald", True, 7)
+    assert found == CandidateSettings(0.005, 16, 2, "cald", True, 7, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "auto"), ({"mixed_precision": "no"}, "no"), ({"mixed_precision": False}, "no")],
+)
+def test_the_precision_of_every_task(tmp_path: Path, given: dict[str, object], expected: str):
+    """YAML reads an unquoted `no` as False."""
+    training = make_tree(tmp_path / "training", config=given).read()
+    assert training_settings(training)[0].mixed_precision == expected
+    mining = make_tree(tmp_path / "mining", "mining", config=given).read()
+    assert candidate_settings(mining).mixed_precision == expected
 
 
 @pytest.mark.parametrize(
@@ -420,6 +433,7 @@ def test_candidate_settings_are_coerced(tmp_path: Path):
         ("mining_algorithm", "best"),
         ("mining_algorithm", ["cald"]),
         ("class_balance", "a bit"),
+        ("mixed_precision", "fp8"),
         ("seed", -3),
     ],
 )

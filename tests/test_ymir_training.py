@@ -231,7 +231,10 @@ def tiny_task(root: Path, wrong: Callable[[Tree], dict[str, object]]) -> Tree:
 
 
 def failure_here(tree: Tree) -> BaseException:
-    with pytest.raises(Exception) as raised, swapped(training, "make_accelerator", cpu):
+    with (
+        pytest.raises(Exception) as raised,
+        swapped(training, "make_accelerator", lambda precision: cpu()),
+    ):
         task = read_task(tree.env_file)
         training.train_task(task, Monitor(tree.monitor, task.task_id))
     return raised.value

@@ -24,13 +24,15 @@ import trainer.train
 from trainer.data.load import read_datasets
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.loop import resume
-from trainer.loop.agreement import Agreement, sum_gradients
+from trainer.loop.agreement import Agreement
 from trainer.loop.start import load_teacher
-from trainer.loop.step import agree_on, gradients, micro_batches
+from trainer.loop.step import agree_on, micro_batches
 from trainer.readers.samples import SampleTable
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import Evaluation
 from trainer.settings.config import TrainConfig, parse
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.gradients import gradients
 from trainer.train import train
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
@@ -336,9 +338,19 @@ def gradients_of_step(
     teacher = load_teacher(config, model.config, accelerator, agreement)
     prepared = accelerator.prepare_model(model, evaluation_mode=True).train()
     criterion = criterion_for(model_config)
-    terms = gradients(prepared, criterion, accelerator, window, canvas, num_boxes, teacher)
+    gradient_sum = GradientSum(model.parameters(), accelerator.num_processes)
+    terms = gradients(
+        prepared,
+        criterion,
+        accelerator,
+        window,
+        canvas,
+        num_boxes,
+        teacher,
+        gradient_sum=gradient_sum,
+    )
     assert terms is not None
-    sum_gradients(list(model.parameters()), accelerator.num_processes)
+    gradient_sum.take(agreement.gather(*gradient_sum.present()).any(0).tolist())
     return {
         name: parameter.grad
         for name, parameter in model.named_parameters()

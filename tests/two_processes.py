@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from tiny_runs import (
 import trainer.train
 from trainer.data.dataset_check import BadDataset
 from trainer.data.loader import Augmentation, DetectionDataset
-from trainer.loop import step
+from trainer.loop import set_up, step
 from trainer.loop.agreement import Agreement
 from trainer.loop.step import check_readable
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import evaluate
+from trainer.step import gradient_sum
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.memory import Probe
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion
 from vidt.model.vidt import ViDT
@@ -43,6 +47,7 @@ LOSSES = {"plain": "", "denoising": "--denoising 9"}
 MICRO_BATCHES = {"plain": 1, "denoising": 2}
 VALIDATION = (1, 3, 6)  # images to share among two
 NON_FINITE_STEP = 2
+BUCKET_BYTES = (1, 40, 2**20)  # a bucket for each parameter, a few, one
 
 
 def step_gradients(data: Path, room: Path, flags: str) -> list[dict[str, torch.Tensor]]:
@@ -67,6 +72,9 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
     seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")
     seen["out of memory"] = out_of_memory(data, room / "memory", rank)
+    seen["out of memory once"] = out_of_memory_once(data, room / "memory", rank)
+    seen["probe"] = probe(data, room / "memory", rank)
+    seen["gradient sums"] = {size: gradient_sums(size, rank) for size in BUCKET_BYTES}
     seen["unreadable"] = unreadable(data, room)
     seen["stopped"] = stopped(data, room / "stopped", rank)
     seen["bad dataset"] = bad_dataset(folder / "bad", room / "bad")
@@ -126,6 +134,88 @@ def out_of_memory(data: Path, output: Path, rank: int) -> list[str]:
         run(data, output / "short", flags)
     run(data, output / "planned", f"{flags} --n_iter_to_acc 2")
     return [] if rank else differences(end_of(output / "short"), end_of(output / "planned"))
+
+
+def out_of_memory_once(data: Path, output: Path, rank: int) -> list[str]:
+    """The second process runs out of memory once, in the backward pass of the second step's last
+    micro-batch, when the sums of most gradients are on their way: both repeat the step.
+
+    Returns, on the process that writes files, what differs from a run with enough memory.
+    """
+    calls, broken = 0, []
+
+    def fails(gradient: torch.Tensor) -> None:
+        broken.append(calls)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def short_of_memory(self, *images, **more):
+        nonlocal calls
+        calls += self.training
+        first = next(self.parameters())
+        if rank == 1 and calls == 4:
+            handles.append(first.register_hook(fails))
+        elif handles:
+            handles.pop().remove()
+        return forward(self, *images, **more)
+
+    forward, handles = ViDT.forward, []
+    flags = "--batch_size 2 --n_iter_to_acc 2 --max_steps 3"
+    small_buckets = partial(GradientSum, bucket_bytes=2**14)
+    with swapped(set_up, "GradientSum", small_buckets):
+        run(data, output / "enough", flags)
+        with swapped(ViDT, "forward", short_of_memory):
+            run(data, output / "once", flags)
+    assert broken == [4] * rank
+    return [] if rank else differences(end_of(output / "once"), end_of(output / "enough"))
+
+
+def probe(data: Path, output: Path, rank: int) -> list[int]:
+    """The second process has room for two images in the probe alone. The numbers of images that
+    this process was asked to compute, in order, for four a step.
+    """
+    forward, sizes = ViDT.forward, []
+
+    def short_of_memory(self, images, *rest, **more):
+        sizes.append(len(images))
+        if rank == 1 and len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, images, *rest, **more)
+
+    with swapped(ViDT, "forward", short_of_memory), swapped(Probe, "possible", lambda self: True):
+        run(data, output / "probe", "--batch_size 4 --max_steps 1 --eval_batch_size 1")
+    return sizes
+
+
+def gradient_sums(bucket_bytes: int, rank: int) -> dict[str, Any]:
+    """Four layers: no process uses the first, one alone the second, both the others. Each process's
+    own gradients, what was summed, and in which order things happened.
+    """
+    torch.manual_seed(rank)
+    layers = [torch.nn.Linear(3, 3) for _ in range(4)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    events: list[str] = []
+    all_reduce = gradient_sum.dist.all_reduce
+
+    def noted(*tensors, **how):
+        events.append("sum")
+        return all_reduce(*tensors, **how)
+
+    layers[2].bias.register_hook(lambda gradient: events.append("reached"))
+    sums, agreement = GradientSum(parameters, 2, bucket_bytes), Agreement(cpu())
+    used = layers[1:] if rank else layers[2:]
+    output = torch.nn.Sequential(*used)(torch.randn(5, 3))
+    with swapped(gradient_sum.dist, "all_reduce", noted):
+        sums.begin()
+        output.square().sum().backward()
+        own = [gradient_or_zero(parameter) for parameter in parameters]
+        sums.finish()
+        sums.take(agreement.gather(*sums.present()).any(0).tolist())
+    summed = [gradient_or_zero(parameter) for parameter in parameters]
+    return {"own": own, "summed": summed, "events": events}
+
+
+def gradient_or_zero(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros(1) if parameter.grad is None else parameter.grad.clone()
 
 
 def unreadable(data: Path, room: Path) -> list[str]:

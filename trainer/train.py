@@ -22,13 +22,13 @@ from trainer.data.load import read_and_log, read_datasets, read_validation
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
 from trainer.loop.clock import training_record
-from trainer.loop.launch_check import refuse_split_models, require_processes
+from trainer.loop.launch_check import refuse_silent_cpu, refuse_split_models, require_processes
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.run_lock import only_run_in
-from trainer.loop.set_up import Run, make_accelerator, set_up
+from trainer.loop.set_up import Run, make_accelerator, precision_line, set_up
 from trainer.loop.start import load_detector, require_files
-from trainer.loop.step import check_readable, train_step
+from trainer.loop.step import check_readable, report_wait, train_step
 from trainer.loop.stopping import INTERRUPTED, Stopped, StopRequest, sigterm_interrupts
 from trainer.readers.findings import format_findings
 from trainer.readers.samples import SampleTable
@@ -66,7 +66,7 @@ def train(
 
     Raises UserError, NonFiniteLoss, and, after SIGTERM or SIGINT once everything is saved, Stopped.
     """
-    accelerator = accelerator or make_accelerator()
+    accelerator = accelerator or make_accelerator(config.mixed_precision)
     with only_run_in(Path(config.output_dir), Agreement(accelerator)):
         return _train(config, model_fields, train_set, val_set, report, accelerator)
 
@@ -81,6 +81,7 @@ def _train(
 ) -> dict[str, float]:
     """`train`, in a folder that no other run uses."""
     run = set_up(config, model_fields, train_set, val_set, accelerator)
+    config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:
         resume.sweep(output / resume.CHECKPOINTS)
@@ -101,7 +102,7 @@ def _train(
                 terms, norm, image_ids = train_step(run, stop)
                 losses.add(step, terms, norm, image_ids)
                 if state.step % config.log_interval == 0 or clock.pause_due(state.step, config):
-                    say("step", {**losses.check(), "lr": rate})
+                    say("step", {**losses.check(), **report_wait(run), "lr": rate})
                     check_readable(run.dataset, config.max_bad_fraction, run.agreement)
                 evaluate_and_save(run, train_set, val_set, say, stop)
         except Stopped:
@@ -215,9 +216,7 @@ def start_line(run: Run) -> str:
     """One line on where the run starts and what it runs on."""
     step, clock, accelerator = run.state.step, run.clock, run.accelerator
     start = f"resumed at step {step}" if step else "from step 0"
-    precision = accelerator.mixed_precision
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        precision = "fp16 asked for, but a CPU computes fp32 (bf16 works)"
+    precision = precision_line(run.config.mixed_precision, accelerator)
     return (
         f"{start} to {clock.total_steps} ({clock.per_epoch} per epoch), "
         f"{counted(clock.step_images, 'image')} a step on {accelerator.num_processes} x "
@@ -319,6 +318,11 @@ def evaluate_only(
     )
     if findings:
         logger.info(format_findings(findings))
+    logger.info(
+        f"evaluating {counted(len(val_set), 'image')} on {accelerator.num_processes} x "
+        f"{accelerator.device.type}, precision "
+        f"{precision_line(config.mixed_precision, accelerator)}"
+    )
     began = time.monotonic()
     evaluation = evaluate(
         accelerator.prepare_model(model, evaluation_mode=True),
@@ -361,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         refuse_split_models()
-        accelerator = make_accelerator()
+        if not config.check:
+            refuse_silent_cpu()
+        accelerator = make_accelerator(config.mixed_precision)
         require_processes(accelerator.num_processes)
         run = evaluate_only if config.eval else train_from_settings
         with sigterm_interrupts():

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from vidt.errors import UserError
 
 HELP = ("-h", "--help")
+MIXED_PRECISIONS = ("auto", "no", "fp16", "bf16")  # values of --mixed_precision
 MIN_SIMILARITY = 0.65  # difflib's ratio; less similar words are seldom the one that was meant
 
 

@@ -23,8 +23,9 @@ def load(
     model (.onnx, which onnxruntime runs without PyTorch).
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
-    precision: "fp32", "bf16" or "fp16"; None is fp32. compile: use torch.compile, which compiles
-    once for each canvas.
+    precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or
+    "fp16"; None is auto. compile: compile the model's blocks with torch.compile, once for all
+    canvases.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
     arrays. Raises UserError that names the file if it holds no detector, and for a device or
@@ -46,14 +47,14 @@ def load(
         ) from error
 
     return Predictor.from_checkpoint(
-        path, device=usable_device(device), precision=precision or "fp32", compile=compile
+        path, device=usable_device(device), precision=precision or "auto", compile=compile
     )
 
 
 def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) -> Any:
-    if precision not in (None, "fp32"):
+    if precision not in (None, "auto", "no", "fp32"):
         raise UserError(
-            f"precision is {precision}; an .onnx model has a fixed one: export it with --fp16"
+            f"mixed_precision is {precision}; an .onnx model has a fixed one: export it with --fp16"
         )
     if compile:
         raise UserError(f"compile is for PyTorch; onnxruntime runs {path}")

@@ -126,7 +126,7 @@ def launch_command(task: Task, module: str, folder: Path) -> list[str]:
         "num_processes": ranks,
         "machine_rank": 0,
         "main_process_port": 0,  # any free one
-        "mixed_precision": "no",
+        "mixed_precision": "no",  # says nothing: the form's field decides
     }
     path = folder / "accelerate.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -144,9 +144,17 @@ def rank_environment(task: Task, folder: Path, inherited: Mapping[str, str]) -> 
         **inherited,
         **_homes(folder, inherited),
         "CUDA_VISIBLE_DEVICES": _devices(task.gpu_ids, inherited.get("CUDA_VISIBLE_DEVICES")),
+        **_allocator(inherited),
         "PYTHONUNBUFFERED": "1",
         FAILURES: str(folder),
     }
+
+
+def _allocator(inherited: Mapping[str, str]) -> dict[str, str]:
+    """PyTorch's memory on a GPU grows in blocks, which fragments less; what the user set stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch 2.9, and before
+    given = any(name in inherited for name in names)
+    return {} if given else {names[0]: "expandable_segments:True"}
 
 
 def _homes(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from trainer.settings.config import LARGEST_SIZE
-from vidt.arguments import OneLineParser
+from vidt.arguments import MIXED_PRECISIONS, OneLineParser
 from vidt.atomic import atomic_file, atomic_write
 from vidt.errors import UserError, escaped, printable, shown
+from vidt.loading import load
 
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
@@ -63,14 +64,21 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         "--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one"
     )
     group.add_argument(
+        "--mixed_precision",
+        choices=MIXED_PRECISIONS,
+        help="no is fp32; default auto: bf16 where the GPU computes it natively, else fp32. An "
+        ".onnx model has a fixed one",
+    )
+    group.add_argument(  # its older name
         "--precision",
+        dest="mixed_precision",
         choices=("fp32", "bf16", "fp16"),
-        help="default fp32; bf16 and fp16 are faster on a GPU. An .onnx model has a fixed one",
+        help=argparse.SUPPRESS,
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="use torch.compile: slow to start, faster where many images have one size",
+        help="compile the model's blocks with torch.compile, which takes minutes to start",
     )
     group.add_argument(
         "--batch_size",
@@ -79,6 +87,17 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="N",
         help="most images in a batch (default %(default)s); it changes no result",
     )
+
+
+def load_detector(given: argparse.Namespace) -> Any:
+    """The detector of WEIGHTS and those flags. On a GPU, a line says its precision and why."""
+    detector = load(
+        given.weights, device=given.device, precision=given.mixed_precision, compile=given.compile
+    )
+    device = getattr(detector, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        note(f"on {device}, precision {detector.precision} ({detector.why_precision})")
+    return detector
 
 
 def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:

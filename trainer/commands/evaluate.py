@@ -12,6 +12,7 @@ from trainer.commands.command_flags import (
     add_detector_flags,
     check_result,
     command_parser,
+    load_detector,
     note,
     say,
     write_json,
@@ -23,7 +24,6 @@ from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, escaped
-from vidt.loading import load
 
 SUMMARY = """
 Scores a detector on annotated images as COCO does: AP (average precision: 1 is perfect, 0 finds
@@ -61,9 +61,7 @@ def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
     check_result("--out", given.out, [])
-    detector = load(
-        given.weights, device=given.device, precision=given.precision, compile=given.compile
-    )
+    detector = load_detector(given)
     file = read(given.json, given.images, detector.class_names)
     found, unread = predict(detector, file, given.images, given.batch_size)
     num_images = len(file.images.ids)

@@ -18,6 +18,7 @@ from trainer.commands.command_flags import (
     add_detector_flags,
     atomic_text,
     command_parser,
+    load_detector,
     note,
     share,
     write_result,
@@ -38,7 +39,6 @@ from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
-from vidt.loading import load
 
 SUMMARY = """
 Detects objects in images: in files, in folders and all folders inside, in files that match a
@@ -127,9 +127,7 @@ def run(argv: Sequence[str]) -> int:
 def _predict(given: Any) -> int:
     check_output(given.out, given.format)
     files = ImageFiles(given.images, sys.stdin, avoid=given.out)
-    detector = load(
-        given.weights, device=given.device, precision=given.precision, compile=given.compile
-    )
+    detector = load_detector(given)
     kind = given.format or ("json" if given.out else None)
     with PredictionWriter(
         given.out, kind, detector, given, pictures=not given.no_pictures

@@ -54,16 +54,35 @@ class Augmentation:
             crop_range=(round(RELEASED_CROP[0] * ratio), round(RELEASED_CROP[1] * ratio)),
         )
 
-    def draw(self, size: tuple[int, int], random: np.random.Generator) -> "Geometry":
-        """Draw the geometry for an image of `size` (height, width)."""
+    def draw(
+        self, size: tuple[int, int], random: np.random.Generator, short_side: int | None = None
+    ) -> "Geometry":
+        """Draw the geometry for an image of `size` (height, width); if `short_side` is None, draw
+        that too.
+        """
+        flip, crop = self.draw_flip_and_crop(size, random)
+        area = crop.area[2:] if crop else size
+        if short_side is None:
+            short_side = _one_of(self.sizes, random)
+        return Geometry(size, flip, crop, resized_shape(*area, short_side, self.max_size))
+
+    def draw_flip_and_crop(
+        self, size: tuple[int, int], random: np.random.Generator
+    ) -> tuple[bool, "Crop | None"]:
+        """The first part of `draw`, which determines the aspect ratio."""
         flip = self.flip and random.random() < 0.5
-        area, crop = size, None
-        if self.crop and random.random() < 0.5:
-            before = resized_shape(*size, _one_of(self.crop_resize, random))
-            crop = Crop(before, *self._crop_area(before, random))
-            area = crop.height, crop.width
-        shape = resized_shape(*area, _one_of(self.sizes, random), self.max_size)
-        return Geometry(size, flip, crop, shape)
+        if not self.crop or random.random() >= 0.5:
+            return flip, None
+        before = resized_shape(*size, _one_of(self.crop_resize, random))
+        return flip, Crop(before, *self._crop_area(before, random))
+
+    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The largest (height, width) to which `draw` may resize a whole image of `size`."""
+        shapes = [resized_shape(*size, max(self.sizes), self.max_size)]
+        if self.crop:
+            shapes.append(resized_shape(*size, max(self.crop_resize)))
+        heights, widths = zip(*shapes, strict=True)
+        return max(heights), max(widths)
 
     def _crop_area(
         self, size: tuple[int, int], random: np.random.Generator
@@ -78,6 +97,14 @@ class Augmentation:
 
 def _one_of(sizes: tuple[int, ...], random: np.random.Generator) -> int:
     return sizes[int(random.integers(len(sizes)))]
+
+
+def covered(size: tuple[int, int], image: Image.Image) -> tuple[float, float]:
+    """The (height, width) of the part of `image` that a picture of `size` covers, if it was decoded
+    at a whole fraction of `size`, rounded up.
+    """
+    fraction = round(size[0] / image.height)
+    return size[0] / fraction, size[1] / fraction
 
 
 @dataclass(frozen=True)
@@ -112,13 +139,13 @@ class Geometry:
         height, width = self.crop.before if self.crop else self.shape
         return SPARE * height, SPARE * width
 
-    def on_image(self, image: Image.Image) -> Image.Image:
-        """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up.
+    def on_image(self, image: Image.Image, *, shrunk: bool = False) -> Image.Image:
+        """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up;
+        with `shrunk` an image that was resized from `size` to any other.
 
         The flip comes last, when the image is smallest; only the cropped part is resized.
         """
-        fraction = round(self.size[0] / image.height)
-        height, width = self.size[0] / fraction, self.size[1] / fraction
+        height, width = (image.height, image.width) if shrunk else covered(self.size, image)
         if self.crop:
             image = resize(image, self.crop.area[2:], self._crop_box(height, width))
             height, width = image.height, image.width

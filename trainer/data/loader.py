@@ -1,13 +1,13 @@
-"""Samples to batches: images, their targets, and the order in which a run sees them.
+"""Samples to batches: images and their targets.
 
 Every random number follows from (seed, epoch, image). A run does not depend on the number of
-workers, and any step can be repeated from its number alone.
+workers.
 
 Inside this file boxes are xyxy in pixels; in targets they are cxcywh in 0..1 of the unpadded image.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.image_cache import ImageCache
+from trainer.data.order import Key, RunSampler
 from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
@@ -32,7 +34,7 @@ NOISE = 0.5  # of denoising boxes: the largest shift in half-sides, and change o
 
 
 class DetectionDataset(Dataset):
-    """Training images and their targets, addressed by (epoch, index).
+    """Training images and their targets, addressed by `Key`.
 
     The next readable image replaces one that cannot be read, which is marked in `unreadable`. All
     workers share that tensor; the caller decides how many are too many.
@@ -46,7 +48,9 @@ class DetectionDataset(Dataset):
         *,
         seed: int,
         denoising_queries: int = 0,
+        cache: ImageCache | None = None,
     ) -> None:
+        self.cache = cache
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
         self.seed, self.denoising_queries = seed, denoising_queries
         self.reported = 0  # unreadable images that the caller has reported
@@ -55,7 +59,7 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
         `image_id` and, with denoising queries, `denoising_boxes` [copies * N, 4]. If the table has
         masks: `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of these masks, and
@@ -74,26 +78,42 @@ class DetectionDataset(Dataset):
             target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
         if self.denoising_queries:
             target["denoising_boxes"] = noise_boxes(boxes, self.denoising_queries, random)
-        return {"image": to_pixels(geometry.on_image(image)), "target": target}
+        return {"image": to_pixels(image), "target": target}
+
+    def aspect(self, epoch: int, index: int) -> float:
+        """Height over width of an image as augmented in an epoch, before the last resize."""
+        height, width = self.samples.sizes[index].tolist()
+        random = random_of(self.seed, epoch, index)
+        _, crop = self.augmentation.draw_flip_and_crop((height, width), random)
+        return crop.height / crop.width if crop else height / width
 
     def _read_from(
-        self, epoch: int, wanted: int
+        self, epoch: int, wanted: int, short_side: int | None = None
     ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The sample at `wanted` or the next readable one, its geometry, its image, and the
-        generator after drawing the geometry.
+        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and
+        the generator after drawing the geometry.
         """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
             sample = self.samples[index]
-            random = np.random.default_rng((self.seed, epoch, wanted))
-            geometry = self.augmentation.draw(sample.size, random)
+            random = random_of(self.seed, epoch, wanted)
+            geometry = self.augmentation.draw(sample.size, random, short_side)
             try:
-                image = read_image(sample.path, sample.size, at_least=geometry.needed)
-                return sample, geometry, image, random
+                return sample, geometry, self._augmented(index, sample, geometry), random
             except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
         raise last
+
+    def _augmented(self, index: int, sample: Sample, geometry: Geometry) -> Image.Image:
+        if self.cache is not None:
+            return geometry.on_image(self.cache.read(index, sample), shrunk=True)
+        return geometry.on_image(read_image(sample.path, sample.size, at_least=geometry.needed))
+
+
+def random_of(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator from which all random numbers of an image in an epoch are drawn."""
+    return np.random.default_rng((seed, epoch, index))
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -127,7 +147,7 @@ def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Ten
 
 def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
     """The targets' `denoising_boxes` as [B, N, 4], filled up with a box in the middle. N is a
-    multiple of `queries`, to limit compiled shapes. None if the targets have none.
+    multiple of `queries`. None if the targets have none.
     """
     if "denoising_boxes" not in targets[0]:
         return None
@@ -152,45 +172,6 @@ class EvaluationDataset(Dataset):
             return index, self.preprocessing.pixels(read_image(sample.path, sample.size))
         except UserError:
             return index, None
-
-
-class RunSampler(Sampler):
-    """The micro-batches of all processes, from any optimiser step on, as lists of (epoch, index).
-    Accelerate distributes them over the processes.
-
-    Each epoch has its own permutation, which repeats from its start to fill the last optimiser
-    step. A step has the same images for any number of processes and micro-batches.
-    """
-
-    def __init__(
-        self, num_images: int, *, step_images: int, micro_batch: int, seed: int, steps: range
-    ) -> None:
-        self.num_images, self.step_images, self.micro_batch = num_images, step_images, micro_batch
-        self.seed, self.steps = seed, steps
-        self.batch_size, self.drop_last = micro_batch, False  # Accelerate reads both
-
-    def __len__(self) -> int:
-        return len(self.steps) * (self.step_images // self.micro_batch)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = steps_per_epoch(self.num_images, self.step_images)
-        order, order_epoch = np.empty(0, np.int64), -1
-        for step in self.steps:
-            epoch, position = divmod(step, per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self._order(epoch, per_epoch * self.step_images), epoch
-            images = order[position * self.step_images : (position + 1) * self.step_images]
-            for start in range(0, self.step_images, self.micro_batch):
-                yield [(epoch, int(index)) for index in images[start : start + self.micro_batch]]
-
-    def _order(self, epoch: int, length: int) -> np.ndarray:
-        permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-        return np.resize(permutation, length)
-
-
-def steps_per_epoch(num_images: int, step_images: int) -> int:
-    """Optimiser steps that show every image at least once."""
-    return -(-num_images // step_images)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -258,6 +239,8 @@ def training_loader(
         micro_batch=micro_batch,
         seed=config.seed,
         steps=steps,
+        short_sides=dataset.augmentation.sizes if config.scale_per == "step" else (None,),
+        aspect_of=dataset.aspect if config.group_by_aspect else None,
     )
     return DataLoader(
         dataset,

@@ -16,6 +16,9 @@ from torch import Tensor
 from vidt.errors import UserError
 
 PATIENCE = timedelta(hours=12)  # a dead process is noticed at once, by its closed connection
+# For collectives on the devices, of which all processes agree to make the next one: only a GPU or a
+# link that hangs takes long, and nothing else notices that. Compiling a step can take minutes.
+DEVICE_PATIENCE = timedelta(minutes=30)
 
 
 class Agreement:
@@ -80,20 +83,3 @@ class Agreement:
         if self.group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self.group)
-
-
-def sum_gradients(parameters: list[torch.nn.Parameter], num_processes: int) -> None:
-    """Adds up the gradients of all processes, in place, in one collective per optimiser step.
-
-    DistributedDataParallel is not used: a process that runs out of memory half way through its
-    backward pass would leave the others waiting inside DDP's collectives.
-    """
-    if num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(
-        gradients, [piece.view_as(own) for own, piece in zip(gradients, pieces, strict=True)]
-    )

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000123` that appears by one rename, after its files are written
 and flushed. Its `state.json` holds the size and SHA-256 of its tensors, so that a torn or foreign
 folder is noticed, named and skipped. Nothing in it is pickled. It holds no random state: random
-numbers follow from (seed, step) and (seed, epoch, image).
+numbers follow from (seed, step), (seed, epoch) and (seed, epoch, image).
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ RESULTS = (
     *("best.safetensors", "last.safetensors", "config.yaml", "metrics.csv"),
     *("report.html", "predictions.jpg"),
 )
+# How a run was trained whose checkpoint is older than these settings.
+BEFORE = {"scale_per": "image", "group_by_aspect": False}
 
 
 @dataclass
@@ -286,10 +288,11 @@ def changed_settings(old: RunState, new: RunState) -> list[str]:
                 f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
                 "same data, --batch_size and number of processes, or start anew with --load_from"
             )
+    settings = {**BEFORE, **old.settings}
     return [
-        f"resuming with {key} {value}, it was {old.settings.get(key)}"
+        f"resuming with {key} {value}, it was {settings.get(key)}"
         for key, value in new.settings.items()
-        if old.settings.get(key) != value
+        if settings.get(key) != value
     ]
 
 

@@ -1,7 +1,9 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,40 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.data.loader import Augmentation, DetectionDataset, steps_per_epoch
+from trainer.data.image_cache import ImageCache
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.loader_wait import LoaderWait
+from trainer.data.order import steps_per_epoch
 from trainer.loop import resume
-from trainer.loop.agreement import PATIENCE, Agreement
+from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
-from trainer.loop.execution import checkpoint_activations, compiled
+from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import TrainConfig, resolved
-from vidt.errors import UserError
+from trainer.settings.config import AUTO, TrainConfig, resolved
+from trainer.step.gradient_sum import GradientSum
+from trainer.step.gradients import gradients
+from trainer.step.memory import (
+    Probe,
+    checkpoint_activations,
+    fitting_batch_size,
+    fitting_micro_batches,
+    largest_canvas,
+    use_expandable_segments,
+)
+from vidt.errors import UserError, counted
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion, criterion_for
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
-from vidt.model.vidt import build_detector
+from vidt.model.vidt import build_detector, compile_blocks
+from vidt.ops.precision import best_precision, prepare_training
 
 logger = get_logger(__name__)
 
@@ -43,12 +59,13 @@ class Run:
     accelerator: Accelerator
     agreement: Agreement
     model: nn.Module
-    forward: nn.Module  # the model as training steps call it: compiled if --compile is given
+    gradient_sum: GradientSum
     ema: ModelEmaV3 | None
     optimizer: Optimizer
     criterion: SetCriterion | SoftmaxCriterion
     teacher: TokenMatching | None
     dataset: DetectionDataset
+    loader_wait: LoaderWait
     clock: Clock
     state: RunState
     micro_batches: Iterator[dict[str, Any]] | None = None  # of the steps to come
@@ -59,18 +76,48 @@ class Run:
         return self.model if self.ema is None else self.ema.module
 
 
-def make_accelerator() -> Accelerator:
-    """An accelerator without trackers; the launcher sets processes and precision."""
+def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
+    """An accelerator without trackers, in the precision of `--mixed_precision`; the launcher sets
+    the processes.
+    """
+    use_expandable_segments()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or cpu_of_launcher():
+        device = torch.device("cpu")
+    precision, _ = choose_precision(mixed_precision, device)
     # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
     try:
         return Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
             rng_types=[],
         )
     except ValueError as error:  # such as a precision that the device does not have
         raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The precision that `--mixed_precision` stands for on a device, and why. bf16 or fp16 given to
+    the launcher wins over auto; its "no" means nothing, because it says so without being asked.
+    """
+    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "auto":
+        return asked, "as asked"
+    if of_launcher != "no":
+        return of_launcher, "as asked of the launcher"
+    return best_precision(device)
+
+
+def precision_line(asked: str, accelerator: Accelerator) -> str:
+    """The precision of a run, and why, in a few words."""
+    precision, device = accelerator.mixed_precision, accelerator.device
+    if precision == "fp16" and device.type == "cpu":
+        return "fp16 asked for, but a CPU computes fp32 (bf16 works)"
+    chosen, reason = choose_precision(asked, device)
+    name = "fp32" if precision == "no" else precision
+    return f"{name} ({reason if chosen == precision else 'as the accelerator was made'})"
 
 
 def set_up(
@@ -82,6 +129,7 @@ def set_up(
 ) -> Run:
     """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
     agreement = Agreement(accelerator)
+    prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
@@ -95,11 +143,30 @@ def set_up(
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
     if config.activation_checkpointing:
         checkpoint_activations(detector)
-    # Prepared "for evaluation", which leaves DistributedDataParallel out: see `sum_gradients`.
+    if config.compile:
+        compile_blocks(detector)
+    # Prepared "for evaluation", which leaves DistributedDataParallel out: see `GradientSum`.
     model: nn.Module = accelerator.prepare_model(detector, evaluation_mode=True).train()
     scaled = accelerator.scaler is not None
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
+    gradient_sum = GradientSum(model.parameters(), accelerator.num_processes)
+    criterion = criterion_for(model_config)
+    dataset = training_dataset(config, train_set, agreement)
 
+    learn = partial(
+        gradients,
+        model,
+        criterion,
+        accelerator,
+        num_boxes=1.0,
+        teacher=teacher,
+        denoising_queries=config.denoising,
+        gradient_sum=gradient_sum,
+    )
+    probe = make_probe(config, dataset, optimizer, accelerator, learn, agreement)
+    if config.batch_size == AUTO:
+        found = automatic_batch_size(probe, checkpoint, len(train_set), accelerator)
+        config = replace(config, batch_size=found)
     step_images = config.batch_size * accelerator.num_processes
     per_epoch = steps_per_epoch(len(train_set), step_images)
     total_steps = config.epochs * per_epoch
@@ -113,27 +180,91 @@ def set_up(
     )
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
+    if probe.possible():
+        state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
     return Run(
         config=config,
         model_config=model_config,
         accelerator=accelerator,
         agreement=agreement,
         model=model,
-        forward=compiled(model) if config.compile else model,
+        gradient_sum=gradient_sum,
         ema=ema,
         optimizer=optimizer,
-        criterion=criterion_for(model_config),
+        criterion=criterion,
         teacher=teacher,
-        dataset=DetectionDataset(
-            train_set,
-            Augmentation.from_config(config),
-            Preprocessing(eval_size=config.eval_size),
-            seed=config.seed,
-            denoising_queries=config.denoising,
+        loader_wait=LoaderWait(
+            config,
+            accelerator.device,
+            num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ),
+        dataset=dataset,
         clock=Clock(per_epoch, total_steps, step_images, len(val_set), config.eval_interval),
         state=state,
     )
+
+
+def training_dataset(
+    config: TrainConfig, samples: SampleTable, agreement: Agreement
+) -> DetectionDataset:
+    """The images to train on, through the cache if there is one. Raises UserError for a cache
+    folder that cannot be made.
+    """
+    augmentation, cache = Augmentation.from_config(config), None
+    if config.cache_images is not None:
+        cache = ImageCache(config.cache_images, samples, augmentation)
+        logger.info(agreement.on_main(cache.open_folder))
+    return DetectionDataset(
+        samples,
+        augmentation,
+        Preprocessing(eval_size=config.eval_size),
+        seed=config.seed,
+        denoising_queries=config.denoising,
+        cache=cache,
+    )
+
+
+def make_probe(
+    config: TrainConfig,
+    dataset: DetectionDataset,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    learn: Callable[..., dict[str, Tensor] | None],
+    agreement: Agreement,
+) -> Probe:
+    """The trial of this run's largest step; learn is `gradients` but for batches and canvas."""
+    augmentation = dataset.augmentation
+    sizes = dataset.samples.sizes.tolist()
+    canvas = largest_canvas(augmentation, sizes, mixed=not config.group_by_aspect)
+    return Probe(
+        dataset,
+        optimizer,
+        canvas,
+        accelerator.device,
+        partial(learn, canvas=canvas),
+        agreement.true_anywhere,
+    )
+
+
+def automatic_batch_size(
+    probe: Probe, checkpoint: Checkpoint | None, num_images: int, accelerator: Accelerator
+) -> int:
+    """The images per process that `--batch_size auto` stands for: as many as in the checkpoint,
+    else as fit on a GPU, else the default.
+    """
+    processes = accelerator.num_processes
+    if checkpoint is not None:
+        found, why = max(checkpoint.state.step_images // processes, 1), "as in the checkpoint"
+    elif probe.possible():
+        found = fitting_batch_size(probe, num_images // processes)
+        why = "the largest power of two that fits"
+    else:
+        found, why = TrainConfig.batch_size, "the default, since only a GPU is tried"
+    logger.info(
+        f"--batch_size auto: {counted(found, 'image')} per process, {why}; "
+        f"{found * processes} per step; the learning rate is not scaled with it"
+    )
+    return found
 
 
 def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:

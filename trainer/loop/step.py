@@ -14,19 +14,16 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.data.loader import DetectionDataset, noised_batch, pad_to, training_loader, unpacked
-from trainer.loop.agreement import Agreement, sum_gradients
-from trainer.loop.execution import OutOfMemory, compiled_canvas
+from trainer.data.loader import DetectionDataset, training_loader, unpacked
+from trainer.loop.agreement import Agreement
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
+from trainer.step.gradients import gradients
+from trainer.step.memory import more_micro_batches
 from vidt.errors import UserError, counted
-from vidt.losses.criterion import SetCriterion
-from vidt.losses.distillation import TokenMatching
-from vidt.losses.softmax_criterion import SoftmaxCriterion
-from vidt.predict.predictor import is_out_of_memory
 
 logger = get_logger(__name__)
 
@@ -40,39 +37,35 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
     """
     config, state, accelerator = run.config, run.state, run.accelerator
     parameters = list(run.model.parameters())
+    batches: list[dict[str, Any]] = []
+    repeated = False
     while True:
-        if run.micro_batches is None:
-            steps = range(state.step, run.clock.total_steps)
-            run.micro_batches = micro_batches(
-                run.dataset, config, state.n_iter_to_acc, steps, accelerator
-            )
-        batches = [next(run.micro_batches) for _ in range(state.n_iter_to_acc)]
-        num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
-        if signum:
-            raise Stopped(signum)
-        if config.compile:
-            canvas = compiled_canvas(canvas, config.eval_size, run.dataset.augmentation.max_size)
+        if not batches:
+            if run.micro_batches is None:
+                steps = range(state.step, run.clock.total_steps)
+                run.micro_batches = run.loader_wait.timed(
+                    micro_batches(run.dataset, config, state.n_iter_to_acc, steps, accelerator)
+                )
+            batches = [next(run.micro_batches) for _ in range(state.n_iter_to_acc)]
+            num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
+            if signum:
+                raise Stopped(signum)
         # The step number determines all random numbers of a step: no state needs saving.
         set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-        terms = gradients(
-            run.forward,
-            run.criterion,
-            accelerator,
-            batches,
-            canvas,
-            num_boxes,
-            teacher=run.teacher,
-            denoising_queries=config.denoising,
-        )
-        if not run.agreement.true_anywhere(terms is None):
+        terms = summed_gradients(run, batches, canvas, num_boxes)
+        if terms is not None:
             break
-        # Every process frees its memory and loads the same images again in smaller micro-batches.
-        run.optimizer.zero_grad()
-        run.micro_batches, batches = None, []
-        clear_device_cache(garbage_collection=True)
-        state.n_iter_to_acc = more_micro_batches(config, state.n_iter_to_acc, canvas)
-    assert terms is not None
-    sum_gradients(parameters, accelerator.num_processes)
+        if repeated:  # every process loads the same images again in smaller micro-batches
+            state.n_iter_to_acc = more_micro_batches(config, state.n_iter_to_acc, canvas)
+            run.micro_batches, batches = None, []
+            logger.warning(
+                f"out of memory: --batch_size {config.batch_size} is now split into "
+                f"{state.n_iter_to_acc} micro-batches on every process; only dropout masks change. "
+                f"Pass --n_iter_to_acc {state.n_iter_to_acc} to start that way"
+            )
+        else:  # perhaps the memory was only fragmented
+            logger.warning(f"out of memory in step {state.step}; it is tried once more unchanged")
+        repeated = True
     norm = accelerator.clip_grad_norm_(parameters, config.clip_max_norm or float("inf"))
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -83,6 +76,34 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
         run.ema.update(run.model, step=state.step - state.skipped_updates)
     state.step += 1
     return terms, norm, [target["image_id"] for batch in batches for target in batch["targets"]]
+
+
+def summed_gradients(
+    run: Run, batches: list[dict[str, Any]], canvas: tuple[int, int], num_boxes: float
+) -> dict[str, Tensor] | None:
+    """Leaves the gradients of a step, summed over all processes, with the parameters, and returns
+    this process's loss terms. None, without gradients and with an empty cache, if memory ran out on
+    any process.
+    """
+    terms = gradients(
+        run.model,
+        run.criterion,
+        run.accelerator,
+        batches,
+        canvas,
+        num_boxes,
+        teacher=run.teacher,
+        denoising_queries=run.config.denoising,
+        gradient_sum=run.gradient_sum,
+    )
+    facts = run.agreement.gather(terms is None, *run.gradient_sum.present())
+    failed, *present = facts.any(0).tolist()
+    if failed:
+        run.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        return None
+    run.gradient_sum.take(present)
+    return terms
 
 
 def micro_batches(
@@ -124,74 +145,30 @@ def step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
 
 
-def gradients(
-    model: nn.Module,
-    criterion: SetCriterion | SoftmaxCriterion,
-    accelerator: Accelerator,
-    batches: list[dict[str, Any]],
-    canvas: tuple[int, int],
-    num_boxes: float,
-    teacher: TokenMatching | None = None,
-    denoising_queries: int = 1,
-) -> dict[str, Tensor] | None:
-    """Adds the gradients of a step's micro-batches to the parameters. Returns the loss terms, or
-    None if memory ran out.
-
-    Terms are divided by the boxes and the images of the whole step, so micro-batches and processes
-    simply add up.
+def report_wait(run: Run) -> dict[str, float]:
+    """The share of the time that the processes waited for their loaders since the last report: of
+    the one that waited longest. Logs what to do if it is large.
     """
-    num_images = sum(len(batch["images"]) for batch in batches) * accelerator.num_processes
-    counts = {"num_boxes": num_boxes, "num_images": num_images}
-    normalisers = {name: counts[name] for name in criterion.normalised_by}
-    names: list[str] = []
-    sums: Tensor | None = None
-    try:
-        for batch in batches:
-            images, padding = pad_to(batch, canvas)
-            targets = batch["targets"]
-            outputs = model(images, padding, noised_batch(targets, denoising_queries))
-            terms = criterion(outputs, targets, **normalisers)
-            if teacher is not None:
-                terms |= teacher(images, padding, outputs, num_images)
-            names, values = list(terms), torch.stack(list(terms.values()))
-            accelerator.backward(values.sum())
-            sums = values.detach() if sums is None else sums + values.detach()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    assert sums is not None, "a step without micro-batches"
-    return dict(zip(names, sums.unbind(), strict=True))
-
-
-def more_micro_batches(config: TrainConfig, n_iter_to_acc: int, canvas: tuple[int, int]) -> int:
-    """The next number of micro-batches that divides the batch, at least twice the present one.
-
-    Raises OutOfMemory if a micro-batch is already one image.
-    """
-    size = config.batch_size
-    larger = [n for n in range(2 * n_iter_to_acc, size + 1) if size % n == 0] or [size]
-    if n_iter_to_acc == size:
-        raise OutOfMemory(
-            f"out of memory with one image of {canvas[0]} x {canvas[1]} pixels at a time; "
-            "lower --eval_size or --train_max_size, or choose a smaller --backbone_name"
-        )
-    logger.warning(
-        f"out of memory: --batch_size {size} is now split into {larger[0]} micro-batches on every "
-        f"process; only dropout masks change. Pass --n_iter_to_acc {larger[0]} to start that way"
-    )
-    return larger[0]
+    share, advice = run.loader_wait.report(lambda own: run.agreement.gather(own).max().item())
+    if advice:
+        logger.warning(advice)
+    return {"loader_wait": share}
 
 
 def check_readable(
     dataset: DetectionDataset, max_bad_fraction: float, agreement: Agreement
 ) -> None:
-    """Logs the images that any process could not read since the check before training.
+    """Logs the images that any process could not read since the check before training, and why any
+    process could not cache one.
 
-    Raises UserError if they are more than --max_bad_fraction of all.
+    Raises UserError if the unreadable ones are more than --max_bad_fraction of all.
     """
     own = dataset.unreadable.nonzero().flatten().tolist()
-    unreadable = sorted({index for each in agreement.gather_objects(own) for index in each})
+    problem = "" if dataset.cache is None else dataset.cache.new_problem()
+    unread, problems = zip(*agreement.gather_objects((own, problem)), strict=True)
+    for line in sorted({*problems} - {""}):
+        logger.warning(line)
+    unreadable = sorted({index for each in unread for index in each})
     if len(unreadable) == dataset.reported:
         return
     dataset.reported = len(unreadable)

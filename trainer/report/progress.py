@@ -42,7 +42,8 @@ class Progress:
 
     - "start", once: nothing. `step` is 0, or the step from which the run resumes.
     - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr`,
-      `grad_norm`, `images_per_second`, `memory_gib`.
+      `grad_norm`, `images_per_second`, `memory_gib`, `loader_wait` (the share of the time, 0 to 1,
+      that training waited for images).
     - "evaluating": nothing. Evaluation has begun, or continues (`fraction` moves).
     - "evaluation": the names in `COCO_NUMBERS`, with the prefix `segm_` for masks, `ap/CLASS` and
       `ap50/CLASS`. -1 or NaN: the validation set has no such objects.
@@ -157,9 +158,9 @@ class CsvLog:
 
 class TensorBoard:
     """A `Report` that writes TensorBoard events: `train/` (losses; those of inner decoder layers in
-    `train_inner/`), `run/` (learning rates, gradient norm, speed, memory), `val/`, `val_ap/`,
-    `val_ap50/`, `val_f1/` and `val_threshold/` (the highest F1 and its score threshold),
-    `pictures/`, `worst/`, `confusion`, and under PR CURVES `precision_recall/`.
+    `train_inner/`), `run/` (learning rates, gradient norm, speed, memory, the wait for the
+    loader), `val/`, `val_ap/`, `val_ap50/`, `val_f1/` and `val_threshold/` (the highest F1 and its
+    score threshold), `pictures/`, `worst/`, `confusion`, and under PR CURVES `precision_recall/`.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -25,18 +25,21 @@ def worst_pictures(samples: SampleTable, worst: Sequence[JudgedImage]) -> list[P
 
 
 def _pair(samples: SampleTable, judged: JudgedImage) -> Pair:
-    sample, found, names = samples[judged.index], judged.found, samples.class_names
+    sample, detections, names = samples[judged.index], judged.detections, samples.class_names
     image = image_of(sample)
     scale = PANEL / max(image.size)
     truth_texts = [class_text(label, names) for label in sample.labels.tolist()]
     texts = []
     for label, score, true in zip(
-        found.labels.tolist(), found.scores.tolist(), judged.found_as.tolist(), strict=True
+        detections.labels.tolist(),
+        detections.scores.tolist(),
+        judged.true_class.tolist(),
+        strict=True,
     ):
         text = f"{class_text(label, names)} {score:.2f}"
         texts.append(text if true == NOTHING else f"{text} is {class_text(true, names)}")
-    truth = _marks(sample.boxes, truth_texts, sample.labels, judged.truth_as, sample.masks)
-    predicted = _marks(found.boxes, texts, found.labels, judged.found_as, judged.masks)
+    truth = _marks(sample.boxes, truth_texts, sample.labels, judged.predicted_class, sample.masks)
+    predicted = _marks(detections.boxes, texts, detections.labels, judged.true_class, judged.masks)
     return draw_marks(image, truth, scale), draw_marks(image, predicted[::-1], scale)
 
 

@@ -89,15 +89,15 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> Overlap:
+def overlap_of_boxes(detections: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> Overlap:
     """IoU of boxes [D, 4] and [M, 4], xywh in float64. If the object is a crowd region, the
     intersection is divided by the area of the detection.
     """
 
-    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
-        blocks = [slice(start, start + BLOCK) for start in range(0, len(thing), BLOCK)]
+    def overlap(detection: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(truth), BLOCK)]
         parts = [
-            _overlaps(found[detection[block]].T, objects[thing[block]].T, crowd[thing[block]])
+            _overlaps(detections[detection[block]].T, objects[truth[block]].T, crowd[truth[block]])
             for block in blocks
         ]
         return np.concatenate([np.zeros(0), *parts])
@@ -106,22 +106,22 @@ def overlap_of_boxes(found: np.ndarray, objects: np.ndarray, crowd: np.ndarray) 
 
 
 def overlap_of_masks(
-    found: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
+    detections: list[dict[str, Any]], objects: list[dict[str, Any]], crowd: np.ndarray
 ) -> Overlap:
     """IoU of masks in pycocotools' form, one image and class at a time. If the object is a crowd
     region, crowd [M] bool, the intersection is divided by the area of the detection.
     """
 
-    def overlap(detection: np.ndarray, thing: np.ndarray) -> np.ndarray:
-        first = np.append(starts_of_runs(detection), len(thing))  # pair of each detection
+    def overlap(detection: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        first = np.append(starts_of_runs(detection), len(truth))  # pair of each detection
         # Detections of one image and class begin with the same object.
-        bounds = np.append(starts_of_runs(thing[first[:-1]]), len(first) - 1)
+        bounds = np.append(starts_of_runs(truth[first[:-1]]), len(first) - 1)
         parts = [np.zeros(0)]
         for start, stop in pairwise(bounds.tolist()):
-            own = thing[first[start] : first[start + 1]]
+            own = truth[first[start] : first[start + 1]]
             rows = detection[first[start:stop]]
             there = [objects[number] for number in own]
-            iou = coco_mask.iou([found[row] for row in rows], there, crowd[own].tolist())
+            iou = coco_mask.iou([detections[row] for row in rows], there, crowd[own].tolist())
             parts.append(np.asarray(iou).reshape(-1))
         return np.concatenate(parts)
 
@@ -142,20 +142,22 @@ def _overlaps(here: np.ndarray, there: np.ndarray, crowd: np.ndarray) -> np.ndar
 
 
 def match(
-    objects: Objects, found: DetectionColumns, overlap: Overlap, num_classes: int
+    objects: Objects, detections: DetectionColumns, overlap: Overlap, num_classes: int
 ) -> DetectionMatches:
     """Matches each detection, best first, with the free object that overlaps it most."""
     order = np.lexsort(
-        (-found.score, found.image, found.label)
+        (-detections.score, detections.image, detections.label)
     )  # stable, like every sort in this file
-    rank = _ranks_in_runs(starts_of_runs(found.label[order], found.image[order]), len(order))
+    rank = _ranks_in_runs(
+        starts_of_runs(detections.label[order], detections.image[order]), len(order)
+    )
     order, rank = order[rank < LIMITS[-1]], rank[rank < LIMITS[-1]]
-    label, image = found.label[order], found.image[order]
+    label, image = detections.label[order], detections.image[order]
 
-    row, thing = _pairs(label, image, objects)
-    iou = overlap(order[row], thing)
+    row, truth = _pairs(label, image, objects)
+    iou = overlap(order[row], truth)
     near = iou >= THRESHOLDS[0]  # the others match nothing
-    row, thing, iou = row[near], thing[near], iou[near]
+    row, truth, iou = row[near], truth[near], iou[near]
 
     shape = (len(AREAS), len(THRESHOLDS), len(order))
     right, wrong = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
@@ -163,42 +165,42 @@ def match(
     for number, (low, high) in enumerate(AREAS):
         ignored = objects.crowd | (objects.area < low) | (objects.area > high)
         totals[number] = np.bincount(objects.label[~ignored], minlength=num_classes)
-        outside = (found.area[order] < low) | (found.area[order] > high)
+        outside = (detections.area[order] < low) | (detections.area[order] > high)
         wrong[number] = ~outside
-        choices = _choices(label, image, row, thing, iou, ignored, objects.crowd)
+        choices = _choices(label, image, row, truth, iou, ignored, objects.crowd)
         for threshold, which, won in choices:
             right[number, threshold, which] = ~ignored[won]
             wrong[number, threshold, which] = False
-    return DetectionMatches(label, image, rank, found.score[order], right, wrong, totals)
+    return DetectionMatches(label, image, rank, detections.score[order], right, wrong, totals)
 
 
 def _choices(
     label: np.ndarray,
     image: np.ndarray,
     row: np.ndarray,
-    thing: np.ndarray,
+    truth: np.ndarray,
     iou: np.ndarray,
     ignored: np.ndarray,
     crowd: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields matches as (threshold, row, object). label and image [D] belong to the rows, the
-    sorted detections; row, thing and iou [P] belong to the pairs.
+    sorted detections; row, truth and iou [P] belong to the pairs.
 
     Detections choose in turns: first the best detection with a pair of every image and class, then
     the second best, and so on. Each prefers objects that count, then the highest IoU, then the last
     object.
     """
-    order = np.lexsort((thing, iou, ~ignored[thing], row))  # each row's first choice comes last
-    row, thing, iou = row[order], thing[order], iou[order]
+    order = np.lexsort((truth, iou, ~ignored[truth], row))  # each row's first choice comes last
+    row, truth, iou = row[order], truth[order], iou[order]
     close = iou >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
     taken = np.zeros((len(THRESHOLDS), len(ignored)), np.bool_)
     for pairs in _turns(label[row], image[row], row):
-        things = thing[pairs]
-        free = close[:, pairs] & (~taken[:, things] | crowd[things])
+        truths = truth[pairs]
+        free = close[:, pairs] & (~taken[:, truths] | crowd[truths])
         starts = starts_of_runs(row[pairs])
         best = np.maximum.reduceat(np.where(free, np.arange(len(pairs)), -1), starts, axis=1)
         threshold, chooser = np.nonzero(best >= 0)
-        won = things[best[threshold, chooser]]
+        won = truths[best[threshold, chooser]]
         taken[threshold, won] = True
         yield threshold, row[pairs[starts[chooser]]], won
 

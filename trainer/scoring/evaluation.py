@@ -1,14 +1,15 @@
 """COCO metrics of a model on a table of samples. The images are split among the processes; each is
 scored exactly once.
 
-The result does not depend on the number of processes or on the batch size: each image has its own
-canvas, only images of equal canvas share a batch, and scoring uses the order of the table.
+The result does not depend on the number of processes or on the batch size, up to rounding of the
+precision: each image has its own canvas, only images of equal canvas share a batch, TF32 is off,
+and scoring uses the order of the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from trainer.data.loader import (
     leave_signals_to_the_parent,
 )
 from trainer.loop.agreement import Agreement
-from trainer.loop.execution import OutOfMemory
 from trainer.loop.stopping import Stopped
 from trainer.readers.masks import encode
 from trainer.readers.run_lengths import RunLengths, areas_of, as_coco, rectangle
@@ -45,13 +45,17 @@ from trainer.scoring.average_precision import (
     xywh,
 )
 from trainer.scoring.mistakes import Diagnosis, diagnose
+from trainer.step.memory import OutOfMemory
+from vidt.images.batching import overlapped
 from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import packed
-from vidt.predict.detections import Detections, decode_for, on_cpu
+from vidt.ops.precision import full_float32
+from vidt.predict.detections import Detections, copy_to_cpu, decode_for
 from vidt.predict.predictor import is_out_of_memory
 
 MASK_PIXELS = 2**26  # of masks that are encoded together
+Finish: TypeAlias = Callable[[], list[Detections]]  # waits for the detections in a batch
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,9 @@ def evaluate(
     masks: dict[int, list[RunLengths]] = {}
     signum = 0
     exact = accelerator.mixed_precision == "no"
-    with packed(model) if exact else nullcontext():
-        for done, (indices, pixels, padding) in enumerate(loader):
-            found = {}
-            if indices:
-                images, padding = send_to_device((pixels, padding), accelerator.device, True)
-                images = preprocessing.normalise(images, padding)
-                predicted = predict(model, images, padding, samples.sizes[indices], accelerator)
-                found = dict(zip(indices, predicted, strict=True))
+    with full_float32(accelerator.device), packed(model) if exact else nullcontext():
+        predicted = predict_batches(model, loader, samples.sizes, preprocessing, accelerator)
+        for done, found in enumerate(predicted):
             if scores_masks:
                 masks |= {index: run_lengths(each) for index, each in found.items()}
             detections |= {index: replace(each, mask_vectors=None) for index, each in found.items()}
@@ -132,11 +131,36 @@ def evaluate(
     return Evaluation(metrics, detections, unreadable, diagnosis, masks)
 
 
+def predict_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[list[int], Tensor | None, Tensor | None]],
+    sizes: Tensor,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+) -> Iterator[dict[int, Detections]]:
+    """Detections by sample index of each batch of `evaluation_batch`, on the CPU, in pixels of the
+    original images, whose (height, width) are sizes [samples, 2]. A GPU computes a batch while the
+    results of the batch before it are unpacked and used.
+    """
+
+    def start(batch: tuple[list[int], Tensor | None, Tensor | None]) -> Finish:
+        indices, *on_host = batch
+        if not indices:
+            return lambda: []
+        pixels, padding = send_to_device(on_host, accelerator.device, True)
+        images = preprocessing.normalise(pixels, padding)
+        return predict(model, images, padding, sizes[indices], accelerator)
+
+    ahead = int(accelerator.device.type != "cpu")
+    for (indices, *_), predicted in overlapped(batches, start, ahead):
+        yield dict(zip(indices, predicted, strict=True))
+
+
 def predict(
     model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
-) -> list[Detections]:
-    """Detections in a batch, on the CPU, in pixels of the original images, whose (height, width)
-    are sizes [B, 2]. If memory runs out, half of the batch at a time.
+) -> Finish:
+    """Starts to detect in a batch of images of sizes [B, 2], or, if memory runs out, in half of the
+    batch at a time. Returns the function that waits for the detections.
 
     Raises OutOfMemory if one image does not fit.
     """
@@ -154,17 +178,17 @@ def predict(
             "--eval_size, or choose a smaller --backbone_name"
         )
     clear_device_cache(garbage_collection=True)
-    parts = [
+    halves = [
         predict(model, images[part], padding[part], sizes[part], accelerator)
         for part in (slice(half), slice(half, None))
     ]
-    return [*parts[0], *parts[1]]
+    return lambda: [detections for finish in halves for detections in finish()]
 
 
 @torch.no_grad()
 def _predict(
     model: nn.Module, images: Tensor, padding: Tensor, sizes: Tensor, accelerator: Accelerator
-) -> list[Detections]:
+) -> Finish:
     training = model.training
     model.eval()
     try:
@@ -173,7 +197,7 @@ def _predict(
     finally:
         model.train(training)
     decode = decode_for(accelerator.unwrap_model(model).config)
-    return on_cpu(decode(outputs, sizes.to(accelerator.device, non_blocking=True)))
+    return copy_to_cpu(decode(outputs, sizes))  # sizes are also needed on the CPU
 
 
 def run_lengths(found: Detections) -> list[RunLengths]:

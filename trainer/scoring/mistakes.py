@@ -35,9 +35,9 @@ class JudgedImage:
     """One image of the table: its m detections that count, and its n true boxes, matched."""
 
     index: int
-    found: Detections  # m
-    found_as: Tensor  # int64 [m], the true class of each detection, or NOTHING, or CROWD
-    truth_as: Tensor  # int64 [n], the predicted class of each true box, or NOTHING, or CROWD
+    detections: Detections  # m
+    true_class: Tensor  # int64 [m], the true class of each detection, or NOTHING, or CROWD
+    predicted_class: Tensor  # int64 [n], the predicted class of each true box, or NOTHING, or CROWD
     num_missed: int
     num_false: int
     num_confused: int
@@ -122,51 +122,53 @@ def condensed(diagnosis: Diagnosis) -> tuple[np.ndarray, list[str], list[str]]:
 def judge(
     sample: Sample,
     index: int,
-    found: Detections | None,
+    detections: Detections | None,
     masks: Sequence[RunLengths] | None,
     thresholds: Tensor,
 ) -> JudgedImage:
-    """Matches an image; found None: it is unreadable. thresholds [K] are the least scores."""
-    if found is None:
-        found = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    keep = found.scores.double() >= thresholds[found.labels]
+    """Matches an image; detections None: it is unreadable. thresholds [K] are the least scores."""
+    if detections is None:
+        detections = Detections(
+            torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+        )
+    keep = detections.scores.double() >= thresholds[detections.labels]
     if masks is not None:
         masks = [masks[row] for row in keep.nonzero().flatten().tolist()]
-    found = found[keep]
-    boxes = clip_boxes_to_image(found.boxes, sample.size)
-    found_as, truth_as = _matched(sample, boxes, found.labels)
-    same = found_as == found.labels
+    detections = detections[keep]
+    boxes = clip_boxes_to_image(detections.boxes, sample.size)
+    true_class, predicted_class = _matched(sample, boxes, detections.labels)
+    same = true_class == detections.labels
     return JudgedImage(
         index=index,
-        found=found,
-        found_as=found_as,
-        truth_as=truth_as,
-        num_missed=int((truth_as == NOTHING).sum()),
-        num_false=int((found_as == NOTHING).sum()),
-        num_confused=int((~same & (found_as >= 0)).sum()),
+        detections=detections,
+        true_class=true_class,
+        predicted_class=predicted_class,
+        num_missed=int((predicted_class == NOTHING).sum()),
+        num_false=int((true_class == NOTHING).sum()),
+        num_confused=int((~same & (true_class >= 0)).sum()),
         masks=masks,
     )
 
 
 def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`found_as` and `truth_as` of detections, which are sorted by falling score."""
+    """`true_class` and `predicted_class` of detections, which are sorted by falling score."""
     overlaps = box_iou(boxes.double(), sample.boxes.double())  # [m, n]
     own = labels[:, None] == sample.labels
     free = ~sample.crowd
-    found_as = torch.full((len(boxes),), NOTHING)
-    truth_as = torch.where(sample.crowd, CROWD, NOTHING)
+    true_class = torch.full((len(boxes),), NOTHING)
+    predicted_class = torch.where(sample.crowd, CROWD, NOTHING)
     for allowed in (own, ~own):
-        for row in (found_as == NOTHING).nonzero().flatten().tolist():
+        for row in (true_class == NOTHING).nonzero().flatten().tolist():
             candidates = overlaps[row] * (free & allowed[row])
             column = int(candidates.argmax()) if len(candidates) else 0
             if len(candidates) and candidates[column] >= MIN_IOU:
-                found_as[row], truth_as[column] = sample.labels[column], labels[row]
+                true_class[row], predicted_class[column] = sample.labels[column], labels[row]
                 free[column] = False
     if bool(sample.crowd.any()):
         inside = _share_inside(boxes, sample.boxes[sample.crowd]) >= MIN_IOU
         inside &= own[:, sample.crowd]
-        found_as[inside.any(1) & (found_as == NOTHING)] = CROWD
-    return found_as, truth_as
+        true_class[inside.any(1) & (true_class == NOTHING)] = CROWD
+    return true_class, predicted_class
 
 
 def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
@@ -180,11 +182,11 @@ def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
 def _count(confusion: np.ndarray, sample: Sample, judged: JudgedImage) -> None:
     """Adds an image's true boxes and detections to the confusion matrix."""
     last = len(confusion) - 1
-    truth, taken_for = sample.labels.numpy(), judged.truth_as.numpy()
+    truth, taken_for = sample.labels.numpy(), judged.predicted_class.numpy()
     counts = taken_for != CROWD
     columns = np.where(taken_for == NOTHING, last, taken_for)
     np.add.at(confusion, (truth[counts], columns[counts]), 1)
-    false = judged.found.labels.numpy()[(judged.found_as == NOTHING).numpy()]
+    false = judged.detections.labels.numpy()[(judged.true_class == NOTHING).numpy()]
     np.add.at(confusion, (np.full(len(false), last), false), 1)
 
 

@@ -1,7 +1,7 @@
 """Settings of a training run and its command line.
 
 Every setting has one owner: architecture in `vidt.ViDTConfig` (saved with the weights),
-optimisation and data in `TrainConfig`, machines and precision in accelerate's own file. The fields
+optimisation, data and precision in `TrainConfig`, machines in accelerate's own file. The fields
 of the two dataclasses define flags, YAML keys and help text: a new field is a new flag. A flag
 overrides the `--config` file, which overrides the dataset's recipe (`recipes/<dataset_file>.yaml`),
 which overrides the default of the dataclass.
@@ -26,27 +26,30 @@ from trainer.settings.flags import (
     settings_of,
 )
 from trainer.settings.yaml_text import BadYAML, read_text
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, escaped, shown
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
+AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
 SCHEDULES = ("cosine", "linear")
+SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
     "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
-    "precision": "accelerate launch --mixed_precision bf16 trainer/train.py ... chooses it",
+    "precision": "--mixed_precision bf16 chooses it, --mixed_precision no is fp32",
 }
-ELSEWHERE["mixed_precision"] = ELSEWHERE["precision"]
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
     *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
+    "cache_images",
 )
 
 
@@ -80,6 +83,13 @@ class TrainConfig:
     num_workers: int = field(
         default=2, metadata=_help("processes that load images, for each training process")
     )
+    cache_images: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder in which training images are cached, decoded and shrunk to what the "
+            "augmentation can need; runs may share it; None: no cache"
+        ),
+    )
     max_bad_fraction: float = field(
         default=0.05,
         metadata=_help("largest share of damaged images to skip; the run ends if there are more"),
@@ -103,6 +113,16 @@ class TrainConfig:
         default=None,
         metadata=_help("largest long side, pixels; None: the released one, scaled to eval_size"),
     )
+    scale_per: str = field(
+        default="step",
+        metadata=_help(
+            "what draws its own short side: " + " or ".join(SCALE_PER) + ", as released"
+        ),
+    )
+    group_by_aspect: bool = field(
+        default=True,
+        metadata=_help("give images of similar aspect ratio to the same optimiser step"),
+    )
 
     epochs: int = field(
         default=50, metadata=_help("passes over the training images", group="Optimisation")
@@ -110,7 +130,14 @@ class TrainConfig:
     max_steps: int | None = field(
         default=None, metadata=_help("optimiser steps after which the run ends; None: no limit")
     )
-    batch_size: int = field(default=2, metadata=_help("images per process and optimiser step"))
+    batch_size: int = field(
+        default=2,
+        metadata=_help(
+            "images per process and optimiser step; auto: the largest power of two that fits on "
+            "the GPU",
+            words={"auto": AUTO},
+        ),
+    )
     n_iter_to_acc: int = field(
         default=1, metadata=_help("micro-batches into which batch_size is split")
     )
@@ -160,10 +187,22 @@ class TrainConfig:
     ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
+    mixed_precision: str = field(
+        default="auto",
+        metadata=_help(
+            "bf16, fp16, or no for fp32; auto: what the launcher was told, else bf16 where the GPU "
+            "computes it natively, else fp32",
+            group="Execution",
+        ),
+    )
+    tf32: bool = field(
+        default=True,
+        metadata=_help("train with TF32 on the GPU for what is computed in fp32"),
+    )
     compile: bool = field(
         default=False,
         metadata=_help(
-            "train through torch.compile; batches are padded to few sizes", group="Execution"
+            "compile the model's blocks with torch.compile; the first steps take minutes"
         ),
     )
     activation_checkpointing: bool = field(
@@ -244,7 +283,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("epochs", "max_steps", "batch_size", "n_iter_to_acc", "eval_batch_size"), 1),
+    **dict.fromkeys(("epochs", "max_steps", "n_iter_to_acc", "eval_batch_size"), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
@@ -276,6 +315,10 @@ def _check_alone(config: TrainConfig) -> None:
     for name, most in _AT_MOST.items():
         value = getattr(config, name)
         _require(value is None or value <= most, name, value, f"at most {most:,}")
+    automatic = config.batch_size == AUTO
+    _require(
+        automatic or config.batch_size >= 1, "batch_size", config.batch_size, "1 or more, or auto"
+    )
     datasets = f"one of {', '.join(DATASETS)}"
     _require(config.dataset_file in DATASETS, "dataset_file", config.dataset_file, datasets)
     size, own = config.eval_size, config.eval and config.eval_size == WEIGHTS_OWN
@@ -288,6 +331,10 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    scales = f"one of {', '.join(SCALE_PER)}"
+    _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
+    precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
+    _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
     _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
@@ -311,6 +358,9 @@ def _check_together(config: TrainConfig) -> None:
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
+    if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
+        other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
+        raise ConfigError(f"batch_size is auto; with {other} it must be a number")
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
@@ -451,7 +501,7 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in owned} | {
         name: model[name] for name in _MODEL
     }
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {name: _ALL[name].as_yaml(value) for name, value in values.items()}
 
 
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:

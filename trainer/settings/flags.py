@@ -1,8 +1,8 @@
 """Generates flags, YAML keys and help texts from the fields of dataclasses.
 
 A field may be bool, int, float or str, a tuple of one of these, and any of them with `| None`. Its
-metadata may hold `help` (one line), `group` (a heading of the help text, above this field) and
-`bare` (the value of a flag that is given without one).
+metadata may hold `help` (one line), `group` (a heading of the help text, above this field), `bare`
+(the value of a flag that is given without one) and `words` (words that stand for a value).
 """
 
 import argparse
@@ -40,7 +40,18 @@ class Setting:
     @property
     def expected(self) -> str:
         one, several = _EXPECTED[self.kind]
-        return (several if self.many else one) + (" or none" if self.optional else "")
+        words = "".join(f" or {word}" for word in self.words)
+        return (several if self.many else one) + words + (" or none" if self.optional else "")
+
+    @property
+    def words(self) -> Mapping[str, Any]:
+        """Words that stand for a value, such as auto."""
+        return self.metadata.get("words", {})
+
+    def as_yaml(self, value: Any) -> Any:
+        """The value as a YAML file holds it: the inverse of `read_value`."""
+        word = next((word for word, meant in self.words.items() if meant == value), None)
+        return word or (list(value) if isinstance(value, tuple) else value)
 
 
 LARGEST = 10**12  # of whole numbers; each setting has its own limit below it
@@ -73,10 +84,15 @@ def read_value(setting: Setting, raw: object, where: str) -> Any:
     """Text of the command line, or anything out of a YAML file, as the setting's type."""
     if setting.optional and (raw is None or str(raw).lower() in ("none", "null")):
         return None
+    if str(raw).lower() in setting.words:
+        return setting.words[str(raw).lower()]
     try:
         if setting.many:
             return tuple(_scalar(setting.kind, part) for part in _parts(raw))
-        return _scalar(setting.kind, raw)
+        value = _scalar(setting.kind, raw)
+        if value in setting.words.values():  # only the word stands for it
+            raise ValueError(raw)
+        return value
     except (ValueError, OverflowError):
         raise ConfigError(f"{where} is {_quoted(raw)}; it must be {setting.expected}") from None
 
@@ -101,6 +117,8 @@ def _scalar(kind: type, raw: object) -> Any:
         value = float(raw)
         if math.isfinite(value):
             return value
+    if kind is str and raw is False:
+        return "no"  # which YAML reads as False unless it is quoted
     if kind is str and isinstance(raw, str) and raw.strip():
         return raw
     raise ValueError(raw)

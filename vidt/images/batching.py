@@ -103,6 +103,22 @@ def equal_canvases(pictures: Iterable[Picture], batch_size: int) -> Iterator[lis
     yield from waiting.values()
 
 
+def overlapped(
+    items: Iterable[Item], start: Callable[[Item], Callable[[], Result]], ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yields each item with its result, in order. `start` begins the work on an item and returns
+    the function that waits for its result; the next `ahead` items are started before that wait.
+    """
+    started: deque[tuple[Item, Callable[[], Result]]] = deque()
+    for item in items:
+        started.append((item, start(item)))
+        if len(started) > ahead:
+            earliest, result = started.popleft()
+            yield earliest, result()
+    for item, result in started:
+        yield item, result()
+
+
 def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
     """Results in the order of their indices, which count from 0 without gaps."""
     early: dict[int, Result] = {}

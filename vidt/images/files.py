@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from os import PathLike
 from typing import BinaryIO
 
@@ -57,6 +58,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     *,
     at_least: tuple[int, int] | None = None,
+    content: bytes | None = None,
 ) -> Image.Image:
     """Decode a file to mode RGB, 8 bits a channel.
 
@@ -67,12 +69,15 @@ def read_image(
     decoded at a half, a quarter or an eighth of its size, rounded up, in a fraction of the time,
     unless it has to be turned.
 
+    `content` are the bytes of the file, if the caller has read them.
+
     Alpha is dropped, not blended: other detectors train on these colours too, and blending would
     need a background colour.
 
     Raises UnreadableImage, or UserError if the image has another size in both orientations.
     """
-    with _failures_named(path), Image.open(path) as image:
+    source = path if content is None else BytesIO(content)
+    with _failures_named(path), Image.open(source) as image:
         orientation = _orientation(image)
         smaller = (
             at_least is not None

@@ -14,7 +14,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from vidt.model.config import CoatVariant
-from vidt.model.ram import attend_det, resize_padding, sine_position, split_heads
+from vidt.model.ram import attend_det, autocasted, resize_padding, sine_position, split_heads
 from vidt.model.swin import COARSE_DIM, PatchEmbedding
 
 NUM_HEADS = 8
@@ -126,7 +126,8 @@ class CoatBlock(nn.Module):
         position and padding [B, N] as the stage's. Returns tokens of the same shape.
         """
         count = grid[0] * grid[1]
-        cls, patches, det = self.norm1(tokens).split([1, count, det_pos.shape[1]], dim=1)
+        normed = autocasted(self.norm1(tokens))
+        cls, patches, det = normed.split([1, count, det_pos.shape[1]], dim=1)
         attended = self.factoratt_crpe(
             torch.cat([cls, cpe(patches, grid)], dim=1),
             det + self.det_pos_linear(det_pos),
@@ -184,7 +185,7 @@ class CoatStage(nn.Module):
         position = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, grid)
-            position = sine_position(grid_padding, dim)
+            position = autocasted(sine_position(grid_padding, dim))
             stage_padding = grid_padding.flatten(1)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls, patches.flatten(1, 2), self.det_exp(det)], dim=1)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidt.model.denoising import denoising_mask, denoising_position
-from vidt.ops.deformable_attention import DeformableAttention, Levels
+from vidt.model.ram import autocasted
+from vidt.ops.deformable_attention import DeformableAttention, Levels, best_form
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -174,6 +175,8 @@ class DeformableDecoder(nn.Module):
         Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + N queries.
         """
         source = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        if best_form(source.device) != "cpu":  # that form reads the source in full precision
+            source = autocasted(source)
         padding = torch.cat([level.flatten(1) for level in paddings], dim=1)
         levels = Levels.of([(level.shape[2], level.shape[3]) for level in maps], source.device)
         ratios = torch.stack([valid_ratios(level) for level in paddings], dim=1)[:, None]

@@ -24,6 +24,18 @@ from torch import Tensor, nn
 MASKED = -100.0  # added to masked scores; finite, as released
 
 
+def autocasted(tensor: Tensor) -> Tensor:
+    """The tensor in the precision in which autocast multiplies matrices; without autocast, as it
+    is. One cast then serves every reader, and copies on the way move half the bytes.
+    """
+    device = tensor.device.type
+    if tensor.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return tensor
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
     """padding [B, H, W] bool -> [B, *size] bool by nearest neighbour with the floor rule."""
     return F.interpolate(padding[:, None].float(), size=size).bool()[:, 0]
@@ -138,14 +150,14 @@ class ReconfiguredAttention(nn.Module):
         """[B, H, W, C] -> [B, H, W, C], before the projection."""
         window, shift = self.window, self.shift
         batch, height, width, _ = patches.shape
+        padded = -(-height // window) * window, -(-width // window) * window
         # Padded positions take part as tokens of zeros, unmasked, as released.
-        patches = F.pad(patches, (0, 0, 0, -width % window, 0, -height % window))
-        padded = patches.shape[1], patches.shape[2]
+        patches = F.pad(patches, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         if shift:
             patches = patches.roll((-shift, -shift), dims=(1, 2))
         windows = window_partition(patches, (window, window)).flatten(1, 2)  # [B * W', T, C]
         query, keys, values = split_heads(self.qkv(windows), self.num_heads)
-        bias = self._relative_position_bias()[None]  # [1, M, T, T]
+        bias = autocasted(self._relative_position_bias())[None]  # [1, M, T, T]
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(batch, 1, 1, 1)  # [B * W', M, T, T]
         windows = attend(query, keys, values, bias)

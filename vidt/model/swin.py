@@ -13,7 +13,13 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 
 from vidt.model.config import SwinVariant
-from vidt.model.ram import ReconfiguredAttention, resize_padding, shift_mask, sine_position
+from vidt.model.ram import (
+    ReconfiguredAttention,
+    autocasted,
+    resize_padding,
+    shift_mask,
+    sine_position,
+)
 
 COARSE_DIM = 256  # channels of the stride-64 map of every backbone; fixed by the released weights
 WINDOW = 7
@@ -82,7 +88,8 @@ class SwinBlock(nn.Module):
         together; det_pos [1, Q, pos_dim]; grid (H, W); mask, the `shift_mask` of the stage;
         position and padding as in `ReconfiguredAttention`. Returns tokens of the same shape.
         """
-        patches, det = self.norm1(tokens).split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
+        normed = autocasted(self.norm1(tokens))
+        patches, det = normed.split([grid[0] * grid[1], det_pos.shape[1]], dim=1)
         attended = self.attn(
             patches.unflatten(1, grid),
             det + self.det_pos_linear(det_pos),
@@ -133,9 +140,9 @@ class SwinStage(nn.Module):
         position = stage_padding = None
         if self.det_sees_patches:
             grid_padding = resize_padding(padding, grid)
-            position = sine_position(grid_padding, patches.shape[-1])
+            position = autocasted(sine_position(grid_padding, patches.shape[-1]))
             stage_padding = grid_padding.flatten(1)
-        mask = shift_mask(grid, WINDOW, WINDOW // 2, patches.device)
+        mask = autocasted(shift_mask(grid, WINDOW, WINDOW // 2, patches.device))
         tokens = torch.cat([patches.flatten(1, 2), det], dim=1)  # [B, H * W + Q, C]
         for block in self.blocks:
             tokens = block(tokens, det_pos, grid, mask, position, stage_padding)

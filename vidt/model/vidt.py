@@ -8,18 +8,26 @@ levels, D decoder layers.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vidt.model.backbone import build_backbone
+from vidt.model.coat import CoatBlock
 from vidt.model.config import ViDTConfig, require
-from vidt.model.decoder import DeformableDecoder, MLPHead, box_head
+from vidt.model.decoder import DecoderLayer, DeformableDecoder, MLPHead, box_head
 from vidt.model.epff import EPFF, LevelProjections, projection
 from vidt.model.ram import resize_padding
+from vidt.model.swin import SwinBlock
 from vidt.model.token_head import TokenHead
 from vidt.model.without_neck import ViDTWithoutNeck
+
+BLOCKS = (SwinBlock, CoatBlock, DecoderLayer)
+# Compilations of a kind of block before PyTorch runs it uncompiled. A kind is compiled once for
+# each stage, and again for grids of one window, of whole windows, and with or without gradients.
+MOST_COMPILATIONS = 128
 
 
 def _classifier(dim: int, num_classes: int) -> nn.Linear:
@@ -40,6 +48,20 @@ def _vector_head(dim: int, config: ViDTConfig) -> MLPHead:
 def build_detector(config: ViDTConfig) -> "ViDT | ViDTWithoutNeck":
     """The detector of `config.method`, with `.config`, at its initial weights."""
     return ViDT(config) if config.method == "vidt" else ViDTWithoutNeck(config)
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Lets a detector run its repeated blocks through `torch.compile`, in place, with dynamic
+    shapes: the number of compilations does not grow with that of the canvases. Weights keep their
+    names. It raises PyTorch's limit of compilations, for the process.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILATIONS)
+    # Otherwise a graph made for a square canvas serves square ones only.
+    torch.fx.experimental._config.use_duck_shape = False
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=True, backend=backend)
 
 
 class ViDT(nn.Module):

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from vidt.errors import UserError
 from vidt.ops import deformable_cpu
@@ -61,7 +62,9 @@ def kernel_runs(device: torch.device) -> bool:
 
     Triton does not support every platform and GPU, and it needs a C compiler.
     """
-    return _kernel_ran(device)
+    # Fake tensors have no values to try it out on, and the answer holds for the whole process.
+    with unset_fake_temporarily():
+        return _kernel_ran(device)
 
 
 @functools.cache

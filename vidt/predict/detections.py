@@ -125,9 +125,9 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
 
 
-def on_cpu(detections: Sequence[Detections]) -> list[Detections]:
-    """Detections of one detector in one or more images, copied to the CPU as float32 in one
-    transfer, to synchronise once.
+def copy_to_cpu(detections: Sequence[Detections]) -> Callable[[], list[Detections]]:
+    """Starts to copy the detections of one detector in one or more images to the CPU, as float32 in
+    one transfer. Returns the function that waits for the copy and returns the detections.
     """
     columns = [
         [each.scores[:, None], each.labels[:, None], each.boxes]
@@ -137,16 +137,25 @@ def on_cpu(detections: Sequence[Detections]) -> list[Detections]:
     # Labels are far below 2 ** 24, so float32 holds them exactly.
     rows = torch.cat([torch.cat([part.float() for part in image], dim=1) for image in columns])
     counts = [len(each) for each in detections]
-    return [
-        replace(
-            each,
-            scores=own[:, 0],
-            labels=own[:, 1].long(),
-            boxes=own[:, 2:6],
-            mask_vectors=each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:]),
-        )
-        for each, own in zip(detections, rows.cpu().split(counts), strict=True)
-    ]
+    # On CUDA the copy goes to pinned memory, and the wait is for this copy, not for later work.
+    on_host = rows.to("cpu", non_blocking=rows.is_cuda)
+    copied = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
+
+    def finish() -> list[Detections]:
+        if copied is not None:
+            copied.synchronize()
+        return [
+            replace(
+                each,
+                scores=own[:, 0],
+                labels=own[:, 1].long(),
+                boxes=own[:, 2:6],
+                mask_vectors=each.mask_vectors and replace(each.mask_vectors, vectors=own[:, 6:]),
+            )
+            for each, own in zip(detections, on_host.split(counts), strict=True)
+        ]
+
+    return finish
 
 
 def decode_top_k(

@@ -1,28 +1,40 @@
 """`Predictor`: a trained detector with preprocessing and decoding, from images to detections."""
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import UserError, counted
-from vidt.images.batching import Picture, equal_canvases, in_order, read_ahead, reading_threads
+from vidt.images.batching import (
+    Picture,
+    equal_canvases,
+    in_order,
+    overlapped,
+    read_ahead,
+    reading_threads,
+)
 from vidt.images.canvas import resize
 from vidt.images.inputs import ImageLike, as_picture, check_threshold, is_one, source_of
-from vidt.model.vidt import ViDT
+from vidt.model.vidt import ViDT, compile_blocks
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.ops.packing import pack
-from vidt.predict.detections import Detections, decode_for, on_cpu
+from vidt.ops.precision import best_precision, set_tf32
+from vidt.predict.detections import Detections, copy_to_cpu, decode_for
 from vidt.weights.checkpoint import load_model
 from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.weights_file import WeightsInfo
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by the major version of PyTorch's CUDA
 # Texts of RuntimeErrors that have no type of their own: CUDA, Triton, cuBLAS, cuDNN and the CPU.
 OUT_OF_MEMORY = (
     "out of memory",
@@ -50,38 +62,32 @@ class Predictor:
         info: WeightsInfo,
         *,
         device: str | torch.device = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         compile: bool = False,
     ) -> None:
-        """precision: fp32, bf16 or fp16, by autocast. compile: use torch.compile, once for each
-        canvas; on CUDA with CUDA graphs, which speed up small batches. The model is moved to the
-        device; on a CPU, in fp32 and not compiled, it is packed (see `vidt.ops.packing.pack`).
+        """precision: bf16 or fp16, by autocast, fp32 (or "no"), or auto: bf16 where the GPU
+        computes it natively, else fp32. compile: compile the model's blocks (see
+        `vidt.model.vidt.compile_blocks`), for all canvases and batch sizes together. The model is
+        moved to the device; on a CPU, in fp32 and not compiled, it is packed (see
+        `vidt.ops.packing.pack`). On CUDA, TF32 is switched off in this process: what is computed in
+        float32 must not depend on the batch.
 
         Raises UserError for a precision that does not exist or that the device does not support.
         """
         self.device = torch.device(device)
-        if precision not in PRECISIONS:
-            raise UserError(f"precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
-        if precision == "fp16" and self.device.type == "cpu":
-            raise UserError("precision is fp16; on a CPU it must be fp32 or bf16")
+        self.precision, self.why_precision = _precision(precision, self.device)
+        if self.device.type == "cuda":
+            set_tf32(False)
         self.model = model.to(self.device).eval()
-        if precision == "fp32" and not compile:
+        if self.precision == "fp32" and not compile:
             pack(self.model)
         self.info = info
         self.decode = decode_for(info.config)
         self.class_names, self.preprocessing = info.class_names, info.preprocessing
-        self.precision = precision
-        self._autocast = partial(
-            torch.autocast,
-            self.device.type,
-            PRECISIONS[precision],
-            enabled=PRECISIONS[precision] is not None,
-        )
-        self._compiled: Callable[..., dict] | None = None
-        self._one_at_a_time = Lock()  # for the compiled model: CUDA graphs have one memory
+        dtype = PRECISIONS[self.precision]
+        self._autocast = partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         if compile:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._compiled = torch.compile(self.model, dynamic=False, mode=mode)
+            compile_blocks(self.model)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -98,7 +104,7 @@ class Predictor:
         path: str | Path,
         *,
         device: str | torch.device = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         compile: bool = False,
     ) -> "Predictor":
         """Reads one of our weights files or a released one. Raises UserError, naming the file, for
@@ -153,7 +159,8 @@ class Predictor:
     ) -> Iterator[tuple[int, Detections]]:
         """Yields (index, detections) as they are ready, which is not quite in order: pictures of
         equal canvas are batched together. Threads decode and resize images a few batches ahead of
-        the detector, so memory use does not grow with their number. Boxes are clipped to the
+        the detector, so memory use does not grow with their number. A GPU computes a batch while
+        the results of the batch before it are unpacked and used here. Boxes are clipped to the
         picture unless `clip` is False.
         """
         if batch_size < 1:
@@ -166,8 +173,9 @@ class Predictor:
                 yield index, image
 
         pictures = read_ahead(numbered(), self._prepared, reading_threads())
-        for batch in equal_canvases(pictures, batch_size):
-            for picture, detections in zip(batch, self._detect(batch, batch_size), strict=True):
+        batches = equal_canvases(pictures, batch_size)
+        for batch, found in overlapped(batches, self._detect, int(self.device.type != "cpu")):
+            for picture, detections in zip(batch, found, strict=True):
                 if clip:
                     detections = detections.clipped(picture.size)
                 yield picture.index, replace(detections, source=sources.pop(picture.index))
@@ -178,56 +186,86 @@ class Predictor:
         size = (picture.height, picture.width)
         return Picture(index, size, np.asarray(resize(picture, self.preprocessing.canvas(*size))))
 
-    def _detect(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
-        """Detections of pictures of equal canvas; if memory runs out, each half separately."""
+    def _detect(self, batch: Sequence[Picture]) -> Callable[[], list[Detections]]:
+        """Starts to detect in pictures of equal canvas; if memory runs out, in each half
+        separately. Returns the function that waits for the detections.
+        """
         try:
-            detections = self._forward(batch, batch_size)
+            found = self._forward(batch)
         except RuntimeError as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         else:
             # Copied outside of inference mode, each by itself: the caller may change them, or keep
             # one of many.
-            return [each._map(Tensor.clone) for each in detections]
+            return lambda: [self._own(each) for each in found()]
         # Not inside `except`, where the traceback still holds the memory.
-        half = len(batch) // 2
-        return [
-            *self._detect(batch[:half], half),
-            *self._detect(batch[half:], len(batch) - half),
-        ]
+        middle = len(batch) // 2
+        halves = [self._detect(batch[:middle]), self._detect(batch[middle:])]
+        return lambda: [detections for half in halves for detections in half()]
+
+    def _own(self, detections: Detections) -> Detections:
+        return replace(detections._map(Tensor.clone), class_names=self.class_names)
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[Picture], batch_size: int) -> list[Detections]:
-        rows = [picture.pixels for picture in batch]
-        if self._compiled is not None:  # compiled for one batch size
-            rows += [rows[-1]] * (batch_size - len(rows))
-        pixels = torch.from_numpy(np.stack(rows)).to(self.device).permute(0, 3, 1, 2)
-        images = self.preprocessing.normalise(pixels).contiguous()
+    def _forward(self, batch: Sequence[Picture]) -> Callable[[], list[Detections]]:
+        shape = (len(batch), *batch[0].pixels.shape)
+        # PyTorch keeps pinned memory until the copy from it is done.
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.stack([picture.pixels for picture in batch], out=pixels.numpy())
+        images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = self.preprocessing.normalise(images).contiguous()
         padding = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=self.device)
         sizes = torch.tensor([picture.size for picture in batch])  # also needed on the CPU
-        if self._compiled is None:
-            with self._autocast():
-                detections = self.decode(self.model(images, padding, detections_only=True), sizes)
-        else:
-            with self._one_at_a_time, self._autocast():
-                torch.compiler.cudagraph_mark_step_begin()
-                outputs = self._compiled(images, padding, detections_only=True)
-                detections = self.decode(_first(outputs, len(batch)), sizes)
-        return [replace(each, class_names=self.class_names) for each in on_cpu(detections)]
+        with self._autocast():
+            detections = self.decode(self.model(images, padding, detections_only=True), sizes)
+        return copy_to_cpu(detections)
 
 
-def _first(outputs: dict, count: int) -> dict:
-    """The decodable outputs of the first `count` images of a batch."""
-    names = [name for name in ("pred_logits", "pred_boxes", "pred_vectors") if name in outputs]
-    return {name: outputs[name][:count] for name in names}
+def _precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The key of PRECISIONS that a precision stands for on a device, and why. Raises UserError."""
+    if asked not in (*PRECISIONS, *MIXED_PRECISIONS):
+        expected = ", ".join(MIXED_PRECISIONS)
+        raise UserError(f"mixed_precision is {asked}; it must be one of {expected}")
+    if asked == "fp16" and device.type == "cpu":
+        raise UserError("mixed_precision is fp16; on a CPU it must be auto, no or bf16")
+    chosen, reason = best_precision(device) if asked == "auto" else (asked, "as asked")
+    return ("fp32" if chosen == "no" else chosen), reason
+
+
+def require_working_gpu() -> None:
+    """Raises UserError if there is an NVIDIA driver but no GPU that PyTorch can use, unless
+    CUDA_VISIBLE_DEVICES hides all GPUs: a CPU must not take over unnoticed.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and visible.split(",")[0].strip() in ("", "-1")
+    if hidden or torch.accelerator.is_available() or not NVIDIA_DRIVER.is_file():
+        return
+    found = re.search(r"\d+\.[\d.]+", NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace"))
+    driver, cuda = found[0] if found else "unknown", torch.version.cuda
+    oldest = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0) if cuda else 0
+    if cuda is None:
+        cause = "it is built without CUDA; install a PyTorch with CUDA"
+    elif found and int(driver.partition(".")[0]) < oldest:
+        cause = f"its CUDA {cuda} needs driver {oldest}; update the driver or take an older CUDA"
+    elif visible is not None:
+        cause = f"CUDA_VISIBLE_DEVICES is {visible}; name GPUs that nvidia-smi lists"
+    else:
+        cause = "no GPU is visible; if this is a container, start it with its GPUs"
+    raise UserError(
+        f"NVIDIA driver {driver} is installed, but PyTorch {torch.__version__} finds no GPU: "
+        f"{cause}; to compute on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+    )
 
 
 def usable_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU if there is one, else the CPU.
 
-    Raises UserError for a device that PyTorch does not know or that this machine does not have.
+    Raises UserError for a device that PyTorch does not know or that this machine does not have, and
+    without a name for a GPU that PyTorch cannot use.
     """
     if name is None:
+        require_working_gpu()
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)

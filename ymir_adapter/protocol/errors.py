@@ -124,9 +124,9 @@ def _codes() -> dict[type[BaseException], Code]:
     import torch
 
     from trainer.data.dataset_check import BadDataset
-    from trainer.loop.execution import OutOfMemory
     from trainer.loop.loss_log import NonFiniteLoss
     from trainer.settings.flags import ConfigError
+    from trainer.step.memory import OutOfMemory
     from vidt.images.files import UnreadableImage
     from vidt.weights.published import Unreachable
     from vidt.weights.weights_file import UnusableWeights

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidt.arguments import MIXED_PRECISIONS
 from ymir_adapter.protocol.environment import (
     InputPaths,
     OutputPaths,
@@ -20,7 +21,15 @@ from ymir_adapter.protocol.environment import (
     read_mapping,
 )
 from ymir_adapter.protocol.errors import Code, TaskError, one_line
-from ymir_adapter.protocol.values import is_given, to_bool, to_float, to_int, to_list, to_text
+from ymir_adapter.protocol.values import (
+    is_given,
+    to_bool,
+    to_float,
+    to_int,
+    to_list,
+    to_precision,
+    to_text,
+)
 
 if TYPE_CHECKING:
     from trainer.settings.config import TrainConfig
@@ -41,6 +50,7 @@ TEMPLATE = {
     "num_workers_per_gpu": ("num_workers", to_int),
     "eval_size": ("eval_size", to_int),
     "weight_save_interval": ("save_interval", to_int),
+    "mixed_precision": ("mixed_precision", to_precision),
 }
 # Flags of the trainer that name its data.
 DATA_FLAGS = (
@@ -104,6 +114,7 @@ class CandidateSettings:
     mining_algorithm: str = "entropy"  # one forward pass for each image, which inference can share
     class_balance: bool = False
     seed: int = 42
+    mixed_precision: str = "auto"
 
 
 def read_task(path: str | Path | None = None) -> Task:
@@ -171,6 +182,7 @@ def candidate_settings(task: Task) -> CandidateSettings:
         "conf_threshold": to_float,
         "batch_size_per_gpu": to_int,
         "num_workers_per_gpu": to_int,
+        "mixed_precision": to_precision,
         "mining_algorithm": lambda key, value: to_text(key, value).lower(),
         "class_balance": to_bool,
         "seed": to_int,
@@ -180,12 +192,14 @@ def candidate_settings(task: Task) -> CandidateSettings:
         **{key: read(key, task.config[key]) for key, read in given.items()}
     )
     algorithms = f"one of {', '.join(ALGORITHMS)}"
+    precisions = f"one of {', '.join(MIXED_PRECISIONS)}"
     for key, is_valid, expected in (
         ("conf_threshold", 0 <= settings.conf_threshold <= 1, "from 0 to 1"),
         ("batch_size_per_gpu", settings.batch_size_per_gpu >= 1, "1 or more"),
         ("num_workers_per_gpu", settings.num_workers_per_gpu >= 0, "0 or more"),
         ("seed", 0 <= settings.seed < 2**32, "from 0 to 4294967295"),
         ("mining_algorithm", settings.mining_algorithm in ALGORITHMS, algorithms),
+        ("mixed_precision", settings.mixed_precision in MIXED_PRECISIONS, precisions),
     ):
         if not is_valid:
             value = getattr(settings, key)

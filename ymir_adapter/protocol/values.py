@@ -56,6 +56,11 @@ def to_text(key: str, value: object) -> str:
     return str(value).strip()
 
 
+def to_precision(key: str, value: object) -> str:
+    """Text in lower case. YAML reads `no`, which is fp32, as False unless it is quoted."""
+    return "no" if value is False else to_text(key, value).lower()
+
+
 def to_list(key: str, value: object) -> list[Any]:
     """A list; text such as `[1, 2]` or `1, 2`; one value alone is a list of one."""
     if isinstance(value, list | tuple):

@@ -256,7 +256,14 @@ def load(task: Task, settings: CandidateSettings, accelerator: Accelerator) -> D
     algorithm = algorithm_of(task, settings)
     if algorithm == "random" and not task.run_infer:
         return None
-    predictor = Predictor.from_checkpoint(path, device=accelerator.device)
+    precision, device = settings.mixed_precision, accelerator.device
+    if precision == "fp16" and device.type == "cpu":
+        raise TaskError(
+            Code.CONFIG, "mixed_precision is fp16; a task on a CPU takes auto, no or bf16"
+        )
+    predictor = Predictor.from_checkpoint(path, device=device, precision=precision)
+    if accelerator.is_main_process:
+        logger.info(f"on {device}, precision {predictor.precision} ({predictor.why_precision})")
     return make_detector(algorithm, settings, predictor)
 
 
@@ -287,9 +294,6 @@ def work(task: Task, monitor: Monitor | None) -> None:
     """The work of a rank."""
     accelerator = make_accelerator()
     require_processes(accelerator.num_processes)
-    if accelerator.device.type == "cuda":
-        # TF32 in convolutions would make scores depend on the batch size.
-        torch.backends.cudnn.allow_tf32 = False
     process_candidates(task, monitor, accelerator)
     accelerator.end_training()
 

@@ -44,7 +44,7 @@ class Outcome:
 def train_task(task: Task, monitor: Monitor | None) -> None:
     """Runs a training task. `monitor`: on rank 0 only."""
     config, fields = training_settings(task)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.mixed_precision)
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
     agreement.on_main(lambda: require_files(config))

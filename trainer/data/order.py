@@ -1,0 +1,100 @@
+"""The order in which a run sees its images: the micro-batches of each optimiser step.
+
+Every random number follows from (seed, epoch). Any step can be repeated from its number alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+WINDOW = 32  # images are grouped by aspect ratio among those of so many steps, or up to twice that
+
+
+class Key(NamedTuple):
+    """What `DetectionDataset` loads: an image, as augmented in an epoch."""
+
+    epoch: int
+    image: int
+    short_side: int | None = None  # pixels; None: the image draws its own
+
+
+class RunSampler(Sampler):
+    """The micro-batches of all processes, from any optimiser step on, as lists of `Key`.
+    Accelerate distributes them over the processes.
+
+    Each epoch has its own permutation, which repeats from its start to fill the last optimiser
+    step. A step has the same images for any number of processes and micro-batches.
+
+    All images of a step are padded to one canvas. So that it is small, each step draws one of
+    `short_sides` for all of its images, unless that is None, and takes images of similar aspect
+    ratio, if `aspect_of` returns the height over width of (epoch, index).
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        step_images: int,
+        micro_batch: int,
+        seed: int,
+        steps: range,
+        short_sides: Sequence[int | None] = (None,),
+        aspect_of: Callable[[int, int], float] | None = None,
+    ) -> None:
+        self.num_images, self.step_images, self.micro_batch = num_images, step_images, micro_batch
+        self.seed, self.steps = seed, steps
+        self.short_sides, self.aspect_of = short_sides, aspect_of
+        self.batch_size, self.drop_last = micro_batch, False  # Accelerate reads both
+
+    def __len__(self) -> int:
+        return len(self.steps) * (self.step_images // self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        per_epoch = steps_per_epoch(self.num_images, self.step_images)
+        for step in self.steps:
+            epoch, position = divmod(step, per_epoch)
+            if position == 0 or step == self.steps.start:
+                epoch_steps = self._epoch(epoch, position, per_epoch)
+            images, short_side = next(epoch_steps)
+            keys = [Key(epoch, index, short_side) for index in images.tolist()]
+            for start in range(0, self.step_images, self.micro_batch):
+                yield keys[start : start + self.micro_batch]
+
+    def _epoch(
+        self, epoch: int, first: int, per_epoch: int
+    ) -> Iterator[tuple[np.ndarray, int | None]]:
+        """The images and the short side of each step of an epoch, from its step `first` on."""
+        random = np.random.default_rng((self.seed, epoch))
+        steps = np.resize(random.permutation(self.num_images), (per_epoch, self.step_images))
+        drawn = random.integers(len(self.short_sides), size=per_epoch)[first:]
+        order: Iterable[np.ndarray] = steps[first:]
+        if self.aspect_of is not None:
+            order = grouped_by_aspect(steps, first, partial(self.aspect_of, epoch), random)
+        yield from zip(order, (self.short_sides[number] for number in drawn), strict=True)
+
+
+def grouped_by_aspect(
+    steps: np.ndarray, first: int, aspect_of: Callable[[int], float], random: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """The steps [S, B] of an epoch from `first` on, regrouped: the images of each window of steps
+    are sorted by `aspect_of`, then cut into steps, which are shuffled.
+    """
+    # At least two windows, for the images that fill up the last step are in the first step too:
+    # sorted together, both copies of an image would end in one step.
+    windows = min(max(len(steps) // WINDOW, 2), len(steps))
+    for positions in np.array_split(np.arange(len(steps)), windows):
+        shuffled = random.permutation(len(positions))
+        if positions[-1] < first:
+            continue
+        images = steps[positions].ravel()
+        by_aspect = np.argsort([aspect_of(index) for index in images.tolist()], kind="stable")
+        regrouped = images[by_aspect].reshape(-1, steps.shape[1])[shuffled]
+        yield from regrouped[max(first - positions[0], 0) :]
+
+
+def steps_per_epoch(num_images: int, step_images: int) -> int:
+    """Optimiser steps that show every image at least once."""
+    return -(-num_images // step_images)
