@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 WITHOUT_NECK = "vidt_wo_neck"
 METHODS = ("vidt", WITHOUT_NECK)
@@ -135,7 +135,7 @@ class ViDTConfig:
             self.reduced_dim > 0 and self.reduced_dim % step == 0,
             "reduced_dim",
             self.reduced_dim,
-            f"a multiple of {step}",
+            f"a multiple of {step}, the least common one of 32 and nheads, {self.nheads}",
         )
         cells = self.gt_mask_len**2
         require(
@@ -158,4 +158,4 @@ class ViDTConfig:
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise UserError(f"{name} is {value}; it must be {expected}")
+        raise UserError(f"{name} is {shown(str(value))}; it must be {expected}")
