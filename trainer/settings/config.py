@@ -413,6 +413,16 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
         given.setdefault("dec_layers", None)
     if not own_data:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
+    try:
+        return _checked(given, own_data)
+    except ConfigError as error:
+        if given.get("config") is None:
+            raise
+        raise ConfigError(f"{error} (--config {shown(given['config'], 300)} was read)") from None
+
+
+def _checked(given: Mapping[str, Any], own_data: bool) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings given and the defaults of the others. Raises ConfigError."""
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
     model = {name: given.get(name, setting.default) for name, setting in _MODEL.items()}
     _check_model(model)
