@@ -104,9 +104,11 @@ def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     # In many exports entries start with ../ although the folders are next to the yaml.
     candidates = [base / entry, yaml_path.parent / entry, base / entry.removeprefix("../")]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):  # False, too, for a name too long
             return path
-    raise UserError(f"{yaml_path}: {candidates[0]}: no such folder or list of images")
+    raise UserError(
+        f"{yaml_path}: {shown(str(candidates[0]), 300)}: no such folder or list of images"
+    )
 
 
 def _label_path(image_path: str) -> Path:
