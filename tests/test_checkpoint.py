@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from vidt.weights.published import (
     TEACHERS,
     Published,
     Unreachable,
+    _SameSchemes,
     local_weights,
     published_for,
 )
@@ -388,14 +390,37 @@ def test_a_download_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
             (f"{address}#sha256={bad}", good),
         ):
             with pytest.raises(Unreachable, match=f"{reason}.*pass --load_from FILE"):
-                local_weights(source)
+                local_weights(source, allow_http=True)
             assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
-        path = local_weights(f"{address}#sha256={good}")
-        assert path.read_bytes() == content and local_weights(address) == path
+        path = local_weights(f"{address}#sha256={good}", allow_http=True)
+        assert path.read_bytes() == content and local_weights(address, allow_http=True) == path
         assert len(server.requests) == 3  # the last is not fetched again
         path.write_bytes(b"something else")
         with pytest.raises(Unreachable, match="SHA-256"):
-            local_weights(f"{address}#sha256={good}")
+            local_weights(f"{address}#sha256={good}", allow_http=True)
+        # Without a hash in the address, the one that was noted counts.
+        with pytest.raises(Unreachable, match=f"not {good}; delete {path} to fetch it again"):
+            local_weights(address, allow_http=True)
+        path.write_bytes(content)
+        assert local_weights(address, allow_http=True) == path
+
+
+def test_only_https_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with served(b"weights") as server:
+        with pytest.raises(Unreachable, match="its https address, or pass --allow_http"):
+            local_weights(server.address)
+        for source in ("ftp://127.0.0.1/w.pth", "data://text/plain,w", "x://y"):
+            with pytest.raises(Unreachable, match="is no https address"):
+                local_weights(source, allow_http=True)
+        assert server.requests == []
+    assert not (tmp_path / "hub").exists()
+    # Nor does an https address lead to an http one.
+    follow = _SameSchemes(allow_http=False).redirect_request
+    request = urllib.request.Request("https://127.0.0.1/w.pth")
+    with pytest.raises(Unreachable, match="unencrypted"):
+        follow(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")
+    assert follow(request, None, 302, "Found", {}, "https://127.0.0.2/w.pth") is not None
 
 
 @contextmanager
@@ -414,7 +439,7 @@ def assert_unreachable(reason: str) -> None:
     """In one line, and before anything is asked of the server."""
     with served(b"weights") as server:
         with pytest.raises(Unreachable, match=rf"{reason}.*pass --load_from FILE") as caught:
-            local_weights(server.address)
+            local_weights(server.address, allow_http=True)
         assert "\n" not in str(caught.value) and server.requests == []
 
 

@@ -298,9 +298,9 @@ def test_processes_fill_a_folder_together(tmp_path: Path) -> None:
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
-    with atomic.atomic_file(target, shared=True) as first:
+    with atomic.atomic_file(target) as first:
         first.write(b"1" * 9)
-        atomic.atomic_write(target, b"2" * 5, shared=True)
+        atomic.atomic_write(target, b"2" * 5)
         assert target.read_bytes() == b"2" * 5
     assert target.read_bytes() == b"1" * 9
     assert cached_files(tmp_path) == [target]

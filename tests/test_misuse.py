@@ -390,8 +390,8 @@ def test_a_signal_finishes_what_was_begun(
     """The results so far are whole, and say how many images they are of."""
 
     class Interrupted(io.StringIO):
-        def __next__(self) -> str:
-            if line := self.readline():
+        def readline(self, size: int | None = -1) -> str:
+            if line := super().readline(size):
                 return line
             signal.raise_signal(signum)
             return ""

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -286,10 +287,12 @@ def test_foreign_csv_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "a;b\n1;2\n"
 
 
-def test_unfinished_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_unfinished_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.csv"
     atomic_write(path, b"old")
-    (tmp_path / ".metrics.csv.tmp").mkdir()  # the new one cannot be written
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.read(descriptor, 1))  # fails: write-only
     with pytest.raises(OSError, match=r"metrics\.csv cannot be written"):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old"

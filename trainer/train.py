@@ -25,20 +25,22 @@ from trainer.loop.clock import training_record
 from trainer.loop.launch_check import refuse_silent_cpu, refuse_split_models, require_processes
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
+from trainer.loop.run_lock import only_run_in
 from trainer.loop.set_up import Run, make_accelerator, precision_line, set_up
 from trainer.loop.start import load_detector, require_files
 from trainer.loop.step import check_readable, report_wait, train_step
-from trainer.loop.stopping import Stopped, StopRequest
+from trainer.loop.stopping import INTERRUPTED, Stopped, StopRequest, sigterm_interrupts
 from trainer.readers.findings import format_findings
 from trainer.readers.samples import SampleTable
-from trainer.report.console import Console, score_table
+from trainer.report.console import Console, PrintableFormatter, score_table
 from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
 from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard, fan_out
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
 from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
-from vidt.errors import UserError, counted
+from vidt.atomic import atomic_write
+from vidt.errors import UserError, counted, escaped
 from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
@@ -65,11 +67,23 @@ def train(
     Raises UserError, NonFiniteLoss, and, after SIGTERM or SIGINT once everything is saved, Stopped.
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
+    with only_run_in(Path(config.output_dir), Agreement(accelerator)):
+        return _train(config, model_fields, train_set, val_set, report, accelerator)
+
+
+def _train(
+    config: TrainConfig,
+    model_fields: Mapping[str, Any],
+    train_set: SampleTable,
+    val_set: SampleTable,
+    report: Report,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """`train`, in a folder that no other run uses."""
     run = set_up(config, model_fields, train_set, val_set, accelerator)
     config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         resume.sweep(output / resume.CHECKPOINTS)
         write_yaml(output / "config.yaml", config, model_fields)
     say = partial(announce, run, report)
@@ -225,11 +239,23 @@ def train_from_settings(
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; name a folder")
-    if not config.check:
-        agreement.on_main(lambda: require_files(config))
-    train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     if config.check:
+        agreement.on_main(lambda: checked_datasets(config, model_fields))
         return
+    agreement.on_main(lambda: require_files(config))
+    with only_run_in(output, agreement):
+        train_and_report(config, model_fields, accelerator, agreement)
+
+
+def train_and_report(
+    config: TrainConfig,
+    model_fields: dict[str, Any],
+    accelerator: Accelerator,
+    agreement: Agreement,
+) -> None:
+    """`train` on the data of the settings, with the reports of the command line."""
+    output = Path(config.output_dir)
+    train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
     names = (
         "best.safetensors",
         "last.safetensors",
@@ -277,7 +303,9 @@ def evaluate_only(
     if config.load_from is None:
         raise UserError("--eval needs --load_from FILE, the weights to evaluate")
     agreement = Agreement(accelerator)
-    model, info = load_detector(config.load_from, agreement, model_fields["dec_layers"])
+    model, info = load_detector(
+        config.load_from, agreement, model_fields["dec_layers"], allow_http=config.allow_http
+    )
     preprocessing = info.preprocessing
     if config.eval_size not in (WEIGHTS_OWN, preprocessing.eval_size):
         logger.warning(
@@ -307,9 +335,8 @@ def evaluate_only(
     )
     logger.info(score_table(evaluation.metrics))
     if accelerator.is_main_process:
-        output = Path(config.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "evaluation.json").write_text(json.dumps(evaluation.metrics, indent=1))
+        scores = json.dumps(evaluation.metrics, indent=1)
+        atomic_write(Path(config.output_dir) / "evaluation.json", scores.encode())
         config = replace(config, eval_size=preprocessing.eval_size)
         seconds = time.monotonic() - began
         write_evaluation_page(
@@ -319,18 +346,21 @@ def evaluate_only(
 
 def fail(message: str, code: int) -> None:
     # A loader process fails with a traceback; its last line is the message.
-    line = message.strip().rpartition("\n")[2]
+    text = message.strip()
+    line = escaped(text.rpartition("\n")[2] if text.startswith("Caught ") else text)
     sys.stderr.write(f"{line}\n" if code >= 128 else f"error: {line}\n")
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Exit codes: 0 done, 2 an error that the user can fix, 3 the loss is not
-    finite, 130 and 143 stopped by SIGINT and SIGTERM with everything saved. Any other exception
-    keeps its traceback, exit code 1.
+    finite, 130 and 143 stopped by SIGINT and SIGTERM, in the loop with everything saved. Any other
+    exception keeps its traceback, exit code 1.
     """
     config, model_fields = parse_or_exit(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
@@ -340,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator = make_accelerator(config.mixed_precision)
         require_processes(accelerator.num_processes)
         run = evaluate_only if config.eval else train_from_settings
-        run(config, model_fields, accelerator)
+        with sigterm_interrupts():
+            run(config, model_fields, accelerator)
     except (UserError, OSError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -350,6 +381,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), 3)
     except Stopped as stopped:
         fail(f"{stopped}; everything is saved, continue with --resume", stopped.exit_code)
+    except KeyboardInterrupt as stopped:  # not in the loop, or the second signal in it
+        code = getattr(stopped, "exit_code", INTERRUPTED)
+        fail("stopped at once; --resume continues from the last checkpoint, if there is one", code)
     accelerator.end_training()
 
 

@@ -1,15 +1,26 @@
 """Atomic writes: a file is written under a temporary name, then renamed. A reader sees the old file
 or the new one, even if the program is killed at any instant.
 
-Imports nothing heavy, since programs that run without PyTorch write files too.
+Temporary names belong to one process and one write, so that two programs that write one path both
+write whole files; the later one stays. Imports nothing heavy, since programs that run without
+PyTorch write files too.
 """
 
 import os
-import uuid
+import re
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import IO
+
+# `.START.MACHINE-PROCESS-NUMBER.tmp`; START is the beginning of the file's name.
+_TEMPORARY = re.compile(r"\.(.*)\.([0-9a-f]{8})-(\d+)-\d+\.tmp", re.DOTALL)
+_START_BYTES = 100  # of the name: file systems allow 255 in all
+_numbers = count()
 
 
 class Unwritable(OSError):
@@ -17,15 +28,15 @@ class Unwritable(OSError):
 
 
 @contextmanager
-def unfinished(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`. A file that is still there at the end of the block is
-    removed. If a kill leaves one behind, the next write replaces it.
-
-    shared: several processes may write `path` at once. Each has a temporary path of its own, and
-    what a kill leaves behind stays.
+def unfinished(path: Path, *, tidy: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`, which no other process or thread uses. A file that is still
+    there at the end of the block is removed. With `tidy`, so is what a kill left of an earlier
+    write of `path`, for which the folder is listed.
     """
-    own = f".{uuid.uuid4().hex}" if shared else ""
-    temporary = path.with_name(f".{path.name}{own}.tmp")
+    start = os.fsdecode(os.fsencode(path.name)[:_START_BYTES])
+    temporary = path.with_name(f".{start}.{_machine()}-{os.getpid()}-{next(_numbers)}.tmp")
+    if tidy:
+        remove_leftovers(path.parent, start)
     try:
         yield temporary
     finally:
@@ -48,18 +59,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(
-    path: str | Path, *, durable: bool = True, shared: bool = False
-) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to, which replaces `path` when the block ends without an exception. Raises
     Unwritable.
 
-    durable: flush to the disk before the rename, so that a power failure also leaves the old or the
-    new file. It costs milliseconds; turn it off for many files that can be made again.
-    shared: several processes may write `path` at once; the last one counts.
+    durable: flush to the disk before the rename, and the folder after it, so that a power failure
+    also leaves the old or the new file. It costs milliseconds; turn it off for many files that can
+    be made again.
     """
     path = Path(path)
-    with unfinished(path, shared=shared) as temporary, naming(path):
+    with unfinished(path, tidy=durable) as temporary, naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
@@ -67,11 +76,54 @@ def atomic_file(
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            flush_folder(path.parent)
 
 
-def atomic_write(
-    path: str | Path, data: bytes, *, durable: bool = True, shared: bool = False
-) -> None:
+def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None:
     """Writes `data` as the file's whole content, with `atomic_file`."""
-    with atomic_file(path, durable=durable, shared=shared) as file:
+    with atomic_file(path, durable=durable) as file:
         file.write(data)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes the names in a folder, such as that of a file that was just renamed, to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, start: str = "", *, alone: bool = False) -> None:
+    """Removes the temporary files in a folder that killed processes of this machine left, only
+    those of names with that `start` if it is given; with `alone`, when nobody else writes there,
+    those of every process.
+    """
+    with suppress(OSError):  # the folder may not exist, or be read-only
+        for path in [*folder.iterdir()]:
+            match = _TEMPORARY.fullmatch(path.name)
+            if match is None or start not in ("", match[1]):
+                continue
+            if alone or (match[2] == _machine() and not is_running(int(match[3]))):
+                path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether this machine has a process with that id."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+@cache
+def _machine() -> str:
+    """Eight digits for this host and its table of processes: a container has a table of its own."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # only Linux shows it
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return f"{zlib.crc32(' '.join(parts).encode()):08x}"

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.settings.config import LARGEST_SIZE
 from vidt.arguments import MIXED_PRECISIONS, OneLineParser
 from vidt.atomic import atomic_file, atomic_write
-from vidt.errors import UserError
+from vidt.errors import UserError, escaped, printable, shown
 from vidt.loading import load
+
+MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
 
 def command_parser(command: str, summary: str, examples: str) -> OneLineParser:
@@ -27,7 +30,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number from 0 to 1")
     return value
 
 
@@ -38,7 +41,9 @@ def count(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number of 1 or more")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; it must be at most {MOST:,}")
     return value
 
 
@@ -46,7 +51,9 @@ def side(text: str) -> int:
     """The type of a flag whose value is in pixels."""
     value = count(text)
     if value < 32:
-        raise argparse.ArgumentTypeError(f"{text} is too small; it must be 32 pixels or more")
+        raise argparse.ArgumentTypeError(f"{value} is too small; it must be 32 pixels or more")
+    if value > LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"{text} is too large; it must be at most {LARGEST_SIZE}")
     return value
 
 
@@ -107,14 +114,14 @@ def check_result(flag: str, path: Path | None, read: Iterable[Path]) -> None:
 
 def say(text: str) -> None:
     """Prints text on standard output at once."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """Prints a line on standard error, apart from the results."""
     sys.stdout.flush()
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(escaped(text) + "\n")
 
 
 def write_result(path: Path, data: bytes) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vidt.arguments import HELP, nearest
-from vidt.errors import UserError
+from vidt.errors import UserError, escaped
 
 COMMANDS = {
     "train": "train a detector on your data",
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = message_of(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {escaped(message)}", file=sys.stderr)
         return getattr(error, "exit_code", USER_ERROR)
 
 

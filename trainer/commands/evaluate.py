@@ -25,7 +25,7 @@ from trainer.readers.values import shortened
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError
+from vidt.errors import UserError, escaped
 
 SUMMARY = """
 Scores a detector on annotated images as COCO does: AP (average precision: 1 is perfect, 0 finds
@@ -175,11 +175,11 @@ def table(metrics: Mapping[str, float], names: Sequence[str]) -> str:
     for name, text in WORDS.items():
         of_masks = f"  {_shown(metrics[f'segm_{name}'])}" if masks else ""
         lines.append(f"{text:<{width}}  {_shown(metrics[name])}{of_masks}")
-    width = max([len(name) for name in names] + [5])
+    width = max([len(escaped(name)) for name in names] + [5])
     lines += ["", f"{'class':<{width}}    AP50      AP"]
     for name in names:
         ap50, ap = metrics[f"ap50/{name}"], metrics[f"ap/{name}"]
-        lines.append(f"{name:<{width}}  {_shown(ap50)}  {_shown(ap)}")
+        lines.append(f"{escaped(name):<{width}}  {_shown(ap50)}  {_shown(ap)}")
     text = "\n".join(lines)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)

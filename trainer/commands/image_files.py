@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +14,8 @@ from vidt.errors import UserError
 from vidt.images.formats import ending, is_picture
 
 STANDARD_INPUT = "-"
+LONGEST_NAME = 255  # bytes of a file's name, on most file systems
+LONGEST_LINE = 65_536  # of standard input
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class ImageFiles:
         self, paths: Iterable[str], start: str, prefix: str, twins: frozenset[str] = frozenset()
     ) -> Iterator[ImageFile]:
         for path in paths:
-            relative = os.path.relpath(path, start) if start else _harmless(path)
+            # A pattern may climb after its fixed part, as in photos/*/../../*.jpg.
+            relative = _harmless(os.path.relpath(path, start) if start else path)
             if os.path.isdir(path):
                 yield from self._walk(path, os.path.join(prefix, relative))
             else:
@@ -178,10 +182,13 @@ def _source(word: str) -> _Source:
     raise UserError(f"IMAGES {word}: no such file or folder")
 
 
-def _names(lines: Iterable[str]) -> Iterator[str]:
+def _names(lines: TextIO) -> Iterator[str]:
     """Raises UserError for names separated by null bytes, as by find -print0."""
-    for number, line in enumerate(lines):
-        line = line if number else line.removeprefix("\ufeff")  # a byte order mark
+    first = True
+    for line in iter(partial(lines.readline, LONGEST_LINE + 1), ""):
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"IMAGES -: a line is longer than {LONGEST_LINE:,} characters")
+        line, first = line.removeprefix("\ufeff") if first else line, False  # a byte order mark
         if "\0" in line:
             raise UserError("IMAGES -: null bytes in it; names are expected one a line")
         if line.strip():
@@ -207,3 +214,13 @@ def _harmless(path: str) -> str:
     """The path without its root and its `..`, so that it stays below any folder."""
     parts = [part for part in Path(os.path.normpath(path)).parts if part not in ("/", "..")]
     return os.path.join(*parts) if parts else "image"
+
+
+def fitting(name: str, suffix: str) -> str:
+    """A path with the suffix, its last part shortened to what a file system takes as one name."""
+    folder, last = os.path.split(name)
+    room = LONGEST_NAME - len(os.fsencode(suffix))
+    if len(os.fsencode(last)) > room:
+        end = f"-{_short(last).hex()}"
+        last = os.fsdecode(os.fsencode(last)[: room - len(end)]) + end
+    return os.path.join(folder, last + suffix)

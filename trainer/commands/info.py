@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.commands.command_flags import command_parser, say
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError, counted
+from vidt.errors import UserError, counted, escaped
 
 SUMMARY = """
 Prints what is in a weights file: the detector, its classes, how images are prepared for it, its
@@ -104,7 +104,7 @@ def page(facts: Mapping[str, Any]) -> str:
         lines[0] += f", {facts['parameters'] / 1e6:.2f} M parameters"
     names = facts.get("class_names", [])
     if isinstance(names, list):
-        lines += [f"classes ({len(names)}): {', '.join(map(str, names))}"]
+        lines += [f"classes ({len(names)}): {', '.join(escaped(str(name)) for name in names)}"]
     metrics = facts.get("metrics") or {}
     if metrics:
         scored = {name: metrics.get(name, -1.0) for name in MAIN_METRICS}

@@ -2,9 +2,8 @@
 
 import io
 import os
-import signal
 import sys
-import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.commands.command_flags import (
@@ -24,8 +24,9 @@ from trainer.commands.command_flags import (
     share,
     write_result,
 )
-from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles
-from trainer.commands.predictions import Predicted, predict_files, read_file
+from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
+from trainer.commands.predictions import WINDOW_PIXELS, Predicted, predict_files, read_file
+from trainer.loop.stopping import sigterm_interrupts
 from trainer.scoring.prediction_formats import (
     Format,
     ImagePredictions,
@@ -87,6 +88,7 @@ FILES = {
     "csv": "predictions.csv",
 }
 NAMED = 20  # unreadable images that the summary names
+LONGEST_JPEG_SIDE = 65_500  # pixels
 PICTURE_KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -124,7 +126,9 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError, and KeyboardInterrupt when stopped."""
     given = flags().parse_args(argv)
-    with _stoppable():
+    # Of images between Pillow's limit and twice that; larger ones are skipped and named.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    with sigterm_interrupts():
         return _predict(given)
 
 
@@ -152,7 +156,9 @@ def _predict(given: Any) -> int:
             done: Iterable[Predicted] = _placed(predicted, results)
             if results.pictures:
                 # Drawing and writing take as long as detecting, so threads do it meanwhile.
-                done = read_ahead(done, results.draw, reading_threads())
+                done = read_ahead(
+                    done, results.draw, reading_threads(), weigh=_pixels, heaviest=WINDOW_PIXELS
+                )
             for each in done:
                 results.add(each)
                 bar.update()
@@ -167,27 +173,9 @@ def _predict(given: Any) -> int:
     return 0
 
 
-class StoppedBySignal(KeyboardInterrupt):
-    """SIGTERM, which ends the command as Ctrl-C does."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Inside, SIGTERM raises `StoppedBySignal`; Python allows this in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: Any) -> None:
-        raise StoppedBySignal
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _pixels(predicted: Predicted) -> int:
+    picture = predicted.picture
+    return picture.width * picture.height if picture is not None else 0
 
 
 class NothingRead(UserError):
@@ -260,18 +248,17 @@ class PredictionWriter:
         """The file of a drawn image: under its own name, as JPEG unless it is a PNG."""
         if not self.pictures or self.out is None:
             return None
-        name = file.name
-        if os.path.splitext(name)[1].lower() not in PICTURE_KINDS:
-            name += ".jpg"
-        return self.out / name
+        stem, suffix = os.path.splitext(file.name)
+        if suffix.lower() not in PICTURE_KINDS:
+            stem, suffix = file.name, ".jpg"
+        return self.out / fitting(stem, suffix)
 
     def labels_path(self, file: ImageFile) -> Path | None:
         """The YOLO text file of an image."""
         if self.kind != "yolo" or self.out is None:
             return None
-        name = Path(file.name)
-        stem = name.name if file.has_twin else name.stem
-        return self.out / "labels" / name.with_name(f"{stem}.txt")
+        stem = file.name if file.has_twin else os.path.splitext(file.name)[0]
+        return self.out / "labels" / fitting(stem, ".txt")
 
     def written(self, file: ImageFile) -> list[str]:
         """The files that belong to this image alone."""
@@ -293,10 +280,13 @@ class PredictionWriter:
             self.names,
             None if masks is None else np.asarray(masks),
         )
+        kind = PICTURE_KINDS[path.suffix.lower()]
+        if kind == "JPEG" and max(picture.size) > LONGEST_JPEG_SIDE:
+            kind, path = "PNG", path.with_name(fitting(path.name, ".png"))
         encoded = io.BytesIO()
-        picture.save(encoded, PICTURE_KINDS[path.suffix.lower()], quality=90)
+        picture.save(encoded, kind, quality=90)
         write_result(path, encoded.getvalue())
-        return predicted
+        return replace(predicted, picture=None, detections=None)  # both hold the image
 
     def add(self, predicted: Predicted) -> None:
         """Writes the predictions of the next image."""

@@ -66,7 +66,16 @@ def predict_files(
     """The detections of a detector (PyTorch or ONNX) in each file, in order. `read` reads the file
     of an entry.
     """
-    for window in windows(read_ahead(entries, read, reading_threads()), batch_size):
+    threads = reading_threads()
+    measured = read_ahead(entries, lambda entry: (entry, pixels_of(path_of(entry))), threads)
+    reads = read_ahead(
+        measured,
+        lambda pair: read(pair[0]),
+        threads,
+        weigh=lambda pair: pair[1],
+        heaviest=WINDOW_PIXELS,
+    )
+    for window in windows(reads, batch_size):
         pictures = [each.picture for each in window if each.picture is not None]
         found = in_order(detector.stream(pictures, batch_size=batch_size))
         for each in window:
@@ -79,6 +88,27 @@ def predict_files(
             size = (each.picture.height, each.picture.width)
             row = image_predictions(each.file.path, size, detections)
             yield Predicted(each.file, each.picture, detections, row)
+        # Not before the next window is read: these may be all that memory holds.
+        del each
+        window.clear()
+        pictures.clear()
+
+
+def path_of(entry: Any) -> str:
+    """The path of a file, or of the file that is the first of several values."""
+    file: ImageFile = entry if isinstance(entry, ImageFile) else entry[0]
+    return file.path
+
+
+def pixels_of(path: str) -> int:
+    """The number of pixels as the header promises; 0 for a file that has none, or cannot be read:
+    reading it says why.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises nearly anything on damaged bytes
+        return 0
 
 
 def windows(reads: Iterable[Read], batch_size: int) -> Iterator[list[Read]]:

@@ -155,7 +155,7 @@ class ImageCache:
             if shutil.disk_usage(path.parent).free < ROOM_LEFT:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             content = _header((image.height, image.width)) + image.tobytes()
-            atomic_write(path, content, shared=True)
+            atomic_write(path, content)
         except OSError as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             self.failure[0] = cause.errno or errno.EIO

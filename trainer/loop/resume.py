@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 PREFIX = "step-"
 # The step, and a number for a step that was saved more than once.
@@ -56,6 +56,18 @@ class RunState:
     dataset: str = ""  # fingerprint of the training table
     settings: dict[str, Any] = field(default_factory=dict)  # resolved, of the run that saved it
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16
+
+    def require_types(self) -> None:
+        """Raises TypeError for a value of another type than its default, as in a damaged file."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            default = getattr(RunState(), each.name)
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            if type(value) not in kinds:
+                raise TypeError(f"{each.name} is {shown(value)}; it must be like {default!r}")
+        for name, value in self.best_metrics.items():
+            if type(value) not in (int, float):
+                raise TypeError(f"best_metrics has {name} {shown(value)}; it must be a number")
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
         """Records an evaluation; True if it is the best so far. Nothing else decides that."""
@@ -153,7 +165,7 @@ def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) 
             "state": dataclasses.asdict(state),
             "files": {TENSORS: _fingerprint(unfinished / TENSORS)},
         }
-        (unfinished / STATE).write_text(json.dumps(content, indent=1))
+        (unfinished / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
             _flush(path)
         unfinished.rename(final)
@@ -235,12 +247,15 @@ def _order(path: Path) -> tuple[int, int]:
 def load(path: Path) -> Checkpoint:
     """Reads an intact checkpoint. Raises UserError naming the folder and what is wrong with it."""
     try:
-        content = json.loads((path / STATE).read_text())
+        content = json.loads((path / STATE).read_bytes())
         if _fingerprint(path / TENSORS) != content["files"][TENSORS]:
             raise UserError(f"{TENSORS} is not the file that was written")
-        return Checkpoint(path, RunState(**content["state"]), load_file(path / TENSORS))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+        state = RunState(**content["state"])
+        state.require_types()
+        return Checkpoint(path, state, load_file(path / TENSORS))
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        reason = shown(f"{type(error).__name__}: {error}", 300)
+        raise UserError(f"checkpoint {path} is damaged: {reason}") from error
 
 
 def find(wanted: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -14,7 +14,7 @@ from vidt.losses.distillation import TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.weights.checkpoint import load_model, read_start, start_from
+from vidt.weights.checkpoint import load_model, read_start, require_shapes, start_from
 from vidt.weights.pretrained import load_imagenet
 from vidt.weights.published import TEACHERS, local_weights, published_for
 from vidt.weights.weights_file import UnusableWeights, WeightsInfo, fill_strictly
@@ -56,7 +56,8 @@ def load_start(
         if source is None:
             load_imagenet(model.backbone, own.backbone_name, config.pre_trained)
             return
-        transfer = start_from(model, local_weights(source), class_names)
+        weights = local_weights(source, allow_http=config.allow_http)
+        transfer = start_from(model, weights, class_names)
         logger.info(f"started from {source}; classes {transfer}")
 
     agreement.on_main(load)
@@ -78,13 +79,15 @@ def load_teacher(
     loaded: list[nn.Module] = []
 
     def load() -> ViDTConfig:
-        tensors, theirs, _ = read_start(local_weights(source, "--distil_model_path"))
+        file = local_weights(source, "--distil_model_path", allow_http=config.allow_http)
+        tensors, theirs, _ = read_start(file)
         if published and theirs.backbone_name != published.backbone_name:
             raise UnusableWeights(
                 f"{source} has backbone_name {theirs.backbone_name}; --distil_model "
                 f"{config.distil_model} has {published.backbone_name}"
             )
         require_pair(student, theirs, source)
+        require_shapes(theirs, tensors, source)
         teacher = build_detector(theirs)
         fill_strictly(teacher, tensors, source)
         loaded.append(teacher)
@@ -99,7 +102,11 @@ def load_teacher(
 
 
 def load_detector(
-    source: str, agreement: Agreement, dec_layers: int | None = None
+    source: str,
+    agreement: Agreement,
+    dec_layers: int | None = None,
+    *,
+    allow_http: bool = False,
 ) -> tuple[nn.Module, WeightsInfo]:
     """A detector as it was saved, from a file or a URL, with its first dec_layers decoder layers or
     all of them. Raises UserError on every process.
@@ -107,7 +114,9 @@ def load_detector(
     loaded: list[nn.Module] = []
 
     def load() -> WeightsInfo:
-        model, info = load_model(local_weights(source), dec_layers=dec_layers)
+        model, info = load_model(
+            local_weights(source, allow_http=allow_http), dec_layers=dec_layers
+        )
         loaded.append(model)
         return info
 

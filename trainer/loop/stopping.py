@@ -8,11 +8,14 @@ of the signal (130, 143).
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST = 2.0  # seconds
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Stopped(Exception):
@@ -21,6 +24,29 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """SIGTERM, where it ends a program as Ctrl-C does."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises StoppedBySignal; Python allows this in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise StoppedBySignal
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
@@ -50,6 +76,8 @@ class StopRequest:
             self.signum, self._since = signum, time.monotonic()
         elif time.monotonic() - self._since > SAME_REQUEST:
             self._restore()
+            if signum == signal.SIGTERM:  # ends the process even where Python does not get to run
+                signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)  # now with the handler from before
 
     def _restore(self) -> None:

@@ -1,16 +1,20 @@
 """Findings: what is wrong with a dataset, or worth knowing, and what was done about it."""
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from vidt.errors import UserError, counted
+from vidt.atomic import atomic_file
+from vidt.errors import UserError, counted, escaped
 
 Severity = Literal["error", "warning", "info"]
 GRAVEST_FIRST = ("error", "warning", "info")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formula may start
 MOST_OF_A_KIND = 300  # listed one by one; the rest of a kind is one finding
 
 
@@ -42,7 +46,8 @@ class Finding:
         place = [self.source, self.file]
         place += [] if self.image_id is None else [f"image {self.image_id}"]
         place += [] if self.annotation_id is None else [f"annotation {self.annotation_id}"]
-        return ": ".join(part for part in (", ".join(filter(None, place)), self.detail) if part)
+        parts = (", ".join(filter(None, place)), self.detail)
+        return escaped(": ".join(part for part in parts if part))
 
 
 class BadDataset(UserError):
@@ -129,11 +134,16 @@ def format_findings(findings: Iterable[Finding], limit: int = 10, info_limit: in
 
 
 def write_findings(path: str | os.PathLike[str], findings: Iterable[Finding]) -> None:
-    """Write all findings as CSV, a header line first."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Finding)])
+    """Write all findings as CSV, a header line first, atomically."""
+    with atomic_file(Path(path)) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        writer = csv.DictWriter(text, [field.name for field in fields(Finding)])
         writer.writeheader()
-        writer.writerows(asdict(finding) for finding in findings)
+        for finding in findings:
+            row = asdict(finding)
+            writer.writerow({name: csv_cell(row[name]) for name in row})
+        text.flush()
+        text.detach()  # otherwise the wrapper closes the file
 
 
 def read_findings(path: str | os.PathLike[str]) -> list[Finding]:
@@ -142,7 +152,22 @@ def read_findings(path: str | os.PathLike[str]) -> list[Finding]:
         return [_finding(row) for row in csv.DictReader(file)]
 
 
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet computes: a text that starts like a formula gets an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
+
+
+def _text_of(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
+
+
+def _is_formula(text: str) -> bool:
+    """Apostrophes aside, so that `_text_of` can tell ours from the text's own."""
+    return text.lstrip("'").startswith(FORMULA)
+
+
 def _finding(row: dict[str, Any]) -> Finding:
+    row = {name: _text_of(cell) for name, cell in row.items()}
     for name in ("image_id", "annotation_id"):
         row[name] = int(row[name]) if row[name] else None
     return Finding(**row | {"count": int(row["count"])})

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.readers.findings import FilesSeen, Finding, Severity, fold
 from trainer.readers.samples import Sample, SampleTable
 from trainer.readers.values import existing_name, number_of, read_text, shortened, whole_number
-from vidt.errors import UserError, counted
+from trainer.settings.yaml_text import load_yaml, read_limited
+from vidt.errors import UserError, counted, shown
 from vidt.images.files import ImageHeader, probe_images
 from vidt.images.formats import is_picture
 
@@ -88,10 +88,9 @@ def _yaml_path(path: Path) -> Path:
 def _load(yaml_path: Path) -> dict[str, Any]:
     """The entries; every value is text, so that classes may be called yes, no, 1.0 or 007."""
     try:
-        config = yaml.load(yaml_path.read_bytes(), yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{yaml_path}: not YAML ({reason})") from error
+        config = load_yaml(read_limited(yaml_path), yaml_path, as_text=True)
+    except OSError as error:
+        raise UserError(f"{yaml_path}: cannot be read ({error.strerror})") from error
     if not isinstance(config, dict):
         raise UserError(f"{yaml_path}: needs the keys names, train and val")
     return {key: value for key, value in config.items() if value not in _NOTHING}
@@ -169,9 +168,11 @@ def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     folders = ((base, entry), (yaml_path.parent, entry), (base, entry.removeprefix("../")))
     candidates = [folder / existing_name(folder, name) for folder, name in folders]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):  # False, too, for a name too long
             return path
-    raise UserError(f"{yaml_path}: {candidates[0]}: no such folder or list of images")
+    raise UserError(
+        f"{yaml_path}: {shown(str(candidates[0]), 300)}: no such folder or list of images"
+    )
 
 
 def _label_path(image_path: str) -> Path:

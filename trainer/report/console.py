@@ -1,5 +1,6 @@
 """A run on the console: a progress bar on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.report.progress import Progress, class_names_in, is_score
+from vidt.errors import escaped, printable
 
 SCORES_EXPLAINED = (
     "AP50 counts a box as correct if its IoU with a true box is at least 0.5; AP is the mean over\n"
@@ -36,7 +38,7 @@ def score_table(metrics: Mapping[str, float]) -> str:
     """AP50 and AP of each class and of all classes, as aligned columns."""
     nothing = float("nan")
     rows = [
-        (name, score(metrics.get(f"ap50/{name}", nothing)), score(metrics[f"ap/{name}"]))
+        (escaped(name), score(metrics.get(f"ap50/{name}", nothing)), score(metrics[f"ap/{name}"]))
         for name in class_names_in(metrics)
     ]
     rows.append(
@@ -46,6 +48,13 @@ def score_table(metrics: Mapping[str, float]) -> str:
     lines = [f"{name:<{width}}  {ap50:>6}  {ap:>6}" for name, ap50, ap in rows]
     rule = "-" * (width + 16)
     return "\n".join([f"{'class':<{width}}    AP50      AP", rule, *lines[:-1], rule, lines[-1]])
+
+
+class PrintableFormatter(logging.Formatter):
+    """Escapes what would command the terminal: file and class names are other people's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Console:
@@ -121,7 +130,7 @@ class Console:
     def _writable(self, text: str) -> str:
         """A class name that the terminal cannot show must not end a run."""
         encoding = self._stream.encoding or "utf-8"
-        return text.encode(encoding, "replace").decode(encoding)
+        return printable(text).encode(encoding, "replace").decode(encoding)
 
     def _show_step(self, progress: Progress) -> None:
         self._evaluating = False

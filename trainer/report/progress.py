@@ -6,10 +6,13 @@ a `Progress`; `trainer.report.console` and `trainer.report.page` have others.
 
 import csv
 import io
+import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -25,6 +28,8 @@ from trainer.scoring.mistakes import Diagnosis, condensed
 from trainer.scoring.scores import ScoreCurve
 from vidt.atomic import atomic_write
 from vidt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
 Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
@@ -161,12 +166,22 @@ class TensorBoard:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._writer: SummaryWriter | None = None
+        self._is_broken = False
 
     def __call__(self, progress: Progress) -> None:
+        if self._is_broken:
+            return
+        try:
+            self._write(progress)
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, progress: Progress) -> None:
         if self._writer is None:
             # Hides what a killed run wrote after its last checkpoint, so that no curve doubles
             # back. A fresh run in a used folder hides everything.
             purge_step = progress.step + 1 if progress.step else 0
+            _silence_writing_threads()
             self._writer = SummaryWriter(str(self.directory), purge_step=purge_step)
         if progress.event == "step":
             for name, value in progress.metrics.items():
@@ -178,8 +193,20 @@ class TensorBoard:
 
     def close(self) -> None:
         """Flush; harmless when repeated."""
-        if self._writer is not None:
+        if self._writer is None or self._is_broken:
+            return
+        try:
             self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """The results do not depend on the events: a full disk ends them, not the run."""
+        self._is_broken = True
+        reason = error.strerror or str(error)
+        logger.warning(
+            f"{self.directory} cannot be written ({reason}); the run goes on without TensorBoard"
+        )
 
     @staticmethod
     def _add_evaluation(writer: SummaryWriter, progress: Progress) -> None:
@@ -193,6 +220,19 @@ class TensorBoard:
         if progress.diagnosis is not None:
             _add_diagnosis(writer, progress.diagnosis, progress.step)
         writer.flush()
+
+
+@cache
+def _silence_writing_threads() -> None:
+    """The thread that writes hands its error to the next call, but prints a traceback, too."""
+    before = threading.excepthook
+
+    def show(failure: threading.ExceptHookArgs) -> None:
+        ours = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (ours and issubclass(failure.exc_type, OSError)):
+            before(failure)
+
+    threading.excepthook = show
 
 
 def _step_tag(name: str) -> str:

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.readers.findings import csv_cell
+from vidt.errors import escaped
+
 MASK_PIXELS = 2**26  # drawn at once, of all masks together
 
 
@@ -141,9 +144,9 @@ def csv_format() -> Format:
     def record(number: int, found: ImagePredictions) -> str:
         return "".join(
             _csv_row(
-                found.file,
+                csv_cell(found.file),
                 found.labels[row],
-                found.names[row],
+                csv_cell(found.names[row]),
                 f"{found.scores[row]:.5f}",
                 *(f"{value:.2f}" for value in found.boxes[row].tolist()),
             )
@@ -166,9 +169,9 @@ def text_format() -> Format:
         if found.problem:
             return ""
         if not len(found.labels):
-            return f"{found.file}: nothing\n"
+            return f"{escaped(found.file)}: nothing\n"
         return "".join(
-            f"{found.file}: {found.names[row]} {found.scores[row]:.2f} at "
+            f"{escaped(found.file)}: {escaped(found.names[row])} {found.scores[row]:.2f} at "
             f"{' '.join(f'{value:.0f}' for value in found.boxes[row].tolist())}\n"
             for row in range(len(found.labels))
         )

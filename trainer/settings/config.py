@@ -25,8 +25,10 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from trainer.settings.yaml_text import BadYAML, read_limited
 from vidt.arguments import MIXED_PRECISIONS
-from vidt.errors import UserError
+from vidt.atomic import atomic_write
+from vidt.errors import UserError, escaped, shown
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
@@ -34,6 +36,7 @@ DATASETS = ("shapes", "coco", "voc", "yolo")
 AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
+LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
 SCHEDULES = ("cosine", "linear")
 SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
@@ -250,6 +253,9 @@ class TrainConfig:
         metadata=_help("weights of the teacher: a file or a URL; None: the published ones"),
     )
     distil_loss_coef: float = field(default=4.0, metadata=_help("weight of the distillation loss"))
+    allow_http: bool = field(
+        default=False, metadata=_help("fetch weights from an http address, unencrypted, too")
+    )
     resume: str | None = field(
         default=None,
         metadata=_help(
@@ -289,11 +295,22 @@ _AT_LEAST = {
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
     **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
+# Limits that no run comes near: beyond them a slip of the finger would fork, allocate or wait
+# without end.
+_AT_MOST = {
+    **dict.fromkeys(("epochs", "eval_interval", "save_interval", "patience", "keep"), 10**6),
+    **dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "log_interval"), 10**9),
+    **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
+    **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
+    **{"num_workers": 256, "denoising": 10_000},
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "lr_linear_proj_mult"), 1e6),
+    **dict.fromkeys(("lr_backbone_mult", "clip_max_norm", "distil_loss_coef"), 1e6),
+}
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} is {value}; it must be {expected}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {expected}")
 
 
 def _check_alone(config: TrainConfig) -> None:
@@ -301,6 +318,9 @@ def _check_alone(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
         _require(value is None or value >= least, name, value, f"{least} or more")
+    for name, most in _AT_MOST.items():
+        value = getattr(config, name)
+        _require(value is None or value <= most, name, value, f"at most {most:,}")
     automatic = config.batch_size == AUTO
     _require(
         automatic or config.batch_size >= 1, "batch_size", config.batch_size, "1 or more, or auto"
@@ -335,6 +355,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
         _require(size >= SMALLEST_SIZE, "train_sizes", size, f"{SMALLEST_SIZE} or more")
+        _require(size <= LARGEST_SIZE, "train_sizes", size, f"at most {LARGEST_SIZE:,}")
+    _require(len(sizes or ()) <= 1000, "train_sizes", f"{len(sizes or ())} sizes", "at most 1,000")
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -397,6 +419,16 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
         given.setdefault("dec_layers", None)
     if not own_data:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
+    try:
+        return _checked(given, own_data)
+    except ConfigError as error:
+        if given.get("config") is None:
+            raise
+        raise ConfigError(f"{error} (--config {shown(given['config'], 300)} was read)") from None
+
+
+def _checked(given: Mapping[str, Any], own_data: bool) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings given and the defaults of the others. Raises ConfigError."""
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
     model = {name: given.get(name, setting.default) for name, setting in _MODEL.items()}
     _check_model(model)
@@ -422,11 +454,15 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
 
 def _read_config(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_limited(path).decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: {error.strerror}") from None
+    except BadYAML as error:
+        raise ConfigError(f"config {error}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config {path} cannot be read: it is not text") from None
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: it is not text") from None
+    except ValueError as error:  # a zero byte in the name
+        raise ConfigError(f"config {shown(path, 300)} cannot be read: {error}") from None
     nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
     return read_yaml(text, nestable, path)
 
@@ -466,7 +502,7 @@ def parse_or_exit(argv: Sequence[str] | None = None) -> tuple[TrainConfig, dict[
         sys.stdout.write(help_text())
         sys.exit(0)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {escaped(str(error))}\n")
         sys.exit(2)
 
 
@@ -496,6 +532,4 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
     """Writes the file with which `--config` repeats the run."""
     text = yaml.safe_dump(resolved(config, model), sort_keys=False)
-    Path(path).write_text(
-        f"# All settings of a run: --config THIS_FILE repeats it.\n{text}", encoding="utf-8"
-    )
+    atomic_write(path, f"# All settings of a run: --config THIS_FILE repeats it.\n{text}".encode())

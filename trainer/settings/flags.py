@@ -13,10 +13,9 @@ from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from trainer.settings.yaml_text import BadYAML, load_yaml
 from vidt.arguments import HELP, OneLineParser, is_flag, nearest, plain
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 
 class ConfigError(UserError):
@@ -55,6 +54,7 @@ class Setting:
         return word or (list(value) if isinstance(value, tuple) else value)
 
 
+LARGEST = 10**12  # of whole numbers; each setting has its own limit below it
 _EXPECTED = {
     bool: ("True or False", "True or False, once or more"),
     int: ("a whole number", "whole numbers, such as 2,3"),
@@ -93,8 +93,13 @@ def read_value(setting: Setting, raw: object, where: str) -> Any:
         if value in setting.words.values():  # only the word stands for it
             raise ValueError(raw)
         return value
-    except ValueError:
-        raise ConfigError(f"{where} is {raw!r}; it must be {setting.expected}") from None
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{where} is {_quoted(raw)}; it must be {setting.expected}") from None
+
+
+def _quoted(raw: object) -> str:
+    """The value as Python writes it, shortened."""
+    return shown(repr(raw) if isinstance(raw, str) else raw)
 
 
 def _scalar(kind: type, raw: object) -> Any:
@@ -105,11 +110,13 @@ def _scalar(kind: type, raw: object) -> Any:
     if kind is bool and isinstance(raw, bool | int | str) and str(raw).strip().lower() in _TRUTH:
         return _TRUTH[str(raw).strip().lower()]
     if kind is int and isinstance(raw, int | str) and not isinstance(raw, bool):
-        return int(raw)
-    if kind is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
-        number = float(raw)
-        if math.isfinite(number):
+        number = int(raw)
+        if abs(number) <= LARGEST:
             return number
+    if kind is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        value = float(raw)
+        if math.isfinite(value):
+            return value
     if kind is str and raw is False:
         return "no"  # which YAML reads as False unless it is quoted
     if kind is str and isinstance(raw, str) and raw.strip():
@@ -215,19 +222,19 @@ def _flag_value(setting: Setting, flag: str, words: list[str]) -> Any:
 def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
     """Settings of a YAML text; `source` names it in errors. Raises ConfigError."""
     try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        loaded = load_yaml(text, source)
+    except BadYAML as error:
+        raise ConfigError(str(error)) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{source} holds no settings; it must have lines such as lr: 1e-4")
     given = {}
     for key, raw in loaded.items():
-        name = str(key).replace("-", "_")
+        name = shown(key).replace("-", "_")
         if name not in settings:
             similar = nearest(name, settings)
             hint = f"the nearest is {similar}" if similar else "vidt train --help lists all"
-            raise ConfigError(f"{source}: unknown setting {key}; {hint}")
+            raise ConfigError(f"{source}: unknown setting {shown(key)}; {hint}")
         given[name] = read_value(settings[name], raw, f"{source}: {name}")
     return given

@@ -4,6 +4,7 @@ at any time.
 Does not import PyTorch.
 """
 
+import math
 import os
 import time
 from collections import defaultdict, deque
@@ -46,22 +47,36 @@ def reading_threads() -> int:
 
 
 def read_ahead(
-    items: Iterable[Item], read: Callable[[Item], Result], threads: int
+    items: Iterable[Item],
+    read: Callable[[Item], Result],
+    threads: int,
+    *,
+    weigh: Callable[[Item], float] = lambda item: 0.0,
+    heaviest: float = math.inf,
 ) -> Iterator[Result]:
     """Yields `read(item)` of each item, in order, computed ahead by threads. An exception of `read`
     is raised at the item's turn. If items arrive slowly, finished results are yielded without
-    waiting for more items.
+    waiting for more items. Items that weigh more than `heaviest` together are not ahead at once.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
         ahead: deque[Future[Result]] = deque()
         since: deque[float] = deque()  # when each one was submitted
+        weights: deque[float] = deque()
         try:
             for item in items:
+                weight = weigh(item)
+                while ahead and sum(weights) + weight > heaviest:
+                    since.popleft()
+                    weights.popleft()
+                    yield ahead.popleft().result()
+                weights.append(weight)
                 ahead.append(pool.submit(read, item))
                 since.append(time.monotonic())
+                del item  # or the frame would hold it while the consumer works
                 is_late = ahead[0].done() and since[-1] - since[0] > PATIENCE
                 if len(ahead) > threads * AHEAD or is_late:
                     since.popleft()
+                    weights.popleft()
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

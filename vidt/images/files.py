@@ -38,6 +38,7 @@ _TAIL_BYTES = 4096
 _TRUNCATED = "vidt_truncated"  # key in `Image.info`
 _SIDEWAYS = 5  # the first EXIF orientation that exchanges height and width
 _MOST_MISSING = 0.25  # share of the rows of a truncated JPEG
+LONGEST_SIDE = 2**18  # resizing needs memory for each pixel of a side
 
 
 class UnreadableImage(UserError):
@@ -271,6 +272,12 @@ def _has_frames(image: Image.Image) -> bool:
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as RGB with 8 bits per channel; deeper grey images are scaled."""
+    if max(image.size) > LONGEST_SIDE:
+        raise UserError(
+            f"{image.width} x {image.height} pixels; a side may have at most {LONGEST_SIDE:,}"
+        )
+    if type(image) is Image.Image and image.mode == "RGB":  # in memory: `convert` would copy it
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("P", "PA"):

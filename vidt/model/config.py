@@ -6,12 +6,19 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 WITHOUT_NECK = "vidt_wo_neck"
 METHODS = ("vidt", WITHOUT_NECK)
 NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # they need a neck
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
+# Limits far beyond any published detector, for headers and flags that are damaged or hostile.
+LARGEST = {
+    **{"num_classes": 100_000, "det_token_num": 10_000, "dec_layers": 100, "nheads": 1024},
+    **dict.fromkeys(("reduced_dim", "pos_dim"), 8192),
+    **dict.fromkeys(("dim_feedforward", "vector_hidden_dim"), 65_536),
+    **{"dec_n_points": 1024, "gt_mask_len": 1024, "n_keep": 65_536},
+}
 
 
 @dataclass(frozen=True)
@@ -121,12 +128,14 @@ class ViDTConfig:
             self.num_feature_levels,
             "4",
         )
+        for name, most in LARGEST.items():
+            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         step = math.lcm(32, self.nheads)  # GroupNorm has 32 groups
         require(
             self.reduced_dim > 0 and self.reduced_dim % step == 0,
             "reduced_dim",
             self.reduced_dim,
-            f"a multiple of {step}",
+            f"a multiple of {step}, the least common one of 32 and nheads, {self.nheads}",
         )
         cells = self.gt_mask_len**2
         require(
@@ -149,4 +158,4 @@ class ViDTConfig:
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise UserError(f"{name} is {value}; it must be {expected}")
+        raise UserError(f"{name} is {shown(str(value))}; it must be {expected}")

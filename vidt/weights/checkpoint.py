@@ -79,9 +79,54 @@ def load_model(
         tensors, config, note = with_fewer_layers(tensors, info.config, dec_layers, path)
         info = dataclasses.replace(info, config=config)
         logger.info(f"{path}: {note}")
+    require_shapes(info.config, tensors, path)
     model = build_detector(info.config)
     fill_strictly(model, tensors, path)
     return model, info
+
+
+def require_shapes(config: ViDTConfig, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Raises UnusableWeights unless the stored tensors have the sizes that the header promises:
+    building a detector from a header that lies may take all memory.
+    """
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, (tensor, axis, promised) in _defining_sizes(config).items():
+        shape = stored.get(tensor, ())
+        found = shape[axis] if axis < len(shape) else "missing"
+        if found != promised:
+            raise UnusableWeights(
+                f"{path} has a header that does not fit its tensors: {name} is "
+                f"{getattr(config, name)}, but {tensor} has shape {list(shape)}"
+            )
+    layers = {name.split(".")[2] for name in stored if name.startswith("decoder.layers.")}
+    if config.method == "vidt" and len(layers) != config.dec_layers:
+        raise UnusableWeights(
+            f"{path} has a header that does not fit its tensors: dec_layers is "
+            f"{config.dec_layers}, but {len(layers)} are stored"
+        )
+
+
+def _defining_sizes(config: ViDTConfig) -> dict[str, tuple[str, int, int]]:
+    """Setting -> a tensor, an axis of it and the size there; one tensor shows each setting."""
+    sizes = {
+        "det_token_num": ("backbone.det_token", 1, config.det_token_num),
+        "pos_dim": ("backbone.det_pos_embed", 2, config.pos_dim),
+    }
+    if config.method != "vidt":
+        sizes["num_classes"] = ("class_embed.layers.2.bias", 0, config.num_classes + 1)
+        sizes["reduced_dim"] = ("class_embed.layers.0.weight", 1, config.reduced_dim)
+        return sizes
+    sizes["num_classes"] = ("class_embed.0.bias", 0, config.num_classes)
+    sizes["reduced_dim"] = ("class_embed.0.weight", 1, config.reduced_dim)
+    if config.dec_layers:
+        points = config.nheads * config.num_feature_levels * config.dec_n_points
+        weights = "decoder.layers.0.cross_attn.attention_weights.bias"
+        sizes["dim_feedforward"] = ("decoder.layers.0.linear1.bias", 0, config.dim_feedforward)
+        sizes["dec_n_points"] = (weights, 0, points)
+    if config.with_vector:
+        sizes["n_keep"] = ("vector_embed.0.layers.2.bias", 0, config.n_keep)
+        sizes["vector_hidden_dim"] = ("vector_embed.0.layers.0.bias", 0, config.vector_hidden_dim)
+    return sizes
 
 
 def _released_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:

@@ -1,7 +1,8 @@
 """The detectors that the authors of ViDT published, and the download of weights files.
 
 Downloads are stored in torch hub's cache. They are atomic: a file is written under a temporary
-name, its size and hash are checked if they are known, and then it is renamed.
+name, its size and hash are checked if they are known, and then it is renamed. Its hash is noted
+beside it, and a later use that finds another hash refuses the file.
 """
 
 import hashlib
@@ -14,8 +15,10 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urldefrag, urlparse
 
+from vidt.atomic import atomic_write
 from vidt.errors import UserError
 
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
@@ -99,17 +102,20 @@ def published_for(backbone_name: str, *, method: str = "vidt", epff: bool = Fals
     return found[backbone_name]
 
 
-def local_weights(source: str, flag: str = "--load_from") -> Path:
-    """The file of `source`, a path or a URL. A URL is downloaded once, into torch hub's cache. If
-    the URL ends in `#sha256=` and a hash, the file is verified, also in the cache.
+def local_weights(source: str, flag: str = "--load_from", *, allow_http: bool = False) -> Path:
+    """The file of `source`, a path or a URL. A URL is downloaded once, into torch hub's cache, and
+    verified each time: by the hash that was noted when it was downloaded, and by that of a URL that
+    ends in `#sha256=` and a hash.
 
-    Raises Unreachable if a URL cannot be downloaded completely.
+    Raises Unreachable if a URL cannot be downloaded completely, if the file is another one than the
+    hash says, and for a URL other than https (and http, with `allow_http`).
     """
     if "://" not in source:
         return Path(source)
     import torch  # takes seconds; help texts need only the table above
 
     url, fragment = urldefrag(source)
+    require_scheme(source, url, allow_http)
     wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
     # Many addresses end in best.safetensors: the file's name alone would mix them up.
     name = f"{zlib.crc32(url.encode()):08x}-{Path(urlparse(url).path).name}"
@@ -117,9 +123,15 @@ def local_weights(source: str, flag: str = "--load_from") -> Path:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _download(url, path, wanted)
-        elif wanted is not None:
-            _require_hash(path, wanted)
+            _download(url, path, wanted, allow_http)
+        noted = _noted_hash(path)
+        for expected in {noted, wanted} - {None}:
+            try:
+                _require_hash(path, str(expected))
+            except OSError as error:
+                raise OSError(f"{error}; delete {path} to fetch it again") from error
+        if noted is None:
+            atomic_write(_note_of(path), f"{_hash_of(path)}\n".encode())
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(
             f"{source} cannot be fetched ({error}); fetch it by hand and pass {flag} FILE"
@@ -127,15 +139,43 @@ def local_weights(source: str, flag: str = "--load_from") -> Path:
     return path
 
 
-def _download(url: str, path: Path, sha256: str | None) -> None:
-    """Raises OSError if the file cannot be downloaded completely."""
+def require_scheme(source: str, url: str, allow_http: bool) -> None:
+    """Raises Unreachable unless the URL is https, a local file:, or http that is allowed."""
+    scheme = urlparse(url).scheme.lower()
+    if scheme == "http" and not allow_http:
+        raise Unreachable(
+            f"{source} would come unencrypted, and anybody on the way could replace it; use its "
+            "https address, or pass --allow_http"
+        )
+    if scheme not in ("http", "https", "file"):
+        raise Unreachable(f"{source} is no https address; fetch it by hand and give its path")
+
+
+class _SameSchemes(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection away from https."""
+
+    def __init__(self, allow_http: bool) -> None:
+        self.allow_http = allow_http
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, *more: Any) -> Any:
+        message, headers, url = more
+        require_scheme(url, url, self.allow_http)
+        return super().redirect_request(req, fp, code, message, headers, url)
+
+
+def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> None:
+    """Raises OSError if the file cannot be downloaded completely, Unreachable if it is redirected
+    away from https.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "vidt"})
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with (
             os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(request, timeout=PATIENCE) as answer,
+            urllib.request.build_opener(_SameSchemes(allow_http)).open(
+                request, timeout=PATIENCE
+            ) as answer,
         ):
             promised = answer.headers.get("Content-Length")
             shutil.copyfileobj(answer, file, CHUNK)
@@ -153,10 +193,26 @@ def _download(url: str, path: Path, sha256: str | None) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _note_of(path: Path) -> Path:
+    """The file beside a download that holds its hash."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _noted_hash(path: Path) -> str | None:
+    """The hash that was noted when the file was downloaded; None for a download of older code."""
+    note = _note_of(path)
+    return note.read_text(encoding="utf-8").strip() if note.exists() else None
+
+
 def _require_hash(path: Path, wanted: str) -> None:
+    found = _hash_of(path)
+    if found != wanted:
+        raise OSError(f"its SHA-256 is {found}, not {wanted}")
+
+
+def _hash_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != wanted:
-        raise OSError(f"its SHA-256 is {digest.hexdigest()}, not {wanted}")
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ with `argparse.Namespace` allowed, which the released ViDT files contain.
 import argparse
 import dataclasses
 import json
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -21,11 +22,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vidt.atomic import atomic_write
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 
 FORMAT = "vidt-weights-1"
+LARGEST_SIZE = 16_384  # of eval_size, pixels
 # Prefix of a converted file's tensors that our model does not use; they are converted back.
 UNREAD = "released."
 
@@ -118,20 +120,58 @@ def read_info(path: str | Path) -> WeightsInfo:
             f"{path} is a safetensors file but not a ViDT weights file ({FORMAT})"
         )
     try:
-        preprocessing = json.loads(header["preprocessing"])
-        return WeightsInfo(
-            config=ViDTConfig(**json.loads(header["config"])),
-            class_names=tuple(json.loads(header["class_names"])),
-            preprocessing=Preprocessing(
-                preprocessing["eval_size"],
-                tuple(preprocessing["mean"]),
-                tuple(preprocessing["std"]),
-            ),
-            metrics=json.loads(header["metrics"]),
-            training=dict(json.loads(header.get("training", "{}"))),  # older files have none
+        return _parsed(header)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = shown(str(error) or type(error).__name__, 200)
+        raise UnusableWeights(f"{path} has a header that cannot be read: {reason}") from error
+
+
+def _parsed(header: Mapping[str, str]) -> WeightsInfo:
+    """The header's values. Raises KeyError, TypeError and ValueError for one that is missing, of
+    another type or out of its range.
+    """
+    config, preprocessing = json.loads(header["config"]), json.loads(header["preprocessing"])
+    for each in dataclasses.fields(ViDTConfig):
+        given, default = config.get(each.name, each.default), each.default
+        if type(given) is not type(default) and not isinstance(default, float | tuple):
+            raise ValueError(f"{each.name} is {shown(given)}; it must be like {default}")
+    info = WeightsInfo(
+        config=ViDTConfig(**config),
+        class_names=_texts(json.loads(header["class_names"])),
+        preprocessing=Preprocessing(
+            _whole(preprocessing["eval_size"]),
+            _numbers(preprocessing["mean"]),
+            _numbers(preprocessing["std"]),
+        ),
+        metrics=dict(json.loads(header["metrics"])),
+        training=dict(json.loads(header.get("training", "{}"))),  # older files have none
+    )
+    if len(info.class_names) != info.config.num_classes:
+        raise ValueError(
+            f"it names {len(info.class_names)} classes, but num_classes is "
+            f"{info.config.num_classes}"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableWeights(f"{path} has a header that cannot be read: {error}") from error
+    return info
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"class_names are {shown(values)}; they must be texts")
+    return tuple(values)
+
+
+def _numbers(values: Any) -> Any:
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"{shown(values)} must be three numbers")
+    return tuple(values)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value > LARGEST_SIZE:
+        raise ValueError(
+            f"eval_size is {shown(value)}; it must be a whole number, at most {LARGEST_SIZE}"
+        )
+    return value
 
 
 def is_safetensors(path: str | Path) -> bool:

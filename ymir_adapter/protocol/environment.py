@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ymir_exc.env import EnvConfig
 
-from ymir_adapter.protocol.errors import Code, TaskError, one_line
+from trainer.settings.yaml_text import BadYAML, load_yaml, read_limited
+from ymir_adapter.protocol.errors import Code, TaskError
 from ymir_adapter.protocol.values import is_given, to_bool, to_text
 
 DEFAULT_ENV_FILE = "/in/env.yaml"
@@ -116,11 +116,11 @@ def _salvaged(path: Path) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file of keys and values; {} if it is empty. Raises TaskError."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        loaded = load_yaml(read_limited(path), path)
     except OSError as error:
         raise TaskError(Code.CONFIG, f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise TaskError(Code.CONFIG, f"{path} is not YAML: {one_line(error)}") from error
+    except BadYAML as error:
+        raise TaskError(Code.CONFIG, str(error)) from error
     if loaded is not None and not isinstance(loaded, dict):
         raise TaskError(Code.CONFIG, f"{path} holds no keys and values")
     return {str(key): value for key, value in (loaded or {}).items()}
