@@ -595,7 +595,8 @@ def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_
         "write_result(path.with_name('result'), b'1')\n"
         "assert forced == []\n"
         "atomic_write(path, b'1')\n"
-        "assert forced == [False] and path.read_bytes() == b'1'\n"
+        "assert forced == [False, True], 'the file, then its folder'\n"
+        "assert path.read_bytes() == b'1'\n"
     )
     done = call([sys.executable, "-c", code, str(tmp_path / "file")])
     assert done.returncode == 0, done.stderr

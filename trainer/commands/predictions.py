@@ -66,13 +66,11 @@ def predict_files(
     """The detections of a detector (PyTorch or ONNX) in each file, in order. `read` reads the file
     of an entry.
     """
-    threads = reading_threads()
-    measured = read_ahead(entries, lambda entry: (entry, pixels_of(path_of(entry))), threads)
     reads = read_ahead(
-        measured,
-        lambda pair: read(pair[0]),
-        threads,
-        weigh=lambda pair: pair[1],
+        entries,
+        read,
+        reading_threads(),
+        weigh=lambda entry: pixels_of(path_of(entry)),
         heaviest=WINDOW_PIXELS,
     )
     for window in windows(reads, batch_size):

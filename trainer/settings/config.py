@@ -303,8 +303,6 @@ _AT_MOST = {
     **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
     **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
     **{"num_workers": 256, "denoising": 10_000},
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "lr_linear_proj_mult"), 1e6),
-    **dict.fromkeys(("lr_backbone_mult", "clip_max_norm", "distil_loss_coef"), 1e6),
 }
 
 

@@ -82,10 +82,11 @@ def settings_of(config_class: type) -> dict[str, Setting]:
 
 def read_value(setting: Setting, raw: object, where: str) -> Any:
     """Text of the command line, or anything out of a YAML file, as the setting's type."""
-    if setting.optional and (raw is None or str(raw).lower() in ("none", "null")):
+    word = raw.lower() if isinstance(raw, str) else ""
+    if setting.optional and (raw is None or word in ("none", "null")):
         return None
-    if str(raw).lower() in setting.words:
-        return setting.words[str(raw).lower()]
+    if word in setting.words:
+        return setting.words[word]
     try:
         if setting.many:
             return tuple(_scalar(setting.kind, part) for part in _parts(raw))
