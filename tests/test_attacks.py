@@ -443,7 +443,7 @@ def changed_header(source: Path, target: Path, part: str, field: str, value: Any
 
 LIMITED = (
     *("--num_workers", "--batch_size", "--eval_batch_size", "--epochs", "--max_steps"),
-    *("--eval_size", "--train_sizes", "--train_max_size", "--denoising", "--keep", "--lr"),
+    *("--eval_size", "--train_sizes", "--train_max_size", "--denoising", "--keep"),
     *("--det_token_num", "--dec_layers", "--reduced_dim", "--dim_feedforward", "--nheads"),
 )
 
