@@ -42,23 +42,23 @@ def settings(data: Path, output: Path, *flags: str) -> tuple[TrainConfig, dict[s
 
 
 def test_a_resumed_run_says_what_newer_defaults_change(tmp_path: Path) -> None:
-    """The checkpoint is older than --scale_per and --group_by_aspect."""
+    """And nothing of settings that the older version had not, whose defaults change nothing."""
 
-    def lines(*flags: str) -> list[str]:
+    def changed(*flags: str) -> dict[str, str]:
         config, fields = settings(tmp_path, tmp_path, *flags)
         new = replace(checkpoint.state, settings=resolved(config, fields))
-        return [
-            line
-            for line in changed_settings(checkpoint.state, new)
-            if "scale_per" in line or "group_by_aspect" in line
-        ]
+        lines = changed_settings(checkpoint.state, new)
+        named = {line.split()[2]: line for line in lines}
+        return {name: named[name] for name in named.keys() - {"coco_path", "output_dir"}}
 
     checkpoint, _ = find(OLDER)
     assert checkpoint is not None
-    scale, group = lines()
-    assert "scale_per step" in scale and "was image" in scale
-    assert "group_by_aspect True" in group and "was False" in group
-    assert lines("--scale_per", "image", "--no-group_by_aspect") == []
+    lines = changed()
+    assert lines.keys() == {"scale_per", "group_by_aspect", "mixed_precision", "tf32"}
+    assert "scale_per step, it was image" in lines["scale_per"]
+    assert "group_by_aspect True, it was False" in lines["group_by_aspect"]
+    released = ("--scale_per", "image", "--no-group_by_aspect", "--mixed_precision", "no")
+    assert changed(*released, "--no-tf32") == {}
 
 
 def test_checkpoint_and_config_continue_the_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.settings.config import TrainConfig
 from vidt.errors import UserError, shown
 
 PREFIX = "step-"
@@ -34,8 +35,9 @@ RESULTS = (
     *("best.safetensors", "last.safetensors", "config.yaml", "metrics.csv"),
     *("report.html", "predictions.jpg"),
 )
-# How a run was trained whose checkpoint is older than these settings.
-BEFORE = {"scale_per": "image", "group_by_aspect": False}
+# How a run was trained whose checkpoint is older than these settings; what is not listed was not
+# there, as by default.
+BEFORE = {"scale_per": "image", "group_by_aspect": False, "mixed_precision": "no", "tf32": False}
 
 
 @dataclass
@@ -288,7 +290,8 @@ def changed_settings(old: RunState, new: RunState) -> list[str]:
                 f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
                 "same data, --batch_size and number of processes, or start anew with --load_from"
             )
-    settings = {**BEFORE, **old.settings}
+    defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
+    settings = {**defaults, **BEFORE, **old.settings}
     return [
         f"resuming with {key} {value}, it was {settings.get(key)}"
         for key, value in new.settings.items()
