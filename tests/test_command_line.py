@@ -219,6 +219,7 @@ def most_images_gone(room: Path) -> str:
         ("--config nowhere.yaml", "nowhere.yaml"),
         ("--load_from nowhere.pth", "--load_from nowhere.pth: no such file"),
         ("--load_from a.pth --resume", "--load_from and --resume exclude each other"),
+        ("--eval --check --load_from a.pth", "--eval and --check exclude each other"),
         ("--eval", "--eval needs --load_from"),
         ("--eval --load_from nowhere.pth", "nowhere.pth"),
         ("--resume nowhere", "--resume nowhere: there is no intact checkpoint"),

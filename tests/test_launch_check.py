@@ -162,6 +162,20 @@ def test_a_launcher_that_splits_the_model_is_refused(
     assert line.startswith(f"error: {name}") and "distributed_type MULTI_GPU" in line
 
 
+def test_a_launcher_that_compiles_the_whole_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert main_here([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dynamo_backend INDUCTOR" in line and "--compile" in line
+
+
+def test_accumulation_of_the_launcher_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert set_up.make_accelerator("no").gradient_accumulation_steps == 1
+
+
 @pytest.mark.slow
 def test_fsdp_of_the_real_launcher_is_refused():
     options = ("--config_file", CONFIG_FILE, "--num_processes", "1", "--use_fsdp")

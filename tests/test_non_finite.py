@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_runs import last_checkpoint, run
+import torch
+from tiny_runs import cpu, last_checkpoint, run
 
 from trainer.loop import resume
-from trainer.loop.loss_log import NonFiniteLoss
+from trainer.loop.agreement import Agreement
+from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.report.progress import Progress
 from vidt.losses.criterion import SetCriterion
 
@@ -84,3 +86,16 @@ def test_it_is_noticed_at_the_next_log_line(tiny_data: Path, room: Path) -> None
         run(tiny_data, room, "--epochs 5 --lr 1e30 --warmup_steps 0", report=report)
     assert events == [("start", 0), ("step", 1)]
     assert not (room / "checkpoints").exists() and not list(room.glob("*.safetensors"))
+
+
+def test_the_time_of_an_evaluation_is_not_training_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("trainer.loop.loss_log.time.monotonic", lambda: now)
+    log = LossLog(Agreement(cpu()), tmp_path, step_images=6)
+    log.add(0, {"loss_ce": torch.ones(())}, torch.ones(()), [1])
+    now = 2.0
+    with log.paused():
+        now = 100.0
+    assert log.check()["images_per_second"] == pytest.approx(3)

@@ -24,6 +24,7 @@ from tiny_runs import (
 from trainer.loop import resume
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
+from vidt.errors import UserError
 
 Scores = dict[int, dict[str, float]]
 # Three steps an epoch, two epochs. Dropout is on, as by default, and the body drops paths.
@@ -310,3 +311,23 @@ def test_a_finished_run_that_is_resumed_sweeps_what_a_kill_left(
     (leftover / "model.safetensors").touch()
     assert run(tiny_data, room, "--max_steps 2 --resume") == first
     assert not leftover.exists()
+
+
+def test_resuming_into_a_folder_that_holds_another_run_sets_that_run_aside(
+    tiny_data: Path, room: Path
+) -> None:
+    """And the best weights come along, so that the new folder is complete."""
+    run(tiny_data, room / "first", "--max_steps 1")
+    run(tiny_data, room / "other", "--max_steps 2 --seed 3")
+    other = (room / "other/best.safetensors").read_bytes()
+    from_first = f"--resume {room / 'first'} --max_steps 1"
+    run(tiny_data, room / "other", from_first)
+    assert (room / "other/earlier/best.safetensors").read_bytes() == other
+    assert resume.checkpoints(room / "other/earlier/checkpoints")
+    run(tiny_data, room / "empty", from_first)
+    first = (room / "first/best.safetensors").read_bytes()
+    for folder in ("other", "empty"):
+        assert (room / folder / "best.safetensors").read_bytes() == first
+    run(tiny_data, room / "other", "--max_steps 1")
+    with pytest.raises(UserError, match="lies inside --output_dir"):
+        run(tiny_data, room / "other", f"--resume {room / 'other/earlier'} --max_steps 3")
