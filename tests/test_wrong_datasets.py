@@ -225,6 +225,37 @@ def test_files_that_nothing_uses(tmp_path: Path) -> None:
     }
 
 
+def test_coco_splits_whose_files_have_one_name(tmp_path: Path) -> None:
+    """The layout of Roboflow's exports: a split's losses count for that split alone, and its JSON
+    lies among the images.
+    """
+    coco(tmp_path)
+    paths = {}
+    for split, numbers in SPLITS.items():
+        folder = tmp_path / split
+        folder.mkdir()
+        json_path = (tmp_path / f"{split}.json").rename(folder / "_annotations.coco.json")
+        for number in numbers:
+            (tmp_path / "images" / f"{number}.png").rename(folder / f"{number}.png")
+        paths |= {f"{split}_json": str(json_path), f"{split}_images": str(folder)}
+    assert not kinds(read(**paths)[2])
+    (tmp_path / "train/0.png").unlink()
+    train, val, findings = read(**paths, max_bad_fraction=0.25)
+    assert (len(train), len(val), kinds(findings)) == (3, 2, {"missing image": 1})
+    assert train.source == "_annotations.coco.json train"
+    with pytest.raises(BadDataset, match="1 of 4 images"):
+        read(**paths, max_bad_fraction=0.2)
+
+
+def test_coco_a_file_by_two_names_counts_once(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        first = document["images"][0]
+        document["images"].append(first | {"id": 99, "file_name": f"./{first['file_name']}"})
+
+    train, val, findings = coco(tmp_path, change)
+    assert (len(train), len(val), kinds(findings)["image twice"]) == (4, 2, 2)
+
+
 def test_pictures_that_look_alike(tmp_path: Path) -> None:
     """A copy in another size and compression, but not another picture or a flat one."""
     smooth = np.random.default_rng(3).uniform(0, 255, (6, 6, 3)).astype(np.uint8)
@@ -324,6 +355,41 @@ def test_yolo_keypoints_are_no_polygon(tmp_path: Path) -> None:
     assert kinds(findings) == {"label line with keypoints": 6}
     with pytest.raises(BadDataset, match="has 7 numbers"):
         yolo(tmp_path, b"0 0.1 0.1 0.9 0.9 0.8 0.1\n", config)
+
+
+def test_yolo_folders_hidden_and_linked(tmp_path: Path) -> None:
+    """Hidden folders hold no images; linked ones do, once, even if they lead back."""
+    yolo(tmp_path)
+    draw(tmp_path / "images/train/.ipynb_checkpoints/0-checkpoint.png", 7)
+    draw(tmp_path / "elsewhere/9.png", 9)
+    (tmp_path / "images/train/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/train/again").symlink_to(tmp_path / "images/train")
+    (tmp_path / "labels/train/linked").mkdir()
+    (tmp_path / "labels/train/linked/9.txt").write_text("1 0.5 0.5 0.25 0.25\n")
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert (len(train), int(train.labels.sum()), kinds(findings)) == (5, 1, {})
+
+
+def test_yolo_two_images_of_one_label_file(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    draw(tmp_path / "images/train/0.jpg", 9)
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert len(train) == 5 and kinds(findings) == {"label file of two images": 1}
+
+
+def test_yolo_lists_beside_the_images_are_used(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    for split, numbers in SPLITS.items():
+        lines = "".join(f"{split}/{number}.png\n" for number in numbers)
+        (tmp_path / "images" / f"{split}.txt").write_text(lines)
+    draw(tmp_path / "images/6.png", 6)
+    (tmp_path / "labels/6.txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    with (tmp_path / "images/train.txt").open("a") as file:  # makes images/ a folder of the split
+        file.write("6.png\n")
+    config = b"train: images/train.txt\nval: images/val.txt\nnames: [cat, dog]\n"
+    (tmp_path / "data.yaml").write_bytes(config)
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert len(train) == 5 and not kinds(findings)
 
 
 def test_yolo_byte_order_marks(tmp_path: Path) -> None:
@@ -485,7 +551,7 @@ def test_voc_two_pictures_of_one_name_and_files_of_no_list(tmp_path: Path) -> No
     assert {(each.kind, Path(each.file).name) for each in findings if each.file} == {
         ("picture that no list can name", "0.png"),
         ("picture without a split", "test.png"),
-        ("annotation file without a picture", "test.xml"),
+        ("annotation file without a split", "test.xml"),
     }
 
 

@@ -159,7 +159,7 @@ class _Reader:
             # Kept without boxes, the image would train its objects as background.
             reason = error.strerror if isinstance(error, OSError) else error
             detail = f"{line.xml.name} cannot be read ({reason}), named in {line.place}"
-            self.note("unreadable annotations", "error", "removed", detail, str(line.xml))
+            self.tell("unreadable annotations", "error", "removed", detail, str(line.xml))
             return
         if remark:
             self.note("XML that had to be mended", "warning", "read", remark, str(line.xml))
