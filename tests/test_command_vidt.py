@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -348,6 +349,21 @@ def test_results_do_not_wait_for_a_full_window(
 def test_windows_grow_from_one_batch_to_a_few() -> None:
     reads = [Read(ImageFile("a", "a"), None)] * 40
     assert [len(window) for window in windows(reads, 2)] == [2, 4, 8, 16, 10]
+
+
+def test_a_pattern_passes_over_the_folder_of_results(tmp_path: Path) -> None:
+    """A second run does not detect in the drawings of the first, unless it is asked to."""
+    for name in ("1.png", "found/1.png", "found/deep/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    out = tmp_path / "found"
+
+    def names(pattern: str) -> list[str]:
+        files = ImageFiles([f"{tmp_path}/{pattern}"], io.StringIO(), avoid=out)
+        return [os.path.relpath(file.path, tmp_path) for file in files]
+
+    assert names("**/*.png") == names("*") == ["1.png"]
+    assert names("found/*.png") == ["found/1.png"]
 
 
 def test_names_of_images_from_many_places(tmp_path: Path) -> None:

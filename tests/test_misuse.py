@@ -128,6 +128,9 @@ OVERWRITING = [  # words before the name of the result, and that name
     (f"{EXPORT} --json {{root}}/half.json --coco_images {{root}} --report", "half.json"),
     (f"{EXPORT} --images {{root}}/one.png --report", "one.png"),
     ("export {root}/bad.onnx", "bad.onnx"),
+    (f"{EVALUATE} {{root}}/{DATA} --out", "good.safetensors"),
+    (f"{EVALUATE} {{root}}/{DATA} --out", DATA),
+    (f"{EVALUATE} {{root}}/{DATA} --out", "data/val2017/101.png"),
 ]
 MISTAKES: list[Mistake] = [
     ("predikt", "there is no command predikt; the nearest is predict"),

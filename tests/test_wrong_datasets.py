@@ -536,6 +536,8 @@ def test_voc_what_cannot_be_parsed_is_named_and_counts(tmp_path: Path, annotatio
         read(dataset_file="voc", voc_path=str(tmp_path))
     train, _, findings = read(dataset_file="voc", voc_path=str(tmp_path), max_bad_fraction=0.3)
     assert len(train) == 3 and kinds(findings) == {"unreadable annotations": 1}
+    lost = next(each for each in findings if each.action == "removed")
+    assert lost.image_id is None and lost.file.endswith(".xml")  # ids are those of kept images
     with pytest.raises(BadDataset, match=r"empty dataset.*0\.xml cannot be read") as caught:
         voc(tmp_path, annotation)
     assert kinds(caught.value.findings) == {"unreadable annotations": 4}

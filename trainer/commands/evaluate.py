@@ -62,9 +62,13 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
-    check_result("--out", given.out, [])
+    check_result("--out", given.out, [Path(given.weights), Path(given.json)])
     detector = load_detector(given)
     file = read(given.json, given.images, detector.class_names)
+    if given.out is not None:
+        images = (Path(given.images, name) for name in file.images.names)
+        resolved = given.out.resolve()
+        check_result("--out", given.out, (e for e in images if e.name == resolved.name))
     found, unread = predict(detector, file, given.images, given.batch_size)
     num_images, malformed = len(file.images.ids), file.images.num_malformed
     if len(unread) + malformed > MAX_BAD * (num_images + malformed):
