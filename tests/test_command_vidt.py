@@ -311,8 +311,8 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
     assert (
         "2 images" in told and "empty.jpg: cannot be read as an image (the file is empty)" in told
     )
-    assert "used 1 whose end is missing" in told and "cut.jpg" in told
-    assert "no pictures by their ending: 2 .txt, 1 .heic" in told
+    assert "1 truncated JPEG was used: " in told and "cut.jpg" in told
+    assert "ignored 3 files that are not images: 2 .txt, 1 .heic" in told
     ok("predict", learnt.weights, folder, "--json", "--strict_images")
     printed = capsys.readouterr()
     assert "1 images" in printed.err and "cut.jpg: cannot be read as an image" in printed.err

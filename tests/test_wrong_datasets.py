@@ -220,7 +220,7 @@ def test_files_that_nothing_uses(tmp_path: Path) -> None:
     *_, findings = coco(tmp_path)
     assert {(each.kind, Path(each.file).name) for each in findings if each.file} == {
         ("picture without a split", "test.png"),
-        ("file of unknown ending", "photo.heic"),
+        ("not an image file", "photo.heic"),
         ("annotation file without a picture", "label.txt"),
     }
 
@@ -245,6 +245,17 @@ def test_coco_splits_whose_files_have_one_name(tmp_path: Path) -> None:
     assert train.source == "_annotations.coco.json train"
     with pytest.raises(BadDataset, match="1 of 4 images"):
         read(**paths, max_bad_fraction=0.2)
+
+
+def test_a_class_that_differs_only_in_case_is_named(tmp_path: Path) -> None:
+    coco(tmp_path)
+    path = tmp_path / "val.json"
+    path.write_text(path.read_text().replace('"cat"', '"Cat"'))
+    paths = {f"{split}_json": str(tmp_path / f"{split}.json") for split in SPLITS}
+    images = {f"{split}_images": str(tmp_path / "images") for split in SPLITS}
+    *_, findings = read(**paths, **images)
+    told = [each.detail for each in findings if each.kind == "class not trained"]
+    assert len(told) == 1 and "'cat' is, and differs only in case" in told[0]
 
 
 def test_coco_a_file_by_two_names_counts_once(tmp_path: Path) -> None:
@@ -291,8 +302,8 @@ def test_evaluate_reads_and_tells_the_same(tmp_path: Path) -> None:
     assert truth_boxes.boxes.tolist() == [CORNERS] * 4
     lines = "\n".join(evaluate.remarks(file, truth_boxes.left_out, [], 0))
     assert "number in another form, read: 5" in lines
-    assert "1 objects whose box is there twice are left out" in lines
-    assert "1 images without a file_name or an id of 64 bits" in lines and str(2**70) in lines
+    assert "1 object whose box is there twice left out" in lines
+    assert "1 image without a file_name or an id of 64 bits" in lines and str(2**70) in lines
 
 
 # ---- YOLO
@@ -436,7 +447,7 @@ def test_yolo_pictures_of_every_kind_are_read_and_labels_without_one_are_told(
     train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
     assert len(train) == 8 and train.labels.sum() == 4
     found = kinds(findings)
-    assert found["annotation file without a picture"] == found["file of unknown ending"] == 1
+    assert found["annotation file without a picture"] == found["not an image file"] == 1
 
 
 # ---- Pascal VOC
@@ -481,7 +492,7 @@ def voc(
         (
             xml(width="9" * 23).encode(),
             "{}\n",
-            {"size that no image has": 6, "size not annotated": 6},
+            {"invalid image size": 6, "size not annotated": 6},
         ),
         (xml(width="96.0").encode(), "{}\n", {}),
         (

@@ -65,5 +65,5 @@ def _finding(path: str, has_picture: bool) -> Finding:
         return Finding(
             "annotation file without a picture", "warning", "not used", detail, file=path
         )
-    detail = f"{ending(name) or 'no ending'}: the names of pictures end otherwise"
-    return Finding("file of unknown ending", "warning", "not used", detail, file=path)
+    detail = f"extension {ending(name)}" if ending(name) else "no extension"
+    return Finding("not an image file", "warning", "not used", detail, file=path)

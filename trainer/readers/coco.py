@@ -88,7 +88,8 @@ def read_coco(
         seen.folders.add(folder)
         seen.files.update(map(os.path.normpath, [*paths, os.fspath(json_path)]))
     foreign = annotations.category_ids[file.faults == FOREIGN_CLASS].tolist()
-    findings += foreign_class_findings(file.source, (file.own_names[own_id] for own_id in foreign))
+    names = (file.own_names[own_id] for own_id in foreign)
+    findings += foreign_class_findings(file.source, names, file.classes.names)
 
     keep = file.faults == NO_FAULT
     without_area = int((keep & annotations.no_area).sum())

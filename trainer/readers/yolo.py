@@ -79,7 +79,7 @@ def read_yolo(
         size = _shown_size(header) if isinstance(header, ImageHeader) else (0, 0)
         samples.append(_to_sample(path, image_id, size, rows, classes))
     findings = [*reader.findings, *reader.summary(paths)]
-    findings += foreign_class_findings(reader.source, foreign)
+    findings += foreign_class_findings(reader.source, foreign, classes.names)
     table = SampleTable.from_samples(samples, classes.names, classes.category_ids, reader.source)
     return table, fold(findings)
 
@@ -152,7 +152,7 @@ def _image_paths(
         seen.files.add(os.path.normpath(source))
         for place, path in _listed(source) if source.is_file() else _in_folder(source, seen):
             if path in found:
-                reader.note("image twice", "warning", "counted once", place, path)
+                reader.report("image twice", "warning", "counted once", place, path)
             found[path] = place
     if not found:
         raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
@@ -217,7 +217,7 @@ class _Reader:
         self._forms = Counter[str]()
         self._first_of_form: dict[str, tuple[str, str]] = {}  # label file and line
 
-    def note(
+    def report(
         self,
         kind: str,
         severity: Severity,
@@ -234,7 +234,7 @@ class _Reader:
         if given is not None and whole_number(given) != num_names:
             detail = f"nc is {shortened(_flat(given))}, but names has {num_names}; names counts"
             kind = "number of classes that does not fit the names"
-            self.note(kind, "warning", "ignored", detail, str(yaml_path))
+            self.report(kind, "warning", "ignored", detail, str(yaml_path))
 
     def read_labels(self, image_path: str, image_id: int) -> list[list[float]] | None:
         """Rows [class, cx, cy, w, h], relative, of known classes; None if the file has lines but
@@ -245,7 +245,7 @@ class _Reader:
         if first_image != image_path:
             kind = "label file of two images"
             detail = f"{path.name} also belongs to {os.path.basename(first_image)}"
-            self.note(kind, "warning", "used for both", detail, image_path, image_id)
+            self.report(kind, "warning", "used for both", detail, image_path, image_id)
         try:
             lines = read_text(path).splitlines()
         except (FileNotFoundError, NotADirectoryError):
@@ -253,7 +253,7 @@ class _Reader:
             return []
         except OSError as error:
             detail = f"cannot be read ({error.strerror})"
-            self.note("unreadable annotations", "error", "removed", detail, str(path), image_id)
+            self.report("unreadable annotations", "error", "removed", detail, str(path), image_id)
             return None
         rows: list[list[float]] = []
         first = ""
@@ -267,12 +267,14 @@ class _Reader:
                 self._count_form(line.form, str(path), number)
                 continue
             detail = f"line {number}: {line.detail}"
-            self.note(line.kind, "warning", "dropped", detail, str(path), image_id)
+            self.report(line.kind, "warning", "dropped", detail, str(path), image_id)
             if line.kind != "unknown category id":
                 malformed, first = malformed + 1, first or detail
         if malformed and not rows:
             kind = "unreadable annotations"
-            self.note(kind, "error", "removed", f"no line has a box; {first}", str(path), image_id)
+            self.report(
+                kind, "error", "removed", f"no line has a box; {first}", str(path), image_id
+            )
             return None
         return rows
 
@@ -317,7 +319,7 @@ def _parse(line: str, num_keypoint_values: int, classes: ClassMatch) -> _Line:
         return _Line([], "unknown category id", f"class {row[0]:g} has no name")
     if max(row[1:]) > _LARGEST_FRACTION:
         detail = f"{shortened(line)} seems to be in pixels; expected {_FORM}"
-        return _Line([], "coordinates that are no fractions", detail)
+        return _Line([], "coordinates not normalised", detail)
     return _Line(row, form=form)
 
 
