@@ -29,6 +29,7 @@ from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, d
 from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
 from trainer.scoring.average_precision import COCO_NUMBERS
+from vidt.errors import counted
 from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import METHODS, ViDTConfig
@@ -99,7 +100,7 @@ def test_predict_in_words(learnt: Learnt, photos: Path, capsys: Output) -> None:
     lines = shown.out.splitlines()
     assert len(lines) == len(found) > 0
     assert lines[0].startswith(f"{photos / '101.png'}: {found.names[0]} {found.scores[0]:.2f} at ")
-    assert shown.err == f"1 images, {len(found)} objects\n"
+    assert shown.err == f"1 image, {counted(len(found), 'object')}\n"
 
 
 def test_predict_a_folder_to_a_folder(learnt: Learnt, photos: Path, tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
     assert "ignored 3 files that are not images: 2 .txt, 1 .heic" in told
     ok("predict", learnt.weights, folder, "--json", "--strict_images")
     printed = capsys.readouterr()
-    assert "1 images" in printed.err and "cut.jpg: cannot be read as an image" in printed.err
+    assert "1 image," in printed.err and "cut.jpg: cannot be read as an image" in printed.err
 
 
 class Fake:

@@ -61,7 +61,7 @@ SMALL = {  # by a word of the command; the first match counts
 # Run by the real programs in subprocesses, which know only published backbones.
 REAL_RUN = f"--backbone_name swin_nano {SMALL_MODEL} {SMALL_RUN} --batch_size 2 --max_steps 1"
 REAL = {
-    ("many-gpus.md", "one-machine.yaml --num_processes 2"): "",
+    ("many-gpus.md", "one-machine.yaml --num_processes 2 trainer"): "",
     ("many-gpus.md", "torchrun"): "",
 }
 EXPORTS = (
@@ -350,7 +350,7 @@ def known_flags() -> set[str]:
     for parser in parsers:
         flags |= set(parser._option_string_actions)
     others = {"--kills", "--tag", "--build-arg", "--repeat", "--precision", "--logdir", "--check"}
-    others |= {"--plus", "--casts"}  # of benchmarks
+    others |= {"--plus", "--casts", "--quick"}  # of benchmarks
     negated = {f"--no_{flag[2:]}" for flag in flags}
     return {plain(flag) for flag in flags | others} | negated
 

@@ -58,6 +58,8 @@ def spoilt_weights(root: Path) -> None:
 
 
 def spoilt_images(root: Path) -> None:
+    (root / "heic").mkdir()
+    (root / "heic/photo.heic").touch()
     (root / "none").mkdir()
     (root / "closed").mkdir(mode=0o555)
     (root / "torn").mkdir()
@@ -164,6 +166,7 @@ MISTAKES: list[Mistake] = [
     (f"{PREDICT} --out {{root}}/note.txt/deep", "note.txt/deep"),
     (f"{PREDICT} --out {{root}}", "would overwrite {root}/one.png; name another folder"),
     ("predict {root}/good.safetensors {root}/gone.png", "IMAGES {root}/gone.png: no such file"),
+    ("predict {root}/good.safetensors {root}/heic", "there is no image in it; ignored 1 file"),
     ("predict {root}/good.safetensors {root}/*.webp", "no file matches this pattern"),
     ("predict {root}/good.safetensors {root}/none", "IMAGES {root}/none: there is no image in it"),
     ("predict {root}/good.safetensors - -", "IMAGES - stands for standard input; give it once"),

@@ -288,6 +288,18 @@ def test_pictures_that_look_alike(tmp_path: Path) -> None:
     assert difference_hash(gradient) == 2**64 - 1
 
 
+def test_an_equal_file_in_both_splits_is_told_once(tmp_path: Path) -> None:
+    coco(tmp_path)
+    images = tmp_path / "images"
+    (images / "4.png").write_bytes((images / "0.png").read_bytes())
+    paths = {f"{split}_json": str(tmp_path / f"{split}.json") for split in SPLITS}
+    config = TrainConfig(
+        dataset_file="coco", train_images=str(images), val_images=str(images), **paths
+    )
+    *_, findings = read_datasets(config, num_queries=100, num_classes=None, compare_pictures=True)
+    assert kinds(findings) == {"image in both training and validation": 1}
+
+
 def test_evaluate_reads_and_tells_the_same(tmp_path: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         each("bbox", lambda row: [str(number) for number in BOX])(document)
