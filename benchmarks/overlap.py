@@ -9,7 +9,7 @@ the machine's own loopback. The modes take turns, so that other work slows them 
 - compute: the step without a sum;
 - transfer: the sum alone, nothing computed;
 - after: one all-reduce once the backward pass has ended;
-- overlap: `trainer.step.gradient_sum.GradientSum`, as the trainer uses it;
+- overlap: `trainer.backward.gradient_sum.GradientSum`, as the trainer uses it;
 - ddp: PyTorch's DistributedDataParallel.
 
 A perfect overlap takes as long as the longer of compute and transfer.
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.step.gradient_sum import BUCKET_BYTES, GradientSum
+from trainer.backward.gradient_sum import BUCKET_BYTES, GradientSum
 from vidt.losses.criterion import criterion_for
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector

@@ -318,6 +318,8 @@ def test_memory_for_huge_pictures(learnt: Learnt, tmp_path: Path) -> None:
         png(tmp_path / f"in/{number}.png", 10_000, 10_000)
     code = (
         "import resource, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import tiny_runs  # it adds the backbone of the weights\n"
         "from trainer.commands.command_line import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"

@@ -110,7 +110,11 @@ def check_results(output: Path) -> None:
     assert all(float(row["loss"]) > 0 and float(row["map50"]) >= 0 for row in rows)
     with open(output / "findings.csv", newline="") as file:
         kinds = {row["kind"] for row in csv.DictReader(file)}
-    assert kinds == {"image without boxes", "image in both training and validation"}
+    assert kinds == {
+        "image without boxes",
+        "image in both training and validation",
+        "class with fewer than 10 training boxes",
+    }
     with Image.open(output / "predictions.jpg") as picture:
         assert picture.width > 100 and picture.height > 100
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"images": 0}).Reload()

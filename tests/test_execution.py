@@ -14,7 +14,7 @@ from tiny_runs import ROOT, blurred, differences, end_of, environment, furthest,
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from trainer.step.memory import checkpoint_activations
+from trainer.backward.memory import checkpoint_activations
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 from vidt.model.ram import shift_mask

@@ -386,7 +386,7 @@ IMAGE = {"id": 1, "file_name": "1.png", "height": 64, "width": 80}
         ({"annotations": [7]}, 'list of objects "annotations"'),
         ({"annotations": None}, 'list of objects "annotations"'),
         ({"categories": [{"id": [4], "name": "green"}]}, r"\[4\]"),
-        ({"images": [IMAGE, IMAGE]}, "image id 1 is used twice"),
+        ({"images": [IMAGE, IMAGE | {"file_name": "2.png"}]}, "image id 1 is used twice"),
         ({"images": [IMAGE, IMAGE | {"id": 2, "file_name": "2.png"}]}, r"2\.png: no such file"),
     ],
     ids=range(5),
@@ -405,7 +405,7 @@ def test_a_dataset_that_cannot_be_scored_is_named_before_anything_is_exported(
     "odd",
     [
         {"bbox": None},
-        {"bbox": [1, 2, "3", 4]},
+        {"bbox": [1, 2, "wide", 4]},
         {"bbox": [1, 2, 0, 5]},
         {"bbox": [1, 2, float("nan"), 5]},
         {"bbox": [1, 2, 10**400, 5]},

@@ -24,7 +24,9 @@ VALUES = (
     *("/dev/zero", "a\nb", "=", "9007199254740993", "1e308", "-2147483649", "\udc80"),
     "18446744073709551616",
 )
-LARGEST = 10**9  # of any number that a run may be given
+LARGEST = 10**9  # of any number that a run may be given, but for those that only scale others
+SCALES = {"lr", "min_lr", "weight_decay", "clip_max_norm", "distil_loss_coef"}
+SCALES |= {"lr_linear_proj_mult", "lr_backbone_mult"}
 SETTINGS = {**_TRAIN, **_MODEL}
 
 
@@ -68,7 +70,7 @@ def names(setting: Setting, message: str) -> bool:
 def is_limited(setting: Setting, parsed: object) -> bool:
     config, model = parsed  # type: ignore[misc]
     value = getattr(config, setting.name) if setting.name in _TRAIN else model[setting.name]
-    largest = 2**32 if setting.name == "seed" else LARGEST
+    largest = {"seed": 2.0**32, **dict.fromkeys(SCALES, math.inf)}.get(setting.name, LARGEST)
     least = -1 if setting.name == "batch_size" else 0  # -1 is auto
     return all(math.isfinite(each) and least <= each <= largest for each in numbers_in(value))
 

@@ -12,14 +12,8 @@ import yaml
 from tiny_runs import argv, cpu, differences, end_of, last_checkpoint, run, settings, tables
 
 import trainer.train
-from trainer.data.loader import Augmentation, DetectionDataset
-from trainer.loop import resume
-from trainer.loop.optim import make_optimizer
-from trainer.loop.step import micro_batches
-from trainer.report.progress import Progress
-from trainer.settings.config import TrainConfig, parse
-from trainer.step.gradient_sum import GradientSum
-from trainer.step.memory import (
+from trainer.backward.gradient_sum import GradientSum
+from trainer.backward.memory import (
     ALLOCATOR_SETTINGS,
     OutOfMemory,
     Probe,
@@ -28,6 +22,12 @@ from trainer.step.memory import (
     missing_moments,
     use_expandable_segments,
 )
+from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.loop import resume
+from trainer.loop.optim import make_optimizer
+from trainer.loop.step import micro_batches
+from trainer.report.progress import Progress
+from trainer.settings.config import TrainConfig, parse
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT
 from vidt.predict.predictor import is_out_of_memory

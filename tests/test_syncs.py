@@ -21,14 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer.backward.gradient_sum import GradientSum
+from trainer.backward.gradients import gradients
 from trainer.loop.agreement import Agreement
 from trainer.loop.loss_log import LossLog
 from trainer.loop.optim import make_ema, make_optimizer
 from trainer.loop.step import agree_on
 from trainer.scoring.evaluation import predict_batches
 from trainer.settings.config import TrainConfig
-from trainer.step.gradient_sum import GradientSum
-from trainer.step.gradients import gradients
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for
 from vidt.losses.distillation import TokenMatching

@@ -294,7 +294,7 @@ def test_torchrun_evaluates_as_one_process_does(learnt: Learnt, tmp_path: Path) 
     words = [program("torchrun"), "--nproc_per_node", "2", str(ROOT / "tests/tiny_runs.py")]
     with served(content) as server:
         address = f"{server.address}#sha256={hashlib.sha256(content).hexdigest()}"
-        flags = f"--eval --load_from {address} --batch_size 3"
+        flags = f"--eval --load_from {address} --allow_http --batch_size 3"
         done = call([*words, *argv(learnt.data, tmp_path, flags)], TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert server.requests == ["/weights.pth"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from trainer.backward.memory import OutOfMemory, more_micro_batches
 from trainer.data.dataset_check import BadDataset
 from trainer.loop.loss_log import NonFiniteLoss
 from trainer.settings.config import parse
-from trainer.step.memory import OutOfMemory, more_micro_batches
 from vidt.errors import UserError
 from vidt.images.files import UnreadableImage, read_image
 from vidt.weights.checkpoint import load_model

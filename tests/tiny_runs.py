@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trainer.train
+from trainer.backward.gradient_sum import GradientSum
+from trainer.backward.gradients import gradients
 from trainer.data.load import read_datasets
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.loop import resume
@@ -31,8 +33,6 @@ from trainer.readers.samples import SampleTable
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import Evaluation
 from trainer.settings.config import TrainConfig, parse
-from trainer.step.gradient_sum import GradientSum
-from trainer.step.gradients import gradients
 from trainer.train import train
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for

@@ -27,6 +27,9 @@ from tiny_runs import (
 )
 
 import trainer.train
+from trainer.backward import gradient_sum
+from trainer.backward.gradient_sum import GradientSum
+from trainer.backward.memory import Probe
 from trainer.data.dataset_check import BadDataset
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.loop import set_up, step
@@ -35,9 +38,6 @@ from trainer.loop.step import check_readable
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import evaluate
-from trainer.step import gradient_sum
-from trainer.step.gradient_sum import GradientSum
-from trainer.step.memory import Probe
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion
 from vidt.model.vidt import ViDT

@@ -86,6 +86,7 @@ def _train(
     if run.accelerator.is_main_process:
         resume.sweep(output / resume.CHECKPOINTS)
         write_yaml(output / "config.yaml", config, model_fields)
+        (output / resume.NON_FINITE).unlink(missing_ok=True)  # of an earlier run, or start
     say = partial(announce, run, report)
     say("start", message=start_line(run))
     losses = LossLog(run.agreement, output, step_images=clock.step_images)
@@ -104,9 +105,11 @@ def _train(
                 if state.step % config.log_interval == 0 or clock.pause_due(state.step, config):
                     say("step", {**losses.check(), **report_wait(run), "lr": rate})
                     check_readable(run.dataset, config.max_bad_fraction, run.agreement)
-                evaluate_and_save(run, train_set, val_set, say, stop)
+                with losses.paused():
+                    evaluate_and_save(run, train_set, val_set, say, stop)
         except Stopped:
             losses.check()
+            # Not a due save: the resumed run still owes this step's evaluation and checkpoint.
             save_checkpoint(run, say)
             raise
 
@@ -376,7 +379,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
         first = str(error).strip().partition("\n")[0]
-        fail(f"{first} Lower --batch_size or --eval_size; --resume continues from the last save", 2)
+        remedy = "Raise --n_iter_to_acc or pass --activation_checkpointing"
+        fail(f"{first} {remedy}; --resume continues from the last save", 2)
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:

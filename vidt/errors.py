@@ -6,8 +6,8 @@ import unicodedata
 
 class UserError(ValueError):
     """The user's input or request is invalid. The message is one line that names the flag or file,
-    its value, and what to do. A program prints it without a traceback and exits with 2; every other
-    exception is a bug and keeps its traceback.
+    its value, and what to do. A program prints it, or an OSError, without a traceback and exits
+    with 2; every other exception is a bug and keeps its traceback.
     """
 
 

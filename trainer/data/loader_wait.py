@@ -1,6 +1,5 @@
 """How long training waits for its loader, and what to do about it."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from trainer.settings.config import TrainConfig
+from vidt.images.batching import available_cores
 
 LONG = 1 / 3  # share of the time above which the loader holds training up
 STEADY = 50  # batches over which it must: one slow image does not make a slow loader
@@ -67,12 +67,12 @@ class LoaderWait:
         if self.advised or self.num_slow < STEADY or not ways:
             return share, ""
         self.advised = True
-        waits = f"the loader is what training waits for ({share:.0%} of the time)"
+        waits = f"training spends {share:.0%} of its time waiting for the loader"
         return share, f"{waits}: {' or '.join(ways)}"
 
     def _ways(self) -> list[str]:
         """Workers help if there are cores that neither they nor the training computes on."""
-        cores, workers = len(os.sched_getaffinity(0)), self.config.num_workers
+        cores, workers = available_cores(), self.config.num_workers
         computing = torch.get_num_threads() if self.device.type == "cpu" else 0
         ways = []
         if self.num_processes * (workers + computing) < cores:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-WINDOW = 32  # images are grouped by aspect ratio among those of so many steps, or up to twice that
+WINDOW = 32  # images are grouped by aspect ratio within about so many steps
 
 
 class Key(NamedTuple):
@@ -82,7 +82,7 @@ def grouped_by_aspect(
     """The steps [S, B] of an epoch from `first` on, regrouped: the images of each window of steps
     are sorted by `aspect_of`, then cut into steps, which are shuffled.
     """
-    # At least two windows, for the images that fill up the last step are in the first step too:
+    # At least two windows, because the images that fill the last step also occur in the first:
     # sorted together, both copies of an image would end in one step.
     windows = min(max(len(steps) // WINDOW, 2), len(steps))
     for positions in np.array_split(np.arange(len(steps)), windows):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import vidt
 from trainer.readers.samples import SampleTable
@@ -73,7 +74,8 @@ def training_record(
     settings = {name: value for name, value in asdict(config).items() if name not in PATHS}
     for name in ("pre_trained", "load_from", "distil_model_path"):
         if settings[name] is not None:
-            settings[name] = PurePath(settings[name]).name
+            # A URL's query may hold a secret.
+            settings[name] = PurePath(urlsplit(settings[name]).path).name
     return {
         "version": vidt.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

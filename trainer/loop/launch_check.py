@@ -70,8 +70,8 @@ def refuse_silent_cpu() -> None:
 
 
 def refuse_split_models() -> None:
-    """Raises ConfigError if the launcher splits the model, as FSDP and DeepSpeed do: the loop sums
-    gradients and saves weights itself, and expects whole models.
+    """Raises ConfigError if the launcher splits the model, as FSDP and DeepSpeed do, or wraps it,
+    as a dynamo backend does: the loop sums gradients and saves weights itself.
 
     Call it before making an Accelerator, which would first ask for those packages.
     """
@@ -81,6 +81,12 @@ def refuse_split_models() -> None:
                 f"{name} is not supported: every process must hold the whole model; launch with "
                 "distributed_type MULTI_GPU"
             )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        raise ConfigError(
+            f"the launcher's dynamo_backend {backend} would compile the whole model and rename its "
+            "weights; launch with dynamo_backend no, and pass --compile to the script"
+        )
 
 
 def asked_of_accelerate(words: Sequence[str]) -> int | None:

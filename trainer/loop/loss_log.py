@@ -3,7 +3,10 @@
 import json
 import math
 import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.loop.agreement import Agreement
+from trainer.loop.resume import NON_FINITE
 from vidt.atomic import atomic_write
 
 NORM = "grad_norm"
@@ -58,6 +62,13 @@ class LossLog:
         self.pending, self.since = [], now
         return metrics
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block, such as that of an evaluation, does not count as training."""
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
     def _refuse_non_finite(self, names: list[str], values: Tensor) -> None:
         bad_rows = (~values.isfinite()).any(1).nonzero().flatten().tolist()
         finding = None
@@ -68,7 +79,7 @@ class LossLog:
         findings = [each for each in self.agreement.gather_objects(finding) if each is not None]
         if not findings:
             return
-        path = self.output / "non_finite.json"
+        path = self.output / NON_FINITE
         if self.agreement.is_main:
             atomic_write(path, json.dumps(findings, indent=1).encode())
         self.agreement.gather(0)  # wait for the file: the first process to end ends the others
@@ -100,4 +111,5 @@ def memory_gib() -> float:
     """Peak memory in GiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.settings.config import TrainConfig
+from vidt.atomic import atomic_file
 from vidt.errors import UserError, shown
+from vidt.weights.weights_file import UnusableWeights, read_info
 
 PREFIX = "step-"
 # The step, and a number for a step that was saved more than once.
@@ -31,9 +34,10 @@ NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # The results in a run's folder; each save replaces them.
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+BEST, NON_FINITE = "best.safetensors", "non_finite.json"
 RESULTS = (
-    *("best.safetensors", "last.safetensors", "config.yaml", "metrics.csv"),
-    *("report.html", "predictions.jpg"),
+    *(BEST, "last.safetensors", "config.yaml", "metrics.csv"),
+    *("report.html", "predictions.jpg", NON_FINITE),
 )
 # How a run was trained whose checkpoint is older than these settings; what is not listed was not
 # there, as by default.
@@ -217,6 +221,17 @@ def set_aside(output: Path) -> Path | None:
     shutil.rmtree(earlier, ignore_errors=True)
     half.rename(earlier)
     return earlier
+
+
+def bring_best(checkpoint: Checkpoint, output: Path) -> None:
+    """Copies the best weights of the run that is resumed into a new output folder, unless they are
+    of an evaluation after the checkpoint.
+    """
+    source, target = checkpoint.path.parent.parent / BEST, output / BEST
+    with suppress(UnusableWeights, OSError):
+        if read_info(source).training.get("steps_done") == checkpoint.state.best_step:
+            with atomic_file(target) as file:
+                file.write(source.read_bytes())
 
 
 def _link(file: Path, target: Path) -> None:

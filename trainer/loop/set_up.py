@@ -10,11 +10,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.backward.gradient_sum import GradientSum
+from trainer.backward.gradients import gradients
+from trainer.backward.memory import (
+    Probe,
+    checkpoint_activations,
+    fitting_batch_size,
+    fitting_micro_batches,
+    largest_canvas,
+    use_expandable_segments,
+)
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.data.loader_wait import LoaderWait
@@ -28,16 +43,6 @@ from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import AUTO, TrainConfig, resolved
-from trainer.step.gradient_sum import GradientSum
-from trainer.step.gradients import gradients
-from trainer.step.memory import (
-    Probe,
-    checkpoint_activations,
-    fitting_batch_size,
-    fitting_micro_batches,
-    largest_canvas,
-    use_expandable_segments,
-)
 from vidt.errors import UserError, counted
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion, criterion_for
@@ -90,6 +95,8 @@ def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=precision,
+            # The loop splits batches itself; a number in the environment would divide the loss.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
             rng_types=[],
@@ -164,7 +171,8 @@ def set_up(
         gradient_sum=gradient_sum,
     )
     probe = make_probe(config, dataset, optimizer, accelerator, learn, agreement)
-    if config.batch_size == AUTO:
+    automatic = config.batch_size == AUTO
+    if automatic:
         found = automatic_batch_size(probe, checkpoint, len(train_set), accelerator)
         config = replace(config, batch_size=found)
     step_images = config.batch_size * accelerator.num_processes
@@ -180,7 +188,7 @@ def set_up(
     )
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
-    if probe.possible():
+    if probe.possible() and not (automatic and checkpoint is None):  # else it has been tried
         state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
     return Run(
         config=config,
@@ -279,17 +287,11 @@ def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
 def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | None:
     """The checkpoint to resume from, the same on every process; None for a fresh run.
 
-    Without --resume, a run that the output folder already holds is moved aside. Raises UserError if
-    --resume names a folder without an intact checkpoint.
+    A run that the output folder already holds, and that this one does not continue, is moved aside.
+    Raises UserError if --resume names a folder without an intact checkpoint.
     """
     if config.resume is None:
-        aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
-        if aside is not None:
-            logger.warning(
-                f"{config.output_dir} already holds a run; this one starts anew. The earlier run "
-                f"is now in {aside}, in place of any run that was there; to continue it pass "
-                f"--resume --output_dir {aside}"
-            )
+        set_aside(config, agreement)
         return None
     wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
     on_main: list[Checkpoint] = []
@@ -311,7 +313,27 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | N
     if path is None:
         logger.info(f"nothing to resume in {wanted}: a fresh run")
         return None
+    output = Path(config.output_dir).resolve()
+    if path.parent.resolve() != output / resume.CHECKPOINTS:  # of another folder's run
+        if output in path.resolve().parents and resume.checkpoints(output / resume.CHECKPOINTS):
+            raise UserError(
+                f"--resume {wanted} lies inside --output_dir {config.output_dir}, which holds a "
+                "run of its own; name another --output_dir"
+            )
+        set_aside(config, agreement)
+        agreement.on_main(lambda: resume.bring_best(on_main[0], output))
     return on_main[0] if on_main else resume.load(path)
+
+
+def set_aside(config: TrainConfig, agreement: Agreement) -> None:
+    """Moves the run that the output folder holds, if any, into its folder `earlier`."""
+    aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
+    if aside is not None:
+        logger.warning(
+            f"{config.output_dir} already holds a run, which this one does not continue. The "
+            f"earlier run was moved to {aside} and replaced any run stored there; to continue it "
+            f"pass --resume --output_dir {aside}"
+        )
 
 
 def restore(

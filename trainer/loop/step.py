@@ -16,13 +16,13 @@ from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
+from trainer.backward.gradients import gradients
+from trainer.backward.memory import more_micro_batches
 from trainer.data.loader import DetectionDataset, training_loader, unpacked
 from trainer.loop.agreement import Agreement
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from trainer.settings.config import TrainConfig
-from trainer.step.gradients import gradients
-from trainer.step.memory import more_micro_batches
 from vidt.errors import UserError, counted
 
 logger = get_logger(__name__)
@@ -64,7 +64,7 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
                 f"Pass --n_iter_to_acc {state.n_iter_to_acc} to start that way"
             )
         else:  # perhaps the memory was only fragmented
-            logger.warning(f"out of memory in step {state.step}; it is tried once more unchanged")
+            logger.warning(f"out of memory in step {state.step}; retrying the step unchanged")
         repeated = True
     norm = accelerator.clip_grad_norm_(parameters, config.clip_max_norm or float("inf"))
     run.optimizer.step()

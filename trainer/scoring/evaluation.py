@@ -19,6 +19,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from trainer.backward.memory import OutOfMemory
 from trainer.data.loader import (
     PREFETCH,
     EvaluationDataset,
@@ -45,7 +46,6 @@ from trainer.scoring.average_precision import (
     xywh,
 )
 from trainer.scoring.mistakes import Diagnosis, diagnose
-from trainer.step.memory import OutOfMemory
 from vidt.images.batching import overlapped
 from vidt.images.canvas import canvas_batches
 from vidt.images.preprocessing import Preprocessing

@@ -122,7 +122,7 @@ class TrainConfig:
     scale_per: str = field(
         default="step",
         metadata=_help(
-            "what draws its own short side: " + " or ".join(SCALE_PER) + ", as released"
+            "whether each step or each image draws a short side; image is the released way"
         ),
     )
     group_by_aspect: bool = field(
@@ -221,7 +221,8 @@ class TrainConfig:
     eval_size: int = field(
         default=640,
         metadata=_help(
-            "short side at evaluation and prediction, pixels; with --eval: as saved in the weights",
+            "short side at evaluation and prediction, pixels; with --eval the default is the size "
+            "saved in the weights",
             group="Evaluation",
         ),
     )
@@ -361,6 +362,8 @@ def _check_alone(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig) -> None:
     """Checks values that depend on each other."""
+    if config.eval and config.check:
+        raise ConfigError("--eval and --check exclude each other; drop one")
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")

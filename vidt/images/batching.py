@@ -40,10 +40,16 @@ class Picture:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def reading_threads() -> int:
     """One thread per available core: Pillow releases the GIL while it decodes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_THREADS)
+    return min(available_cores(), MOST_THREADS)
 
 
 def read_ahead(

@@ -81,7 +81,7 @@ def split_heads(qkv: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ..
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention: query [B, M, Q, D], keys and values [B, M, N, D], mask (added to the
-    scores) [B or 1, M or 1, Q or 1, N] -> [B, Q, M * D].
+    scores) broadcasts to [B, M, Q, N] -> [B, Q, M * D].
     """
     mask = None if mask is None else mask.to(query.dtype)
     attended = F.scaled_dot_product_attention(query, keys, values, mask)
@@ -97,12 +97,14 @@ def attend_det(
     None. Returns [B, Q, C], before the projection.
     """
     query, keys, values = split_heads(det_qkv, num_heads)
-    if patch_kv is None or padding is None:
+    if patch_kv is None:
         return attend(query, keys, values, None)
     patch_keys, patch_values = split_heads(patch_kv, num_heads, parts=2)
     keys = torch.cat([patch_keys, keys], dim=2)
     values = torch.cat([patch_values, values], dim=2)
-    mask = F.pad(padding.to(query.dtype) * MASKED, (0, query.shape[2]))[:, None, None]
+    mask = None
+    if padding is not None:
+        mask = F.pad(padding.to(query.dtype) * MASKED, (0, query.shape[2]))[:, None, None]
     return attend(query, keys, values, mask)
 
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-# First compute capabilities; older GPUs emulate bf16, slower than fp32, or have slow fp16.
+# The lowest compute capabilities with native bf16 and with fast fp16. Older GPUs emulate bf16,
+# which is slower than fp32, or run fp16 slowly.
 NATIVE_BF16, FAST_FP16 = (8, 0), (7, 0)
 
 

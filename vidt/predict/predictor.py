@@ -165,6 +165,10 @@ class Predictor:
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+        if isinstance(images, str | bytes):  # whose letters would be taken for paths
+            raise TypeError(
+                "images is one path; it must be several images, such as a list of paths"
+            )
         sources: dict[int, ImageLike] = {}
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:

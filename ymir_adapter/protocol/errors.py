@@ -126,10 +126,10 @@ def _codes() -> dict[type[BaseException], Code]:
     """
     import torch
 
+    from trainer.backward.memory import OutOfMemory
     from trainer.data.dataset_check import BadDataset
     from trainer.loop.loss_log import NonFiniteLoss
     from trainer.settings.flags import ConfigError
-    from trainer.step.memory import OutOfMemory
     from vidt.images.files import UnreadableImage
     from vidt.weights.published import Unreachable
     from vidt.weights.weights_file import UnusableWeights

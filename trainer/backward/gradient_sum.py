@@ -20,6 +20,9 @@ BUCKET_BYTES = 25 * 2**20  # the default of DistributedDataParallel
 class GradientSum:
     """All-reduces of a model's gradients. With one process it does nothing.
 
+    Per step: `begin` before the last backward pass, `finish`, `present`, then `take`. Until `take`
+    the parameters hold this process's gradients, and the buckets the sums.
+
     Every process starts every bucket in every step, in one order: which collectives run depends on
     neither the data nor the memory. Buckets follow the parameters from last to first, about the
     order in which the backward pass reaches them.

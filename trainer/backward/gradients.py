@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainer.backward.gradient_sum import GradientSum
 from trainer.data.loader import noised_batch, pad_to
-from trainer.step.gradient_sum import GradientSum
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion

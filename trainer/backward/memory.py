@@ -122,12 +122,12 @@ class Probe:
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
             fits = self._try(images)
         self.optimizer.zero_grad()
-        if self.true_anywhere(not fits):
+        failed = self.true_anywhere(not fits)
+        if failed:  # otherwise the cache keeps blocks that the steps of the run can use
             clear_device_cache(garbage_collection=True)
-            if self.device.type == "cuda":  # the log tells the peak of the run
-                torch.cuda.reset_peak_memory_stats(self.device)
-            return False
-        return True  # the cache now holds blocks for the largest step, which smaller steps use too
+        if self.device.type == "cuda":  # the log shows the peak of the run
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return not failed
 
     def _try(self, images: int) -> bool:
         batches: list[dict[str, Any]] = []
