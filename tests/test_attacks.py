@@ -135,6 +135,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"host": "elsewhere", "process": 2**22 + 1}, False),
         ({"host": "this", "process": "x"}, False),
         ("cut of", False),
+        ("", False),  # created by a process that has not signed yet
     ],
 )
 def test_without_locks_the_file_decides(
@@ -153,6 +154,19 @@ def test_without_locks_the_file_decides(
         with pytest.raises(UserError, match=r"in use by .*delete .*\.run\.lock"), held(tmp_path):
             pass
         assert os.listdir(tmp_path) == [NAME]
+
+
+def test_a_write_goes_through_links_and_into_pipes(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(tmp_path / "pipe", b"through")
+    assert os.read(reader, 100) == b"through" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "target"]
 
 
 WRITE = f"""

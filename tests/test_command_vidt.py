@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -28,6 +29,7 @@ from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, d
 from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
 from trainer.scoring.average_precision import COCO_NUMBERS
+from vidt.errors import counted
 from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import METHODS, ViDTConfig
@@ -98,7 +100,7 @@ def test_predict_in_words(learnt: Learnt, photos: Path, capsys: Output) -> None:
     lines = shown.out.splitlines()
     assert len(lines) == len(found) > 0
     assert lines[0].startswith(f"{photos / '101.png'}: {found.names[0]} {found.scores[0]:.2f} at ")
-    assert shown.err == f"1 images, {len(found)} objects\n"
+    assert shown.err == f"1 image, {counted(len(found), 'object')}\n"
 
 
 def test_predict_a_folder_to_a_folder(learnt: Learnt, photos: Path, tmp_path: Path) -> None:
@@ -310,11 +312,11 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
     assert (
         "2 images" in told and "empty.jpg: cannot be read as an image (the file is empty)" in told
     )
-    assert "used 1 whose end is missing" in told and "cut.jpg" in told
-    assert "no pictures by their ending: 2 .txt, 1 .heic" in told
+    assert "1 truncated JPEG was used: " in told and "cut.jpg" in told
+    assert "ignored 3 files that are not images: 2 .txt, 1 .heic" in told
     ok("predict", learnt.weights, folder, "--json", "--strict_images")
     printed = capsys.readouterr()
-    assert "1 images" in printed.err and "cut.jpg: cannot be read as an image" in printed.err
+    assert "1 image," in printed.err and "cut.jpg: cannot be read as an image" in printed.err
 
 
 class Fake:
@@ -348,6 +350,21 @@ def test_results_do_not_wait_for_a_full_window(
 def test_windows_grow_from_one_batch_to_a_few() -> None:
     reads = [Read(ImageFile("a", "a"), None)] * 40
     assert [len(window) for window in windows(reads, 2)] == [2, 4, 8, 16, 10]
+
+
+def test_a_pattern_passes_over_the_folder_of_results(tmp_path: Path) -> None:
+    """A second run does not detect in the drawings of the first, unless it is asked to."""
+    for name in ("1.png", "found/1.png", "found/deep/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    out = tmp_path / "found"
+
+    def names(pattern: str) -> list[str]:
+        files = ImageFiles([f"{tmp_path}/{pattern}"], io.StringIO(), avoid=out)
+        return [os.path.relpath(file.path, tmp_path) for file in files]
+
+    assert names("**/*.png") == names("*") == ["1.png"]
+    assert names("found/*.png") == ["found/1.png"]
 
 
 def test_names_of_images_from_many_places(tmp_path: Path) -> None:

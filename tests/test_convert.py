@@ -248,7 +248,7 @@ def cut(path: Path) -> Path:
 
 
 MISUSE = {
-    "nothing": ("", "the following is missing: source, target"),
+    "nothing": ("", "missing arguments: source, target"),
     "an unknown flag": (
         "small.pth x.safetensors --class a,b,c",
         "unknown flag --class; see python -m vidt.convert",

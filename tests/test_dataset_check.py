@@ -140,6 +140,15 @@ def test_exif_rotation(
     assert (image.height, image.width) == size
 
 
+def test_exif_orientation_without_an_annotated_size_is_told(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write_image(tmp_path / "a.jpg", exif=exif)
+    cleaned, findings = clean(table_of(sample(path, 1, size=(0, 0))))
+    assert (findings[0].kind, findings[0].severity) == ("EXIF-rotated image", "warning")
+    assert "EXIF orientation 6 not applied" in findings[0].detail and cleaned[0].size == (20, 40)
+
+
 def test_size_that_is_not_annotated_comes_from_the_file(tmp_path: Path) -> None:
     cleaned, findings = clean(table_of(sample(write_image(tmp_path / "a.png"), 1, size=(0, 0))))
     assert kinds(findings) == {"size not annotated": 1}

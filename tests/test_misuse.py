@@ -58,6 +58,8 @@ def spoilt_weights(root: Path) -> None:
 
 
 def spoilt_images(root: Path) -> None:
+    (root / "heic").mkdir()
+    (root / "heic/photo.heic").touch()
     (root / "none").mkdir()
     (root / "closed").mkdir(mode=0o555)
     (root / "torn").mkdir()
@@ -128,14 +130,19 @@ OVERWRITING = [  # words before the name of the result, and that name
     (f"{EXPORT} --json {{root}}/half.json --coco_images {{root}} --report", "half.json"),
     (f"{EXPORT} --images {{root}}/one.png --report", "one.png"),
     ("export {root}/bad.onnx", "bad.onnx"),
+    (f"{EVALUATE} {{root}}/{DATA} --out", "good.safetensors"),
+    (f"{EVALUATE} {{root}}/{DATA} --out", DATA),
+    (f"{EVALUATE} {{root}}/{DATA} --out", "data/val2017/101.png"),
 ]
 MISTAKES: list[Mistake] = [
     ("predikt", "there is no command predikt; the nearest is predict"),
     ("foo", "there is no command foo; vidt --help shows all"),
     ("help foo", "there is no command foo; vidt --help shows all"),
-    ("--threshold 0.5", "there is no command --threshold"),
-    ("predict", "the following is missing: WEIGHTS, IMAGES; see vidt predict --help"),
-    ("predict {root}/good.safetensors", "the following is missing: IMAGES"),
+    ("--threshold 0.5", "unknown option --threshold; vidt --help shows the commands"),
+    ("--verison", "unknown option --verison; did you mean --version?"),
+    (f"check {NAMED} --eval_size 70000", "70000 is too large; it must be at most 16,384"),
+    ("predict", "missing arguments: WEIGHTS, IMAGES; see vidt predict --help"),
+    ("predict {root}/good.safetensors", "missing arguments: IMAGES"),
     *((f"predict {{root}}/{name} {{root}}/one.png", words) for name, words in BAD_WEIGHTS.items()),
     (f"{PREDICT} --treshold 0.5", "unknown flag --treshold; the nearest is --threshold"),
     (f"{PREDICT} --format coco", "unknown flag --format; see vidt predict --help"),
@@ -159,6 +166,7 @@ MISTAKES: list[Mistake] = [
     (f"{PREDICT} --out {{root}}/note.txt/deep", "note.txt/deep"),
     (f"{PREDICT} --out {{root}}", "would overwrite {root}/one.png; name another folder"),
     ("predict {root}/good.safetensors {root}/gone.png", "IMAGES {root}/gone.png: no such file"),
+    ("predict {root}/good.safetensors {root}/heic", "there is no image in it; ignored 1 file"),
     ("predict {root}/good.safetensors {root}/*.webp", "no file matches this pattern"),
     ("predict {root}/good.safetensors {root}/none", "IMAGES {root}/none: there is no image in it"),
     ("predict {root}/good.safetensors - -", "IMAGES - stands for standard input; give it once"),
@@ -166,7 +174,7 @@ MISTAKES: list[Mistake] = [
     ("predict {root}/good.safetensors {root}/torn", "none of 2 images could be read; the first"),
     ("predict {root}/good.safetensors {root}/cut.png --out {root}/out", "cut.png"),
     ("predict {root}/good.safetensors {root}/note.txt --csv", "note.txt: cannot be read as an im"),
-    ("evaluate {root}/good.safetensors --images {root}", "the following is missing: --json"),
+    ("evaluate {root}/good.safetensors --images {root}", "missing arguments: --json"),
     (f"{EVALUATE} nowhere.json", "--json nowhere.json: cannot be read (No such file"),
     (f"{EVALUATE} {{root}}", "--json {root} is a folder; name COCO's JSON file"),
     (f"{EVALUATE} {{root}}/half.json", "half.json: not JSON"),
@@ -203,7 +211,7 @@ MISTAKES: list[Mistake] = [
     ("check --coco_path {root}/data --max_bad_fraction 5", "5 is no number from 0 to 1"),
     ("check --voc_path {root}/none", "{root}/none"),
     ("check --yolo_path {root}/none", "{root}/none"),
-    ("info", "the following is missing: WEIGHTS"),
+    ("info", "missing arguments: WEIGHTS"),
     ("info {root}/gone.safetensors", "WEIGHTS {root}/gone.safetensors: no such file"),
     ("info {root}/none", "WEIGHTS {root}/none is a folder; name the weights file in it"),
     ("info {root}/cut.safetensors", "cut.safetensors cannot be read"),

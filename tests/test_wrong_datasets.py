@@ -220,9 +220,51 @@ def test_files_that_nothing_uses(tmp_path: Path) -> None:
     *_, findings = coco(tmp_path)
     assert {(each.kind, Path(each.file).name) for each in findings if each.file} == {
         ("picture without a split", "test.png"),
-        ("file of unknown ending", "photo.heic"),
+        ("not an image file", "photo.heic"),
         ("annotation file without a picture", "label.txt"),
     }
+
+
+def test_coco_splits_whose_files_have_one_name(tmp_path: Path) -> None:
+    """The layout of Roboflow's exports: a split's losses count for that split alone, and its JSON
+    lies among the images.
+    """
+    coco(tmp_path)
+    paths = {}
+    for split, numbers in SPLITS.items():
+        folder = tmp_path / split
+        folder.mkdir()
+        json_path = (tmp_path / f"{split}.json").rename(folder / "_annotations.coco.json")
+        for number in numbers:
+            (tmp_path / "images" / f"{number}.png").rename(folder / f"{number}.png")
+        paths |= {f"{split}_json": str(json_path), f"{split}_images": str(folder)}
+    assert not kinds(read(**paths)[2])
+    (tmp_path / "train/0.png").unlink()
+    train, val, findings = read(**paths, max_bad_fraction=0.25)
+    assert (len(train), len(val), kinds(findings)) == (3, 2, {"missing image": 1})
+    assert train.source == "_annotations.coco.json train"
+    with pytest.raises(BadDataset, match="1 of 4 images"):
+        read(**paths, max_bad_fraction=0.2)
+
+
+def test_a_class_that_differs_only_in_case_is_named(tmp_path: Path) -> None:
+    coco(tmp_path)
+    path = tmp_path / "val.json"
+    path.write_text(path.read_text().replace('"cat"', '"Cat"'))
+    paths = {f"{split}_json": str(tmp_path / f"{split}.json") for split in SPLITS}
+    images = {f"{split}_images": str(tmp_path / "images") for split in SPLITS}
+    *_, findings = read(**paths, **images)
+    told = [each.detail for each in findings if each.kind == "class not trained"]
+    assert len(told) == 1 and "'cat' is, and differs only in case" in told[0]
+
+
+def test_coco_a_file_by_two_names_counts_once(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        first = document["images"][0]
+        document["images"].append(first | {"id": 99, "file_name": f"./{first['file_name']}"})
+
+    train, val, findings = coco(tmp_path, change)
+    assert (len(train), len(val), kinds(findings)["image twice"]) == (4, 2, 2)
 
 
 def test_pictures_that_look_alike(tmp_path: Path) -> None:
@@ -246,6 +288,18 @@ def test_pictures_that_look_alike(tmp_path: Path) -> None:
     assert difference_hash(gradient) == 2**64 - 1
 
 
+def test_an_equal_file_in_both_splits_is_told_once(tmp_path: Path) -> None:
+    coco(tmp_path)
+    images = tmp_path / "images"
+    (images / "4.png").write_bytes((images / "0.png").read_bytes())
+    paths = {f"{split}_json": str(tmp_path / f"{split}.json") for split in SPLITS}
+    config = TrainConfig(
+        dataset_file="coco", train_images=str(images), val_images=str(images), **paths
+    )
+    *_, findings = read_datasets(config, num_queries=100, num_classes=None, compare_pictures=True)
+    assert kinds(findings) == {"image in both training and validation": 1}
+
+
 def test_evaluate_reads_and_tells_the_same(tmp_path: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         each("bbox", lambda row: [str(number) for number in BOX])(document)
@@ -260,8 +314,8 @@ def test_evaluate_reads_and_tells_the_same(tmp_path: Path) -> None:
     assert truth_boxes.boxes.tolist() == [CORNERS] * 4
     lines = "\n".join(evaluate.remarks(file, truth_boxes.left_out, [], 0))
     assert "number in another form, read: 5" in lines
-    assert "1 objects whose box is there twice are left out" in lines
-    assert "1 images without a file_name or an id of 64 bits" in lines and str(2**70) in lines
+    assert "1 object whose box is there twice left out" in lines
+    assert "1 image without a file_name or an id of 64 bits" in lines and str(2**70) in lines
 
 
 # ---- YOLO
@@ -326,6 +380,41 @@ def test_yolo_keypoints_are_no_polygon(tmp_path: Path) -> None:
         yolo(tmp_path, b"0 0.1 0.1 0.9 0.9 0.8 0.1\n", config)
 
 
+def test_yolo_folders_hidden_and_linked(tmp_path: Path) -> None:
+    """Hidden folders hold no images; linked ones do, once, even if they lead back."""
+    yolo(tmp_path)
+    draw(tmp_path / "images/train/.ipynb_checkpoints/0-checkpoint.png", 7)
+    draw(tmp_path / "elsewhere/9.png", 9)
+    (tmp_path / "images/train/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/train/again").symlink_to(tmp_path / "images/train")
+    (tmp_path / "labels/train/linked").mkdir()
+    (tmp_path / "labels/train/linked/9.txt").write_text("1 0.5 0.5 0.25 0.25\n")
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert (len(train), int(train.labels.sum()), kinds(findings)) == (5, 1, {})
+
+
+def test_yolo_two_images_of_one_label_file(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    draw(tmp_path / "images/train/0.jpg", 9)
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert len(train) == 5 and kinds(findings) == {"label file of two images": 1}
+
+
+def test_yolo_lists_beside_the_images_are_used(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    for split, numbers in SPLITS.items():
+        lines = "".join(f"{split}/{number}.png\n" for number in numbers)
+        (tmp_path / "images" / f"{split}.txt").write_text(lines)
+    draw(tmp_path / "images/6.png", 6)
+    (tmp_path / "labels/6.txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    with (tmp_path / "images/train.txt").open("a") as file:  # makes images/ a folder of the split
+        file.write("6.png\n")
+    config = b"train: images/train.txt\nval: images/val.txt\nnames: [cat, dog]\n"
+    (tmp_path / "data.yaml").write_bytes(config)
+    train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
+    assert len(train) == 5 and not kinds(findings)
+
+
 def test_yolo_byte_order_marks(tmp_path: Path) -> None:
     lists = b"train: train.txt\r\nval: val.txt\r\nnames: [cat, dog]\r\n"
     for split, numbers in SPLITS.items():
@@ -370,7 +459,7 @@ def test_yolo_pictures_of_every_kind_are_read_and_labels_without_one_are_told(
     train, _, findings = read(dataset_file="yolo", yolo_path=str(tmp_path))
     assert len(train) == 8 and train.labels.sum() == 4
     found = kinds(findings)
-    assert found["annotation file without a picture"] == found["file of unknown ending"] == 1
+    assert found["annotation file without a picture"] == found["not an image file"] == 1
 
 
 # ---- Pascal VOC
@@ -415,7 +504,7 @@ def voc(
         (
             xml(width="9" * 23).encode(),
             "{}\n",
-            {"size that no image has": 6, "size not annotated": 6},
+            {"invalid image size": 6, "size not annotated": 6},
         ),
         (xml(width="96.0").encode(), "{}\n", {}),
         (
@@ -470,6 +559,8 @@ def test_voc_what_cannot_be_parsed_is_named_and_counts(tmp_path: Path, annotatio
         read(dataset_file="voc", voc_path=str(tmp_path))
     train, _, findings = read(dataset_file="voc", voc_path=str(tmp_path), max_bad_fraction=0.3)
     assert len(train) == 3 and kinds(findings) == {"unreadable annotations": 1}
+    lost = next(each for each in findings if each.action == "removed")
+    assert lost.image_id is None and lost.file.endswith(".xml")  # ids are those of kept images
     with pytest.raises(BadDataset, match=r"empty dataset.*0\.xml cannot be read") as caught:
         voc(tmp_path, annotation)
     assert kinds(caught.value.findings) == {"unreadable annotations": 4}
@@ -485,7 +576,7 @@ def test_voc_two_pictures_of_one_name_and_files_of_no_list(tmp_path: Path) -> No
     assert {(each.kind, Path(each.file).name) for each in findings if each.file} == {
         ("picture that no list can name", "0.png"),
         ("picture without a split", "test.png"),
-        ("annotation file without a picture", "test.xml"),
+        ("annotation file without a split", "test.xml"),
     }
 
 

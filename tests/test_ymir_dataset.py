@@ -145,15 +145,17 @@ def test_the_quick_way_and_the_careful_way_agree():
         voc(SHOTS[0]).replace("<size>", "<gone>").replace("</size>", "</gone>"),
         voc(SHOTS[0]).replace("<width>32", "<width>999"),
         "\n " + voc(SHOTS[0]),
+        voc(SHOTS[0]).replace("<difficult>0<", "<difficult>False<"),
         '<?xml version="1.0" encoding="UTF-16"?>' + voc(SHOTS[0]),
     ],
-    ids=["names", "declared", "optional", "no-size", "other-size", "blanks", "utf-16"],
+    ids=["names", "declared", "optional", "no-size", "other-size", "blanks", "words", "utf-16"],
 )
 def test_voc_files_of_any_make(tmp_path: Path, document: str):
     tree = make_tree(tmp_path, kind="voc")
     encoding = "utf-16" if "UTF-16" in document else "utf-8"
     (tree.input / "annotations" / "a1.xml").write_bytes(document.encode(encoding))
-    assert contents(tables(tree)[0]) == EXPECTED
+    train = tables(tree)[0]
+    assert contents(train) == EXPECTED and not train.crowd.any()
 
 
 def test_xml_entities_are_never_resolved(tmp_path: Path):
@@ -182,13 +184,18 @@ def test_coco_categories_go_by_name_and_else_by_id(tmp_path: Path):
     assert contents(tables(tree)[0]) == EXPECTED
 
 
-def test_a_crowd_is_kept_as_one(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("value", "crowd"), [(1, True), ("1", True), ("0", False), ("False", False), ([0], False)]
+)
+def test_a_crowd_is_kept_as_one(tmp_path: Path, value: Any, crowd: bool):
     tree = make_tree(tmp_path, kind="coco")
     path = tree.input / "annotations" / "coco-annotations.json"
     document = coco(SHOTS)
-    document["annotations"][1]["iscrowd"] = 1
+    document["annotations"][1]["iscrowd"] = value
     path.write_text(json.dumps(document))
-    assert tables(tree)[0].crowd.tolist() == [False, True, False]
+    train, _, findings = tables(tree)
+    assert train.crowd.tolist() == [False, crowd, False]
+    assert ("malformed iscrowd" in kinds(findings)) == (value == [0])
 
 
 # ---------------------------------------------------------------- defects, all of section 7.5
@@ -355,6 +362,7 @@ def test_rows_of_a_json_that_cannot_be_used(tmp_path: Path):
         {"bbox": [1, 2, float("nan"), 4]},
         {"bbox": [1, 2, 0, 4]},
         {"bbox": [1, 2, -3, 4]},
+        {"bbox": [10**400, 2, 3, 4]},
     ]
     document["annotations"] += [{**good, **change} for change in bad] + ["no object", None]
     document["images"] += ["no object", {"id": 1000}, {"file_name": 3, "id": 1001}]

@@ -220,11 +220,11 @@ def test_values_are_taken(read: Callable[[str, object], Any], value: object, exp
 
 
 BAD_VALUES = [
-    *((to_int, value) for value in (True, "8.5", "eight", [8], None, "nan", 1e400, {})),
-    *((to_float, value) for value in (False, "fast", "inf", float("nan"), [1.0], None)),
+    *((to_int, value) for value in (True, "8.5", "eight", [8], None, "nan", 1e400, {}, 10**400)),
+    *((to_float, value) for value in (False, "fast", "inf", float("nan"), [1.0], None, -(10**400))),
     *((to_bool, value) for value in ("maybe", 2, [True], None, {})),
     *((to_text, value) for value in ([1], {"a": 1}, None, "  ")),
-    *((to_list, value) for value in ("[1, 2", {"a": 1}, None, True)),
+    *((to_list, value) for value in ("[1, 2", "[2020-13-01]", {"a": 1}, None, True)),
 ]
 
 

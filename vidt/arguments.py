@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace(" argument ", " ")
-        message = message.replace("following arguments are required", "following is missing")
+        message = message.replace("the following arguments are required", "missing arguments")
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -1,5 +1,6 @@
 """Atomic writes: a file is written under a temporary name, then renamed. A reader sees the old file
-or the new one, even if the program is killed at any instant.
+or the new one, even if the program is killed at any instant. Pipes and devices are written to as
+they are, since a file in their place would be no pipe.
 
 Temporary names belong to one process and one write, so that two programs that write one path both
 write whole files; the later one stays. Imports nothing heavy, since programs that run without
@@ -60,15 +61,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write to, which replaces `path` when the block ends without an exception. Raises
-    Unwritable.
+    """A file to write to, which replaces `path` when the block ends without an exception; a link
+    stays, and its target is replaced. A pipe or device is written to directly. Raises Unwritable.
 
     durable: flush to the disk before the rename, and the folder after it, so that a power failure
     also leaves the old or the new file. It costs milliseconds; turn it off for many files that can
     be made again.
     """
-    path = Path(path)
-    with unfinished(path, tidy=durable) as temporary, naming(path):
+    named, path = Path(path), Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with naming(named), path.open("wb") as file:
+            yield file
+        return
+    with unfinished(path, tidy=durable) as temporary, naming(named):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file

@@ -35,7 +35,7 @@ examples:
 
 as JSON: usable (would a training begin?), error (why not), splits (images, boxes and boxes of each
 class), classes, findings (kind, severity, action, detail, source, file, image_id, annotation_id,
-count).
+count). A dataset whose annotations cannot be read at all has no JSON, only the line "error: ...".
 
 exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
 """
@@ -74,7 +74,8 @@ def flags() -> OneLineParser:
         type=side,
         default=TrainConfig.eval_size,
         metavar="N",
-        help="short side at evaluation, pixels, for objects too small (default %(default)s)",
+        help="short side in pixels at evaluation; used to find objects that are too small "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--strict_images",

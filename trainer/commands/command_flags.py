@@ -34,26 +34,24 @@ def share(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
-    """The type of a flag whose value is a whole number of 1 or more."""
+def count(text: str, most: int = MOST) -> int:
+    """The type of a flag whose value is a whole number from 1 to `most`."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number of 1 or more")
-    if value > MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; it must be at most {MOST:,}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is too large; it must be at most {most:,}")
     return value
 
 
 def side(text: str) -> int:
     """The type of a flag whose value is in pixels."""
-    value = count(text)
+    value = count(text, LARGEST_SIZE)
     if value < 32:
         raise argparse.ArgumentTypeError(f"{value} is too small; it must be 32 pixels or more")
-    if value > LARGEST_SIZE:
-        raise argparse.ArgumentTypeError(f"{text} is too large; it must be at most {LARGEST_SIZE}")
     return value
 
 

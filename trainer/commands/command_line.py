@@ -4,6 +4,7 @@ A subcommand is a file with `run(argv)`, imported when it is needed: help must n
 `vidt train` is the trainer itself, so it stands here.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ examples:
 exit code: 0 done, 2 a mistake that the line "error: ..." names, 3 the loss is not finite, 130 or
 143 stopped by Ctrl-C or SIGTERM with everything saved.
 """
+# Of a write to standard output, for which Python names no file.
+OUTPUT_FAULTS = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EPIPE, errno.EDQUOT, errno.EFBIG)
 USER_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 
 
@@ -93,6 +96,10 @@ def _run(words: list[str]) -> int:
 
         print(f"vidt {vidt.__version__}")
         return 0
+    if words[0].startswith("--"):
+        similar = nearest(words[0], ("--version", "--help"))
+        hint = f"did you mean {similar}?" if similar else "vidt --help shows the commands"
+        raise UserError(f"unknown option {words[0]}; {hint}")
     if words[0] not in COMMANDS:
         similar = nearest(words[0], COMMANDS)
         hint = f"the nearest is {similar}, and " if similar else ""
@@ -126,7 +133,8 @@ def message_of(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename or 'standard output'}: {error.strerror}"
+        unnamed = "standard output" if error.errno in OUTPUT_FAULTS else "the system refuses"
+        return f"{error.filename or unnamed}: {error.strerror}"
     return " ".join(str(error).split()) or name
 
 

@@ -25,7 +25,7 @@ from trainer.readers.values import shortened
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError, escaped
+from vidt.errors import UserError, counted, escaped
 
 SUMMARY = """
 Scores a detector on annotated images as COCO does: AP (average precision: 1 is perfect, 0 finds
@@ -62,9 +62,13 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
-    check_result("--out", given.out, [])
+    check_result("--out", given.out, [Path(given.weights), Path(given.json)])
     detector = load_detector(given)
     file = read(given.json, given.images, detector.class_names)
+    if given.out is not None:
+        images = (Path(given.images, name) for name in file.images.names)
+        resolved = given.out.resolve()
+        check_result("--out", given.out, (e for e in images if e.name == resolved.name))
     found, unread = predict(detector, file, given.images, given.batch_size)
     num_images, malformed = len(file.images.ids), file.images.num_malformed
     if len(unread) + malformed > MAX_BAD * (num_images + malformed):
@@ -156,15 +160,15 @@ def remarks(
     if malformed:
         first = shortened(file.images.malformed[0])
         yield (
-            f"{file.source}: {malformed} images without a file_name or an id of 64 bits are left "
-            f"out; the first: {first}"
+            f"{file.source}: {counted(malformed, 'image')} without a file_name or an id of 64 bits "
+            f"left out; the first: {first}"
         )
     for problem, number in left_out.items():
-        yield f"{file.source}: {number} objects {problem} are left out"
+        yield f"{file.source}: {counted(number, 'object')} {problem} left out"
     if unusable_masks:
-        yield f"{file.source}: the masks of {unusable_masks} objects cannot be used"
+        yield f"{file.source}: the masks of {counted(unusable_masks, 'object')} cannot be used"
     if unread:
-        yield f"{len(unread)} images cannot be read and are left out; the first: {unread[0]}"
+        yield f"left out {counted(len(unread), 'unreadable image')}; the first: {unread[0]}"
 
 
 def table(metrics: Mapping[str, float], names: Sequence[str]) -> str:

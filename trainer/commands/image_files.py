@@ -59,9 +59,21 @@ class ImageFiles:
         names = distinct([_own_name(source.word) for source in sources])
         files = [source.matches is None and os.path.isfile(source.word) for source in sources]
         self._sources = [
-            _Source(source.word, source.matches, name if len(sources) > 1 or file else "")
+            _Source(source.word, self._kept(source), name if len(sources) > 1 or file else "")
             for source, name, file in zip(sources, names, files, strict=True)
         ]
+
+    def _kept(self, source: _Source) -> tuple[str, ...] | None:
+        """The matches of a pattern, without those in the folder to skip, unless the pattern begins
+        in it.
+        """
+        if source.matches is None or self._is_avoided(_fixed_part(source.word)):
+            return source.matches
+        return tuple(path for path in source.matches if not self._is_avoided(path))
+
+    def _is_avoided(self, path: str) -> bool:
+        real = Path(os.path.realpath(path))
+        return self._avoid is not None and real.is_relative_to(self._avoid)
 
     def __iter__(self) -> Iterator[ImageFile]:
         self.others.clear()

@@ -37,7 +37,7 @@ from trainer.scoring.prediction_formats import (
     yolo_text,
 )
 from vidt.arguments import OneLineParser
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.files import is_truncated
@@ -71,7 +71,8 @@ output (without --out, on standard output):
            the weights contain it, else the label + 1
   --csv    predictions.csv: a row for each object
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
-If two images would share a file, the later one's is called a.png.txt, or gets a number, a-2.png.
+Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images would still share a
+file, the later one's gets a number, a-2.png.
 
 exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
 143 stopped by Ctrl-C and SIGTERM; finished results are written.
@@ -167,7 +168,8 @@ def _predict(given: Any) -> int:
                 f"none of {results.skipped} images could be read; the first: {results.reasons[0]}"
             )
         if not results.images:
-            raise UserError(f"IMAGES {' '.join(given.images)}: there is no image in it")
+            reason = "; ".join(["there is no image in it", *passed_over(files)])
+            raise UserError(f"IMAGES {' '.join(given.images)}: {reason}")
     for line in [*results.summary(), *passed_over(files)]:
         note(line)
     return 0
@@ -185,9 +187,14 @@ class NothingRead(UserError):
 
 
 def passed_over(files: ImageFiles) -> list[str]:
-    """How many files of the folders are no pictures by their ending; a line, or none."""
-    kinds = [f"{count} {kind or 'without ending'}" for kind, count in files.others.most_common(10)]
-    return [f"no pictures by their ending: {', '.join(kinds)}"] if kinds else []
+    """How many files of the folders are no images by their extension; a line, or none."""
+    kinds = [
+        f"{count} {kind or 'without extension'}" for kind, count in files.others.most_common(10)
+    ]
+    ignored = counted(
+        files.others.total(), "file that is not an image", "files that are not images"
+    )
+    return [f"ignored {ignored}: {', '.join(kinds)}"] if kinds else []
 
 
 def check_output(out: Path | None, kind: str | None) -> None:
@@ -314,7 +321,8 @@ class PredictionWriter:
     def summary(self) -> list[str]:
         """How many images and objects there were, and which files were skipped."""
         where = f"; results in {self.out}" if self.out else ""
-        lines = [f"{self.images} images, {self.boxes} objects{where}"]
+        images, objects = counted(self.images, "image"), counted(self.boxes, "object")
+        lines = [f"{images}, {objects}{where}"]
         if self.skipped:
             lines.append(f"skipped {self.skipped} that cannot be read:")
             lines += [f"  {reason}" for reason in self.reasons]
@@ -322,9 +330,9 @@ class PredictionWriter:
             where = f", in {FILES['json']}" if self.out and self.kind == "json" else ""
             lines.append(f"  and {self.skipped - len(self.reasons)} more{where}")
         if self.truncated:
-            lines.append(
-                f"used {len(self.truncated)} whose end is missing: {self.truncated[0]}, ..."
-            )
+            used = counted(len(self.truncated), "truncated JPEG was", "truncated JPEGs were")
+            more = ", ..." if len(self.truncated) > 1 else ""
+            lines.append(f"{used} used: {self.truncated[0]}{more}")
         return lines
 
     def _opened(self) -> TextIO:

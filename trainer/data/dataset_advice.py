@@ -3,6 +3,7 @@
 M boxes.
 """
 
+import filecmp
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -103,11 +104,13 @@ def _near_duplicates(train: SampleTable, val: SampleTable) -> Iterator[Finding]:
         for row in np.flatnonzero((differ <= ALIKE_BITS).any(1) & (some[:, 1] == 1)).tolist():
             twin = int(known[differ[row].argmin()])
             index = start + row
+            if filecmp.cmp(train.path(twin), val.path(index), shallow=False):
+                continue
             detail = (
                 f"looks like {train.path(twin)}, image {int(train.image_ids[twin])} of training"
             )
             yield Finding(
-                "image that looks like one of training",
+                "near-duplicate of a training image",
                 "warning",
                 "kept",
                 detail,

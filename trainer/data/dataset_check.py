@@ -154,6 +154,13 @@ def _examine(
         return finding(kind, "error", "removed", str(header)), None
     if size == (0, 0):
         detail = "the annotations give no size: that of the file is used"
+        if header.orientation != 1:
+            detail = (
+                f"EXIF orientation {header.orientation} not applied: the annotations give no size, "
+                "so that of the stored pixels is used"
+            )
+            kind, action = "EXIF-rotated image", "kept as stored"
+            return finding(kind, "warning", action, detail), header.size
         return finding("size not annotated", "info", "kept", detail), header.size
     try:
         turn = find_turn(path, header.size, header.orientation, size)

@@ -37,11 +37,13 @@ def reader_of(config: TrainConfig) -> Reader:
             "train": (config.train_json, config.train_images),
             "val": (config.val_json, config.val_images),
         }
+        names_differ = len({Path(str(json_path)).name for json_path, _ in files.values()}) == 2
         return lambda split, names, masks, seen: read_coco(
             *files[split],  # type: ignore[arg-type]
             names,
             masks=masks,
             seen=seen,
+            source=None if names_differ else f"{Path(str(files[split][0])).name} {split}",
         )
     if config.dataset_file == "voc":
         return lambda split, names, _, seen: read_voc(str(config.voc_path), split, names, seen=seen)

@@ -58,16 +58,20 @@ def held(folder: Path) -> Iterator[None]:
 def _acquire(path: Path) -> int:
     """The descriptor of the locked file. Raises UserError if another process has the lock."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor, is_ours = _create(path), True
+        except FileExistsError:
+            descriptor, is_ours = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), False
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner, is_empty = _owner(descriptor), not os.fstat(descriptor).st_size
+            if is_ours and error.errno not in _HELD_ELSEWHERE:
+                _sign(descriptor)
+                return descriptor
+            owner = _owner(descriptor)
             os.close(descriptor)
             if error.errno in _HELD_ELSEWHERE:
                 raise _in_use(path, owner) from None
-            if is_empty:
-                path.unlink(missing_ok=True)
             return _acquire_by_name(path)
         if _is_still(path, descriptor):
             _sign(descriptor)
@@ -75,11 +79,16 @@ def _acquire(path: Path) -> int:
         os.close(descriptor)  # its owner removed it between the two calls
 
 
+def _create(path: Path) -> int:
+    """Raises FileExistsError if another process has created the file."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+
 def _acquire_by_name(path: Path) -> int:
-    """The same without locks: whoever creates the file has it."""
+    """The same without locks: whoever creates the file has it, even before it has signed."""
     for _ in range(2):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = _create(path)
         except FileExistsError:
             owner = _read_owner(path)
             if owner.get("host") != socket.gethostname() or is_running(owner.get("process", 0)):

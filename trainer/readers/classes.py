@@ -46,14 +46,24 @@ def match_classes(
     )
 
 
-def foreign_class_findings(source: str, names: Iterable[str]) -> list[Finding]:
-    """One finding per class that is not trained; `names` holds the class of each of its boxes."""
+def foreign_class_findings(
+    source: str, names: Iterable[str], trained: Sequence[str]
+) -> list[Finding]:
+    """One finding per class that is not among those `trained`; `names` holds the class of each of
+    its boxes.
+    """
+    alike = {name.strip().lower(): name for name in trained}
+
+    def hint(name: str) -> str:
+        same = alike.get(name.strip().lower())
+        return f"; {same!r} is, and differs only in case or blanks" if same is not None else ""
+
     return [
         Finding(
             kind="class not trained",
             severity="warning",
             action="dropped",
-            detail=f"boxes of class {name!r}, which is not among the classes to learn",
+            detail=f"boxes of class {name!r}, which is not among the classes to learn{hint(name)}",
             source=source,
             count=count,
         )

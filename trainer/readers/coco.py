@@ -62,6 +62,7 @@ def read_coco(
     *,
     masks: bool = False,
     seen: FilesSeen | None = None,
+    source: str | None = None,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a COCO file and list what was left out.
 
@@ -69,14 +70,15 @@ def read_coco(
     those of its training set. Categories are then matched by name, and boxes of other classes are
     left out with a finding, since the model has no output for them. Segmentations are read only
     with `masks`; an object whose segmentation is unusable keeps its box. Files that are dealt with
-    are added to `seen`.
+    are added to `seen`. Findings and the table name the split as `source`, by default by the JSON
+    file's name; two splits need names that differ.
 
     Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
     """
     if not os.path.isdir(image_dir):
         raise UserError(f"{image_dir}: no such image folder")
-    file = read_coco_file(json_path, class_names)
+    file = read_coco_file(json_path, class_names, source=source)
     images, annotations = file.images, file.annotations
     folder = os.fspath(image_dir)
     locate_images(file, folder)
@@ -84,9 +86,10 @@ def read_coco(
     paths = [os.path.join(folder, name) for name in images.names]
     if seen is not None:
         seen.folders.add(folder)
-        seen.files.update(map(os.path.normpath, paths))
+        seen.files.update(map(os.path.normpath, [*paths, os.fspath(json_path)]))
     foreign = annotations.category_ids[file.faults == FOREIGN_CLASS].tolist()
-    findings += foreign_class_findings(file.source, (file.own_names[own_id] for own_id in foreign))
+    names = (file.own_names[own_id] for own_id in foreign)
+    findings += foreign_class_findings(file.source, names, file.classes.names)
 
     keep = file.faults == NO_FAULT
     without_area = int((keep & annotations.no_area).sum())

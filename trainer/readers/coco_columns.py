@@ -89,14 +89,17 @@ class ImageColumns:
         """Keep the first image of each file. Return the row, among those kept, of each image that
         was there, int64 [N], and the rows of those dropped; None if all files differ.
         """
-        if len(set(self.names)) == len(self.names):
+        names = [
+            os.path.normpath(name) if "./" in name or "//" in name else name for name in self.names
+        ]
+        if len(set(names)) == len(names):
             return None
         rows: dict[str, int] = {}
-        kept = np.array([rows.setdefault(name, len(rows)) for name in self.names], np.int64)
+        kept = np.array([rows.setdefault(name, len(rows)) for name in names], np.int64)
         first = np.unique(kept, return_index=True)[1].tolist()
         dropped = np.setdiff1d(np.arange(len(kept)), first).tolist()
         self.ids, self.sizes = [self.ids[i] for i in first], [self.sizes[i] for i in first]
-        self.names = list(rows)
+        self.names = [self.names[i] for i in first]
         return kept, dropped
 
 

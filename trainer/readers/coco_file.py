@@ -43,9 +43,13 @@ class CocoFile:
 
 
 def read_coco_file(
-    json_path: str | os.PathLike[str], class_names: Sequence[str] | None = None
+    json_path: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
+    *,
+    source: str | None = None,
 ) -> CocoFile:
     """Read a file. Labels follow the sorted category ids, or `class_names`, matched by name.
+    Findings name the file as `source`, by default by its own name.
 
     An image file that is there twice counts once, with the boxes of both entries.
 
@@ -58,7 +62,7 @@ def read_coco_file(
     classes = match_classes(str(json_path), own_names, class_names)
     _require_images(json_path, images)
     columns = annotations.joined()
-    source = os.path.basename(json_path)
+    source = source or os.path.basename(json_path)
     findings = images.told.findings(source, str(json_path))
     findings += annotations.told.findings(source, str(json_path))
     owners, more = _owners_in_files(columns, images, source)

@@ -6,6 +6,7 @@ A value that can only mean one thing is read, whatever its form; readers tell so
 import codecs
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -76,6 +77,23 @@ def existing_name(folder: str | os.PathLike[str], name: str) -> str:
         return name
     slashed = name.replace("\\", "/")
     return slashed if os.path.exists(os.path.join(folder, slashed)) else name
+
+
+def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from this one down, with the names of its files; without those inside whose name
+    starts with a dot. Links to folders are followed, after the folders that are no links, and no
+    folder comes twice.
+    """
+    waiting, visited = [os.fspath(folder)], set[str]()
+    for start in waiting:  # grows meanwhile
+        for top, folders, names in os.walk(start):
+            real = os.path.realpath(top)
+            folders[:] = sorted(n for n in folders if not n.startswith(".") and real not in visited)
+            if real not in visited:
+                visited.add(real)
+                paths = (os.path.join(top, name) for name in folders)
+                waiting += [path for path in paths if os.path.islink(path)]
+                yield top, names
 
 
 def parse_xml(data: bytes) -> tuple[ElementTree.Element, str]:

@@ -80,7 +80,8 @@ def read_voc(
         raise BadDataset(f"{split_files[0]}: no object in its annotations has a box", findings)
     classes = match_classes(reader.source, dict(enumerate(own_names, 1)), class_names)
     names = (thing.name for picture in pictures for thing in picture.objects)
-    findings += foreign_class_findings(reader.source, (n for n in names if n not in classes.names))
+    foreign = (name for name in names if name not in classes.names)
+    findings += foreign_class_findings(reader.source, foreign, classes.names)
     samples = [_to_sample(index, picture, classes) for index, picture in enumerate(pictures, 1)]
     table = SampleTable.from_samples(samples, classes.names, classes.category_ids, reader.source)
     return table, findings
@@ -115,15 +116,15 @@ class _Reader:
             self.seen.files.update(os.path.normpath(each) for each in (line.picture, line.xml))
             if line.xml in first:
                 detail = f"{line.place}: named before in {first[line.xml]}"
-                self.tell("image twice", "warning", "counted once", detail, str(line.picture))
+                self.report("image twice", "warning", "counted once", detail, str(line.picture))
                 continue
             if line.odd:
                 kind = "name in another form"
-                self.tell(kind, "info", "read", f"{line.place}: {line.odd}", str(line.picture))
+                self.report(kind, "info", "read", f"{line.place}: {line.odd}", str(line.picture))
             first[line.xml] = line.place
             self._read_picture(line)
 
-    def tell(
+    def report(
         self,
         kind: str,
         severity: Severity,
@@ -134,9 +135,11 @@ class _Reader:
     ) -> None:
         self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
 
-    def note(self, kind: str, severity: Severity, action: str, detail: str, file: str) -> None:
+    def report_picture(
+        self, kind: str, severity: Severity, action: str, detail: str, file: str
+    ) -> None:
         """A finding about the picture that is being read."""
-        self.tell(kind, severity, action, detail, file, len(self.pictures) + 1)
+        self.report(kind, severity, action, detail, file, len(self.pictures) + 1)
 
     def _file_names(self, image_dir: Path) -> dict[str, str]:
         """Name without ending to name, of the pictures in a folder."""
@@ -147,7 +150,7 @@ class _Reader:
                 detail = f"{used} has the same name without its ending and is used"
                 file = str(image_dir / name)
                 kind = "picture that no list can name"
-                self.tell(kind, "warning", "not used", detail, file)
+                self.report(kind, "warning", "not used", detail, file)
                 self.seen.files.add(os.path.normpath(file))
         return file_names
 
@@ -159,10 +162,12 @@ class _Reader:
             # Kept without boxes, the image would train its objects as background.
             reason = error.strerror if isinstance(error, OSError) else error
             detail = f"{line.xml.name} cannot be read ({reason}), named in {line.place}"
-            self.note("unreadable annotations", "error", "removed", detail, str(line.xml))
+            self.report("unreadable annotations", "error", "removed", detail, str(line.xml))
             return
         if remark:
-            self.note("XML that had to be mended", "warning", "read", remark, str(line.xml))
+            self.report_picture(
+                "XML that had to be mended", "warning", "read", remark, str(line.xml)
+            )
         objects = [
             found
             for number, element in enumerate(tree.findall("object"), 1)
@@ -171,7 +176,7 @@ class _Reader:
         size, odd = _size(tree)
         if odd:
             detail = f"{odd}: the size of the file is used"
-            self.note("size that no image has", "warning", "ignored", detail, str(line.xml))
+            self.report_picture("invalid image size", "warning", "ignored", detail, str(line.xml))
         self.pictures.append(_Picture(path, size, objects))
 
     def _object(self, element: ElementTree.Element, number: int, file: str) -> _Object | None:
@@ -180,24 +185,24 @@ class _Reader:
         if element.find("bndbox") is None and (around := _box_around(element)):
             corners = around
             detail = f"object {number} has a polygon and no bndbox"
-            self.note("box that only a polygon states", "info", "computed", detail, file)
+            self.report_picture("box that only a polygon states", "info", "computed", detail, file)
         if not name or any(math.isnan(corner) for corner in corners):
             values = ", ".join(element.findtext(f"bndbox/{key}", "nothing") for key in _CORNERS)
             detail = (
                 f"object {number} needs a name and a bndbox of four numbers, xmin, ymin, xmax, "
                 f"ymax; it has the name {shortened(name)} and {shortened(values)}"
             )
-            self.note("malformed box", "warning", "dropped", detail, file)
+            self.report_picture("malformed box", "warning", "dropped", detail, file)
             return None
         value = element.findtext("difficult") or "0"
         difficult = truth(value)
         if difficult is None:
             detail = f"object {number}: {shortened(value)}"
             kind = "difficult that is neither 0 nor 1"
-            self.note(kind, "warning", "read as 0", detail, file)
+            self.report_picture(kind, "warning", "read as 0", detail, file)
         elif value.strip() not in ("0", "1"):
             detail = f"object {number}: difficult {shortened(value)} is read as {int(difficult)}"
-            self.note("truth value in another form", "info", "read", detail, file)
+            self.report_picture("truth value in another form", "info", "read", detail, file)
         xmin, ymin, xmax, ymax = corners
         return _Object(name, (xmin - 1, ymin - 1, xmax, ymax), bool(difficult))
 

@@ -13,7 +13,14 @@ import torch
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
 from trainer.readers.findings import FilesSeen, Finding, Severity, fold
 from trainer.readers.samples import Sample, SampleTable
-from trainer.readers.values import existing_name, number_of, read_text, shortened, whole_number
+from trainer.readers.values import (
+    existing_name,
+    number_of,
+    read_text,
+    shortened,
+    walk,
+    whole_number,
+)
 from trainer.settings.yaml_text import load_yaml, read_limited
 from vidt.errors import UserError, counted, shown
 from vidt.images.files import ImageHeader, probe_images
@@ -44,8 +51,10 @@ def read_yolo(
     "class x1 y1 x2 y2 ..." for a polygon, which becomes its bounding box; where the yaml has
     `kpt_shape`, keypoints follow the box and are ignored. An image without a label file has no
     boxes; one whose label file has lines but none that can be read is left out. Coordinates are
-    relative to the image as YOLO tools show it, rotated by its EXIF orientation. Images are
-    numbered from 1 in the order of their paths. Files that are dealt with are added to `seen`.
+    relative to the image with its sides as YOLO tools take them: EXIF orientations 5 to 8 exchange
+    width and height, and the image is turned; one that is square or only mirrored or upside down
+    (2 to 4) stays as stored, because its size does not tell, and the dataset check says so. Images
+    are numbered from 1 in the order of their paths. Files that are dealt with are added to `seen`.
 
     Raises UserError if the yaml or the split is missing or malformed, or has no image.
     """
@@ -56,6 +65,7 @@ def read_yolo(
     reader = _Reader(f"{yaml_path.name} {split}", classes, _num_keypoint_values(yaml_path, config))
     reader.check_count(config, len(own_names), yaml_path)
     seen = seen or FilesSeen()
+    seen.files.add(os.path.normpath(yaml_path))
     paths = _image_paths(yaml_path, config, split, reader, seen)
     foreign: list[str] = []
     samples = []
@@ -69,7 +79,7 @@ def read_yolo(
         size = _shown_size(header) if isinstance(header, ImageHeader) else (0, 0)
         samples.append(_to_sample(path, image_id, size, rows, classes))
     findings = [*reader.findings, *reader.summary(paths)]
-    findings += foreign_class_findings(reader.source, foreign)
+    findings += foreign_class_findings(reader.source, foreign, classes.names)
     table = SampleTable.from_samples(samples, classes.names, classes.category_ids, reader.source)
     return table, fold(findings)
 
@@ -139,9 +149,10 @@ def _image_paths(
         if not isinstance(entry, str):
             raise UserError(f'{yaml_path}: "{split}" must name folders or lists of images')
         source = _resolve(yaml_path, config, entry)
+        seen.files.add(os.path.normpath(source))
         for place, path in _listed(source) if source.is_file() else _in_folder(source, seen):
             if path in found:
-                reader.note("image twice", "warning", "counted once", place, path)
+                reader.report("image twice", "warning", "counted once", place, path)
             found[path] = place
     if not found:
         raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
@@ -157,7 +168,7 @@ def _listed(source: Path) -> Iterator[tuple[str, str]]:
 
 
 def _in_folder(source: Path, seen: FilesSeen) -> Iterator[tuple[str, str]]:
-    for top, _, names in os.walk(source):
+    for top, names in walk(source):
         seen.folders.add(top)
         yield from ((top, os.path.join(top, name)) for name in names if is_picture(name))
 
@@ -202,10 +213,11 @@ class _Reader:
         self.num_keypoint_values = num_keypoint_values
         self.findings: list[Finding] = []
         self._without_labels: list[str] = []
+        self._image_of: dict[Path, str] = {}  # of each label file, the first
         self._forms = Counter[str]()
         self._first_of_form: dict[str, tuple[str, str]] = {}  # label file and line
 
-    def note(
+    def report(
         self,
         kind: str,
         severity: Severity,
@@ -222,13 +234,18 @@ class _Reader:
         if given is not None and whole_number(given) != num_names:
             detail = f"nc is {shortened(_flat(given))}, but names has {num_names}; names counts"
             kind = "number of classes that does not fit the names"
-            self.note(kind, "warning", "ignored", detail, str(yaml_path))
+            self.report(kind, "warning", "ignored", detail, str(yaml_path))
 
     def read_labels(self, image_path: str, image_id: int) -> list[list[float]] | None:
         """Rows [class, cx, cy, w, h], relative, of known classes; None if the file has lines but
         none that can be read: without its boxes the image would train objects as background.
         """
         path = _label_path(image_path)
+        first_image = self._image_of.setdefault(path, image_path)
+        if first_image != image_path:
+            kind = "label file of two images"
+            detail = f"{path.name} also belongs to {os.path.basename(first_image)}"
+            self.report(kind, "warning", "used for both", detail, image_path, image_id)
         try:
             lines = read_text(path).splitlines()
         except (FileNotFoundError, NotADirectoryError):
@@ -236,7 +253,7 @@ class _Reader:
             return []
         except OSError as error:
             detail = f"cannot be read ({error.strerror})"
-            self.note("unreadable annotations", "error", "removed", detail, str(path), image_id)
+            self.report("unreadable annotations", "error", "removed", detail, str(path), image_id)
             return None
         rows: list[list[float]] = []
         first = ""
@@ -250,12 +267,14 @@ class _Reader:
                 self._count_form(line.form, str(path), number)
                 continue
             detail = f"line {number}: {line.detail}"
-            self.note(line.kind, "warning", "dropped", detail, str(path), image_id)
+            self.report(line.kind, "warning", "dropped", detail, str(path), image_id)
             if line.kind != "unknown category id":
                 malformed, first = malformed + 1, first or detail
         if malformed and not rows:
             kind = "unreadable annotations"
-            self.note(kind, "error", "removed", f"no line has a box; {first}", str(path), image_id)
+            self.report(
+                kind, "error", "removed", f"no line has a box; {first}", str(path), image_id
+            )
             return None
         return rows
 
@@ -300,7 +319,7 @@ def _parse(line: str, num_keypoint_values: int, classes: ClassMatch) -> _Line:
         return _Line([], "unknown category id", f"class {row[0]:g} has no name")
     if max(row[1:]) > _LARGEST_FRACTION:
         detail = f"{shortened(line)} seems to be in pixels; expected {_FORM}"
-        return _Line([], "coordinates that are no fractions", detail)
+        return _Line([], "coordinates not normalised", detail)
     return _Line(row, form=form)
 
 

@@ -71,7 +71,9 @@ class TrainConfig:
         ),
     )
     voc_path: str | None = field(default=None, metadata=_help("folder of a Pascal VOC dataset"))
-    yolo_path: str | None = field(default=None, metadata=_help("folder of a YOLO dataset"))
+    yolo_path: str | None = field(
+        default=None, metadata=_help("folder of a YOLO dataset, or its yaml file")
+    )
     train_json: str | None = field(default=None, metadata=_help("COCO file to train on"))
     train_images: str | None = field(
         default=None, metadata=_help("folder of the images that train_json names")

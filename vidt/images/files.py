@@ -236,7 +236,7 @@ def _why(error: Exception, path: str | PathLike[str]) -> str:
         return f"it holds text, {start[:30].decode()!r}"
     if not any(start):
         return "it starts with zero bytes, as after a failed copy"
-    return "it is no image, or its start is damaged"
+    return "not an image, or the file header is damaged"
 
 
 def _probe_or_error(path: str) -> ImageHeader | UnreadableImage:

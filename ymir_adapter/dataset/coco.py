@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+from trainer.readers.values import number_of, shortened, truth
 from ymir_adapter.dataset.columns import Classes, Columns, Notes, Status
 
 
@@ -70,8 +71,12 @@ class CocoDocument:
             elif box[2] <= box[0] or box[3] <= box[1]:
                 notes.skipped("box without extent", f"{place}: {row.get('bbox')}", self.path)
             else:
+                crowd = truth(row.get("iscrowd"))
+                if crowd is None:
+                    detail = f"{place}: iscrowd {shortened(row['iscrowd'])}"
+                    notes.add("malformed iscrowd", "warning", "read as 0", detail, self.path)
                 self.rows[image].append(len(self.columns.labels))
-                self.columns.add(0, label, box, bool(row.get("iscrowd")))
+                self.columns.add(0, label, box, bool(crowd))
 
 
 def _parsed(data: bytes) -> Any:
@@ -104,7 +109,7 @@ def _xyxy(bbox: Any) -> tuple[float, float, float, float] | None:
     """xyxy from [x, y, width, height]; None if these are not four finite numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in bbox):
+    x, y, width, height = (number_of(number) for number in bbox)
+    if not all(map(math.isfinite, (x, y, width, height))):
         return None
-    x, y, width, height = (float(number) for number in bbox)
     return x, y, x + width, y + height

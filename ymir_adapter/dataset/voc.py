@@ -2,6 +2,7 @@
 
 from xml.etree import ElementTree
 
+from trainer.readers.values import truth
 from ymir_adapter.dataset.ark import fault_of
 from ymir_adapter.dataset.columns import Classes, Columns, Notes, Status, shown
 
@@ -33,8 +34,11 @@ def read_voc(
             notes.skipped(fault, f"object {number} has no box of four ordered numbers", path)
         else:
             x1, y1, x2, y2 = corners
-            difficult = (element.findtext("difficult") or "0").strip() not in ("0", "")
-            columns.add(owner, label, (x1, y1, x2 + 1, y2 + 1), difficult)
+            difficult = truth(element.findtext("difficult"))
+            if difficult is None:
+                detail = f"object {number}: difficult is neither 0 nor 1"
+                notes.add("malformed difficult", "warning", "read as 0", detail, path)
+            columns.add(owner, label, (x1, y1, x2 + 1, y2 + 1), bool(difficult))
     return Status.READ
 
 

@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from trainer.settings.yaml_text import BadYAML, load_yaml
 from ymir_adapter.protocol.errors import Code, TaskError
 
 _TRUTH = {
@@ -71,8 +70,8 @@ def to_list(key: str, value: object) -> list[Any]:
     if not text.startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError:
+        loaded = load_yaml(text, key)
+    except BadYAML:
         loaded = None
     if not isinstance(loaded, list):
         raise _refused(key, value, "a list such as [1, 2]")
@@ -90,7 +89,10 @@ def _number(value: object) -> int | float | None:
             number = float(value)
         except ValueError:
             return None
-    return number if math.isfinite(number) else None
+    try:
+        return number if math.isfinite(number) else None
+    except OverflowError:  # an integer of more than 300 digits
+        return None
 
 
 def _refused(key: str, value: object, expected: str) -> TaskError:
