@@ -87,7 +87,7 @@ def test_the_predecessors_command_line():
         ("--with-box-refine no", "with_box_refine", False),
         ("--ema=0", "ema", False),
         ("--ema yes", "ema", True),
-        ("--eval --check", "check", True),
+        ("--flip --check", "check", True),
         ("--resume --eval", "resume", "auto"),
         ("--resume here", "resume", "here"),
         ("--train_sizes none", "train_sizes", None),

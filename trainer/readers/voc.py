@@ -223,7 +223,7 @@ def _lines(
         for form in (line.strip(), words[0]):
             form = form.replace("\\", "/").rsplit("/", 1)[-1]
             stem = form.rsplit(".", 1)[0] if form in known or form.endswith(".xml") else form
-            if (xml_dir / f"{stem}.xml").is_file():
+            if os.path.isfile(xml_dir / f"{stem}.xml"):  # False for a name too long
                 name = stem
                 break
         picture = image_dir / file_names.get(name, f"{name}.jpg")
