@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vidt.atomic import atomic_file
-from vidt.errors import UserError, counted, escaped
+from vidt.errors import UserError, counted, escaped, shown
 
 Severity = Literal["error", "warning", "info"]
+MOST_SHOWN = 500  # characters of a finding inside a message
 GRAVEST_FIRST = ("error", "warning", "info")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formula may start
 MOST_OF_A_KIND = 300  # listed one by one; the rest of a kind is one finding
@@ -81,9 +82,9 @@ def hint_at_losses(findings: Iterable[Finding], source: str) -> str:
     grave = [finding for finding in ours if finding.severity == "error"]
     lost = [finding for finding in ours if finding.action == "dropped"]
     if grave:
-        return f"; {grave[0].text}"
+        return f"; {shown(grave[0].text, MOST_SHOWN)}"
     count = counted(sum(finding.count for finding in lost), "box", "boxes")
-    return f"; {count} left out, the first: {lost[0].text}" if lost else ""
+    return f"; {count} left out, the first: {shown(lost[0].text, MOST_SHOWN)}" if lost else ""
 
 
 def listed(rows: Sequence[int], finding: Callable[[int], Finding]) -> list[Finding]:

@@ -161,7 +161,7 @@ class _Reader:
         except (OSError, ElementTree.ParseError, ValueError) as error:
             # Kept without boxes, the image would train its objects as background.
             reason = error.strerror if isinstance(error, OSError) else error
-            detail = f"{line.xml.name} cannot be read ({reason}), named in {line.place}"
+            detail = f"{shortened(line.xml.name)} cannot be read ({reason}), named in {line.place}"
             self.report("unreadable annotations", "error", "removed", detail, str(line.xml))
             return
         if remark:
