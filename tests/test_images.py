@@ -226,7 +226,7 @@ def test_a_jpeg_that_lacks_its_end_is_used_unless_strict(tmp_path: Path, progres
         (b"<html>not found</html>\n", "it holds text, '<html>not found"),
         (b"\0\0\0\x18ftypheic" + b"\0" * 99, "HEIF, which Pillow does not read"),
         (b"\0" * 4096, "zero bytes"),
-        (bytes(range(255, 0, -1)), "no image, or its start is damaged"),
+        (bytes(range(255, 0, -1)), "not an image, or the file header is damaged"),
     ],
 )
 def test_the_true_reason_is_told(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -82,7 +82,7 @@ def test_the_advice_is_given_once_and_not_for_the_start(cores: Callable[[int], N
     (line,) = reports(
         LoaderWait(TrainConfig(num_workers=3), CPU, clock=clock), clock, [9.0] * 80, 1.0
     )[1]
-    assert "(90% of the time)" in line
+    assert "spends 90% of its time waiting" in line
     assert "--num_workers (3 now, 16 cores here)" in line and "--cache_images DIR" in line
 
 
@@ -198,9 +198,9 @@ def test_a_run_says_when_its_dataset_is_slow(
     monkeypatch.setattr(loop.set_up, "LoaderWait", partial(LoaderWait, clock=clock))
     flags = "--epochs 10 --eval_interval 10 --save_interval 10 --log_interval 2 --max_steps 26"
     run(tiny_data, room, flags, report=report)
-    lines = [each for each in caplog.messages if "the loader is what training waits for" in each]
+    lines = [each for each in caplog.messages if "waiting for the loader" in each]
     assert len(lines) == said
     share = 4 / (4 + computing)
     # Accelerate loads a batch ahead, so the first wait is for two and the last for none.
     assert metrics[10].metrics["loader_wait"] == pytest.approx(share)
-    assert f"({share:.0%} of the time)" in "".join(lines) or not said
+    assert f"spends {share:.0%} of its time" in "".join(lines) or not said

@@ -418,4 +418,4 @@ def test_memory_that_ends_where_micro_batches_do_not_help(
         trainer.train.main(argv(tiny_data, room, "--max_steps 1"))
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
-    assert said[-1].startswith("error: CUDA out of memory.") and "--batch_size" in said[-1]
+    assert said[-1].startswith("error: CUDA out of memory.") and "--n_iter_to_acc" in said[-1]

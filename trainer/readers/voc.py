@@ -13,7 +13,7 @@ from trainer.readers.classes import ClassMatch, foreign_class_findings, match_cl
 from trainer.readers.findings import BadDataset, FilesSeen, Finding, Severity, fold
 from trainer.readers.samples import Sample, SampleTable
 from trainer.readers.values import number_of, parse_xml, read_text, shortened, truth
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 from vidt.images.formats import is_picture
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -161,7 +161,7 @@ class _Reader:
         except (OSError, ElementTree.ParseError, ValueError) as error:
             # Kept without boxes, the image would train its objects as background.
             reason = error.strerror if isinstance(error, OSError) else error
-            detail = f"{shortened(line.xml.name)} cannot be read ({reason}), named in {line.place}"
+            detail = f"{shown(line.xml.name, 300)} cannot be read ({reason}), named in {line.place}"
             self.report("unreadable annotations", "error", "removed", detail, str(line.xml))
             return
         if remark:
