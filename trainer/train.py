@@ -67,8 +67,9 @@ def train(
     Raises UserError, NonFiniteLoss, and, after SIGTERM or SIGINT once everything is saved, Stopped.
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
-    with only_run_in(Path(config.output_dir), Agreement(accelerator)):
-        return _train(config, model_fields, train_set, val_set, report, accelerator)
+    agreement = Agreement(accelerator)
+    with only_run_in(Path(config.output_dir), agreement):
+        return _train(config, model_fields, train_set, val_set, report, accelerator, agreement)
 
 
 def _train(
@@ -78,9 +79,10 @@ def _train(
     val_set: SampleTable,
     report: Report,
     accelerator: Accelerator,
+    agreement: Agreement,
 ) -> dict[str, float]:
     """`train`, in a folder that no other run uses."""
-    run = set_up(config, model_fields, train_set, val_set, accelerator)
+    run = set_up(config, model_fields, train_set, val_set, accelerator, agreement)
     config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     if run.accelerator.is_main_process:

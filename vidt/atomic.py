@@ -82,7 +82,7 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            flush_folder(path.parent)
+            flush(path.parent)
 
 
 def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None:
@@ -91,9 +91,11 @@ def atomic_write(path: str | Path, data: bytes, *, durable: bool = True) -> None
         file.write(data)
 
 
-def flush_folder(folder: Path) -> None:
-    """Flushes the names in a folder, such as that of a file that was just renamed, to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flushes a file, or the names in a folder, such as that of a file that was just renamed, to
+    the disk.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.settings.config import TrainConfig
-from vidt.atomic import atomic_file
+from vidt.atomic import atomic_file, flush
 from vidt.errors import UserError, shown
 from vidt.weights.weights_file import UnusableWeights, read_info
 
@@ -173,9 +173,9 @@ def save(root: Path, state: RunState, tensors: dict[str, Tensor], *, keep: int) 
         }
         (unfinished / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (unfinished / TENSORS, unfinished / STATE, unfinished):
-            _flush(path)
+            flush(path)
         unfinished.rename(final)
-        _flush(root)
+        flush(root)
     except (OSError, SafetensorError) as error:
         raise OSError(f"checkpoint {final} cannot be written: {error}") from error
     finally:
@@ -320,11 +320,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -133,9 +133,9 @@ def set_up(
     train_set: SampleTable,
     val_set: SampleTable,
     accelerator: Accelerator,
+    agreement: Agreement,
 ) -> Run:
     """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
-    agreement = Agreement(accelerator)
     prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names

@@ -59,6 +59,25 @@ class BadDataset(UserError):
         self.findings = list(findings)
 
 
+class FindingList:
+    """The findings about one split, in the order in which its reader reports them."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.findings: list[Finding] = []
+
+    def report(
+        self,
+        kind: str,
+        severity: Severity,
+        action: str,
+        detail: str,
+        file: str,
+        image_id: int | None = None,
+    ) -> None:
+        self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
+
+
 @dataclass(frozen=True)
 class FilesSeen:
     """What a reader has dealt with: the folders of a dataset, and the files in them that it used or

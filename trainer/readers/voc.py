@@ -10,7 +10,14 @@ from xml.etree import ElementTree
 import torch
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.readers.findings import BadDataset, FilesSeen, Finding, Severity, fold
+from trainer.readers.findings import (
+    BadDataset,
+    FilesSeen,
+    Finding,
+    FindingList,
+    Severity,
+    fold,
+)
 from trainer.readers.samples import Sample, SampleTable
 from trainer.readers.values import number_of, parse_xml, read_text, shortened, truth
 from vidt.errors import UserError, shown
@@ -96,13 +103,13 @@ def _split_files(root: Path, split: str) -> list[Path]:
     return found
 
 
-class _Reader:
+class _Reader(FindingList):
     """Collects the pictures and findings of a split."""
 
     def __init__(self, source: str, seen: FilesSeen) -> None:
-        self.source, self.seen = source, seen
+        super().__init__(source)
+        self.seen = seen
         self.pictures: list[_Picture] = []
-        self.findings: list[Finding] = []
 
     def read_year(self, split_file: Path) -> None:
         folder = split_file.parents[2]
@@ -123,17 +130,6 @@ class _Reader:
                 self.report(kind, "info", "read", f"{line.place}: {line.odd}", str(line.picture))
             first[line.xml] = line.place
             self._read_picture(line)
-
-    def report(
-        self,
-        kind: str,
-        severity: Severity,
-        action: str,
-        detail: str,
-        file: str,
-        image_id: int | None = None,
-    ) -> None:
-        self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
 
     def report_picture(
         self, kind: str, severity: Severity, action: str, detail: str, file: str

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.readers.classes import ClassMatch, foreign_class_findings, match_classes
-from trainer.readers.findings import FilesSeen, Finding, Severity, fold
+from trainer.readers.findings import FilesSeen, Finding, FindingList, fold
 from trainer.readers.samples import Sample, SampleTable
 from trainer.readers.values import (
     existing_name,
@@ -205,28 +205,17 @@ class _Line:
     form: str = ""  # of _FORMS
 
 
-class _Reader:
+class _Reader(FindingList):
     """Reads label files and collects findings."""
 
     def __init__(self, source: str, classes: ClassMatch, num_keypoint_values: int) -> None:
-        self.source, self.classes = source, classes
+        super().__init__(source)
+        self.classes = classes
         self.num_keypoint_values = num_keypoint_values
-        self.findings: list[Finding] = []
         self._without_labels: list[str] = []
         self._image_of: dict[Path, str] = {}  # of each label file, the first
         self._forms = Counter[str]()
         self._first_of_form: dict[str, tuple[str, str]] = {}  # label file and line
-
-    def report(
-        self,
-        kind: str,
-        severity: Severity,
-        action: str,
-        detail: str,
-        file: str,
-        image_id: int | None = None,
-    ) -> None:
-        self.findings.append(Finding(kind, severity, action, detail, self.source, file, image_id))
 
     def check_count(self, config: dict[str, Any], num_names: int, yaml_path: Path) -> None:
         """Compares the yaml's number of classes with its names."""
