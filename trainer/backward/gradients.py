@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.backward.gradient_sum import GradientSum
-from trainer.data.loader import noised_batch, pad_to
+from trainer.data.denoising import denoising_inputs
+from trainer.data.loader import pad_to
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
@@ -42,7 +43,7 @@ def gradients(
         for number, batch in enumerate(batches, start=1):
             images, padding = pad_to(batch, canvas)
             targets = batch["targets"]
-            outputs = model(images, padding, noised_batch(targets, denoising_queries))
+            outputs = model(images, padding, **denoising_inputs(targets, denoising_queries))
             terms = criterion(outputs, targets, **normalisers)
             if teacher is not None:
                 terms |= teacher(images, padding, outputs, num_images)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
@@ -78,9 +79,7 @@ def largest_batch(
             "mask_boxes": boxes.new_tensor([0, 0, width, height]).expand(objects, 4),
             "has_mask": torch.ones(objects, dtype=torch.bool),
         }
-    if dataset.denoising_queries:
-        copies = max(dataset.denoising_queries // max(objects, 1), 1)
-        target["denoising_boxes"] = boxes.repeat(copies, 1)
+    target |= dataset.denoising.of_target(boxes, target["labels"], np.random.default_rng(0))
     on_device = {name: tensor.to(device) for name, tensor in target.items()}
     return {
         "images": torch.zeros(images, 3, height, width, device=device),

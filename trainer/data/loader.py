@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.denoising import NO_DENOISING, Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.order import Key, RunSampler
 from trainer.readers.masks import decode
@@ -29,8 +29,8 @@ from vidt.images.files import read_image
 from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 
 PREFETCH = 4  # batches that each worker loads ahead
-ROWS = ("labels", "boxes", "denoising_boxes", "mask_boxes", "has_mask")  # [N, ...] in targets
-NOISE = 0.5  # of denoising boxes: the largest shift in half-sides, and change of size in sides
+# [N, ...] in targets
+ROWS = ("labels", "boxes", "denoising_boxes", "denoising_labels", "mask_boxes", "has_mask")
 
 
 class DetectionDataset(Dataset):
@@ -47,12 +47,12 @@ class DetectionDataset(Dataset):
         preprocessing: Preprocessing,
         *,
         seed: int,
-        denoising_queries: int = 0,
+        denoising: Denoising = NO_DENOISING,
         cache: ImageCache | None = None,
     ) -> None:
         self.cache = cache
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
-        self.seed, self.denoising_queries = seed, denoising_queries
+        self.seed, self.denoising = seed, denoising
         self.reported = 0  # unreadable images that the caller has reported
         self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
@@ -61,7 +61,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
-        `image_id` and, with denoising queries, `denoising_boxes` [copies * N, 4]. If the table has
+        `image_id` and, with denoising queries, what `Denoising.of_target` adds. If the table has
         masks: `masks` [N, h, w] bool, `mask_boxes` [N, 4] xyxy in pixels of these masks, and
         `has_mask` [N] bool, False for an object without a mask, whose mask is empty.
 
@@ -76,8 +76,7 @@ class DetectionDataset(Dataset):
         if sample.masks is not None:
             rows = objects.nonzero()[kept, 0].tolist()
             target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
-        if self.denoising_queries:
-            target["denoising_boxes"] = noise_boxes(boxes, self.denoising_queries, random)
+        target |= self.denoising.of_target(boxes, labels, random)
         return {"image": to_pixels(image), "target": target}
 
     def aspect(self, epoch: int, index: int) -> float:
@@ -131,29 +130,6 @@ def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> 
         "mask_boxes": boxes,
         "has_mask": torch.tensor([bool(mask) for mask in masks], dtype=torch.bool),
     }
-
-
-def noise_boxes(boxes: Tensor, queries: int, random: np.random.Generator) -> Tensor:
-    """As many complete copies of boxes [N, 4] cxcywh as fit into `queries` (at least one), each box
-    shifted by up to NOISE half-sides and its sides changed by up to NOISE: [copies * N, 4].
-    """
-    copies = max(queries // max(len(boxes), 1), 1)
-    true_boxes = boxes.numpy()
-    noise = random.uniform(-NOISE, NOISE, (copies, *true_boxes.shape)).astype(true_boxes.dtype)
-    reach = np.concatenate([true_boxes[:, 2:] / 2, true_boxes[:, 2:]], axis=1)
-    noised = (true_boxes + noise * reach).clip(np.float32(1e-3), np.float32(1))
-    return torch.from_numpy(noised.reshape(-1, 4))
-
-
-def noised_batch(targets: list[dict[str, Any]], queries: int) -> Tensor | None:
-    """The targets' `denoising_boxes` as [B, N, 4], filled up with a box in the middle. N is a
-    multiple of `queries`. None if the targets have none.
-    """
-    if "denoising_boxes" not in targets[0]:
-        return None
-    each = [target["denoising_boxes"] for target in targets]
-    boxes = pad_sequence(each, batch_first=True, padding_value=0.5)
-    return torch.nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % queries), value=0.5)
 
 
 class EvaluationDataset(Dataset):

@@ -30,6 +30,7 @@ from trainer.backward.memory import (
     largest_canvas,
     use_expandable_segments,
 )
+from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.data.loader_wait import LoaderWait
@@ -157,8 +158,17 @@ def set_up(
     scaled = accelerator.scaler is not None
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, config, scaled=scaled))
     gradient_sum = GradientSum(model.parameters(), accelerator.num_processes)
-    criterion = criterion_for(model_config)
-    dataset = training_dataset(config, train_set, agreement)
+    criterion = criterion_for(
+        model_config,
+        class_loss=config.class_loss,
+        contrastive_denoising=config.contrastive_denoising,
+    )
+    denoising = Denoising(
+        config.denoising,
+        config.contrastive_denoising,
+        model_config.num_classes if model_config.label_embedding else None,
+    )
+    dataset = training_dataset(config, train_set, denoising, agreement)
 
     learn = partial(
         gradients,
@@ -213,7 +223,7 @@ def set_up(
 
 
 def training_dataset(
-    config: TrainConfig, samples: SampleTable, agreement: Agreement
+    config: TrainConfig, samples: SampleTable, denoising: Denoising, agreement: Agreement
 ) -> DetectionDataset:
     """The images to train on, through the cache if there is one. Raises UserError for a cache
     folder that cannot be made.
@@ -227,7 +237,7 @@ def training_dataset(
         augmentation,
         Preprocessing(eval_size=config.eval_size),
         seed=config.seed,
-        denoising_queries=config.denoising,
+        denoising=denoising,
         cache=cache,
     )
 

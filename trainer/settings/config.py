@@ -29,7 +29,7 @@ from trainer.settings.yaml_text import BadYAML, read_limited
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, escaped, shown
-from vidt.model.config import ViDTConfig
+from vidt.model.config import CLASS_LOSSES, ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
@@ -187,6 +187,15 @@ class TrainConfig:
             "denoising queries per image, which start at noisy ground-truth boxes; 0: none"
         ),
     )
+    contrastive_denoising: bool = field(
+        default=False,
+        metadata=_help(
+            "half of the denoising queries start farther away and learn that they are background"
+        ),
+    )
+    class_loss: str = field(
+        default="focal", metadata=_help("loss of the class scores: " + ", ".join(CLASS_LOSSES))
+    )
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
     )
@@ -338,6 +347,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
+    losses = f"one of {', '.join(CLASS_LOSSES)}"
+    _require(config.class_loss in CLASS_LOSSES, "class_loss", config.class_loss, losses)
     scales = f"one of {', '.join(SCALE_PER)}"
     _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"

@@ -25,13 +25,20 @@ Levels = list[dict[str, Tensor]]
 Stacked = dict[str, Tensor]  # predictions by name, [P, B, Q, ...]
 
 
-def criterion_for(config: ViDTConfig) -> "SetCriterion | SoftmaxCriterion":
+def criterion_for(
+    config: ViDTConfig, *, class_loss: str = "focal", contrastive_denoising: bool = False
+) -> "SetCriterion | SoftmaxCriterion":
     """The criterion for a detector of this configuration, with the published loss weights. Call it
     with outputs, targets and, as keywords, the counts named in its `normalised_by`.
     """
     if config.method == WITHOUT_NECK:
         return SoftmaxCriterion()
-    return SetCriterion(token_label_shift=config.token_label_shift, gt_mask_len=config.gt_mask_len)
+    return SetCriterion(
+        class_loss=class_loss,
+        contrastive_denoising=contrastive_denoising,
+        token_label_shift=config.token_label_shift,
+        gt_mask_len=config.gt_mask_len,
+    )
 
 
 class SetCriterion(nn.Module):
@@ -57,15 +64,18 @@ class SetCriterion(nn.Module):
         iouaware_loss_coef: float = 2.0,
         token_loss_coef: float = 2.0,
         vector_loss_coef: float = 3.0,
+        class_loss: str = "focal",
+        contrastive_denoising: bool = False,
         focal_alpha: float = 0.25,
         vector_loss_norm: bool = True,
         vector_start_stage: int = 0,
         token_label_shift: bool = True,
         gt_mask_len: int = 128,
     ) -> None:
-        """vector_loss_norm: a vector's loss is the mean over its numbers, else their sum;
-        vector_start_stage: the first prediction level with a vector loss; gt_mask_len: side of the
-        square to which masks are resized.
+        """class_loss: one of `vidt.model.config.CLASS_LOSSES`; contrastive_denoising: every second
+        copy of the denoising queries is one of negatives; vector_loss_norm: a vector's loss is the
+        mean over its numbers, else their sum; vector_start_stage: the first prediction level with a
+        vector loss; gt_mask_len: side of the square to which masks are resized.
         """
         super().__init__()
         self.matcher = matcher or HungarianMatcher()
@@ -77,7 +87,8 @@ class SetCriterion(nn.Module):
             "vector": vector_loss_coef,
             "token": token_loss_coef,
         }
-        self.focal_alpha = focal_alpha
+        self.class_loss, self.focal_alpha = class_loss, focal_alpha
+        self.contrastive_denoising = contrastive_denoising
         self.vector_loss_norm, self.vector_start_stage = vector_loss_norm, vector_start_stage
         self.token_label_shift, self.gt_mask_len = token_label_shift, gt_mask_len
 
@@ -108,6 +119,8 @@ class SetCriterion(nn.Module):
             terms |= self._tokens(outputs["enc_tokens"], targets, num_boxes)
         if "denoising_outputs" in outputs:
             terms |= self._denoising(stacked(outputs["denoising_outputs"]), targets, num_boxes)
+        if "group_outputs" in outputs:
+            terms |= self._groups(outputs["group_outputs"], targets, num_boxes)
         return terms
 
     def match(self, outputs: dict, targets: Targets) -> Matches:
@@ -164,10 +177,27 @@ class SetCriterion(nn.Module):
         """Terms `loss_dn_*`, summed over decoder layers and averaged over the copies of each
         object.
         """
-        matches, weights = denoising_matches(stack["pred_logits"], targets)
+        matches, weights = denoising_matches(
+            stack["pred_logits"], targets, contrastive=self.contrastive_denoising
+        )
         sums = self._sums(stack, matches, targets, weights)
         return {
             f"loss_dn_{name}": self.weights[name] * losses.sum() / num_boxes
+            for name, losses in sums.items()
+        }
+
+    def _groups(
+        self, groups: list[Levels], targets: Targets, num_boxes: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Terms `loss_group_*` (Group DETR, arXiv 2207.13085, section 3): each group is matched by
+        itself; the losses are summed over decoder layers and averaged over the groups.
+        """
+        stack = stacked([level for group in groups for level in group])
+        matches = self.matcher(stack["pred_logits"], stack["pred_boxes"], targets)
+        sums = self._sums(stack, matches, targets)
+        scale = len(groups) * num_boxes
+        return {
+            f"loss_group_{name}": self.weights[name] * losses.sum() / scale
             for name, losses in sums.items()
         }
 
@@ -184,8 +214,8 @@ class SetCriterion(nn.Module):
         labels, true_boxes = matched_targets(matches, targets)
         pred_boxes = stack["pred_boxes"][matches.index]  # [N, 4]
         logits = stack["pred_logits"]
-        background, matched = focal_parts(
-            logits, logits[(*matches.index, labels)], self.focal_alpha
+        background, matched = self._class_parts(
+            logits, logits[(*matches.index, labels)], pred_boxes, true_boxes
         )
         pair_losses = {
             "bbox": (pred_boxes - true_boxes).abs().sum(-1),
@@ -200,6 +230,16 @@ class SetCriterion(nn.Module):
         sums["ce"] = sums["ce"] + background.sum((1, 2))
         return sums
 
+    def _class_parts(
+        self, logits: Tensor, matched: Tensor, pred_boxes: Tensor, true_boxes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The class loss in the two parts of `focal_parts`."""
+        if self.class_loss == "focal":
+            return focal_parts(logits, matched, self.focal_alpha)
+        quality = paired_iou(pred_boxes, true_boxes).detach()
+        parts = varifocal_parts if self.class_loss == "varifocal" else matchability_parts
+        return parts(logits, matched, quality)
+
 
 def focal_parts(logits: Tensor, matched: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Focal loss (arXiv 1708.02002, gamma 2) in two parts: the loss of logits [P, B, Q, K] if all
@@ -212,6 +252,31 @@ def focal_parts(logits: Tensor, matched: Tensor, alpha: float) -> tuple[Tensor, 
     return (1 - alpha) * _background(logits).sum(-1), as_class - as_background
 
 
+def varifocal_parts(logits: Tensor, matched: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+    """Varifocal loss (arXiv 2008.13367, equation 2, alpha 0.75, gamma 2) in the parts of
+    `focal_parts`: a matched logit learns the IoU of its box, quality [N] in 0..1, weighted by it.
+    """
+    as_class = quality * _towards(matched, quality)
+    return 0.75 * _background(logits).sum(-1), as_class - 0.75 * _background(matched)
+
+
+def matchability_parts(logits: Tensor, matched: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+    """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 3, gamma 1.5) in the parts of
+    `focal_parts`: a matched logit learns a power of the IoU of its box, quality [N] in 0..1, with
+    full weight, so that a loose match counts too.
+    """
+
+    def background(logits: Tensor) -> Tensor:
+        return logits.sigmoid() ** 1.5 * F.softplus(logits)
+
+    as_class = _towards(matched, quality**1.5)
+    return background(logits).sum(-1), as_class - background(matched)
+
+
+def _towards(logits: Tensor, probability: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, probability, reduction="none")
+
+
 def _background(logits: Tensor) -> Tensor:
     return logits.sigmoid().square() * F.softplus(logits)
 
@@ -221,19 +286,26 @@ def per_level(losses: Tensor, matches: Matches, levels: int) -> Tensor:
     return losses.new_zeros(levels).index_add(0, matches.level, losses)
 
 
-def denoising_matches(logits: Tensor, targets: Targets) -> tuple[Matches, Tensor]:
+def denoising_matches(
+    logits: Tensor, targets: Targets, *, contrastive: bool = False
+) -> tuple[Matches, Tensor]:
     """Pairs of the denoising queries, and their weights [B, Q].
 
     The queries of logits [P, B, Q, K] are whole copies of the image's n objects, one copy after the
-    other, so query q belongs to object q mod n and has weight 1 / copies. Queries beyond the
-    target's `denoising_boxes` are padding, with weight 0.
+    other, so query q belongs to object q mod n. contrastive: every second copy is one of negatives
+    (DINO, arXiv 2203.03605, section 3.3), which are background and have no pairs. A weight is 1
+    over the positive copies. Queries beyond the target's `denoising_boxes` are padding, with weight
+    0.
     """
     # Built on the CPU, where the counts are known, and copied once.
     used = np.array([len(target["denoising_boxes"]) for target in targets])
     objects = np.array([len(target["labels"]) for target in targets])
-    is_used = np.arange(logits.shape[2]) < used[:, None]  # [B, Q]
-    weights = (is_used * (objects / np.maximum(used, 1))[:, None]).astype(np.float32)
-    level, image, query = np.broadcast_to(is_used, logits.shape[:3]).nonzero()
+    kinds = 2 if contrastive else 1
+    query = np.arange(logits.shape[2])
+    is_used = query < used[:, None]  # [B, Q]
+    is_positive = is_used & (query // np.maximum(objects, 1)[:, None] % kinds == 0)
+    weights = (is_used * (kinds * objects / np.maximum(used, 1))[:, None]).astype(np.float32)
+    level, image, query = np.broadcast_to(is_positive, logits.shape[:3]).nonzero()
     pairs = torch.from_numpy(np.stack([level, image, query, query % objects[image]]))
     matches = Matches(*pairs.to(logits.device, non_blocking=True).unbind())
     return matches, torch.from_numpy(weights).to(logits.device, non_blocking=True)

@@ -11,10 +11,12 @@ from vidt.errors import UserError, shown
 WITHOUT_NECK = "vidt_wo_neck"
 METHODS = ("vidt", WITHOUT_NECK)
 NECK_PARTS = ("epff", "iou_aware", "token_label", "with_vector")  # they need a neck
+CLASS_LOSSES = ("focal", "varifocal", "matchability")
 NUM_LEVELS = 4  # strides 8, 16, 32 and 64
 # Limits far beyond any published detector, for headers and flags that are damaged or hostile.
 LARGEST = {
     **{"num_classes": 100_000, "det_token_num": 10_000, "dec_layers": 100, "nheads": 1024},
+    "query_groups": 64,
     **dict.fromkeys(("reduced_dim", "pos_dim"), 8192),
     **dict.fromkeys(("dim_feedforward", "vector_hidden_dim"), 65_536),
     **{"dec_n_points": 1024, "gt_mask_len": 1024, "n_keep": 65_536},
@@ -41,6 +43,8 @@ class CoatVariant:
 
 
 SWIN_VARIANTS = {
+    "swin_femto": SwinVariant(24, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
+    "swin_pico": SwinVariant(32, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
     "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
     "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
     "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
@@ -86,6 +90,15 @@ class ViDTConfig:
     dropout: float = _setting(0.1, "dropout in the decoder")
     aux_loss: bool = _setting(True, "supervise every decoder layer, not only the last")
     with_box_refine: bool = _setting(True, "each decoder layer refines the boxes of the one before")
+    look_forward_twice: bool = _setting(
+        False, "in training the loss of a box also moves the decoder layer before its own"
+    )
+    label_embedding: bool = _setting(
+        False, "in training denoising queries carry an embedding of their object's class"
+    )
+    query_groups: int = _setting(
+        1, "groups of queries in training, each matched by itself; prediction uses the first"
+    )
     epff: bool = _setting(False, "ViDT+: fuse the levels of the pyramid before the decoder")
     iou_aware: bool = _setting(False, "ViDT+: predict how well each box fits")
     token_label: bool = _setting(False, "ViDT+: classify every position of the pyramid in training")
@@ -106,6 +119,13 @@ class ViDTConfig:
             self.backbone_name,
             f"one of {', '.join(backbone_names())}",
         )
+        refined = self.method == "vidt" and self.with_box_refine and self.dec_layers > 0
+        require(
+            refined or self.query_groups == 1,
+            "query_groups",
+            self.query_groups,
+            "1 without a decoder that refines boxes",
+        )
         for name in NECK_PARTS:
             allowed = self.method == "vidt" or not getattr(self, name)
             require(allowed, name, getattr(self, name), f"False with method {self.method}")
@@ -116,6 +136,7 @@ class ViDTConfig:
             "nheads",
             "dim_feedforward",
             "dec_n_points",
+            "query_groups",
             "n_keep",
             "gt_mask_len",
             "vector_hidden_dim",

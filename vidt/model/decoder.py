@@ -4,8 +4,8 @@ arXiv 2010.04159).
 Differs from Deformable DETR: no encoder, patch maps get no position encoding, and the bare [DET]
 tokens make a first prediction before the first layer.
 
-Letters: B batch, Q queries, S positions of all levels, C channels, L pyramid levels, D
-decoder layers.
+Letters: B batch, Q queries, E extra queries in training, S positions of all levels, C channels, L
+pyramid levels, D decoder layers.
 Boxes are cxcywh in 0..1 of the unpadded image; reference points are (cx, cy) of the same frame.
 """
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidt.model.denoising import denoising_mask, denoising_position
 from vidt.model.ram import autocasted
+from vidt.model.training_queries import ExtraQueries, attention_mask
 from vidt.ops.deformable_attention import DeformableAttention, Levels, best_form
 
 
@@ -131,8 +131,13 @@ class DeformableDecoder(nn.Module):
         num_points: int,
         dim_feedforward: int,
         dropout: float,
+        look_forward_twice: bool = False,
     ) -> None:
+        """look_forward_twice (DINO, arXiv 2203.03605, section 3.5): the loss of a box also moves
+        the layer before its own.
+        """
         super().__init__()
+        self.look_forward_twice = look_forward_twice
         self.reference_points = nn.Linear(dim, 2)
         self.layers = nn.ModuleList(
             DecoderLayer(
@@ -165,14 +170,14 @@ class DeformableDecoder(nn.Module):
         paddings: list[Tensor],
         box_heads: list[nn.Module],
         refine: bool,
-        denoising_boxes: Tensor | None = None,
+        extra: ExtraQueries | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """queries, query_pos [B, Q, C]; maps [B, C, h, w] and paddings [B, h, w] of each level;
         box_heads, one per prediction level. With refine, a level predicts offsets from the boxes of
-        the level before, else from the reference points. denoising_boxes [B, N, 4] (cxcywh) add
-        denoising queries, for training (see `denoising_position`).
+        the level before, else from the reference points. extra: queries to append, for training
+        with refine.
 
-        Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + N queries.
+        Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + E queries.
         """
         source = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         if best_form(source.device) != "cpu":  # that form reads the source in full precision
@@ -183,30 +188,41 @@ class DeformableDecoder(nn.Module):
         # [B, 1, L, 2 or 4]
         ratios = torch.cat([ratios, ratios], dim=-1) if refine else ratios
 
-        with torch.autocast(queries.device.type, enabled=False):
-            points = self.reference_points(
-                query_pos.to(self.reference_points.weight.dtype)
-            ).sigmoid()
-        states, boxes = [queries], [_offset_boxes(box_heads[0](queries), points)]
+        points = self.points(query_pos)
+        states, boxes = [queries], [offset_boxes(box_heads[0](queries), points)]
         # With refinement the gradient reaches the points through the first box head only.
-        reference = boxes[0].detach() if refine else points
+        base, reference = self._next(boxes[0], boxes[0]) if refine else (points, points)
         mask = None
-        if denoising_boxes is not None:
-            mask = denoising_mask(queries.shape[1], denoising_boxes.shape[1], queries.device)
-            position = denoising_position(denoising_boxes, queries.shape[-1])
-            query_pos = torch.cat([query_pos, position], dim=1)
-            queries = torch.cat([queries, torch.zeros_like(position)], dim=1)
-            reference = torch.cat([reference, denoising_boxes], dim=1)
+        if extra is not None:
+            mask = attention_mask(queries.shape[1], extra.group)
+            query_pos = torch.cat([query_pos, extra.position], dim=1)
+            queries = torch.cat([queries, extra.content], dim=1)
+            base, reference = (torch.cat([each, extra.boxes], dim=1) for each in (base, reference))
         for layer, head in zip(self.layers, box_heads[1:], strict=True):
             scaled = reference[:, :, None] * ratios
             queries = layer(queries, query_pos, scaled, source, levels, padding, mask)
             states.append(queries)
-            boxes.append(_offset_boxes(head(queries), reference))
-            reference = boxes[-1].detach() if refine else points
+            offsets = head(queries)
+            boxes.append(offset_boxes(offsets, base))
+            if refine:
+                base, reference = self._next(boxes[-1], offset_boxes(offsets, reference))
         return states, boxes
 
+    def points(self, query_pos: Tensor) -> Tensor:
+        """Reference points of positions [B, Q, C]: [B, Q, 2] (cx, cy) in 0..1."""
+        with torch.autocast(query_pos.device.type, enabled=False):
+            query_pos = query_pos.to(self.reference_points.weight.dtype)
+            return self.reference_points(query_pos).sigmoid()
 
-def _offset_boxes(offsets: Tensor, reference: Tensor) -> Tensor:
+    def _next(self, boxes: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """The boxes to which the next layer's offsets are added, and its reference, which is
+        detached. Both have the value of `boxes`; `moved` has the gradient of one layer only.
+        """
+        reference = boxes.detach()
+        return (moved if self.look_forward_twice else reference), reference
+
+
+def offset_boxes(offsets: Tensor, reference: Tensor) -> Tensor:
     """Adds offsets [B, Q, 4] in logit space to a reference point (cx, cy only) or a reference
     box."""
     base = inverse_sigmoid(reference)

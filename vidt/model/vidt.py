@@ -8,7 +8,7 @@ levels, D decoder layers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,18 @@ from torch import Tensor, nn
 from vidt.model.backbone import build_backbone
 from vidt.model.coat import CoatBlock
 from vidt.model.config import ViDTConfig, require
-from vidt.model.decoder import DecoderLayer, DeformableDecoder, MLPHead, box_head
+from vidt.model.decoder import (
+    DecoderLayer,
+    DeformableDecoder,
+    MLPHead,
+    box_head,
+    offset_boxes,
+)
 from vidt.model.epff import EPFF, LevelProjections, projection
 from vidt.model.ram import resize_padding
 from vidt.model.swin import SwinBlock
 from vidt.model.token_head import TokenHead
+from vidt.model.training_queries import ExtraQueries, denoising_queries
 from vidt.model.without_neck import ViDTWithoutNeck
 
 BLOCKS = (SwinBlock, CoatBlock, DecoderLayer)
@@ -86,6 +93,7 @@ class ViDT(nn.Module):
             num_points=config.dec_n_points,
             dim_feedforward=config.dim_feedforward,
             dropout=config.dropout,
+            look_forward_twice=config.look_forward_twice,
         )
         # With refinement every prediction level has heads of its own; without, all share one.
         num_heads = config.dec_layers + 1 if config.with_box_refine else 1
@@ -102,12 +110,19 @@ class ViDT(nn.Module):
             self._heads["pred_vectors"] = "vector_embed"
             self.vector_embed = nn.ModuleList([_vector_head(dim, config)])
         self.token_head = TokenHead(dim, config.token_columns) if config.token_label else None
+        # For training only: the embedded labels of denoising queries, the positions of the groups.
+        self.label_enc = nn.Embedding(config.num_classes, dim) if config.label_embedding else None
+        self.group_pos = None
+        if config.query_groups > 1:
+            shape = config.query_groups - 1, config.det_token_num, dim
+            self.group_pos = nn.Parameter(torch.randn(shape))
 
     def forward(
         self,
         images: Tensor,
         padding: Tensor,
         denoising_boxes: Tensor | None = None,
+        denoising_labels: Tensor | None = None,
         *,
         detections_only: bool = False,
     ) -> dict[str, Any]:
@@ -125,7 +140,10 @@ class ViDT(nn.Module):
         - `distil_tokens`, for distillation: `patch_token`, a map [B, C, h, w] per level,
           `body_det_token` [B, Q, C] and `neck_det_token` [D + 1, B, Q, C];
         - `denoising_outputs`, with denoising_boxes [B, N, 4] (cxcywh in 0..1), the initial boxes of
-          N denoising queries: their `pred_*` of each decoder layer.
+          N denoising queries, and with label_embedding denoising_labels [B, N], their noisy
+          classes: their `pred_*` of each decoder layer;
+        - `group_outputs`, with query_groups in training mode: a list of the same for each further
+          group.
         """
         maps, det, det_pos = self.backbone(images, padding)
         maps = self.input_proj(maps)  # from here on in the decoder's order of levels
@@ -133,6 +151,12 @@ class ViDT(nn.Module):
         det = self._project_tokens(self.tgt_proj, det)
         query_pos = self._project_tokens(self.query_pos_proj, det_pos)
         query_pos = query_pos.expand(images.shape[0], -1, -1)
+        extra: list[ExtraQueries] = []
+        if self.group_pos is not None and self.training and not detections_only:
+            extra += [self._group(det, number) for number in range(1, self.config.query_groups)]
+        if denoising_boxes is not None:
+            embedded = None if self.label_enc is None else self.label_enc(denoising_labels)
+            extra.append(denoising_queries(denoising_boxes, embedded, det.shape[-1]))
         states, boxes = self.decoder(
             det,
             query_pos,
@@ -140,7 +164,7 @@ class ViDT(nn.Module):
             paddings,
             self._per_level(self.bbox_embed),
             self.config.with_box_refine,
-            denoising_boxes,
+            ExtraQueries.joined(extra),
         )
         first = len(states) - 1 if detections_only else 0
         predictions = [
@@ -161,10 +185,24 @@ class ViDT(nn.Module):
         if self.token_head is not None:
             logits = self.token_head(maps, paddings)
             outputs["enc_tokens"] = {"pred_logits": logits, "padding": padding}
+        # The first level has no extra queries.
+        parts = [
+            [_queries(level, *span) for level in predictions[1:]] for span in _spans(num_det, extra)
+        ]
         if denoising_boxes is not None:
-            denoised = [_queries(level, num_det, None) for level in predictions]
-            outputs["denoising_outputs"] = denoised[1:]  # the first level has no such queries
+            outputs["denoising_outputs"] = parts.pop()
+        if parts:
+            outputs["group_outputs"] = parts
         return outputs
+
+    def _group(self, det: Tensor, number: int) -> ExtraQueries:
+        """A group of detection queries: the same [DET] tokens [B, Q, C] at positions of its own."""
+        assert self.group_pos is not None
+        position = self.group_pos[number - 1].expand_as(det)
+        points = self.decoder.points(position)
+        boxes = offset_boxes(self._per_level(self.bbox_embed)[0](det), points).detach()
+        group = torch.full((det.shape[1],), number, device=det.device)
+        return ExtraQueries(det, position, boxes, group)
 
     def _predict(self, level: int, state: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         """The `pred_*` of one prediction level: state [B, Q, C] and boxes [B, Q, 4]."""
@@ -188,6 +226,13 @@ def _in_full_precision(head: nn.Module, state: Tensor) -> Tensor:
         return head(state.to(next(head.parameters()).dtype)).float()
 
 
-def _queries(level: dict[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
-    """The predictions of queries start to stop, None: to the last."""
+def _spans(start: int, parts: list[ExtraQueries]) -> Iterator[tuple[int, int]]:
+    """Start and stop of each part's queries."""
+    for part in parts:
+        yield start, start + len(part.group)
+        start += len(part.group)
+
+
+def _queries(level: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The predictions of queries start to stop."""
     return {name: tensor[:, start:stop] for name, tensor in level.items()}
