@@ -4,10 +4,13 @@ Crowd regions are counted separately from boxes. K classes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torchvision.ops import box_iou
 
 from trainer.readers.samples import SampleTable
+from trainer.settings.plan import Fingerprint
 
 # Areas in pixels at which COCO divides boxes into small, medium and large.
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
@@ -60,3 +63,38 @@ def statistics_of(table: SampleTable) -> Statistics:
         image_sizes=tuple((height, width) for height, width in frequent),
         num_image_sizes=len(sizes),
     )
+
+
+def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
+    """What the rules of `--preset auto` know of a training split; machine: the fields about the
+    machine and the run.
+    """
+    table = table.keep_boxes(~table.crowd)
+    sizes, boxes = table.sizes.numpy(), table.boxes.numpy().astype(np.float64)
+    owners, labels = table.box_owners.numpy(), table.labels.numpy()
+    sides = np.sqrt(np.clip((boxes[:, 2:] - boxes[:, :2]).prod(1), 0, None))
+    relative = sides / sizes.min(1)[owners]
+    pairs = np.unique(owners * len(table.class_names) + labels)
+    images = np.bincount(pairs % len(table.class_names), minlength=len(table.class_names))
+    present = images[images > 0]
+    return Fingerprint(
+        images=len(table),
+        classes=len(table.class_names),
+        boxes=len(boxes),
+        busiest=int(table.box_counts.max()),
+        short_side=int(np.median(sizes.min(1))),
+        small_object=float(np.quantile(relative, 0.1)) if len(relative) else 1.0,
+        rarest=float(present.min() / len(table)) if len(present) else 1.0,
+        crowding=crowding(table),
+        **machine,
+    )
+
+
+def crowding(table: SampleTable) -> float:
+    """Share of the boxes that overlap another box of their image at IoU 0.5 or more."""
+    offsets, boxes = table.box_offsets.tolist(), table.boxes
+    crowded = 0
+    for start, stop in zip(offsets, offsets[1:], strict=False):
+        overlaps = box_iou(boxes[start:stop], boxes[start:stop]) >= 0.5
+        crowded += int((overlaps.sum(1) > 1).sum())
+    return crowded / max(len(boxes), 1)

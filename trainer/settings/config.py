@@ -445,7 +445,7 @@ def _checked(given: Mapping[str, Any], own_data: bool) -> tuple[TrainConfig, dic
     """The settings given and the defaults of the others. Raises ConfigError."""
     config = TrainConfig(**{name: given[name] for name in _TRAIN if name in given})
     model = {name: given.get(name, setting.default) for name, setting in _MODEL.items()}
-    _check_model(model)
+    check_model(model)
     if config.pre_trained == "coco" and config.load_from is None and config.resume is None:
         _check_published(model)
     if not own_data:
@@ -491,7 +491,7 @@ def _read_recipe(dataset_file: str) -> dict[str, Any]:
     return read_yaml(recipe.read_text(encoding="utf-8"), _ALL, str(recipe))
 
 
-def _check_model(model: Mapping[str, Any]) -> None:
+def check_model(model: Mapping[str, Any]) -> None:
     """Raises ConfigError if ViDTConfig raises. Its defaults stand in for fields that the data
     or the weights determine later.
     """

@@ -1,0 +1,84 @@
+"""`--hours`: how many steps fit into a time, by a trial before the first one."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trainer.loop.clock import TRAIN_WORK
+from vidt.errors import UserError
+
+TRIAL = 0.03  # share of the time for the trial, beyond its first step and two more
+RESERVE = 0.06  # share of the time for the report, saving, and steps slower than those tried
+EVALUATING = 0.1  # largest share of the time for evaluations
+MOST_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run, as its settings say it."""
+
+    epochs: int
+    max_steps: int
+    eval_interval: int
+
+
+def seconds_left(hours: float) -> float:
+    """Of `hours` since this process started."""
+    return hours * 3600 - (time.time() - psutil.Process().create_time())
+
+
+def step_seconds(
+    learn: Callable[..., dict[str, Tensor] | None],
+    micro_batches: Iterator[dict[str, Any]],
+    n_iter_to_acc: int,
+    optimizer: Optimizer,
+    seconds: float,
+    slowest: Callable[[float], float],
+) -> float:
+    """The mean time of the steps, loading included, that fit into `seconds`: at least two, after a
+    first that does not count. It leaves no trace. learn: `gradients` but for batches and canvas;
+    slowest: the largest of the processes' numbers, so that all try as many steps.
+    """
+    times: list[float] = []
+    with torch.random.fork_rng():
+        while len(times) < 3 or sum(times) < seconds:
+            began = time.monotonic()
+            batches = [next(micro_batches) for _ in range(n_iter_to_acc)]
+            shapes = [batch["images"].shape[2:] for batch in batches]
+            heights, widths = zip(*shapes, strict=True)
+            learn(batches, (max(heights), max(widths)))
+            optimizer.zero_grad()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            times.append(slowest(time.monotonic() - began))
+    return sum(times[1:]) / (len(times) - 1)
+
+
+def fitting_length(
+    seconds: float, step: float, per_epoch: int, step_images: int, val_images: int
+) -> Length:
+    """The longest run of steps of `step` seconds, with its evaluations, that takes `seconds`.
+
+    Raises UserError if not even one step fits.
+    """
+    seconds *= 1 - RESERVE
+    evaluation = val_images * step / step_images / TRAIN_WORK
+    wanted = int(min(max(EVALUATING * seconds / max(evaluation, 1e-9), 1), MOST_EVALUATIONS))
+    steps = int((seconds - wanted * evaluation) / step)
+    if steps < 1:
+        raise UserError(
+            f"--hours is too short: a step takes {step:.2g} s, an evaluation {evaluation:.2g} s, "
+            f"and {max(seconds, 0):.0f} s are left; give more time or a smaller --eval_size"
+        )
+    epochs = math.ceil(steps / per_epoch)
+    interval = math.ceil(epochs / wanted)
+    if epochs > 2 * wanted:  # whole intervals, so that the last evaluation is worth its time
+        epochs = max(epochs // interval, 1) * interval
+    return Length(epochs, min(steps, epochs * per_epoch), interval)
