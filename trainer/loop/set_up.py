@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.backward.freezing import freeze_stages
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
 from trainer.backward.memory import (
@@ -148,6 +149,8 @@ def set_up(
         load_start(detector, config, class_names, agreement)
     teacher = load_teacher(config, model_config, accelerator, agreement)
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
+    if config.freeze:
+        freeze_stages(detector, config.freeze)
     if config.activation_checkpointing:
         checkpoint_activations(detector)
     if config.compile:

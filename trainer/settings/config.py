@@ -37,7 +37,7 @@ AUTO = -1  # batch_size that stands for the largest power of two that fits into 
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
-SCHEDULES = ("cosine", "linear")
+SCHEDULES = ("cosine", "linear", "flat_cosine")
 SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
@@ -166,10 +166,27 @@ class TrainConfig:
             "train at lr"
         ),
     )
+    lr_layer_decay: float = field(
+        default=1.0,
+        metadata=_help(
+            "each layer of the backbone trains at this times the learning rate of the layer after "
+            "it; 1: all at the same"
+        ),
+    )
+    freeze: int = field(
+        default=0,
+        metadata=_help(
+            "stages of the backbone, 1 to 4, that do not train, and with them the patch embedding; "
+            "[DET] tokens do; 0: none"
+        ),
+    )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     sched: str = field(
         default="cosine",
-        metadata=_help("learning-rate schedule after the warm-up: " + " or ".join(SCHEDULES)),
+        metadata=_help(
+            "learning-rate schedule after the warm-up: cosine, linear, or flat_cosine, which "
+            "decays in the second half of the run"
+        ),
     )
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
     adam_beta2: float = field(
@@ -177,6 +194,13 @@ class TrainConfig:
     )
     warmup_steps: int = field(
         default=200, metadata=_help("steps of warm-up; at most a third of the run")
+    )
+    warmup_share: float = field(
+        default=0.0,
+        metadata=_help(
+            "share of the run's steps, up to a third, to warm up for, instead of warmup_steps; "
+            "0: warmup_steps"
+        ),
     )
     clip_max_norm: float = field(
         default=0.1, metadata=_help("gradient norm to clip at; 0: no clipping")
@@ -295,7 +319,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epochs", "max_steps", "n_iter_to_acc", "eval_batch_size"), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
-    **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
+    **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising", "freeze"), 0),
     **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
 # Limits that no run comes near: beyond them a slip of the finger would fork, allocate or wait
@@ -305,7 +329,7 @@ _AT_MOST = {
     **dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "log_interval"), 10**9),
     **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
     **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
-    **{"num_workers": 256, "denoising": 10_000},
+    **{"num_workers": 256, "denoising": 10_000, "freeze": 4},
 }
 
 
@@ -336,6 +360,10 @@ def _check_alone(config: TrainConfig) -> None:
         _require(0 <= mult < math.inf, name, mult, "0 or more")
     power = config.lr_fan_in_power
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
+    decay = config.lr_layer_decay
+    _require(0 < decay <= 1, "lr_layer_decay", decay, "above 0 and at most 1")
+    share = config.warmup_share
+    _require(0 <= share <= 1 / 3, "warmup_share", share, "from 0 to a third")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
     scales = f"one of {', '.join(SCALE_PER)}"
@@ -366,6 +394,12 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError("--eval and --check exclude each other; drop one")
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
+    started = config.load_from or config.resume or config.eval or config.pre_trained != "none"
+    if config.freeze and not started:
+        raise ConfigError(
+            f"freeze is {config.freeze}, but the backbone starts from random weights, which would "
+            "never learn; give --load_from or --pre_trained"
+        )
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
     if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
         other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
