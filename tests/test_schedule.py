@@ -15,6 +15,7 @@ from torch import nn
 from trainer.loop import resume
 from trainer.loop.clock import Clock
 from trainer.loop.optim import (
+    ema_decay_of,
     learning_rate,
     make_ema,
     make_optimizer,
@@ -251,6 +252,12 @@ def test_the_average_follows_closely_at_first() -> None:
     assert ways[0] == 1.0 and ways[1] > 0.5
     assert all(later <= sooner for sooner, later in pairwise(ways))
     assert ways[-1] == pytest.approx(0.1)
+
+
+def test_the_automatic_average_looks_back_a_share_of_the_run() -> None:
+    for steps, back in ((50, 2), (1000, 40), (125_000, 5000)):
+        assert 1 / (1 - ema_decay_of(steps)) == pytest.approx(back)
+    assert ema_decay_of(1) == ema_decay_of(20) == 0
 
 
 def test_the_average_is_what_is_evaluated_and_saved(tiny_data: Path, room: Path) -> None:

@@ -33,7 +33,7 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
-AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
+AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run chooses
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
@@ -129,6 +129,13 @@ class TrainConfig:
         default=True,
         metadata=_help("give images of similar aspect ratio to the same optimiser step"),
     )
+    repeat_thresh: float = field(
+        default=0.0,
+        metadata=_help(
+            "show images more than once an epoch if they hold a class that less than this share of "
+            "the images has; 0: each image once"
+        ),
+    )
 
     epochs: int = field(
         default=50, metadata=_help("passes over the training images", group="Optimisation")
@@ -214,7 +221,13 @@ class TrainConfig:
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
     )
-    ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
+    ema_decay: float = field(
+        default=0.9998,
+        metadata=_help(
+            "decay of that average at each step; auto: by the length of the run",
+            words={"auto": AUTO},
+        ),
+    )
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
     mixed_precision: str = field(
@@ -372,14 +385,16 @@ def _check_alone(config: TrainConfig) -> None:
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
-    _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
+    decay = config.ema_decay
+    known = decay == AUTO or 0 <= decay < 1
+    _require(known, "ema_decay", decay, "0 or more and below 1, or auto")
     coef = config.distil_loss_coef
     _require(0 < coef < math.inf, "distil_loss_coef", coef, "above 0")
     teachers = f"one of {', '.join(TEACHERS)}"
     known = config.distil_model is None or config.distil_model in TEACHERS
     _require(known, "distil_model", config.distil_model, teachers)
-    share = config.max_bad_fraction
-    _require(0 <= share <= 1, "max_bad_fraction", share, "from 0 to 1")
+    for name in ("max_bad_fraction", "repeat_thresh"):
+        _require(0 <= getattr(config, name) <= 1, name, getattr(config, name), "from 0 to 1")
     sizes = config.train_sizes
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
