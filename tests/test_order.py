@@ -3,7 +3,7 @@ scale a step and images of similar aspect ratio, or as released.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,15 @@ from tiny_runs import settings, tables
 
 from trainer.data.augmentation import Augmentation, Crop, Geometry
 from trainer.data.loader import DetectionDataset, random_of, training_loader
-from trainer.data.order import WINDOW, Key, RunSampler, steps_per_epoch
+from trainer.data.order import (
+    WINDOW,
+    Key,
+    RunSampler,
+    epoch_images,
+    repeat_factors,
+    repeated,
+    steps_per_epoch,
+)
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
@@ -220,6 +228,93 @@ def test_images_of_one_size_meet_others_in_each_epoch() -> None:
         return {tuple(sorted(key.image for key in batch)) for batch in sampler}
 
     assert len(pairs(0) & pairs(1)) < 5
+
+
+def table_of(labels: Sequence[Sequence[int]], classes: int = 3) -> SampleTable:
+    """Images of SIZES in turn, without files, with boxes of these classes; -1 is a crowd of 2."""
+    samples = []
+    for image, own in enumerate(labels):
+        label = torch.tensor(own, dtype=torch.int64)
+        boxes = torch.tensor([[0.0, 0.0, 50.0, 50.0]]).expand(len(own), 4)
+        crowd, areas = label < 0, torch.ones(len(own))
+        size = SIZES[image % len(SIZES)]
+        samples.append(Sample("", image, size, boxes, label % classes, areas, crowd))
+    return SampleTable.from_samples(samples, [f"class {number}" for number in range(classes)])
+
+
+def skewed(count: int) -> DetectionDataset:
+    """A class in every image, one in every tenth, one in every fiftieth."""
+    labels = [[0, *[1] * (i % 10 == 0), *[2] * (i % 50 == 0)] for i in range(count)]
+    augmentation = Augmentation.from_config(CONFIG)
+    return DetectionDataset(table_of(labels), augmentation, Preprocessing(640), seed=CONFIG.seed)
+
+
+BALANCED = replace(CONFIG, repeat_thresh=0.2)
+
+
+def test_repeat_factors_by_hand() -> None:
+    """Shares of the ten images: class 0 all but two, class 1 four, class 2 one; an image with two
+    boxes of a class counts once, and a crowd not at all.
+    """
+    labels = [[0], [0, 1], [0, 1, 1, 2], [0, 1], [0, -1], [0], [1, 1], [0], [0], []]
+    found = repeat_factors(table_of(labels), 0.9)
+    once, four, two = (0.9 / 0.8) ** 0.5, 1.5, 3.0
+    assert found == pytest.approx([once, four, two, four, once, once, four, once, once, 1.0])
+    assert repeat_factors(table_of(labels), 0.1).tolist() == [1.0] * 10
+    assert repeat_factors(table_of([[], []]), 0.5).tolist() == [1.0, 1.0]
+    # 5 * 1.06 + 3 * 1.5 + 3 + 1 = 13.8; whole numbers repeat exactly.
+    assert epoch_images(found) == 14 and epoch_images(np.array([1.0, 2.0, 3.0])) == 6
+    order = repeated(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
+    assert sorted(order.tolist()) == [0, 1, 2, 4, 5, 8]
+
+
+def test_an_epoch_repeats_images_by_their_factors() -> None:
+    """Each factor rounded up or down, on average as it is, in epochs of one length."""
+    factors = repeat_factors(skewed(400).samples, BALANCED.repeat_thresh)
+    assert sorted({*factors.round(3)}) == [1.0, 1.414, 3.162]
+    length, sums = epoch_images(factors), np.zeros(400)
+    for epoch in range(300):
+        images = repeated(factors, np.random.default_rng((7, epoch)))
+        assert length - 1 <= len(images) <= length and len({*images.tolist()}) == len(images)
+        times = np.bincount(images % 400, minlength=400)
+        assert ((times == np.floor(factors)) | (times == np.ceil(factors))).all()
+        for image in (0, 50):  # shown three or four times, spread over the epoch
+            places = np.flatnonzero(images % 400 == image) / len(images)
+            assert np.diff(places).min() > 0.15
+        sums += times
+    assert np.abs(sums / 300 - factors).max() < 0.15
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_a_balanced_run_is_the_same_however_dealt_out_and_resumed(group: bool) -> None:
+    dataset = skewed(200)
+    config = replace(BALANCED, group_by_aspect=group, batch_size=8)
+    per_epoch = steps_per_epoch(epoch_images(repeat_factors(dataset.samples, 0.2)), 8)
+    assert per_epoch > steps_per_epoch(200, 8)
+    steps = range(3 * per_epoch)
+    whole = steps_of(dataset, config, steps)
+    for processes, batch, micro_batches in ((2, 4, 1), (4, 2, 1), (1, 8, 4), (2, 4, 2)):
+        layout = replace(config, batch_size=batch)
+        dealt = steps_of(dataset, layout, steps, processes=processes, micro_batches=micro_batches)
+        assert dealt == whole
+    for first in (1, per_epoch - 1, per_epoch, per_epoch + 7):
+        assert steps_of(dataset, config, range(first, len(steps))) == whole[first:]
+    for epoch in range(3):
+        keys = [key for step in whole[epoch * per_epoch : (epoch + 1) * per_epoch] for key in step]
+        assert {key.epoch for key in keys} == {epoch}
+        assert {key.image % 200 for key in keys} == {*range(200)}
+
+
+def test_a_repeated_image_is_augmented_anew(tiny_data: Path) -> None:
+    config, fields = settings(tiny_data, tiny_data, "--train_sizes 32,48,64")
+    table = tables(config, fields)[0]
+    augmentation = Augmentation.from_config(config)
+    dataset = DetectionDataset(table, augmentation, Preprocessing(64), seed=7)
+    for image in range(len(table)):
+        first, again = (dataset[Key(0, image + copy * len(table), 48)] for copy in range(2))
+        assert first["target"]["image_id"] == again["target"]["image_id"]
+    aspects = {dataset.aspect(0, 2 + copy * len(table)) for copy in range(9)}
+    assert len(aspects) > 2
 
 
 def test_an_unreadable_image_is_replaced_at_the_scale_of_its_step(

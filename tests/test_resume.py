@@ -22,6 +22,7 @@ from tiny_runs import (
 )
 
 from trainer.loop import resume
+from trainer.loop.optim import ema_decay_of
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
 from vidt.errors import UserError
@@ -109,6 +110,30 @@ def test_broken_off_and_resumed(
         assert broken.scores.items() <= once.scores.items()
         assert broken.losses.items() <= once.losses.items()
     assert {*first.scores, *second.scores} == {3, 6}
+
+
+def test_a_balanced_run_with_an_automatic_average_is_resumed(
+    tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An epoch shows 16 pictures instead of 12. The decay is of the run's length, 8 steps, and a
+    longer run keeps it: what its last epochs average does not depend on where it was broken off.
+    """
+    flags = "--repeat_thresh 1 --ema_decay auto --sched flat_cosine --warmup_share 0.2"
+    watch = Watch()
+    run(tiny_data, room / "whole", flags, "--epochs 2", report=watch)
+    assert "an epoch shows 16 images instead of 12" in caplog.text
+    assert {*watch.scores} == {4, 8}
+    settings = resume.load(last_checkpoint(room / "whole")).state.settings
+    assert settings["ema_decay"] == ema_decay_of(8)
+    assert f"ema_decay: {ema_decay_of(8)}" in (room / "whole/config.yaml").read_text()
+    with pytest.raises(Stopped):
+        run(tiny_data, room / "cut", flags, report=Watch("step", 5, signal.SIGTERM))
+    run(tiny_data, room / "cut", flags, "--resume")
+    assert differences(end_of(room / "cut"), end_of(room / "whole")) == []
+    caplog.clear()
+    run(tiny_data, room / "cut", flags, "--resume --epochs 3")
+    assert resume.load(last_checkpoint(room / "cut")).state.settings["ema_decay"] == ema_decay_of(8)
+    assert "as in the checkpoint" in caplog.text and "with ema_decay" not in caplog.text
 
 
 def test_a_checkpoint_is_read_once(

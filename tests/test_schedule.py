@@ -1,6 +1,7 @@
 """Learning rate, parameter groups, moving average, and what falls due at which step."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from trainer.loop import resume
 from trainer.loop.clock import Clock
 from trainer.loop.optim import (
+    ema_decay_of,
     learning_rate,
     make_ema,
     make_optimizer,
@@ -42,6 +44,30 @@ def test_learning_rate_by_hand() -> None:
     for total in (1, 2):
         rates = [learning_rate(step, total, config) for step in range(total)]
         assert rates[0] == 1.0 and all(0.1 <= rate <= 1.0 for rate in rates)
+
+
+def test_flat_cosine_by_hand() -> None:
+    """At lr for half of the run, then a cosine to min_lr over the other half."""
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=4, sched="flat_cosine")
+    rates = [learning_rate(step, 104, config) for step in range(105)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert {*rates[4:53]} == {1.0}
+    assert rates[78] == pytest.approx(0.55) and rates[104] == pytest.approx(0.1)
+    assert rates[65] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert all(later < sooner for sooner, later in pairwise(rates[52:]))
+    for total in (1, 2, 3):
+        assert all(0.1 <= learning_rate(step, total, config) <= 1.0 for step in range(total))
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "warmup"), [(0.05, 200, 10), (0.3, 20, 6), (0.01, 9, 0)]
+)
+def test_the_warm_up_shrinks_with_the_run(share: float, total: int, warmup: int) -> None:
+    """A share of the run's steps, whatever --warmup_steps is, and 0 steps if that is less."""
+    by_share = TrainConfig(lr=1.0, warmup_share=share, warmup_steps=7)
+    by_steps = TrainConfig(lr=1.0, warmup_steps=warmup)
+    for step in range(total):
+        assert learning_rate(step, total, by_share) == learning_rate(step, total, by_steps)
 
 
 def test_the_reported_rate_is_the_one_of_the_step(tiny_data: Path, room: Path) -> None:
@@ -77,11 +103,11 @@ def test_every_parameter_is_in_one_group(tiny_model: ViDT) -> None:
 
 
 def rates_at_half(model: nn.Module, config: TrainConfig) -> dict[str, float]:
-    """The rate of each parameter by name when the run's is 0.5."""
+    """The rate of each parameter that learns, by name, when the run's is 0.5."""
     optimizer = make_optimizer(model, config)
     set_learning_rate(optimizer, 0.5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    return {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    return {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
@@ -121,6 +147,62 @@ def test_depthwise_filters_have_no_width() -> None:
     mults = {id(p): group["lr_mult"] for group in groups for p in group["params"]}
     filters = [p for p in coat.parameters() if p.ndim == 4 and p.shape[1] == 1]
     assert filters and {mults[id(p)] for p in filters} == {1.0}
+
+
+# The layers of each backbone from below, by the beginnings of their parameters' names.
+def swin_layers(*depths: int) -> list[list[str]]:
+    layers = [["patch_embed."]]
+    for stage, depth in enumerate(depths):
+        layers += [[f"layers.{stage}.blocks.{block}."] for block in range(depth)]
+        if stage < 3:  # the fourth merging is new, not of an ImageNet backbone
+            layers[-1].append(f"layers.{stage}.downsample.")
+    return layers
+
+
+def coat_layers(*depths: int) -> list[list[str]]:
+    layers: list[list[str]] = [[]]
+    for stage, depth in enumerate(depths):
+        layers[-1].append(f"stages.{stage}.patch_embed.")
+        layers += [[f"stages.{stage}.serial_blocks.{block}."] for block in range(depth)]
+        shared = ("cls_token", "cpe.", "crpe.")
+        layers[-depth] += [f"stages.{stage}.{part}" for part in shared]
+    return layers
+
+
+@pytest.mark.parametrize("method", ["vidt", "vidt_wo_neck"])
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [
+        ("swin_test", swin_layers(1, 1, 1, 1)),
+        ("swin_nano", swin_layers(2, 2, 6, 2)),
+        ("coat_lite_tiny", coat_layers(2, 2, 2, 2)),
+        ("coat_lite_small", coat_layers(3, 4, 6, 3)),
+    ],
+)
+def test_rates_decay_over_the_depth_of_the_backbone(
+    backbone: str, layers: list[list[str]], method: str
+) -> None:
+    """Lowest for the patch embedding, one decay below the decoder's for the last block; [DET]
+    tokens and what serves them alone, and what is not the backbone's, keep theirs.
+    """
+    fields = {"num_classes": 1, "backbone_name": backbone, "method": method, "dec_layers": 1}
+    with torch.device("meta"):
+        model = build_detector(ViDTConfig(**fields))
+    config = TrainConfig(
+        lr=1.0, lr_layer_decay=0.5, lr_backbone_mult=0.25, lr_linear_proj_mult=0.125
+    )
+    rate = rates_at_half(model, config)
+    expected = {}
+    for depth, names in enumerate(reversed(layers), 1):
+        for start in names:
+            found = [n for n in rate if n.startswith(f"backbone.{start}") and "det_" not in n]
+            assert found, start
+            expected |= dict.fromkeys(found, 0.5 * 0.25 * 0.5**depth)
+    plain = rates_at_half(model, replace(config, lr_layer_decay=1.0))
+    assert rate == plain | expected
+    full = {name for name in rate if name.startswith("backbone") and name not in expected}
+    kinds = ("det_token", "det_pos_", "det_exp", "layers.3.downsample", "patch_embed5")
+    assert all(any(kind in name for kind in kinds) for name in full)
 
 
 def test_adamw_averages_as_told(tiny_model: ViDT) -> None:
@@ -170,6 +252,12 @@ def test_the_average_follows_closely_at_first() -> None:
     assert ways[0] == 1.0 and ways[1] > 0.5
     assert all(later <= sooner for sooner, later in pairwise(ways))
     assert ways[-1] == pytest.approx(0.1)
+
+
+def test_the_automatic_average_looks_back_a_share_of_the_run() -> None:
+    for steps, back in ((50, 2), (1000, 40), (125_000, 5000)):
+        assert 1 / (1 - ema_decay_of(steps)) == pytest.approx(back)
+    assert ema_decay_of(1) == ema_decay_of(20) == 0
 
 
 def test_the_average_is_what_is_evaluated_and_saved(tiny_data: Path, room: Path) -> None:

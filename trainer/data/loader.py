@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data.augmentation import Augmentation, Geometry
 from trainer.data.denoising import NO_DENOISING, Denoising
 from trainer.data.image_cache import ImageCache
-from trainer.data.order import Key, RunSampler
+from trainer.data.order import Key, RunSampler, repeat_factors
 from trainer.readers.masks import decode
 from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
@@ -80,8 +80,10 @@ class DetectionDataset(Dataset):
         return {"image": to_pixels(image), "target": target}
 
     def aspect(self, epoch: int, index: int) -> float:
-        """Height over width of an image as augmented in an epoch, before the last resize."""
-        height, width = self.samples.sizes[index].tolist()
+        """Height over width of an image as augmented in an epoch, before the last resize; index as
+        in `Key`.
+        """
+        height, width = self.samples.sizes[index % len(self)].tolist()
         random = random_of(self.seed, epoch, index)
         _, crop = self.augmentation.draw_flip_and_crop((height, width), random)
         return crop.height / crop.width if crop else height / width
@@ -209,6 +211,7 @@ def training_loader(
     """Micro-batches (see `packed_batch`) of all processes for the given optimiser steps;
     `Accelerator.prepare_data_loader` distributes them in turn.
     """
+    thresh = config.repeat_thresh
     sampler = RunSampler(
         len(dataset),
         step_images=config.batch_size * num_processes,
@@ -217,6 +220,7 @@ def training_loader(
         steps=steps,
         short_sides=dataset.augmentation.sizes if config.scale_per == "step" else (None,),
         aspect_of=dataset.aspect if config.group_by_aspect else None,
+        repeats=repeat_factors(dataset.samples, thresh) if thresh else None,
     )
     return DataLoader(
         dataset,

@@ -8,7 +8,10 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
+
+from trainer.readers.samples import SampleTable
 
 WINDOW = 32  # images are grouped by aspect ratio within about so many steps
 
@@ -17,7 +20,7 @@ class Key(NamedTuple):
     """What `DetectionDataset` loads: an image, as augmented in an epoch."""
 
     epoch: int
-    image: int
+    image: int  # plus the number of images each time that the epoch shows it again
     short_side: int | None = None  # pixels; None: the image draws its own
 
 
@@ -26,7 +29,8 @@ class RunSampler(Sampler):
     Accelerate distributes them over the processes.
 
     Each epoch has its own permutation, which repeats from its start to fill the last optimiser
-    step. A step has the same images for any number of processes and micro-batches.
+    step. A step has the same images for any number of processes and micro-batches. With `repeats`
+    (see `repeat_factors`) an epoch shows some images more often.
 
     All images of a step are padded to one canvas. So that it is small, each step draws one of
     `short_sides` for all of its images, unless that is None, and takes images of similar aspect
@@ -43,17 +47,19 @@ class RunSampler(Sampler):
         steps: range,
         short_sides: Sequence[int | None] = (None,),
         aspect_of: Callable[[int, int], float] | None = None,
+        repeats: np.ndarray | None = None,
     ) -> None:
         self.num_images, self.step_images, self.micro_batch = num_images, step_images, micro_batch
         self.seed, self.steps = seed, steps
-        self.short_sides, self.aspect_of = short_sides, aspect_of
+        self.short_sides, self.aspect_of, self.repeats = short_sides, aspect_of, repeats
         self.batch_size, self.drop_last = micro_batch, False  # Accelerate reads both
 
     def __len__(self) -> int:
         return len(self.steps) * (self.step_images // self.micro_batch)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        per_epoch = steps_per_epoch(self.num_images, self.step_images)
+        shown = self.num_images if self.repeats is None else epoch_images(self.repeats)
+        per_epoch = steps_per_epoch(shown, self.step_images)
         for step in self.steps:
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == self.steps.start:
@@ -68,7 +74,11 @@ class RunSampler(Sampler):
     ) -> Iterator[tuple[np.ndarray, int | None]]:
         """The images and the short side of each step of an epoch, from its step `first` on."""
         random = np.random.default_rng((self.seed, epoch))
-        steps = np.resize(random.permutation(self.num_images), (per_epoch, self.step_images))
+        if self.repeats is None:
+            images = random.permutation(self.num_images)
+        else:
+            images = repeated(self.repeats, random)
+        steps = np.resize(images, (per_epoch, self.step_images))
         drawn = random.integers(len(self.short_sides), size=per_epoch)[first:]
         order: Iterable[np.ndarray] = steps[first:]
         if self.aspect_of is not None:
@@ -98,3 +108,41 @@ def grouped_by_aspect(
 def steps_per_epoch(num_images: int, step_images: int) -> int:
     """Optimiser steps that show every image at least once."""
     return -(-num_images // step_images)
+
+
+def repeat_factors(samples: SampleTable, threshold: float) -> np.ndarray:
+    """How often an epoch shows each image on average, float64 [N], 1 or more (LVIS, arXiv
+    1908.03195, appendix B.2): sqrt(threshold / f) of the rarest class in it, where f is the share
+    of images that hold the class. Crowd boxes do not count, because training ignores them.
+    """
+    objects = ~samples.crowd
+    held = torch.stack([samples.box_owners[objects], samples.labels[objects]])
+    owners, labels = held.unique(dim=1).numpy()  # each class of an image once
+    shares = np.bincount(labels, minlength=len(samples.class_names)) / len(samples)
+    factors = np.ones(len(samples))
+    np.maximum.at(factors, owners, np.sqrt(threshold / shares[labels]))
+    return factors
+
+
+def epoch_images(repeats: np.ndarray) -> int:
+    """How many images an epoch shows, the same number in every epoch."""
+    whole = np.floor(repeats)
+    return int(whole.sum() + np.ceil((repeats - whole).sum()))
+
+
+def repeated(repeats: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The images of an epoch in order, as in `Key`. Each is there as often as its repeat factor
+    says, rounded up or down at random so that the average over the epochs is the factor; what an
+    image is repeated for is spread over the epoch.
+    """
+    count = len(repeats)
+    # Systematic sampling: one random number places a grid of step 1 on the fractions, end to end in
+    # random order, and the images it meets are rounded up. So their number varies by 1 at most.
+    order, times = random.permutation(count), np.floor(repeats)
+    ends = np.floor(np.cumsum((repeats - times)[order]) + random.random())
+    times[order] += np.diff(ends, prepend=0)
+    times = times.astype(int)
+    images = np.repeat(np.arange(count), times)
+    again = np.arange(len(images)) - np.repeat(np.cumsum(times) - times, times)  # 0, 1, ... of each
+    places = (again + random.random(count)[images]) / times[images]  # in the epoch, 0 to 1
+    return (again * count + images)[np.argsort(places, kind="stable")]

@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.backward.freezing import freeze_stages
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
 from trainer.backward.memory import (
@@ -34,12 +35,12 @@ from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import Augmentation, DetectionDataset
 from trainer.data.loader_wait import LoaderWait
-from trainer.data.order import steps_per_epoch
+from trainer.data.order import epoch_images, repeat_factors, steps_per_epoch
 from trainer.loop import resume
 from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.launch_check import cpu_of_launcher
-from trainer.loop.optim import make_ema, make_optimizer
+from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
 from trainer.readers.samples import SampleTable
@@ -149,6 +150,8 @@ def set_up(
         load_start(detector, config, class_names, agreement)
     teacher = load_teacher(config, model_config, accelerator, agreement)
     ema = make_ema(detector, config.ema_decay).to(accelerator.device) if config.ema else None
+    if config.freeze:
+        freeze_stages(detector, config.freeze)
     if config.activation_checkpointing:
         checkpoint_activations(detector)
     if config.compile:
@@ -186,10 +189,14 @@ def set_up(
         found = automatic_batch_size(probe, checkpoint, len(train_set), accelerator)
         config = replace(config, batch_size=found)
     step_images = config.batch_size * accelerator.num_processes
-    per_epoch = steps_per_epoch(len(train_set), step_images)
+    shown = images_of_epoch(config, train_set)
+    per_epoch = steps_per_epoch(shown, step_images)
     total_steps = config.epochs * per_epoch
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
+    if ema is not None and config.ema_decay == AUTO:
+        ema.decay = automatic_ema_decay(checkpoint, total_steps)
+        config = replace(config, ema_decay=ema.decay)
     state = RunState(
         n_iter_to_acc=config.n_iter_to_acc,
         step_images=step_images,
@@ -283,6 +290,30 @@ def automatic_batch_size(
         f"{found * processes} per step; the learning rate is not scaled with it"
     )
     return found
+
+
+def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> float:
+    """The decay that `--ema_decay auto` stands for: as in the checkpoint, even for a run that has
+    become longer, else by the length of the run.
+    """
+    if checkpoint is not None:
+        decay, why = checkpoint.state.settings["ema_decay"], "as in the checkpoint"
+    else:
+        decay, why = ema_decay_of(total_steps), f"for {counted(total_steps, 'step')}"
+    logger.info(f"--ema_decay auto: {decay:.6g}, {why}")
+    return decay
+
+
+def images_of_epoch(config: TrainConfig, samples: SampleTable) -> int:
+    """How many images an epoch shows, with those that `--repeat_thresh` repeats."""
+    factors = repeat_factors(samples, config.repeat_thresh)
+    shown = epoch_images(factors)
+    if config.repeat_thresh:
+        logger.info(
+            f"--repeat_thresh {config.repeat_thresh:g}: an epoch shows {counted(shown, 'image')} "
+            f"instead of {len(samples)}, those of the rarest class {factors.max():.2g} times"
+        )
+    return shown
 
 
 def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:

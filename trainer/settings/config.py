@@ -33,11 +33,11 @@ from vidt.model.config import CLASS_LOSSES, ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
-AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
+AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run chooses
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
-SCHEDULES = ("cosine", "linear")
+SCHEDULES = ("cosine", "linear", "flat_cosine")
 SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
@@ -129,6 +129,13 @@ class TrainConfig:
         default=True,
         metadata=_help("give images of similar aspect ratio to the same optimiser step"),
     )
+    repeat_thresh: float = field(
+        default=0.0,
+        metadata=_help(
+            "show images more than once an epoch if they hold a class that less than this share of "
+            "the images has; 0: each image once"
+        ),
+    )
 
     epochs: int = field(
         default=50, metadata=_help("passes over the training images", group="Optimisation")
@@ -166,10 +173,27 @@ class TrainConfig:
             "train at lr"
         ),
     )
+    lr_layer_decay: float = field(
+        default=1.0,
+        metadata=_help(
+            "each layer of the backbone trains at this times the learning rate of the layer after "
+            "it; 1: all at the same"
+        ),
+    )
+    freeze: int = field(
+        default=0,
+        metadata=_help(
+            "stages of the backbone, 1 to 4, that do not train, and with them the patch embedding; "
+            "[DET] tokens do; 0: none"
+        ),
+    )
     min_lr: float = field(default=1e-7, metadata=_help("learning rate at the end"))
     sched: str = field(
         default="cosine",
-        metadata=_help("learning-rate schedule after the warm-up: " + " or ".join(SCHEDULES)),
+        metadata=_help(
+            "learning-rate schedule after the warm-up: cosine, linear, or flat_cosine, which "
+            "decays in the second half of the run"
+        ),
     )
     weight_decay: float = field(default=1e-4, metadata=_help("weight decay of AdamW"))
     adam_beta2: float = field(
@@ -177,6 +201,13 @@ class TrainConfig:
     )
     warmup_steps: int = field(
         default=200, metadata=_help("steps of warm-up; at most a third of the run")
+    )
+    warmup_share: float = field(
+        default=0.0,
+        metadata=_help(
+            "share of the run's steps, up to a third, to warm up for, instead of warmup_steps; "
+            "0: warmup_steps"
+        ),
     )
     clip_max_norm: float = field(
         default=0.1, metadata=_help("gradient norm to clip at; 0: no clipping")
@@ -199,7 +230,13 @@ class TrainConfig:
     ema: bool = field(
         default=True, metadata=_help("keep a moving average of the weights and evaluate it")
     )
-    ema_decay: float = field(default=0.9998, metadata=_help("decay of that average at each step"))
+    ema_decay: float = field(
+        default=0.9998,
+        metadata=_help(
+            "decay of that average at each step; auto: by the length of the run",
+            words={"auto": AUTO},
+        ),
+    )
     seed: int = field(default=42, metadata=_help("seed of all random numbers"))
 
     mixed_precision: str = field(
@@ -304,7 +341,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epochs", "max_steps", "n_iter_to_acc", "eval_batch_size"), 1),
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
-    **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising"), 0),
+    **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising", "freeze"), 0),
     **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
 # Limits that no run comes near: beyond them a slip of the finger would fork, allocate or wait
@@ -314,7 +351,7 @@ _AT_MOST = {
     **dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "log_interval"), 10**9),
     **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
     **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
-    **{"num_workers": 256, "denoising": 10_000},
+    **{"num_workers": 256, "denoising": 10_000, "freeze": 4},
 }
 
 
@@ -345,6 +382,10 @@ def _check_alone(config: TrainConfig) -> None:
         _require(0 <= mult < math.inf, name, mult, "0 or more")
     power = config.lr_fan_in_power
     _require(0 <= power <= 2, "lr_fan_in_power", power, "from 0 to 2")
+    decay = config.lr_layer_decay
+    _require(0 < decay <= 1, "lr_layer_decay", decay, "above 0 and at most 1")
+    share = config.warmup_share
+    _require(0 <= share <= 1 / 3, "warmup_share", share, "from 0 to a third")
     schedules = f"one of {', '.join(SCHEDULES)}"
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
     losses = f"one of {', '.join(CLASS_LOSSES)}"
@@ -355,14 +396,16 @@ def _check_alone(config: TrainConfig) -> None:
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
     _require(config.seed < 2**32, "seed", config.seed, "below 4294967296")
-    _require(0 <= config.ema_decay < 1, "ema_decay", config.ema_decay, "0 or more and below 1")
+    decay = config.ema_decay
+    known = decay == AUTO or 0 <= decay < 1
+    _require(known, "ema_decay", decay, "0 or more and below 1, or auto")
     coef = config.distil_loss_coef
     _require(0 < coef < math.inf, "distil_loss_coef", coef, "above 0")
     teachers = f"one of {', '.join(TEACHERS)}"
     known = config.distil_model is None or config.distil_model in TEACHERS
     _require(known, "distil_model", config.distil_model, teachers)
-    share = config.max_bad_fraction
-    _require(0 <= share <= 1, "max_bad_fraction", share, "from 0 to 1")
+    for name in ("max_bad_fraction", "repeat_thresh"):
+        _require(0 <= getattr(config, name) <= 1, name, getattr(config, name), "from 0 to 1")
     sizes = config.train_sizes
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
@@ -377,6 +420,12 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError("--eval and --check exclude each other; drop one")
     if config.load_from is not None and config.resume is not None:
         raise ConfigError("--load_from and --resume exclude each other; drop --load_from")
+    started = config.load_from or config.resume or config.eval or config.pre_trained != "none"
+    if config.freeze and not started:
+        raise ConfigError(
+            f"freeze is {config.freeze}, but the backbone starts from random weights, which would "
+            "never learn; give --load_from or --pre_trained"
+        )
     _require(config.min_lr <= config.lr, "min_lr", config.min_lr, f"at most lr, {config.lr}")
     if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
         other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
