@@ -32,7 +32,9 @@ from vidt.errors import UserError, escaped, shown
 from vidt.model.config import ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
-DATASETS = ("shapes", "coco", "voc", "yolo")
+# The field with the path of each dataset but the embedded one; auto is told by its content.
+PATH_OF = {"coco": "coco_path", "voc": "voc_path", "yolo": "yolo_path", "auto": "data"}
+DATASETS = ("shapes", *PATH_OF)
 AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
@@ -48,8 +50,8 @@ ELSEWHERE = {
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
-    *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
-    "cache_images",
+    *PATH_OF.values(),
+    *("output_dir", "tensorboard_dir", "config", "resume", "cache_images"),
 )
 
 
@@ -61,8 +63,21 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 class TrainConfig:
     """Optimisation and data of a run. Raises ConfigError for invalid values."""
 
+    data: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder of a COCO, YOLO or Pascal VOC dataset of any layout, told by its content, or "
+            "its annotation file",
+            group="Data",
+        ),
+    )
+    val_fraction: float = field(
+        default=0.2,
+        metadata=_help("share of the images to validate on if --data has no validation part"),
+    )
     dataset_file: str = field(
-        default="shapes", metadata=_help("which dataset: shapes, coco, voc or yolo", group="Data")
+        default="shapes",
+        metadata=_help("which dataset: shapes, coco, voc, yolo, or auto for --data"),
     )
     coco_path: str | None = field(
         default=None,
@@ -352,6 +367,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(known, "distil_model", config.distil_model, teachers)
     share = config.max_bad_fraction
     _require(0 <= share <= 1, "max_bad_fraction", share, "from 0 to 1")
+    held = config.val_fraction
+    _require(0 < held < 1, "val_fraction", held, "above 0 and below 1")
     sizes = config.train_sizes
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
@@ -373,11 +390,13 @@ def _check_together(config: TrainConfig) -> None:
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
-    for name in DATASETS[1:]:
-        if getattr(config, f"{name}_path") is not None and config.dataset_file != name:
-            raise ConfigError(
-                f"{name}_path is for dataset_file {name}; it is {config.dataset_file}"
-            )
+    others = (*PATH_OF.values(), *COCO_FILES)
+    other = next((n for n in others if n != "data" and getattr(config, n) is not None), None)
+    if config.data is not None and other is not None:
+        raise ConfigError(f"--data and --{other} exclude each other; drop one")
+    for name, path in PATH_OF.items():
+        if getattr(config, path) is not None and config.dataset_file != name:
+            raise ConfigError(f"{path} is for dataset_file {name}; it is {config.dataset_file}")
     needed, number = (COCO_FILES[2:], "both") if config.eval else (COCO_FILES, "all four")
     given = [name for name in COCO_FILES if getattr(config, name) is not None]
     missing = [name for name in needed if name not in given]
@@ -389,8 +408,10 @@ def _check_together(config: TrainConfig) -> None:
 
 def _check_data_path(config: TrainConfig) -> None:
     """Raises ConfigError for a dataset without a path, unless it is the embedded one."""
-    flag = f"{config.dataset_file}_path"
-    if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
+    if config.dataset_file == "shapes" or config.val_json:
+        return
+    flag = PATH_OF[config.dataset_file]
+    if getattr(config, flag):
         return
     files = " or " + ", ".join(COCO_FILES) if config.dataset_file == "coco" else ""
     raise ConfigError(f"--dataset_file {config.dataset_file} needs a path; give {flag}{files}")
@@ -414,8 +435,8 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     given = given_settings(argv)
     if any(given.get(name) is not None for name in COCO_FILES):
         given.setdefault("dataset_file", "coco")
-    for name in DATASETS:
-        if given.get(f"{name}_path") is not None:
+    for name, path in PATH_OF.items():
+        if given.get(path) is not None:
             given.setdefault("dataset_file", name)
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
