@@ -489,8 +489,8 @@ def _file_name_in(xml: str) -> str:
 
 
 def _by_part(tree: _Tree, pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """(Picture, annotations) by the part that a folder of the one or the other names; what no folder
-    names is for training.
+    """(Picture, annotations) by the part that a folder of either names; what no folder names is for
+    training.
     """
     by_part: dict[str, list[tuple[str, str]]] = {}
     for pair in pairs:
