@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from trainer.data.load import read_and_log, read_datasets, read_validation
+from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
 from trainer.loop.clock import training_record
@@ -32,7 +32,7 @@ from trainer.loop.step import check_readable, report_wait, train_step
 from trainer.loop.stopping import INTERRUPTED, Stopped, StopRequest, sigterm_interrupts
 from trainer.readers.findings import format_findings
 from trainer.readers.samples import SampleTable
-from trainer.report.console import Console, PrintableFormatter, score_table
+from trainer.report.console import Console, PrintableFormatter, score, score_table
 from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
 from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard, fan_out
@@ -56,20 +56,23 @@ def train(
     report: Report = lambda progress: None,
     *,
     accelerator: Accelerator | None = None,
+    test_set: SampleTable | None = None,
 ) -> dict[str, float]:
     """Trains a detector and returns the metrics of its best evaluation (keys as in
-    `trainer.report.progress`).
+    `trainer.report.progress`), and with a test_set those of the best weights on it, as `test_map50`
+    and so on.
 
-    train_set and val_set share their class names; model_fields are those of `ViDTConfig`. The main
-    process alone calls report. Writes `best.safetensors`, `last.safetensors`, `checkpoints/`,
-    `predictions.jpg` and `config.yaml` into `config.output_dir`.
+    All sets share their class names; model_fields are those of `ViDTConfig`. The main process alone
+    calls report. Writes `best.safetensors`, `last.safetensors`, `checkpoints/`, `predictions.jpg`,
+    `config.yaml` and with a test_set `test.json` into `config.output_dir`.
 
     Raises UserError, NonFiniteLoss, and, after SIGTERM or SIGINT once everything is saved, Stopped.
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
     agreement = Agreement(accelerator)
     with only_run_in(Path(config.output_dir), agreement):
-        return _train(config, model_fields, train_set, val_set, report, accelerator, agreement)
+        sets = train_set, val_set, test_set
+        return _train(config, model_fields, *sets, report, accelerator, agreement)
 
 
 def _train(
@@ -77,6 +80,7 @@ def _train(
     model_fields: Mapping[str, Any],
     train_set: SampleTable,
     val_set: SampleTable,
+    test_set: SampleTable | None,
     report: Report,
     accelerator: Accelerator,
     agreement: Agreement,
@@ -109,15 +113,17 @@ def _train(
                     check_readable(run.dataset, config.max_bad_fraction, run.agreement)
                 with losses.paused():
                     evaluate_and_save(run, train_set, val_set, say, stop)
+            on_test = {} if test_set is None else evaluate_test(run, test_set, say, stop)
         except Stopped:
             losses.check()
             # Not a due save: the resumed run still owes this step's evaluation and checkpoint.
             save_checkpoint(run, say)
             raise
 
-    metrics = {**state.best_metrics, "best_epoch": float(clock.epoch(state.best_step))}
+    best = {**state.best_metrics, **on_test}
+    metrics = {**best, "best_epoch": float(clock.epoch(state.best_step))}
     say("end", metrics, fraction=1.0, weights=output / "best.safetensors", message=end_line(run))
-    return state.best_metrics
+    return best
 
 
 def announce(
@@ -206,6 +212,31 @@ def save_evaluation(
     )
 
 
+def evaluate_test(run: Run, test_set: SampleTable, say: Say, stop: StopRequest) -> dict[str, float]:
+    """Evaluates the best weights on the test part, writes `test.json` and returns the metrics, as
+    `test_map50` and so on. Raises Stopped if a signal interrupts it.
+    """
+    output = Path(run.config.output_dir)
+    model, _ = load_detector(str(output / resume.BEST), run.agreement)
+    evaluation = evaluate(
+        run.accelerator.prepare_model(model, evaluation_mode=True),
+        test_set,
+        run.dataset.preprocessing,
+        run.accelerator,
+        run.agreement,
+        batch_size=run.config.eval_batch_size or run.config.batch_size,
+        num_workers=run.config.num_workers,
+        stop=lambda: stop.signum,
+    )
+    metrics = {f"test_{name}": value for name, value in evaluation.metrics.items()}
+    if run.accelerator.is_main_process:
+        atomic_write(output / resume.TEST, json.dumps(metrics, indent=1).encode())
+        numbers = ", ".join(f"{name} {score(metrics[name])}" for name in ("test_map50", "test_map"))
+        images = counted(len(test_set), "image")
+        say("saved", message=f"best weights on {test_set.source}, {images}: {numbers}")
+    return metrics
+
+
 def save_checkpoint(run: Run, say: Say) -> None:
     """Saves what `--resume` needs, on the main process only."""
     if run.accelerator.is_main_process:
@@ -260,7 +291,8 @@ def train_and_report(
 ) -> None:
     """`train` on the data of the settings, with the reports of the command line."""
     output = Path(config.output_dir)
-    train_set, val_set = agreement.on_main(lambda: checked_datasets(config, model_fields))
+    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields))
+    train_set, val_set = data.train, data.val
     names = (
         "best.safetensors",
         "last.safetensors",
@@ -280,16 +312,22 @@ def train_and_report(
             # The page reads metrics.csv, and the console names the page at the end.
             reports = [CsvLog(output / "metrics.csv"), events, page, console]
         report = fan_out(*reports)
-        train(config, model_fields, train_set, val_set, report, accelerator=accelerator)
+        train(
+            config,
+            model_fields,
+            train_set,
+            val_set,
+            report,
+            accelerator=accelerator,
+            test_set=data.test,
+        )
 
 
-def checked_datasets(
-    config: TrainConfig, model_fields: Mapping[str, Any]
-) -> tuple[SampleTable, SampleTable]:
-    """Reads both splits. The log summarises the findings; `findings.csv` lists them."""
-    return read_and_log(
+def checked_datasets(config: TrainConfig, model_fields: Mapping[str, Any]) -> Datasets:
+    """Reads all parts. The log summarises the findings; `findings.csv` lists them."""
+    return read_and_log_parts(
         Path(config.output_dir),
-        lambda: read_datasets(
+        lambda: read_parts(
             config,
             num_queries=model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import (
+    add_val_fraction,
     check_result,
     command_parser,
     count,
@@ -16,7 +17,7 @@ from trainer.commands.command_flags import (
     write_json,
 )
 from trainer.readers.findings import BadDataset, Finding, format_findings
-from trainer.settings.config import COCO_FILES, DATASETS, TrainConfig
+from trainer.settings.config import COCO_FILES, PATH_OF, TrainConfig
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.formats import ENDINGS
@@ -28,19 +29,22 @@ examples, images that are in both splits or look alike. It changes nothing.
 """
 EXAMPLES = """
 examples:
+  vidt check --data photos
   vidt check --coco_path data/coco
   vidt check --train_json train.json --train_images images --val_json val.json --val_images images
   vidt check --yolo_path data/yolo --json
   vidt check --voc_path data/voc --out findings.json
 
-as JSON: usable (would a training begin?), error (why not), splits (images, boxes and boxes of each
-class), classes, findings (kind, severity, action, detail, source, file, image_id, annotation_id,
-count). A dataset whose annotations cannot be read at all has no JSON, only the line "error: ...".
+as JSON: usable (would a training begin?), error (why not), recognised (what --data is), splits
+(images, boxes and boxes of each class), classes, findings (kind, severity, action, detail, source,
+file, image_id, annotation_id, count). A dataset whose annotations cannot be read at all has no
+JSON, only the line "error: ...".
 
 exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
 """
 DATASET_SUFFIXES = (*ENDINGS, ".txt", ".xml", ".yaml", ".yml")
 HELP_OF = {
+    "data": "folder of a COCO, YOLO or Pascal VOC dataset of any layout, or its annotation file",
     "coco_path": "folder with annotations/instances_{train,val}2017.json, train2017/, val2017/",
     "voc_path": "folder of a Pascal VOC dataset",
     "yolo_path": "folder of a YOLO dataset, or its yaml file",
@@ -55,6 +59,7 @@ def flags() -> OneLineParser:
     parser = command_parser("check", SUMMARY, EXAMPLES)
     for name, text in HELP_OF.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=text)
+    add_val_fraction(parser)
     parser.add_argument(
         "--det_token_num",
         type=count,
@@ -98,24 +103,28 @@ def run(argv: Sequence[str]) -> int:
     config = settings(vars(given))
     check_result("--out", given.out, read_files(config, given.out))
     # Imported here, so that --help does not wait for PyTorch.
-    from trainer.data.load import read_datasets
+    from trainer.data.load import read_parts
 
     failure: BadDataset | None = None
     findings: list[Finding]
     tables: list[Any] = []
+    recognised = ""
     try:
-        train, val, findings = read_datasets(
+        data = read_parts(
             config,
             num_queries=given.det_token_num,
             num_classes=None,
             compare_pictures=not given.no_look_alikes,
         )
-        tables = [train, val]
+        tables, findings = [data.train, data.val], data.findings
+        tables += [data.test] if data.test is not None else []
+        recognised = data.recognised
     except BadDataset as error:
         failure, findings = error, error.findings
     facts = {
         "usable": failure is None,
         "error": str(failure) if failure else None,
+        "recognised": recognised,
         "classes": list(tables[0].class_names) if tables else [],
         "splits": [_split(table) for table in tables],
         "findings": [asdict(finding) for finding in findings],
@@ -130,18 +139,19 @@ def run(argv: Sequence[str]) -> int:
 def settings(given: dict[str, Any]) -> TrainConfig:
     """The settings of a training on the data. Raises UserError unless it is one dataset."""
     paths = {name: given[name] for name in HELP_OF if given[name] is not None}
-    kinds = [name for name in DATASETS if f"{name}_path" in paths]
+    kinds = [name for name, path in PATH_OF.items() if path in paths]
     if any(name in paths for name in COCO_FILES):
         kinds.append("coco")
     if not kinds:
         four = ", ".join(f"--{name}" for name in COCO_FILES)
         raise UserError(
-            f"no dataset is named; give --coco_path, --voc_path, --yolo_path, or {four}"
+            f"no dataset is named; give --data, --coco_path, --voc_path, --yolo_path, or {four}"
         )
     if len(kinds) > 1:
         both = " and ".join(f"--{name}" for name in paths)
         raise UserError(f"{both}: check one dataset at a time")
-    chosen = {name: given[name] for name in ("max_bad_fraction", "eval_size", "strict_images")}
+    names = ("max_bad_fraction", "eval_size", "strict_images", "val_fraction")
+    chosen = {name: given[name] for name in names}
     return TrainConfig(dataset_file=kinds[0], **chosen, **paths)
 
 
@@ -153,13 +163,23 @@ def read_files(config: TrainConfig, out: Path | None) -> list[Path]:
     folders = [Path(each) for each in (config.train_images, config.val_images) if each]
     if config.coco_path:
         files += (Path(config.coco_path) / "annotations").glob("instances_*.json")
-    for each in (config.coco_path, config.voc_path, config.yolo_path):
+    if config.data:
+        files += annotation_files(config.data)
+    for each in (config.coco_path, config.voc_path, config.yolo_path, config.data):
         if each:
             folders.append(Path(each).parent if Path(each).is_file() else Path(each))
     if out is not None and out.exists() and out.suffix.lower() in DATASET_SUFFIXES:
         inside = any(folder.resolve() in out.resolve().parents for folder in folders)
         files += [out] if inside else []
     return files
+
+
+def annotation_files(data: str) -> list[Path]:
+    """The annotation files of --data that have no ending of `DATASET_SUFFIXES`."""
+    from trainer.data.recognise import CocoPart, recognise
+
+    parts = recognise(data).parts.values()
+    return [Path(part.json_path) for part in parts if isinstance(part, CocoPart)]
 
 
 def _split(table: Any) -> dict[str, Any]:
@@ -173,7 +193,8 @@ def _split(table: Any) -> dict[str, Any]:
 
 
 def report(facts: dict[str, Any], findings: list[Finding]) -> str:
-    lines = [
+    lines = [facts["recognised"]] if facts["recognised"] else []
+    lines += [
         f"{each['source']}: {counted(each['images'], 'image')}, "
         f"{counted(each['boxes'], 'box', 'boxes')}"
         for each in facts["splits"]

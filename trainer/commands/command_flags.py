@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.settings.config import LARGEST_SIZE
+from trainer.settings.config import LARGEST_SIZE, TrainConfig
 from vidt.arguments import MIXED_PRECISIONS, OneLineParser
 from vidt.atomic import atomic_file, atomic_write
 from vidt.errors import UserError, escaped, printable, shown
@@ -21,6 +21,34 @@ MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 def command_parser(command: str, summary: str, examples: str) -> OneLineParser:
     """The parser of one subcommand."""
     return OneLineParser(f"vidt {command}", description=summary.strip(), epilog=examples.strip())
+
+
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """The flags that name ground truth in any layout."""
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="folder of a COCO, YOLO or Pascal VOC dataset of any layout, or its annotation file",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("val", "test"),
+        default="val",
+        help="the part of --data to use (default %(default)s)",
+    )
+    add_val_fraction(parser)
+
+
+def add_val_fraction(parser: argparse._ActionsContainer) -> None:
+    """The flag of the part that is held out of --data."""
+    parser.add_argument(
+        "--val_fraction",
+        type=share,
+        default=TrainConfig.val_fraction,
+        metavar="S",
+        help="share of the images of --data to validate on if it has no validation part "
+        "(default %(default)s)",
+    )
 
 
 def share(text: str) -> float:

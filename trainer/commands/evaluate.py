@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
+    add_data,
     add_detector_flags,
     check_result,
     command_parser,
@@ -19,11 +22,14 @@ from trainer.commands.command_flags import (
 )
 from trainer.commands.image_files import ImageFile
 from trainer.commands.predictions import predict_files, read_file
-from trainer.readers.coco_file import CocoFile, locate_images, read_coco_file
-from trainer.readers.findings import format_findings
+from trainer.readers.classes import ClassMatch
+from trainer.readers.coco_columns import Annotations, ImageColumns
+from trainer.readers.coco_file import NO_FAULT, CocoFile, locate_images, read_coco_file
+from trainer.readers.findings import Finding, format_findings
 from trainer.readers.values import shortened
 from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
+from trainer.settings.config import TrainConfig
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
 
@@ -36,6 +42,7 @@ EXAMPLES = """
 examples:
   vidt evaluate output/best.safetensors --json data/coco/annotations/instances_val2017.json \\
       --images data/coco/val2017
+  vidt evaluate output/best.safetensors --data photos --split test
   vidt evaluate model.onnx --json val.json --images images --out scores.json
       an exported model, which onnxruntime runs without PyTorch
 
@@ -52,8 +59,9 @@ MAX_BAD = 0.05  # share of unreadable images above which there is no score
 def flags() -> OneLineParser:
     parser = command_parser("evaluate", SUMMARY, EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
-    parser.add_argument("--json", required=True, metavar="FILE", help="annotations in COCO's JSON")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
+    add_data(parser)
+    parser.add_argument("--json", metavar="FILE", help="annotations in COCO's JSON")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
     add_detector_flags(parser, batch_size=8)
     return parser
@@ -62,21 +70,30 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
-    check_result("--out", given.out, [Path(given.weights), Path(given.json)])
+    require_one_truth(given.data, given.json, given.images, "--images")
+    check_result("--out", given.out, [Path(given.weights), Path(given.json or given.data)])
+    if given.data is not None:
+        check_result("--out", given.out, annotation_files(given.data))
     detector = load_detector(given)
-    file = read(given.json, given.images, detector.class_names)
+    folder = given.images or ""
+    if given.data is None:
+        file = read(given.json, folder, detector.class_names)
+    else:
+        file, line = read_data(given.data, given.split, given.val_fraction, detector.class_names)
+        note(line)
     if given.out is not None:
-        images = (Path(given.images, name) for name in file.images.names)
+        images = (Path(folder, name) for name in file.images.names)
         resolved = given.out.resolve()
         check_result("--out", given.out, (e for e in images if e.name == resolved.name))
-    found, unread = predict(detector, file, given.images, given.batch_size)
+    found, unread = predict(detector, file, folder, given.batch_size)
     num_images, malformed = len(file.images.ids), file.images.num_malformed
     if len(unread) + malformed > MAX_BAD * (num_images + malformed):
         for line in remarks(file, {}, [], 0):  # the error tells of the unreadable ones
             note(line)
         first = unread[0] if unread else f"{file.source}: {shortened(file.images.malformed[0])}"
         raise UserError(
-            f"--images {given.images}: {len(unread) + malformed} of {num_images + malformed} "
+            f"{'--data' if given.data else '--images'} {given.data or given.images}: "
+            f"{len(unread) + malformed} of {num_images + malformed} "
             f"images cannot be read; the first: {first}"
         )
     truth = judge(file, found)
@@ -88,6 +105,71 @@ def run(argv: Sequence[str]) -> int:
     say(table(metrics, detector.class_names))
     write_json(given.out, metrics)
     return 0
+
+
+def require_one_truth(
+    data: str | None, json_path: object, images: object, images_flag: str, *, needed: bool = True
+) -> None:
+    """Raises UserError unless --data is given, or --json and the folder of its images; not both."""
+    both = f"--json and {images_flag}"
+    given = [flag for flag, value in (("--json", json_path), (images_flag, images)) if value]
+    if data is not None and given:
+        raise UserError(f"--data and {given[0]} exclude each other; drop one")
+    if len(given) == 1 or (needed and data is None and not given):
+        raise UserError(f"{both}: give both, or {'--data' if needed else 'neither'}")
+
+
+def read_data(
+    data: str, split: str, val_fraction: float, names: Sequence[str], *, masks: bool = True
+) -> tuple[CocoFile, str]:
+    """The ground truth of a split of --data as a COCO file whose images are paths, and the line on
+    what was recognised. Raises UserError as `trainer.data.load.read_split` does, and if no object
+    has a class of the detector.
+    """
+    # Imported here: reading a COCO file needs no PyTorch.
+    from trainer.data.load import read_split
+
+    config = TrainConfig(dataset_file="auto", data=data, val_fraction=val_fraction)
+    table, findings, line = read_split(config, split, names, masks=masks)
+    if not len(table.labels):
+        foreign = [each.text for each in findings if each.kind == "class not trained"]
+        why = foreign[0] if foreign else "it has no boxes"
+        raise UserError(f"--data {data}: the {split} part has no object of the weights; {why}")
+    return coco_file_of(table, findings), line
+
+
+def coco_file_of(table: Any, findings: Sequence[Finding]) -> CocoFile:
+    """A sample table in the form of a COCO file."""
+    columns = {name: getattr(table, name).numpy() for name in ("boxes", "areas", "crowd", "labels")}
+    owners, num_boxes = table.box_owners.numpy(), len(table.labels)
+    nothing = np.zeros(num_boxes, np.bool_)
+    sizes = [(height, width) for height, width in table.sizes.tolist()]
+    own_ids = dict(enumerate(table.class_names))
+    return CocoFile(
+        path="",
+        source=table.source,
+        own_names=own_ids,
+        classes=ClassMatch(table.class_names, tuple(own_ids), {label: label for label in own_ids}),
+        images=ImageColumns(table.image_ids.tolist(), list(table.paths()), sizes),
+        annotations=Annotations(
+            ids=table.annotation_ids.numpy(),
+            image_ids=table.image_ids.numpy()[owners],
+            category_ids=columns["labels"],
+            no_image=nothing,
+            no_category=nothing,
+            boxes=columns["boxes"],
+            no_box=nothing,
+            areas=columns["areas"],
+            no_area=nothing,
+            crowd=columns["crowd"],
+        ),
+        odd={},
+        owners=owners,
+        labels=columns["labels"],
+        faults=np.full(num_boxes, NO_FAULT),
+        findings=list(findings),
+        masks=table.masks[:] if table.masks is not None else (b"",) * num_boxes,
+    )
 
 
 def read(

@@ -1,15 +1,27 @@
 """`vidt export`: weights to an ONNX model, which is compared with them before it counts as done."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
+from trainer.commands.check import annotation_files
+from trainer.commands.command_flags import (
+    add_data,
+    check_result,
+    command_parser,
+    note,
+    say,
+    side,
+    write_json,
+)
 from trainer.commands.evaluate import read as read_truth
+from trainer.commands.evaluate import read_data, require_one_truth
 from trainer.commands.image_files import ImageFiles
+from trainer.readers.coco_file import CocoFile
 from trainer.scoring.coco_scores import judge, map50
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
@@ -27,6 +39,7 @@ examples:
   vidt export output/best.safetensors model.onnx
   vidt export output/best.safetensors model.onnx --size 640 640 --images photos/
   vidt export output/best.safetensors model.onnx --dynamic batch --with_decode
+  vidt export output/best.safetensors half.onnx --fp16 --data photos
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
 exit code: 0 exported, and both agree; 1 they differ, see the report; 2 a mistake that the line
@@ -66,6 +79,7 @@ def flags() -> OneLineParser:
         metavar="PATH",
         help="files or folders; default: noise",
     )
+    add_data(proof)
     proof.add_argument("--json", type=Path, metavar="FILE", help="COCO file: map50 of both")
     proof.add_argument("--coco_images", type=Path, metavar="DIR", help="folder of its images")
     proof.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
@@ -79,8 +93,7 @@ def run(argv: Sequence[str]) -> int:
     unknown = [word for word in dynamic if word not in AXES]
     if unknown:
         raise UserError(f"--dynamic {given.dynamic}: {unknown[0]} is neither batch nor size")
-    if (given.json is None) != (given.coco_images is None):
-        raise UserError("--json and --coco_images: give both, or neither")
+    require_one_truth(given.data, given.json, given.coco_images, "--coco_images", needed=False)
     if given.output.suffix != ".onnx":
         raise UserError(f"MODEL {given.output}: name it something.onnx")
     if not given.weights.is_file():
@@ -89,6 +102,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"MODEL {given.output}: there is no folder for it")
     images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]
     read = [given.weights, *images, *([given.json] if given.json else [])]
+    read += annotation_files(given.data) if given.data else []
     check_result("MODEL", given.output, read)
     check_result("--report", given.report, [*read, given.output])
     try:
@@ -105,11 +119,25 @@ def run(argv: Sequence[str]) -> int:
         half=given.fp16,
         with_decode=given.with_decode,
         images=images,
-        dataset_for=partial(scored_images, given.json, given.coco_images) if given.json else None,
+        dataset_for=proof_data(given),
     )
     say(report.text())
     write_json(given.report, report.as_dict())
     return 0 if report.ok else 1
+
+
+def proof_data(given: Namespace) -> Callable[[Sequence[str]], Any] | None:
+    """What reads the images to score, by the detector's class names; None for none."""
+    if given.data is not None:
+        return partial(scored_data, given.data, given.split, given.val_fraction)
+    return partial(scored_images, given.json, given.coco_images) if given.json else None
+
+
+def scored_data(data: str, split: str, val_fraction: float, names: Sequence[str]) -> Any:
+    """A split of --data, as `scored_images`."""
+    file, line = read_data(data, split, val_fraction, names, masks=False)
+    note(line)
+    return scored(file, Path(), names, f"--data {data}")
 
 
 def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
@@ -117,17 +145,21 @@ def scored_images(json_path: Path, folder: Path, names: Sequence[str]) -> Any:
     `vidt evaluate` refuses, a missing image, and a file without a usable box.
     """
     file = read_truth(str(json_path), str(folder), names, "--coco_images")
+    return scored(file, folder, names, f"--json {json_path}")
+
+
+def scored(file: CocoFile, folder: Path, names: Sequence[str], where: str) -> Any:
     files = [folder / name for name in file.images.names]
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None:
-        raise UserError(f"{missing}: no such file, but {json_path} has it")
+        raise UserError(f"{missing}: no such file, but {file.path} has it")
     sizes = [
         probe_image(path).size if size == (0, 0) else size
         for path, size in zip(files, file.images.sizes, strict=True)
     ]
     empty = {position: ImagePredictions("", size) for position, size in enumerate(sizes)}
     if not len(judge(file, empty).rows):
-        raise UserError(f"--json {json_path}: no annotation has a usable box to score")
+        raise UserError(f"{where}: no annotation has a usable box to score")
 
     def score(detections: Iterable[Any]) -> float:
         return map50(file, sizes, detections, names)

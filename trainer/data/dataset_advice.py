@@ -4,11 +4,18 @@ M boxes.
 """
 
 import filecmp
+import hashlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
 
 from trainer.readers.findings import Finding, fold, listed
 from trainer.readers.samples import SampleTable
@@ -128,12 +135,57 @@ def _hashes(table: SampleTable) -> np.ndarray:
     return np.array(rows, np.uint64).reshape(-1, 2)
 
 
-def _hash_of_file(path: str, size: tuple[int, int]) -> tuple[int, int]:
+def _hash_of_file(
+    path: str, size: tuple[int, int], content: bytes | None = None
+) -> tuple[int, int]:
+    given = None if size == (0, 0) else size  # the check has not filled it in
     try:
-        value = difference_hash(read_image(path, size, at_least=(64, 64)))
+        value = difference_hash(read_image(path, given, at_least=(64, 64), content=content))
     except UserError:  # the loader tells of it
         return 0, 0
     return value, int(LEAST_SET <= value.bit_count() <= 64 - LEAST_SET)
+
+
+def look_alikes(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
+    """The group of each picture, int64 [N] from 0, and a hash of its bytes, uint64 [N]. A chain of
+    near-duplicates or equal files is one group. This decodes every picture.
+    """
+    paths, sizes = list(table.paths()), [(h, w) for h, w in table.sizes.tolist()]
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        found = pool.map(_prints_of_file, paths, sizes, chunksize=16)
+        bar = tqdm(found, "looking for near-duplicates", len(paths), disable=_is_quiet())
+        rows = np.array(list(bar), np.uint64).reshape(-1, 3)
+    digests, hashes, known = rows[:, 0], rows[:, 1], np.flatnonzero(rows[:, 2])
+    _, same = np.unique(digests, return_inverse=True)
+    edges = [(np.arange(len(rows)), len(rows) + same)]  # a node for each content
+    step = max(_COMPARED // max(len(known), 1), 1)
+    for start in range(0, len(known), step):
+        differ = np.bitwise_count(hashes[known[start : start + step], None] ^ hashes[known])
+        ours, theirs = np.nonzero(differ <= ALIKE_BITS)
+        edges.append((known[start + ours], known[theirs]))
+    one, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
+    graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(2 * len(rows),) * 2)
+    labels = connected_components(graph, directed=False)[1][: len(rows)]
+    return np.unique(labels, return_inverse=True)[1], digests
+
+
+def _is_quiet() -> bool:
+    return not sys.stderr.isatty()
+
+
+def _prints_of_file(path: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """A hash of the file's bytes, of its name if it cannot be read; then what `_hash_of_file`
+    returns.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return _digest(os.fsencode(os.path.basename(path))), 0, 0
+    return _digest(content), *_hash_of_file(path, size, content)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def difference_hash(image: Image.Image) -> int:

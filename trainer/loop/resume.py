@@ -34,10 +34,10 @@ NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # The results in a run's folder; each save replaces them.
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
-BEST, NON_FINITE = "best.safetensors", "non_finite.json"
+BEST, NON_FINITE, TEST = "best.safetensors", "non_finite.json", "test.json"
 RESULTS = (
     *(BEST, "last.safetensors", "config.yaml", "metrics.csv"),
-    *("report.html", "predictions.jpg", NON_FINITE),
+    *("report.html", "predictions.jpg", NON_FINITE, TEST),
 )
 # How a run was trained whose checkpoint is older than these settings; what is not listed was not
 # there, as by default.

@@ -63,6 +63,7 @@ def read_coco(
     masks: bool = False,
     seen: FilesSeen | None = None,
     source: str | None = None,
+    drop_unused_parents: bool = False,
 ) -> tuple[SampleTable, list[Finding]]:
     """Read a COCO file and list what was left out.
 
@@ -71,14 +72,16 @@ def read_coco(
     left out with a finding, since the model has no output for them. Segmentations are read only
     with `masks`; an object whose segmentation is unusable keeps its box. Files that are dealt with
     are added to `seen`. Findings and the table name the split as `source`, by default by the JSON
-    file's name; two splits need names that differ.
+    file's name; two splits need names that differ. `drop_unused_parents` is as in `read_coco_file`.
 
     Raises UserError, in one line, if the file or folder is missing, is not COCO JSON, has no
     images, or uses an image id or category name twice.
     """
     if not os.path.isdir(image_dir):
         raise UserError(f"{image_dir}: no such image folder")
-    file = read_coco_file(json_path, class_names, source=source)
+    file = read_coco_file(
+        json_path, class_names, source=source, drop_unused_parents=drop_unused_parents
+    )
     images, annotations = file.images, file.annotations
     folder = os.fspath(image_dir)
     locate_images(file, folder)

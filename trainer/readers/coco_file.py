@@ -40,6 +40,7 @@ class CocoFile:
     labels: np.ndarray  # int64 [M], -1 for a class that is not trained, -2 for an unknown one
     faults: np.ndarray  # int64 [M], UNKNOWN_IMAGE to NO_FAULT
     findings: list[Finding] = field(default_factory=list)
+    masks: Sequence[RunLengths] | None = None  # of M annotations; None: those of the file `path`
 
 
 def read_coco_file(
@@ -47,11 +48,14 @@ def read_coco_file(
     class_names: Sequence[str] | None = None,
     *,
     source: str | None = None,
+    drop_unused_parents: bool = False,
 ) -> CocoFile:
     """Read a file. Labels follow the sorted category ids, or `class_names`, matched by name.
     Findings name the file as `source`, by default by its own name.
 
-    An image file that is there twice counts once, with the boxes of both entries.
+    An image file that is there twice counts once, with the boxes of both entries. With
+    `drop_unused_parents`, a category that no annotation has and that others name as their
+    supercategory is no class: Roboflow writes one.
 
     Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
@@ -59,10 +63,13 @@ def read_coco_file(
     images, annotations, categories = ImageColumns(), AnnotationColumns(), list[Row]()
     _read(json_path, images, annotations, categories)
     own_names = _category_names(json_path, categories)
-    classes = match_classes(str(json_path), own_names, class_names)
-    _require_images(json_path, images)
     columns = annotations.joined()
     source = source or os.path.basename(json_path)
+    parents: list[Finding] = []
+    if drop_unused_parents:
+        parents = _drop_unused_parents(own_names, categories, columns, source, str(json_path))
+    classes = match_classes(str(json_path), own_names, class_names)
+    _require_images(json_path, images)
     findings = images.told.findings(source, str(json_path))
     findings += annotations.told.findings(source, str(json_path))
     owners, more = _owners_in_files(columns, images, source)
@@ -79,7 +86,7 @@ def read_coco_file(
         owners=owners,
         labels=labels,
         faults=np.select(faulty, list(range(len(faulty))), default=NO_FAULT),
-        findings=[*findings, *more],
+        findings=[*findings, *parents, *more],
     )
 
 
@@ -148,6 +155,36 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
     return names
 
 
+def _drop_unused_parents(
+    own_names: dict[int, str],
+    categories: list[Row],
+    annotations: Annotations,
+    source: str,
+    path: str,
+) -> list[Finding]:
+    """Removes from `own_names` the categories that others name as their supercategory and that no
+    annotation has, unless nothing would be left. Returns a finding for each.
+    """
+    used = {*annotations.category_ids[~annotations.no_category].tolist()}
+    unused = [
+        own_id
+        for own_id, name in own_names.items()
+        if own_id not in used
+        and any(
+            row.get("supercategory") == name and whole_number(row.get("id")) != own_id
+            for row in categories
+        )
+    ]
+    if len(unused) == len(own_names):
+        return []
+    findings = []
+    for own_id in unused:
+        name = own_names.pop(own_id)
+        detail = f"category {own_id}, {name!r}, is a supercategory of others and has no box"
+        findings.append(Finding("unused super-category", "info", "no class", detail, source, path))
+    return findings
+
+
 def _require_images(json_path: str | os.PathLike[str], images: ImageColumns) -> None:
     """Raises UserError if no image can be used, or two have the same id."""
     repeated = images.repeated()
@@ -208,6 +245,9 @@ def read_masks(
 
     This reads the file a second time, because images may follow the annotations in it.
     """
+    if file.masks is not None:
+        yield from ((row, file.masks[row], "") for row in np.flatnonzero(keep).tolist())
+        return
     row = -1
     for key, part in read_members(file.path):
         for annotation in part if key == "annotations" else ():

@@ -45,7 +45,7 @@ class _Picture:
 class _Line:
     """One name of a list, with the files that belong to it."""
 
-    place: str  # in messages
+    place: str  # in messages; "" for a file that no list names
     picture: Path
     xml: Path
     odd: str = ""  # the line, if it has another form
@@ -71,20 +71,44 @@ def read_voc(
     split_files = _split_files(Path(root), split)
     for split_file in split_files:
         reader.read_year(split_file)
+    return _table(reader, class_names, split_files[0])
+
+
+def read_xml_files(
+    pairs: Sequence[tuple[str, str]],
+    source: str,
+    class_names: Sequence[str] | None = None,
+    *,
+    seen: FilesSeen | None = None,
+) -> tuple[SampleTable, list[Finding]]:
+    """Read pictures, each with an XML file of its own, wherever both are: (picture, XML) paths.
+    Apart from the lists of a split, all is as in `read_voc`; `source` names the split.
+    """
+    reader = _Reader(source, seen or FilesSeen())
+    for picture, xml in pairs:
+        reader.seen.folders.update((os.path.dirname(picture), os.path.dirname(xml)))
+        reader.seen.files.update((os.path.normpath(picture), os.path.normpath(xml)))
+        reader.read_picture(_Line("", Path(picture), Path(xml)))
+    return _table(reader, class_names, source)
+
+
+def _table(
+    reader: "_Reader", class_names: Sequence[str] | None, where: str | Path
+) -> tuple[SampleTable, list[Finding]]:
+    """The table of what was read; messages name the split as `where`."""
     pictures, findings = reader.pictures, fold(reader.findings)
     if not pictures:
         lost = [finding for finding in findings if finding.action == "removed"]
         first = f": {lost[0].text}" if lost else ""
         raise BadDataset(
-            f"{split_files[0]}: empty dataset: no image in it has annotations that can be "
-            f"read{first}",
+            f"{where}: empty dataset: no image in it has annotations that can be read{first}",
             findings,
         )
     own_names = sorted({thing.name for picture in pictures for thing in picture.objects})
     if class_names is not None:
         own_names = sorted({*own_names, *class_names})
     if not own_names:
-        raise BadDataset(f"{split_files[0]}: no object in its annotations has a box", findings)
+        raise BadDataset(f"{where}: no object in its annotations has a box", findings)
     classes = match_classes(reader.source, dict(enumerate(own_names, 1)), class_names)
     names = (thing.name for picture in pictures for thing in picture.objects)
     foreign = (name for name in names if name not in classes.names)
@@ -129,7 +153,7 @@ class _Reader(FindingList):
                 kind = "name in another form"
                 self.report(kind, "info", "read", f"{line.place}: {line.odd}", str(line.picture))
             first[line.xml] = line.place
-            self._read_picture(line)
+            self.read_picture(line)
 
     def report_picture(
         self, kind: str, severity: Severity, action: str, detail: str, file: str
@@ -150,14 +174,15 @@ class _Reader(FindingList):
                 self.seen.files.add(os.path.normpath(file))
         return file_names
 
-    def _read_picture(self, line: _Line) -> None:
+    def read_picture(self, line: _Line) -> None:
         path = str(line.picture)
         try:
             tree, remark = parse_xml(line.xml.read_bytes())
         except (OSError, ElementTree.ParseError, ValueError) as error:
             # Kept without boxes, the image would train its objects as background.
             reason = error.strerror if isinstance(error, OSError) else error
-            detail = f"{shown(line.xml.name, 300)} cannot be read ({reason}), named in {line.place}"
+            named = f", named in {line.place}" if line.place else ""
+            detail = f"{shown(line.xml.name, 300)} cannot be read ({reason}){named}"
             self.report("unreadable annotations", "error", "removed", detail, str(line.xml))
             return
         if remark:

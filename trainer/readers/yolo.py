@@ -43,8 +43,10 @@ def read_yolo(
     class_names: Sequence[str] | None = None,
     *,
     seen: FilesSeen | None = None,
+    config: dict[str, Any] | None = None,
 ) -> tuple[SampleTable, list[Finding]]:
-    """Read a split, "train" or "val", of a data.yaml or of the folder that holds it.
+    """Read a split, "train", "val" or "test", of a data.yaml or of the folder that holds it; for a
+    folder without one, `config` stands for its entries.
 
     Labels follow the yaml's names, or `class_names` if given; boxes of other classes are left out
     with a finding. A line is "class cx cy w h", optionally with a score, which is ignored, or
@@ -58,8 +60,8 @@ def read_yolo(
 
     Raises UserError if the yaml or the split is missing or malformed, or has no image.
     """
-    yaml_path = _yaml_path(Path(root_or_yaml))
-    config = _load(yaml_path)
+    yaml_path = Path(root_or_yaml) if config is not None else _yaml_path(Path(root_or_yaml))
+    config = load_data_yaml(yaml_path) if config is None else config
     own_names = _names(yaml_path, config.get("names"))
     classes = match_classes(str(yaml_path), own_names, class_names)
     reader = _Reader(f"{yaml_path.name} {split}", classes, _num_keypoint_values(yaml_path, config))
@@ -71,8 +73,8 @@ def read_yolo(
     samples = []
     for image_id, (path, header) in enumerate(zip(paths, probe_images(paths), strict=True), 1):
         rows = reader.read_labels(path, image_id)
-        seen.files.update((os.path.normpath(path), os.path.normpath(_label_path(path))))
-        seen.folders.update((os.path.dirname(path), str(_label_path(path).parent)))
+        seen.files.update((os.path.normpath(path), os.path.normpath(label_path(path))))
+        seen.folders.update((os.path.dirname(path), str(label_path(path).parent)))
         if rows is None:
             continue
         foreign += [own_names[int(row[0])] for row in rows if classes.label_of[int(row[0])] < 0]
@@ -95,7 +97,7 @@ def _yaml_path(path: Path) -> Path:
     return found[0]
 
 
-def _load(yaml_path: Path) -> dict[str, Any]:
+def load_data_yaml(yaml_path: Path) -> dict[str, Any]:
     """The entries; every value is text, so that classes may be called yes, no, 1.0 or 007."""
     try:
         config = load_yaml(read_limited(yaml_path), yaml_path, as_text=True)
@@ -148,15 +150,24 @@ def _image_paths(
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, str):
             raise UserError(f'{yaml_path}: "{split}" must name folders or lists of images')
-        source = _resolve(yaml_path, config, entry)
+        source = resolve_entry(yaml_path, config, entry)
         seen.files.add(os.path.normpath(source))
-        for place, path in _listed(source) if source.is_file() else _in_folder(source, seen):
+        for place, path in pictures_of(source, seen):
             if path in found:
                 reader.report("image twice", "warning", "counted once", place, path)
             found[path] = place
     if not found:
         raise UserError(f'{yaml_path}: empty dataset: no images at "{split}: {entries}"')
     return sorted(found)
+
+
+def pictures_of(source: Path, seen: FilesSeen) -> Iterator[tuple[str, str]]:
+    """(Place, path) of the images of an entry: a folder, a list of images, or one image."""
+    if not source.is_file():
+        return _in_folder(source, seen)
+    if is_picture(source.name):
+        return iter([(str(source.parent), str(source))])
+    return _listed(source)
 
 
 def _listed(source: Path) -> Iterator[tuple[str, str]]:
@@ -173,7 +184,7 @@ def _in_folder(source: Path, seen: FilesSeen) -> Iterator[tuple[str, str]]:
         yield from ((top, os.path.join(top, name)) for name in names if is_picture(name))
 
 
-def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
+def resolve_entry(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     base = yaml_path.parent / existing_name(yaml_path.parent, str(config.get("path") or ""))
     # In many exports entries start with ../ although the folders are next to the yaml.
     folders = ((base, entry), (yaml_path.parent, entry), (base, entry.removeprefix("../")))
@@ -186,7 +197,7 @@ def _resolve(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
     )
 
 
-def _label_path(image_path: str) -> Path:
+def label_path(image_path: str) -> Path:
     """The path with its last folder `images` replaced by `labels`; else next to the image."""
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
@@ -229,7 +240,7 @@ class _Reader(FindingList):
         """Rows [class, cx, cy, w, h], relative, of known classes; None if the file has lines but
         none that can be read: without its boxes the image would train objects as background.
         """
-        path = _label_path(image_path)
+        path = label_path(image_path)
         first_image = self._image_of.setdefault(path, image_path)
         if first_image != image_path:
             kind = "label file of two images"

@@ -48,7 +48,8 @@ class Progress:
     - "evaluation": the names in `COCO_NUMBERS`, with the prefix `segm_` for masks, `ap/CLASS` and
       `ap50/CLASS`. -1 or NaN: the validation set has no such objects.
     - "saved": nothing.
-    - "end": the metrics of the best evaluation, its epoch as `best_epoch`. May be empty.
+    - "end": the metrics of the best evaluation, its epoch as `best_epoch`, and those of the best
+      weights on the test part, if there is one, with the prefix `test_`. May be empty.
     """
 
     event: Event

@@ -32,13 +32,16 @@ from vidt.errors import UserError, escaped, shown
 from vidt.model.config import CLASS_LOSSES, ViDTConfig
 from vidt.weights.published import TEACHERS, published_for
 
-DATASETS = ("shapes", "coco", "voc", "yolo")
+# The field with the path of each dataset but the embedded one; auto is told by its content.
+PATH_OF = {"coco": "coco_path", "voc": "voc_path", "yolo": "yolo_path", "auto": "data"}
+DATASETS = ("shapes", *PATH_OF)
 AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run chooses
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
 SCHEDULES = ("cosine", "linear", "flat_cosine")
 SCALE_PER = ("step", "image")
+PRESETS = ("released", "auto")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 # Settings that people expect among these flags, and how to choose them.
 ELSEWHERE = {
@@ -48,8 +51,8 @@ ELSEWHERE = {
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
-    *("coco_path", "voc_path", "yolo_path", "output_dir", "tensorboard_dir", "config", "resume"),
-    "cache_images",
+    *PATH_OF.values(),
+    *("output_dir", "tensorboard_dir", "config", "resume", "cache_images"),
 )
 
 
@@ -61,8 +64,21 @@ def _help(text: str, **more: Any) -> dict[str, Any]:
 class TrainConfig:
     """Optimisation and data of a run. Raises ConfigError for invalid values."""
 
+    data: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder of a COCO, YOLO or Pascal VOC dataset of any layout, told by its content, or "
+            "its annotation file",
+            group="Data",
+        ),
+    )
+    val_fraction: float = field(
+        default=0.2,
+        metadata=_help("share of the images to validate on if --data has no validation part"),
+    )
     dataset_file: str = field(
-        default="shapes", metadata=_help("which dataset: shapes, coco, voc or yolo", group="Data")
+        default="shapes",
+        metadata=_help("which dataset: shapes, coco, voc, yolo, or auto for --data"),
     )
     coco_path: str | None = field(
         default=None,
@@ -137,9 +153,22 @@ class TrainConfig:
         ),
     )
 
-    epochs: int = field(
-        default=50, metadata=_help("passes over the training images", group="Optimisation")
+    preset: str = field(
+        default="released",
+        metadata=_help(
+            "released: the paper's recipe; auto: settings chosen from the data, which vidt plan "
+            "shows; a setting that is given always wins",
+            group="Optimisation",
+        ),
     )
+    hours: float | None = field(
+        default=None,
+        metadata=_help(
+            "time for the run, start and evaluations included: the number of epochs is found by a "
+            "trial; None: epochs"
+        ),
+    )
+    epochs: int = field(default=50, metadata=_help("passes over the training images"))
     max_steps: int | None = field(
         default=None, metadata=_help("optimiser steps after which the run ends; None: no limit")
     )
@@ -390,6 +419,10 @@ def _check_alone(config: TrainConfig) -> None:
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
     losses = f"one of {', '.join(CLASS_LOSSES)}"
     _require(config.class_loss in CLASS_LOSSES, "class_loss", config.class_loss, losses)
+    presets = f"one of {', '.join(PRESETS)}"
+    _require(config.preset in PRESETS, "preset", config.preset, presets)
+    hours = config.hours
+    _require(hours is None or 0 < hours <= 10_000, "hours", hours, "above 0")
     scales = f"one of {', '.join(SCALE_PER)}"
     _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
@@ -406,6 +439,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(known, "distil_model", config.distil_model, teachers)
     for name in ("max_bad_fraction", "repeat_thresh"):
         _require(0 <= getattr(config, name) <= 1, name, getattr(config, name), "from 0 to 1")
+    held = config.val_fraction
+    _require(0 < held < 1, "val_fraction", held, "above 0 and below 1")
     sizes = config.train_sizes
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():
@@ -433,11 +468,13 @@ def _check_together(config: TrainConfig) -> None:
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
-    for name in DATASETS[1:]:
-        if getattr(config, f"{name}_path") is not None and config.dataset_file != name:
-            raise ConfigError(
-                f"{name}_path is for dataset_file {name}; it is {config.dataset_file}"
-            )
+    others = (*PATH_OF.values(), *COCO_FILES)
+    other = next((n for n in others if n != "data" and getattr(config, n) is not None), None)
+    if config.data is not None and other is not None:
+        raise ConfigError(f"--data and --{other} exclude each other; drop one")
+    for name, path in PATH_OF.items():
+        if getattr(config, path) is not None and config.dataset_file != name:
+            raise ConfigError(f"{path} is for dataset_file {name}; it is {config.dataset_file}")
     needed, number = (COCO_FILES[2:], "both") if config.eval else (COCO_FILES, "all four")
     given = [name for name in COCO_FILES if getattr(config, name) is not None]
     missing = [name for name in needed if name not in given]
@@ -449,8 +486,10 @@ def _check_together(config: TrainConfig) -> None:
 
 def _check_data_path(config: TrainConfig) -> None:
     """Raises ConfigError for a dataset without a path, unless it is the embedded one."""
-    flag = f"{config.dataset_file}_path"
-    if config.dataset_file == "shapes" or config.val_json or getattr(config, flag):
+    if config.dataset_file == "shapes" or config.val_json:
+        return
+    flag = PATH_OF[config.dataset_file]
+    if getattr(config, flag):
         return
     files = " or " + ", ".join(COCO_FILES) if config.dataset_file == "coco" else ""
     raise ConfigError(f"--dataset_file {config.dataset_file} needs a path; give {flag}{files}")
@@ -474,13 +513,13 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     given = given_settings(argv)
     if any(given.get(name) is not None for name in COCO_FILES):
         given.setdefault("dataset_file", "coco")
-    for name in DATASETS:
-        if given.get(f"{name}_path") is not None:
+    for name, path in PATH_OF.items():
+        if given.get(path) is not None:
             given.setdefault("dataset_file", name)
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
         given.setdefault("dec_layers", None)
-    if not own_data:
+    if not own_data and given.get("preset") is None:
         given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
     try:
         return _checked(given, own_data)

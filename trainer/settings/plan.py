@@ -12,7 +12,6 @@ from typing import Any
 from trainer.settings.config import TrainConfig, check_model
 from vidt.errors import counted
 
-PRESETS = ("released", "auto")
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
 # Pixels per second that a core of an AMD EPYC trains swin_pico at, forward and backward.
 CPU_PIXELS = 250_000

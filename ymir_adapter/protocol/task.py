@@ -59,7 +59,7 @@ TEMPLATE = {
 }
 # Flags of the trainer that name its data.
 DATA_FLAGS = (
-    *("dataset_file", "coco_path", "voc_path", "yolo_path"),
+    *("data", "dataset_file", "coco_path", "voc_path", "yolo_path"),
     *("train_json", "train_images", "val_json", "val_images"),
 )
 
