@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from trainer.data.dataset_statistics import plan_of
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
@@ -38,7 +39,14 @@ from trainer.report.pictures import compare, comparisons, save_picture, truth_be
 from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard, fan_out
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
-from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
+from trainer.settings.config import (
+    WEIGHTS_OWN,
+    TrainConfig,
+    given_settings,
+    parse_or_exit,
+    write_yaml,
+)
+from trainer.settings.plan import MOST_TOKENS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
 from vidt.weights.weights_file import WeightsInfo, save_weights
@@ -268,9 +276,14 @@ def end_line(run: Run) -> str:
 
 
 def train_from_settings(
-    config: TrainConfig, model_fields: dict[str, Any], accelerator: Accelerator
+    config: TrainConfig,
+    model_fields: dict[str, Any],
+    accelerator: Accelerator,
+    given: Collection[str] = (),
 ) -> None:
-    """Reads and checks the data on the main process, sends it to the others, trains and reports."""
+    """Reads and checks the data on the main process, sends it to the others, trains and reports.
+    given: the settings that `--preset auto` leaves alone.
+    """
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
@@ -280,7 +293,7 @@ def train_from_settings(
         return
     agreement.on_main(lambda: require_files(config))
     with only_run_in(output, agreement):
-        train_and_report(config, model_fields, accelerator, agreement)
+        train_and_report(config, model_fields, accelerator, agreement, given)
 
 
 def train_and_report(
@@ -288,10 +301,16 @@ def train_and_report(
     model_fields: dict[str, Any],
     accelerator: Accelerator,
     agreement: Agreement,
+    given: Collection[str],
 ) -> None:
     """`train` on the data of the settings, with the reports of the command line."""
     output = Path(config.output_dir)
-    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields))
+    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields, given))
+    if config.preset == "auto":
+        config, model_fields, plan = agreement.on_main(
+            lambda: plan_of(config, model_fields, given, data.train)
+        )
+        logger.info(plan)
     train_set, val_set = data.train, data.val
     names = (
         "best.safetensors",
@@ -323,13 +342,16 @@ def train_and_report(
         )
 
 
-def checked_datasets(config: TrainConfig, model_fields: Mapping[str, Any]) -> Datasets:
+def checked_datasets(
+    config: TrainConfig, model_fields: Mapping[str, Any], given: Collection[str] = ()
+) -> Datasets:
     """Reads all parts. The log summarises the findings; `findings.csv` lists them."""
+    tokens_planned = config.preset == "auto" and "det_token_num" not in given
     return read_and_log_parts(
         Path(config.output_dir),
         lambda: read_parts(
             config,
-            num_queries=model_fields["det_token_num"],
+            num_queries=MOST_TOKENS if tokens_planned else model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],
             masks=model_fields["with_vector"],
             token_label=model_fields["token_label"],
@@ -412,9 +434,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             refuse_silent_cpu()
         accelerator = make_accelerator(config.mixed_precision)
         require_processes(accelerator.num_processes)
-        run = evaluate_only if config.eval else train_from_settings
         with sigterm_interrupts():
-            run(config, model_fields, accelerator)
+            if config.eval:
+                evaluate_only(config, model_fields, accelerator)
+            else:
+                given = given_settings(sys.argv[1:] if argv is None else argv)
+                train_from_settings(config, model_fields, accelerator, given)
     except (UserError, OSError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:

@@ -3,14 +3,19 @@
 Crowd regions are counted separately from boxes. K classes.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torchvision.ops import box_iou
 
 from trainer.readers.samples import SampleTable
-from trainer.settings.plan import Fingerprint
+from trainer.settings.config import TrainConfig
+from trainer.settings.plan import Fingerprint, planned, repeated
+from vidt.weights.pretrained import imagenet_at_hand
 
 # Areas in pixels at which COCO divides boxes into small, medium and large.
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
@@ -63,6 +68,27 @@ def statistics_of(table: SampleTable) -> Statistics:
         image_sizes=tuple((height, width) for height, width in frequent),
         num_image_sizes=len(sizes),
     )
+
+
+def plan_of(
+    config: TrainConfig, model: Mapping[str, Any], given: Collection[str], train_set: SampleTable
+) -> tuple[TrainConfig, dict[str, Any], str]:
+    """The settings of `--preset auto` on this machine for a training split, and the lines that say
+    why. A run that is resumed keeps its plan.
+    """
+    if config.resume is not None:
+        folder = config.output_dir if config.resume == "auto" else config.resume
+        saved = Path(folder) / "config.yaml"
+        if saved.is_file():
+            return *repeated(config, model, given, saved), f"plan: as in {saved}"
+    fingerprint = fingerprint_of(
+        train_set,
+        gpu=torch.accelerator.is_available(),
+        threads=torch.get_num_threads(),
+        pretrained=config.pre_trained != "none" and imagenet_at_hand("swin_nano"),
+        hours=config.hours,
+    )
+    return planned(config, model, given, fingerprint)
 
 
 def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:

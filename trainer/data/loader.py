@@ -7,11 +7,12 @@ Inside this file boxes are xyxy in pixels; in targets they are cxcywh in 0..1 of
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -233,6 +234,26 @@ def training_loader(
         generator=torch.Generator().manual_seed(config.seed),
         worker_init_fn=leave_signals_to_the_parent,
     )
+
+
+def micro_batches(
+    dataset: DetectionDataset,
+    config: TrainConfig,
+    n_iter_to_acc: int,
+    steps: range,
+    accelerator: Accelerator,
+) -> Iterator[dict[str, Any]]:
+    """This process's micro-batches of the steps, on its device, with images float32, normalised."""
+    loader = training_loader(
+        dataset,
+        config,
+        num_processes=accelerator.num_processes,
+        micro_batch=config.batch_size // n_iter_to_acc,
+        steps=steps,
+    )
+    for batch in accelerator.prepare_data_loader(loader):
+        images = dataset.preprocessing.normalise(batch["images"], batch["padding"])
+        yield {**unpacked(batch), "images": images}
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

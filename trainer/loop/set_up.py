@@ -33,7 +33,7 @@ from trainer.backward.memory import (
 )
 from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
-from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.loader import Augmentation, DetectionDataset, micro_batches
 from trainer.data.loader_wait import LoaderWait
 from trainer.data.order import epoch_images, repeat_factors, steps_per_epoch
 from trainer.loop import resume
@@ -43,6 +43,7 @@ from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
+from trainer.loop.time_limit import TRIAL, Length, fitting_length, seconds_left, step_seconds
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import AUTO, TrainConfig, resolved
 from vidt.errors import UserError, counted
@@ -191,6 +192,10 @@ def set_up(
     step_images = config.batch_size * accelerator.num_processes
     shown = images_of_epoch(config, train_set)
     per_epoch = steps_per_epoch(shown, step_images)
+    if config.hours is not None:
+        config = within_hours(
+            config, checkpoint, per_epoch, len(val_set), dataset, learn, optimizer, accelerator
+        )
     total_steps = config.epochs * per_epoch
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
@@ -290,6 +295,46 @@ def automatic_batch_size(
         f"{found * processes} per step; the learning rate is not scaled with it"
     )
     return found
+
+
+def within_hours(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    per_epoch: int,
+    val_images: int,
+    dataset: DetectionDataset,
+    learn: Callable[..., dict[str, Tensor] | None],
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> TrainConfig:
+    """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
+    trial finds. Raises UserError if not even one step fits.
+    """
+    if checkpoint is not None:
+        saved = checkpoint.state.settings
+        length = Length(saved["epochs"], saved["max_steps"], saved["eval_interval"])
+        logger.info(f"--hours {config.hours:g}: {counted(length.epochs, 'epoch')}, as before")
+        return replace(config, **vars(length))
+    agreement = Agreement(accelerator)
+    left = seconds_left(config.hours)
+    batches = micro_batches(dataset, config, config.n_iter_to_acc, range(per_epoch), accelerator)
+    step = step_seconds(
+        learn,
+        batches,
+        config.n_iter_to_acc,
+        optimizer,
+        TRIAL * left,
+        lambda own: agreement.gather(own).max().item(),
+    )
+    left = agreement.gather(seconds_left(config.hours)).min().item()
+    images = config.batch_size * accelerator.num_processes
+    length = fitting_length(left, step, per_epoch, images, val_images)
+    logger.info(
+        f"--hours {config.hours:g}: a step takes {step:.3g} s, so {counted(length.max_steps, 'step')} "
+        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
+        f"{counted(length.eval_interval, 'epoch')}"
+    )
+    return replace(config, save_interval=length.eval_interval, **vars(length))
 
 
 def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> float:

@@ -5,12 +5,10 @@ do not depend on how the images of a step are split: all micro-batches have the 
 same normaliser, the number of boxes in the whole step.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache
@@ -18,11 +16,10 @@ from torch import Tensor
 
 from trainer.backward.gradients import gradients
 from trainer.backward.memory import more_micro_batches
-from trainer.data.loader import DetectionDataset, training_loader, unpacked
+from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop.agreement import Agreement
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
-from trainer.settings.config import TrainConfig
 from vidt.errors import UserError, counted
 
 logger = get_logger(__name__)
@@ -104,26 +101,6 @@ def summed_gradients(
         return None
     run.gradient_sum.take(present)
     return terms
-
-
-def micro_batches(
-    dataset: DetectionDataset,
-    config: TrainConfig,
-    n_iter_to_acc: int,
-    steps: range,
-    accelerator: Accelerator,
-) -> Iterator[dict[str, Any]]:
-    """This process's micro-batches of the steps, on its device, with images float32, normalised."""
-    loader = training_loader(
-        dataset,
-        config,
-        num_processes=accelerator.num_processes,
-        micro_batch=config.batch_size // n_iter_to_acc,
-        steps=steps,
-    )
-    for batch in accelerator.prepare_data_loader(loader):
-        images = dataset.preprocessing.normalise(batch["images"], batch["padding"])
-        yield {**unpacked(batch), "images": images}
 
 
 def agree_on(

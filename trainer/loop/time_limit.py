@@ -78,7 +78,7 @@ def fitting_length(
             f"and {max(seconds, 0):.0f} s are left; give more time or a smaller --eval_size"
         )
     epochs = math.ceil(steps / per_epoch)
-    interval = math.ceil(epochs / wanted)
+    interval = math.ceil(epochs / min(wanted, max(epochs // 2, 1)))
     if epochs > 2 * wanted:  # whole intervals, so that the last evaluation is worth its time
-        epochs = max(epochs // interval, 1) * interval
+        epochs = epochs // interval * interval
     return Length(epochs, min(steps, epochs * per_epoch), interval)

@@ -7,11 +7,13 @@ measurement; docs/recipes.md has the figures. A setting that the user gives wins
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from trainer.settings.config import TrainConfig, check_model
+from trainer.settings.config import TrainConfig, check_model, given_settings
 from vidt.errors import counted
 
+MOST_TOKENS = 900  # as many as the largest published DETRs have; tiles find more
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
 # Pixels per second that a core of an AMD EPYC trains swin_pico at, forward and backward.
 CPU_PIXELS = 250_000
@@ -46,20 +48,12 @@ class Fingerprint:
         )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A setting that a rule chose. `given`: what the user gave instead, None if nothing."""
+class Choice(NamedTuple):
+    """A setting that a rule chose, and why, in a few words."""
 
     name: str
     value: Any
     reason: str
-    given: Any = None
-
-    def line(self) -> str:
-        """One line for the log."""
-        if self.given is not None:
-            return f"{self.name} {self.given}: as given; the plan has {self.value}"
-        return f"{self.name} {self.value}: {self.reason}"
 
 
 def choices(data: Fingerprint) -> Iterator[Choice]:
@@ -78,7 +72,8 @@ def choices(data: Fingerprint) -> Iterator[Choice]:
 def start(data: Fingerprint) -> Iterator[Choice]:
     """Backbone and decoder. Measured: docs/recipes.md, "Backbones"."""
     if data.pretrained:
-        yield Choice("backbone_name", "swin_nano", "the smallest one with ImageNet weights")
+        name = "swin_tiny" if data.gpu else "swin_nano"
+        yield Choice("backbone_name", name, "it has ImageNet weights, and fits this machine")
         return
     yield Choice("pre_trained", "none", "ImageNet weights cannot be had here")
     yield Choice("backbone_name", "swin_pico", "from random weights a small backbone learns faster")
@@ -92,7 +87,9 @@ def queries(data: Fingerprint) -> Iterator[Choice]:
     """
     tokens = max(-(-data.busiest * 3 // 2 // 10) * 10, 20)
     yield Choice(
-        "det_token_num", min(tokens, 900), f"half as many again as the {data.busiest} of one image"
+        "det_token_num",
+        min(tokens, MOST_TOKENS),
+        f"half as many again as the {data.busiest} of one image",
     )
     yield Choice("dec_layers", 3, "enough for few images, and faster than 6")
     yield Choice("dim_feedforward", 512, "enough for few images")
@@ -164,14 +161,40 @@ def balance(data: Fingerprint) -> Iterator[Choice]:
 
 def planned(
     config: TrainConfig, model: Mapping[str, Any], given: Collection[str], data: Fingerprint
-) -> tuple[TrainConfig, dict[str, Any], list[Choice]]:
-    """The settings with the plan's choices for all that are not in `given`, and the plan."""
-    plan, own = [], {**vars(config), **model}
+) -> tuple[TrainConfig, dict[str, Any], str]:
+    """The settings with the plan's choices for all that are not in `given`, and the plan in words:
+    the fingerprint, then a line for each choice.
+    """
+    own, lines, taken = {**vars(config), **model}, [f"plan for {data.line()}"], {}
     for choice in choices(data):
-        told = own[choice.name] if choice.name in given else None
-        plan.append(replace(choice, given=told))
-    taken = {each.name: each.value for each in plan if each.given is None}
+        if choice.name not in given:
+            taken[choice.name] = choice.value
+            lines.append(f"  {choice.name} {in_words(choice.value)}: {choice.reason}")
+        elif own[choice.name] != choice.value:
+            told, value = in_words(own[choice.name]), in_words(choice.value)
+            lines.append(f"  {choice.name} {told}: as given (the plan has {value})")
+    if not taken:
+        lines.append("  the released recipe, which was made for datasets of this size")
+    return *merged(config, model, taken), "\n".join(lines)
+
+
+def repeated(
+    config: TrainConfig, model: Mapping[str, Any], given: Collection[str], saved: Path
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings of a run's config.yaml for all that are not in `given`."""
+    settings = given_settings(["--config", str(saved)])
+    kept = {name: value for name, value in settings.items() if name not in {*given, "config"}}
+    return merged(config, model, kept)
+
+
+def merged(
+    config: TrainConfig, model: Mapping[str, Any], taken: Mapping[str, Any]
+) -> tuple[TrainConfig, dict[str, Any]]:
     fields = {name: value for name, value in taken.items() if name not in model}
     model = {name: taken.get(name, value) for name, value in model.items()}
     check_model(model)
-    return replace(config, **fields), model, plan
+    return replace(config, **fields), model
+
+
+def in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

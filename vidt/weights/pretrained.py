@@ -59,6 +59,15 @@ def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> 
     backbone.load_state_dict({**expected, **converted}, strict=True)
 
 
+def imagenet_at_hand(backbone_name: str) -> bool:
+    """Whether the ImageNet weights can be had; fetches them."""
+    try:
+        _fetch(backbone_name)
+    except Unreachable:
+        return False
+    return True
+
+
 def added_by_vidt(name: str) -> bool:
     """Whether no ImageNet classifier has this tensor: [DET] tokens, their layers, the stride-64
     map.
