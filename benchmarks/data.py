@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from trainer.data.augmentation import Augmentation
+from trainer.data.denoising import Denoising
 from trainer.data.load import read_datasets
 from trainer.data.loader import (
     PREFETCH,
@@ -73,7 +74,7 @@ def dataset_of(config: TrainConfig, samples: SampleTable) -> DetectionDataset:
         Augmentation.from_config(config),
         Preprocessing(eval_size=config.eval_size),
         seed=config.seed,
-        denoising_queries=config.denoising,
+        denoising=Denoising(config.denoising),
     )
 
 

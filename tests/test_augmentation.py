@@ -26,10 +26,9 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
 from trainer.data.augmentation import Augmentation, Geometry
+from trainer.data.denoising import Denoising
 from trainer.data.loader import (
     DetectionDataset,
-    noise_boxes,
-    noised_batch,
     training_loader,
     unpacked,
 )
@@ -52,7 +51,7 @@ def dataset_of(data: Path, *flags: str, **changed: Any) -> DetectionDataset:
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=changed.get("seed", config.seed),
-        denoising_queries=config.denoising,
+        denoising=Denoising(config.denoising),
     )
 
 
@@ -277,23 +276,6 @@ def test_targets_are_relative_and_without_crowds(tmp_path: Path) -> None:
     expected = [(x + width / 2) / 64, (y + height / 2) / 64, width / 64, height / 64]
     assert target["boxes"].tolist() == [pytest.approx(expected, abs=1e-5)]
     assert target["image_id"] == 101 and len(target["labels"]) == 1
-
-
-def test_noised_boxes_are_whole_copies_near_the_truth() -> None:
-    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.3, 0.6, 0.1, 0.1]])
-    for queries, copies in ((7, 3), (2, 1), (1, 1)):
-        noised = noise_boxes(boxes, queries, np.random.default_rng(0))
-        assert noised.shape == (2 * copies, 4)
-        moved = (noised.unflatten(0, (copies, 2)) - boxes).abs()
-        assert bool((moved[..., :2] <= boxes[:, 2:] / 4 + 1e-6).all())
-        assert bool((moved[..., 2:] <= boxes[:, 2:] / 2 + 1e-6).all())
-        assert float(moved.max()) > 0
-    none = noise_boxes(boxes[:0], 5, np.random.default_rng(0))
-    assert none.shape == (0, 4)
-    for queries, places in ((9, 9), (1, 2)):  # 2 noised boxes; one is the least for two objects
-        batch = noised_batch([{"denoising_boxes": noised}, {"denoising_boxes": none}], queries)
-        assert isinstance(batch, Tensor) and batch.shape == (2, places, 4)
-    assert noised_batch([{"labels": boxes}], 9) is None
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from tiny_runs import cpu, run, settings, tables
 from torch import Tensor
 
 from trainer.data.augmentation import Augmentation
+from trainer.data.denoising import Denoising
 from trainer.data.loader import ROWS, DetectionDataset, collate, packed_batch, unpacked
 from trainer.data.shapes import write_shapes
 from trainer.loop.agreement import Agreement
@@ -258,7 +259,7 @@ def test_targets_of_masks(shapes: Path, tmp_path: Path) -> None:
 def test_targets_come_out_of_their_parcel_as_they_went_in(train_set: SampleTable) -> None:
     augmentation = Augmentation(sizes=(96, 128), max_size=160, flip=True, crop=False)
     preprocessing = Preprocessing(96)
-    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, denoising_queries=9)
+    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, denoising=Denoising(9, num_classes=3))
     items = [dataset[0, index] for index in range(4)]
     items[1]["target"] |= {name: items[1]["target"][name][:0] for name in (*ROWS, "masks")}
     assert len(items[1]["target"]["boxes"]) == 0

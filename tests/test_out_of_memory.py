@@ -22,10 +22,10 @@ from trainer.backward.memory import (
     missing_moments,
     use_expandable_segments,
 )
-from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.denoising import Denoising
+from trainer.data.loader import Augmentation, DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.optim import make_optimizer
-from trainer.loop.step import micro_batches
 from trainer.report.progress import Progress
 from trainer.settings.config import TrainConfig, parse
 from vidt.images.preprocessing import Preprocessing
@@ -288,7 +288,7 @@ def test_the_largest_batch_has_the_form_of_a_batch(
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=0,
-        denoising_queries=config.denoising,
+        denoising=Denoising(config.denoising),
     )
     canvas = largest_canvas(dataset.augmentation, train_set.sizes.tolist(), mixed=False)
     batch = largest_batch(dataset, 2, canvas, torch.device("cpu"))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidt.model.denoising import denoising_mask
 from vidt.model.ram import ReconfiguredAttention, shift_mask, sine_position
 
 WINDOW = 3
@@ -101,8 +100,3 @@ def test_sine_position_by_hand() -> None:
             assert position[0, row, column, part : part + 4].tolist() == pytest.approx(
                 expected, abs=1e-5
             )
-
-
-def test_denoising_queries_are_seen_by_themselves_only() -> None:
-    mask = denoising_mask(2, 2, torch.device("cpu"))
-    assert mask.int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0]]

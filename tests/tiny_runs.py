@@ -24,11 +24,12 @@ import trainer.train
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
 from trainer.data.load import read_datasets
-from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.denoising import Denoising
+from trainer.data.loader import Augmentation, DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
 from trainer.loop.start import load_teacher
-from trainer.loop.step import agree_on, micro_batches
+from trainer.loop.step import agree_on
 from trainer.readers.samples import SampleTable
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import Evaluation
@@ -327,7 +328,7 @@ def gradients_of_step(
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=config.seed,
-        denoising_queries=config.denoising,
+        denoising=Denoising(config.denoising),
     )
     steps = range(step, step + 1)
     batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)

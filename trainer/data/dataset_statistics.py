@@ -5,6 +5,7 @@ Crowd regions are counted separately from boxes. K classes.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def crowding(table: SampleTable) -> float:
     """Share of the boxes that overlap another box of their image at IoU 0.5 or more."""
     offsets, boxes = table.box_offsets.tolist(), table.boxes
     crowded = 0
-    for start, stop in zip(offsets, offsets[1:], strict=False):
+    for start, stop in pairwise(offsets):
         overlaps = box_iou(boxes[start:stop], boxes[start:stop]) >= 0.5
         crowded += int((overlaps.sum(1) > 1).sum())
     return crowded / max(len(boxes), 1)

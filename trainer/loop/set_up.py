@@ -330,9 +330,9 @@ def within_hours(
     images = config.batch_size * accelerator.num_processes
     length = fitting_length(left, step, per_epoch, images, val_images)
     logger.info(
-        f"--hours {config.hours:g}: a step takes {step:.3g} s, so {counted(length.max_steps, 'step')} "
-        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
-        f"{counted(length.eval_interval, 'epoch')}"
+        f"--hours {config.hours:g}: a step takes {step:.3g} s, so "
+        f"{counted(length.max_steps, 'step')} ({counted(length.epochs, 'epoch')}) fit, with an "
+        f"evaluation every {counted(length.eval_interval, 'epoch')}"
     )
     return replace(config, save_interval=length.eval_interval, **vars(length))
 

@@ -18,7 +18,7 @@ from vidt.losses.matcher import HungarianMatcher, Matches, flat_index, matched_t
 from vidt.losses.overlap import giou_losses, paired_iou
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.losses.token_labels import has_masks, token_label_losses
-from vidt.model.config import WITHOUT_NECK, ViDTConfig
+from vidt.model.config import CLASS_LOSSES, WITHOUT_NECK, ViDTConfig, require
 
 Targets = list[dict[str, Tensor]]
 Levels = list[dict[str, Tensor]]
@@ -87,6 +87,7 @@ class SetCriterion(nn.Module):
             "vector": vector_loss_coef,
             "token": token_loss_coef,
         }
+        require(class_loss in CLASS_LOSSES, "class_loss", class_loss, f"one of {CLASS_LOSSES}")
         self.class_loss, self.focal_alpha = class_loss, focal_alpha
         self.contrastive_denoising = contrastive_denoising
         self.vector_loss_norm, self.vector_start_stage = vector_loss_norm, vector_start_stage
