@@ -15,6 +15,7 @@ from vidt.errors import UserError, escaped
 
 COMMANDS = {
     "train": "train a detector on your data",
+    "plan": "the settings that --preset auto chooses for a dataset, and why",
     "check": "check a dataset: what is wrong with it, and what a training would do about it",
     "evaluate": "COCO's metrics of a detector on annotated images",
     "predict": "detect objects in images, draw them, write them to files",

@@ -14,6 +14,9 @@ from torch.utils.data import Sampler
 from trainer.readers.samples import SampleTable
 
 WINDOW = 32  # images are grouped by aspect ratio within about so many steps
+# Classes of aspect ratios from one to its double. More of them would pad less, but the images of a
+# step would be more alike: those that were not cropped, for example, would meet each other only.
+CLASSES = 3
 
 
 class Key(NamedTuple):
@@ -90,7 +93,7 @@ def grouped_by_aspect(
     steps: np.ndarray, first: int, aspect_of: Callable[[int], float], random: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """The steps [S, B] of an epoch from `first` on, regrouped: the images of each window of steps
-    are sorted by `aspect_of`, then cut into steps, which are shuffled.
+    are sorted by the class of their `aspect_of`, then cut into steps, which are shuffled.
     """
     # At least two windows, because the images that fill the last step also occur in the first:
     # sorted together, both copies of an image would end in one step.
@@ -100,7 +103,8 @@ def grouped_by_aspect(
         if positions[-1] < first:
             continue
         images = steps[positions].ravel()
-        by_aspect = np.argsort([aspect_of(index) for index in images.tolist()], kind="stable")
+        aspects = np.array([aspect_of(index) for index in images.tolist()])
+        by_aspect = np.argsort(np.round(np.log2(aspects) * CLASSES), kind="stable")
         regrouped = images[by_aspect].reshape(-1, steps.shape[1])[shuffled]
         yield from regrouped[max(first - positions[0], 0) :]
 
