@@ -120,6 +120,7 @@ def test_a_balanced_run_with_an_automatic_average_is_resumed(
     """
     flags = "--repeat_thresh 1 --ema_decay auto --sched flat_cosine --warmup_share 0.2"
     watch = Watch()
+    caplog.set_level("INFO")
     run(tiny_data, room / "whole", flags, "--epochs 2", report=watch)
     assert "an epoch shows 16 images instead of 12" in caplog.text
     assert {*watch.scores} == {4, 8}

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from served import served
 from tiny_plus import PLUS, save_teacher, with_masks
 from tiny_runs import (
@@ -38,8 +39,9 @@ from tiny_runs import (
     tables,
     write_coco,
 )
-from two_processes import BUCKET_BYTES, LOSSES, VALIDATION, step_gradients, training
+from two_processes import BUCKET_BYTES, FROZEN, LOSSES, VALIDATION, step_gradients, training
 
+from trainer.backward.freezing import stage_of
 from trainer.loop.agreement import Agreement
 from trainer.scoring.evaluation import evaluate
 from vidt.weights.checkpoint import load_model
@@ -189,6 +191,25 @@ def test_training_where_most_images_have_no_boxes(ended: Ended) -> None:
     for seen in ended.seen:
         assert "map50" in seen["bare training"][-1]
     assert {*ended.seen[0]["bare training"]} == {-1, 1, 2, 3}
+
+
+def test_frozen_stages_and_repeated_images_train_as_on_one_process(
+    ended: Ended, tmp_path: Path
+) -> None:
+    """The frozen weights are those of the start, bit for bit."""
+    first, second = (seen["frozen"] for seen in ended.seen)
+    flags = FROZEN.replace("--batch_size 2", "--batch_size 4")
+    weights = ended.folder / "learnt.safetensors"
+    alone = training(ended.folder / "data", tmp_path, f"{flags} {weights}")
+    assert first[-1] == second[-1]
+    for step in (1, 2, 3):
+        names = [name for name in alone[step] if name.startswith(("loss", "grad_norm"))]
+        expected = {name: alone[step][name] for name in names}
+        found = {name: first[step][name] for name in names}
+        assert found == pytest.approx(expected, rel=1e-2 if step > 1 else 1e-4)
+    before, after = load_file(weights), load_file(ended.folder / "results/frozen/last.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) == (stage_of(name) in (0, 1, 2)), name
 
 
 def test_memory_that_runs_out_on_one_process_makes_both_take_less(ended: Ended) -> None:

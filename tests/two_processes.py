@@ -45,6 +45,7 @@ from vidt.weights.checkpoint import load_model
 
 LOSSES = {"plain": "", "denoising": "--denoising 9"}
 MICRO_BATCHES = {"plain": 1, "denoising": 2}
+FROZEN = "--batch_size 2 --dropout 0 --max_steps 3 --freeze 2 --repeat_thresh 1 --load_from"
 VALIDATION = (1, 3, 6)  # images to share among two
 NON_FINITE_STEP = 2
 BUCKET_BYTES = (1, 40, 2**20)  # a bucket for each parameter, a few, one
@@ -71,6 +72,7 @@ def play(folder: Path, rank: int) -> dict[str, Any]:
     seen["evaluations"] = evaluations(folder)
     seen["training"] = training(data, room / "training", "--batch_size 2 --dropout 0 --max_steps 3")
     seen["bare training"] = training(folder / "bare", room / "bare", "--batch_size 1 --max_steps 3")
+    seen["frozen"] = training(data, room / "frozen", f"{FROZEN} {folder}/learnt.safetensors")
     seen["out of memory"] = out_of_memory(data, room / "memory", rank)
     seen["out of memory once"] = out_of_memory_once(data, room / "memory", rank)
     seen["probe"] = probe(data, room / "memory", rank)
