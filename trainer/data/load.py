@@ -170,9 +170,9 @@ def hold_out(table: SampleTable, fraction: float) -> tuple[SampleTable, SampleTa
     elif held.all():
         held[smallest.argmax()] = False
     in_val = held[groups]
-    val = replace(table.subset(np.flatnonzero(in_val)), source=f"{table.source}, held out")
+    val = replace(table.subset(np.flatnonzero(in_val).tolist()), source=f"{table.source} (held out)")
     how = f"validation held out by --val_fraction {fraction:g}, {how}"
-    return table.subset(np.flatnonzero(~in_val)), val, how
+    return table.subset(np.flatnonzero(~in_val).tolist()), val, how
 
 
 def read_datasets(
