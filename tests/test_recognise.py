@@ -3,6 +3,7 @@ held out is stable.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from doc_pages import write_voc, write_yolo
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_runs import FLAGS, Learnt, differences, end_of, main_here, random_pictures, write_coco
 
 from trainer.commands import command_line
@@ -485,6 +486,35 @@ def test_what_is_not_used_is_told(tmp_path: Path) -> None:
     assert "1 XML file without a picture not used" in found.recognised
     kinds = {finding.kind for finding in found.findings}
     assert {"picture without a split", "annotation file without a picture"} <= kinds
+
+
+def test_a_training_image_in_the_test_part_is_told(tmp_path: Path) -> None:
+    labelimg_apart(tmp_path)
+    shutil.copy(tmp_path / "photos/train/1.jpg", tmp_path / "photos/test/again.jpg")
+    shutil.copy(tmp_path / "xml/train/1.xml", tmp_path / "xml/test/again.xml")
+    kinds = {finding.kind for finding in read(tmp_path).findings}
+    assert "image in both training and test" in kinds
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    labelimg(tmp_path)
+    for name in ("a.json", "a.yaml", "a.xml", "a.txt"):
+        os.mkfifo(tmp_path / name)
+    assert recognise(tmp_path).layout == "Pascal VOC without ImageSets"
+
+
+def test_roboflows_copies_of_a_picture_stay_together(tmp_path: Path) -> None:
+    for seed in range(40):
+        for copy, image in enumerate((picture(seed), ImageOps.mirror(picture(seed)))):
+            name = f"{seed}_jpg.rf.{copy}"
+            image.save(tmp_path / f"{name}.jpg")
+            xml(tmp_path / f"{name}.xml", seed % 7)
+    found = read(tmp_path)
+    sides = [
+        {Path(path).name.partition("_")[0] for path in table.paths()}
+        for table in (found.train, found.val)
+    ]
+    assert all(sides) and not sides[0] & sides[1]
 
 
 def test_an_empty_test_part_is_told(tmp_path: Path) -> None:
