@@ -182,7 +182,10 @@ def test_a_flag_that_cannot_be_read(flags: str, parts: list[str]):
             "--batch_size auto --n_iter_to_acc 2",
             "batch_size is auto; with n_iter_to_acc 2 it must be a number",
         ),
-        ("--dataset_file coko", "dataset_file is coko; it must be one of shapes, coco, voc, yolo"),
+        (
+            "--dataset_file coko",
+            "dataset_file is coko; it must be one of shapes, coco, voc, yolo, auto",
+        ),
         ("--dataset_file voc", "--dataset_file voc needs a path; give voc_path"),
         (
             "--dataset_file voc --voc_path a --coco_path b",

@@ -108,6 +108,8 @@ def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         shutil.copytree(root / "data/mine/images", root / f"data/mine/{split}2017")
     write_voc(root / "data/coco", root / "data/voc")
     write_yolo(root / "data/coco", root / "data/yolo")
+    shutil.copytree(root / "data/voc/Annotations", root / "data/labelled")
+    shutil.copytree(root / "data/voc/JPEGImages", root / "data/labelled", dirs_exist_ok=True)
     for name in ("trainer", "docs", "accelerate_config.yaml"):
         (root / name).symlink_to(ROOT / name)
     yield root

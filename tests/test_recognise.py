@@ -3,6 +3,7 @@ held out is stable.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from doc_pages import write_voc, write_yolo
+from PIL import Image, ImageOps
+from tiny_runs import FLAGS, Learnt, differences, end_of, main_here, random_pictures, write_coco
 
+from trainer.commands import command_line
+from trainer.commands.evaluate import coco_file_of
 from trainer.data.load import Datasets, hold_out, read_parts
 from trainer.data.recognise import recognise
+from trainer.loop import resume
+from trainer.readers.coco import coco_folder, read_coco
+from trainer.readers.coco_file import read_coco_file, read_masks
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import ConfigError, TrainConfig, parse
 from vidt.errors import UserError
@@ -480,6 +488,35 @@ def test_what_is_not_used_is_told(tmp_path: Path) -> None:
     assert {"picture without a split", "annotation file without a picture"} <= kinds
 
 
+def test_a_training_image_in_the_test_part_is_told(tmp_path: Path) -> None:
+    labelimg_apart(tmp_path)
+    shutil.copy(tmp_path / "photos/train/1.jpg", tmp_path / "photos/test/again.jpg")
+    shutil.copy(tmp_path / "xml/train/1.xml", tmp_path / "xml/test/again.xml")
+    kinds = {finding.kind for finding in read(tmp_path).findings}
+    assert "image in both training and test" in kinds
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    labelimg(tmp_path)
+    for name in ("a.json", "a.yaml", "a.xml", "a.txt"):
+        os.mkfifo(tmp_path / name)
+    assert recognise(tmp_path).layout == "Pascal VOC without ImageSets"
+
+
+def test_roboflows_copies_of_a_picture_stay_together(tmp_path: Path) -> None:
+    for seed in range(40):
+        for copy, image in enumerate((picture(seed), ImageOps.mirror(picture(seed)))):
+            name = f"{seed}_jpg.rf.{copy}"
+            image.save(tmp_path / f"{name}.jpg")
+            xml(tmp_path / f"{name}.xml", seed % 7)
+    found = read(tmp_path)
+    sides = [
+        {Path(path).name.partition("_")[0] for path in table.paths()}
+        for table in (found.train, found.val)
+    ]
+    assert all(sides) and not sides[0] & sides[1]
+
+
 def test_an_empty_test_part_is_told(tmp_path: Path) -> None:
     yolo_roboflow_train_only(tmp_path)
     line = read(tmp_path).recognised
@@ -506,3 +543,119 @@ def test_data_excludes_the_other_flags(tmp_path: Path) -> None:
     for value in ("0", "1", "nan", "-1"):
         with pytest.raises(ConfigError, match="val_fraction"):
             parse(["--data", "x", "--val_fraction", value])
+
+
+def train(data: Path, output: Path, *flags: str) -> int:
+    return main_here([*FLAGS[2:], "--data", str(data), "--output_dir", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data with a training and a test part, and the folder of a run on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_coco(folder / "data", random_pictures(12, 0), random_pictures(4, 1))
+    (data / "annotations/instances_val2017.json").rename(
+        data / "annotations/instances_test2017.json"
+    )
+    (data / "val2017").rename(data / "test2017")
+    assert train(data, folder / "output") == 0
+    return data, folder / "output"
+
+
+def test_a_test_part_is_evaluated_with_the_best_weights(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, output = trained
+    found = json.loads((output / "test.json").read_text())
+    words = ["evaluate", str(output / "best.safetensors"), "--data", str(data), "--split", "test"]
+    assert command_line.main([*words, "--out", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores and all(found[f"test_{name}"] == pytest.approx(n) for name, n in scores.items())
+    assert "best weights on the test images" in (output / "report.html").read_text()
+
+
+def test_a_run_resumes_on_the_same_split(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also after the folder was moved; another share is another training set."""
+    data, output = trained
+    shutil.copytree(data, tmp_path / "moved")
+    assert train(tmp_path / "moved", tmp_path / "run", "--max_steps", "3", "--epochs", "2") == 0
+    shutil.rmtree(output.parent / "again", ignore_errors=True)
+    steps = json.loads((resume.checkpoints(output / "checkpoints")[0] / "state.json").read_text())
+    saved = json.loads(
+        (resume.checkpoints(tmp_path / "run/checkpoints")[0] / "state.json").read_text()
+    )
+    assert saved["state"]["dataset"] == steps["state"]["dataset"]
+    assert train(tmp_path / "moved", tmp_path / "run", "--resume", "--val_fraction", "0.6") == 2
+
+
+def test_an_interrupted_run_ends_like_a_whole_one(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, output = trained
+    half = tmp_path / "half"
+    shutil.copytree(output, half)
+    newest, *older = resume.checkpoints(half / "checkpoints")
+    assert older
+    shutil.rmtree(newest)
+    (half / "test.json").unlink()
+    assert train(data, half, "--resume") == 0
+    assert not differences(end_of(output), end_of(half))
+    assert (half / "test.json").read_text() == (output / "test.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])
+def test_evaluation_scores_as_on_the_coco_file(layout: str, learnt: Learnt, tmp_path: Path) -> None:
+    root = {"coco": learnt.data}.get(layout, tmp_path / layout)
+    if layout != "coco":
+        {"voc": write_voc, "yolo": write_yolo}[layout](learnt.data, root)
+    json_path, images = coco_folder(learnt.data, "val")
+    scores = []
+    for words in (["--data", str(root)], ["--json", str(json_path), "--images", str(images)]):
+        out = tmp_path / f"{len(scores)}.json"
+        assert command_line.main(["evaluate", str(learnt.weights), *words, "--out", str(out)]) == 0
+        scores.append(json.loads(out.read_text()))
+    if layout == "voc":  # JPEG in place of PNG changes the pixels
+        assert scores[0]["map50"] == pytest.approx(scores[1]["map50"], abs=0.2)
+    else:
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_masks_are_those_of_the_file(masked_data: Path) -> None:
+    json_path, images = coco_folder(masked_data, "val")
+    table, _ = read_coco(json_path, images, masks=True)
+    file, again = read_coco_file(json_path), coco_file_of(table, [])
+    found = [
+        {int(each.annotations.ids[row]): mask for row, mask, _ in read_masks(each, keep, sizes)}
+        for each in (file, again)
+        for keep, sizes in [(each.faults >= 0, each.images.sizes)]
+    ]
+    assert any(found[0].values()) and found[0] == found[1]
+
+
+def test_check_says_what_data_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco_beside(tmp_path / "photos")
+    out = tmp_path / "photos/val.json"
+    assert command_line.main(["check", "--data", str(tmp_path / "photos"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [split["images"] for split in facts["splits"]] == [4, 2, 1]
+    assert facts["recognised"].startswith(f"--data {tmp_path / 'photos'}: COCO (train.json, val")
+    before = out.read_text()
+    words = ["check", "--data", str(tmp_path / "photos"), "--out", str(out)]
+    assert command_line.main(words) == 2 and out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "{w}", "--data", "x", "--json", "y", "--images", "z"],
+        ["evaluate", "{w}"],
+        ["evaluate", "{w}", "--json", "y"],
+        ["check", "--data", "x", "--coco_path", "y"],
+        ["export", "{w}", "{w}.onnx", "--data", "x", "--json", "y", "--coco_images", "z"],
+    ],
+)
+def test_commands_refuse_two_data_sets(
+    words: list[str], learnt: Learnt, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main([word.replace("{w}", str(learnt.weights)) for word in words]) == 2
+    assert capsys.readouterr().err.startswith("error: --")

@@ -30,10 +30,9 @@ vidt COMMAND ...: object detection, from a folder of images to boxes
 
 vidt COMMAND --help explains a command, with examples. The usual order:
 
-  vidt check --coco_path data/coco
-  vidt train --coco_path data/coco --output_dir output
-  vidt evaluate output/best.safetensors --json data/coco/annotations/instances_val2017.json \
---images data/coco/val2017
+  vidt check --data photos
+  vidt train --data photos --output_dir output
+  vidt evaluate output/best.safetensors --data photos
   vidt predict output/best.safetensors photos/ --out found
 """
 TRAIN_PAGE = """usage: vidt train [--NAME VALUE ...]
@@ -45,6 +44,8 @@ CPU; for several processes, run trainer/train.py by accelerate launch or torchru
 examples:
   vidt train
       on synthetic images of coloured shapes, as a first try
+  vidt train --data photos --output_dir output/photos
+      a folder of images with COCO, YOLO or Pascal VOC annotations in any layout
   vidt train --coco_path data/coco --output_dir output/coco
   vidt train --train_json train.json --train_images images --val_json val.json \\
       --val_images images --backbone_name swin_tiny --epochs 30 --output_dir output/mine

@@ -148,7 +148,8 @@ def _hash_of_file(
 
 def look_alikes(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     """The group of each picture, int64 [N] from 0, and a hash of its bytes, uint64 [N]. A chain of
-    near-duplicates or equal files is one group. This decodes every picture.
+    near-duplicates, equal files or Roboflow's copies of one picture is one group. This decodes
+    every picture.
     """
     paths, sizes = list(table.paths()), [(h, w) for h, w in table.sizes.tolist()]
     with ThreadPoolExecutor(reading_threads()) as pool:
@@ -156,21 +157,30 @@ def look_alikes(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
         bar = tqdm(found, "looking for near-duplicates", len(paths), disable=_is_quiet())
         rows = np.array(list(bar), np.uint64).reshape(-1, 3)
     digests, hashes, known = rows[:, 0], rows[:, 1], np.flatnonzero(rows[:, 2])
+    every = np.arange(len(rows))
     _, same = np.unique(digests, return_inverse=True)
-    edges = [(np.arange(len(rows)), len(rows) + same)]  # a node for each content
+    _, origin = np.unique([_origin(path) for path in paths], return_inverse=True)
+    # A node for each content, and one for each origin.
+    edges = [(every, len(rows) + same), (every, 2 * len(rows) + origin)]
     step = max(_COMPARED // max(len(known), 1), 1)
     for start in range(0, len(known), step):
         differ = np.bitwise_count(hashes[known[start : start + step], None] ^ hashes[known])
         ours, theirs = np.nonzero(differ <= ALIKE_BITS)
         edges.append((known[start + ours], known[theirs]))
     one, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
-    graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(2 * len(rows),) * 2)
+    graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(3 * len(rows),) * 2)
     labels = connected_components(graph, directed=False)[1][: len(rows)]
     return np.unique(labels, return_inverse=True)[1], digests
 
 
 def _is_quiet() -> bool:
     return not sys.stderr.isatty()
+
+
+def _origin(path: str) -> str:
+    """The picture of which a file is a copy: Roboflow names changed ones NAME.rf.HASH.jpg."""
+    name = os.path.basename(path)
+    return name.partition(".rf.")[0] if ".rf." in name else path
 
 
 def _prints_of_file(path: str, size: tuple[int, int]) -> tuple[int, int, int]:

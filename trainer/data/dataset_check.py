@@ -35,7 +35,7 @@ _ROUNDING = 1.0
 DEEP = "image of more than 8 bits"
 
 
-__all__ = ["BadDataset", "check", "clean"]
+__all__ = ["BadDataset", "check", "clean", "shared_images"]
 
 
 def clean(
@@ -299,13 +299,25 @@ def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding
     return findings
 
 
+def shared_images(train: SampleTable, other: SampleTable, part: str) -> list[Finding]:
+    """Images of another part that are also training images, both cleaned."""
+    headers = [
+        [header for header in probe_images(table.paths()) if isinstance(header, ImageHeader)]
+        for table in (train, other)
+    ]
+    return fold(_shared_images(train, headers[0], other, headers[1], part))
+
+
 def _shared_images(
     train: SampleTable,
     train_headers: list[ImageHeader],
     val: SampleTable,
     val_headers: list[ImageHeader],
+    part: str = "validation",
 ) -> Iterator[Finding]:
-    """Validation images that are also training images, by path or by content."""
+    """Images of `val`, which is the part of that name, that are also training images, by path or by
+    content.
+    """
     train_of_path = {os.path.realpath(path): index for index, path in enumerate(train.paths())}
     alike: dict[tuple[int, int], list[int]] = {}
     for index, header in enumerate(train_headers):
@@ -323,7 +335,7 @@ def _shared_images(
             twin = by_content(header.fingerprint).get(_digest(path))
         if twin is not None:
             detail = f"same as {train.path(twin)}, image {int(train.image_ids[twin])} of training"
-            kind = "image in both training and validation"
+            kind = f"image in both training and {part}"
             yield _image_finding(val, index, kind, "warning", "kept", detail)
 
 

@@ -13,7 +13,7 @@ from trainer.data.dataset_advice import (
     near_duplicates,
     rare_classes,
 )
-from trainer.data.dataset_check import check, clean
+from trainer.data.dataset_check import check, clean, shared_images
 from trainer.data.recognise import CocoPart, VocPart, XmlPart, recognise
 from trainer.data.shapes import write_shapes
 from trainer.data.unused_files import unused_files
@@ -170,9 +170,10 @@ def hold_out(table: SampleTable, fraction: float) -> tuple[SampleTable, SampleTa
     elif held.all():
         held[smallest.argmax()] = False
     in_val = held[groups]
-    val = replace(table.subset(np.flatnonzero(in_val)), source=f"{table.source}, held out")
+    val = table.subset(np.flatnonzero(in_val).tolist())
+    val = replace(val, source=f"{table.source} (held out)")
     how = f"validation held out by --val_fraction {fraction:g}, {how}"
-    return table.subset(np.flatnonzero(~in_val)), val, how
+    return table.subset(np.flatnonzero(~in_val).tolist()), val, how
 
 
 def read_datasets(
@@ -248,6 +249,7 @@ def read_parts(
             strict_images=config.strict_images,
             found=findings,
         )
+        findings += shared_images(train, test, "test")
     tables = {"train": train, "val": val} | ({} if test is None else {"test": test})
     for table in tables.values():
         findings += implausible_boxes(table, config.eval_size)

@@ -158,7 +158,7 @@ def _scan(root: str) -> _Tree:
             path = os.path.normpath(os.path.join(top, name))
             if is_picture(name):
                 tree.pictures.append(path)
-            elif not name.startswith("."):
+            elif not name.startswith(".") and os.path.isfile(path):  # no pipe, which would block
                 tree.files.setdefault(ending(name), []).append(path)
     return tree
 

@@ -468,10 +468,10 @@ def _check_together(config: TrainConfig) -> None:
     whole = config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
-    others = (*PATH_OF.values(), *COCO_FILES)
-    other = next((n for n in others if n != "data" and getattr(config, n) is not None), None)
-    if config.data is not None and other is not None:
-        raise ConfigError(f"--data and --{other} exclude each other; drop one")
+    paths = [n for n in (*PATH_OF.values(), *COCO_FILES) if getattr(config, n) is not None]
+    if config.data is not None and len(paths) > 1:
+        (second, *_) = [name for name in paths if name != "data"]
+        raise ConfigError(f"--data and --{second} exclude each other; drop one")
     for name, path in PATH_OF.items():
         if getattr(config, path) is not None and config.dataset_file != name:
             raise ConfigError(f"{path} is for dataset_file {name}; it is {config.dataset_file}")
