@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from contestants import OBJECTS, random_objects
 from data import measure
-from trainer.data.augmentation import Augmentation
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import DetectionDataset
 from trainer.data.order import Key
