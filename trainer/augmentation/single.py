@@ -110,7 +110,7 @@ def jittered(scene: Scene, factors: tuple[float, ...], random: np.random.Generat
     """Scale jitter; factors from 0.1 to 2 are the large-scale jitter of Ghiasi et al. (arXiv
     2012.07177).
     """
-    return rescaled(scene, float(random.uniform(*factors)), random)
+    return rescaled(scene, float(random.uniform(factors[0], factors[1])), random)
 
 
 def affine(scene: Scene, rotation: float, random: np.random.Generator) -> Scene:

@@ -105,7 +105,7 @@ def compose(
         )
 
     scene = read(wanted, first)
-    steps = {
+    steps: dict[str, Callable[..., Scene]] = {
         "mosaic": partial(mosaic, partner=partner),
         "mixup": partial(mixup, partner=partner),
         "copy_paste": partial(copy_paste, partner=partner),
