@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def compare(size: tuple[int, int], config: TrainConfig, rounds: int) -> LoaderRa
 
 def compare_parts(size: tuple[int, int], config: TrainConfig, rounds: int) -> list[PartRate]:
     """Rates of photographs of `size` (height, width) under each part, in turns."""
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "none": {},
         **{name: {name: 1.0} for name in STRONG_PARTS},
         "all at 0.5": dict.fromkeys(STRONG_PARTS, 0.5),
