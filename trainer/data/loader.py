@@ -119,7 +119,7 @@ class DetectionDataset(Dataset):
                 parts,
                 wanted,
                 len(self.samples),
-                partial(self._read_from, visible=True),
+                partial(self._read_from, visible=True, masks="copy_paste" in parts),
                 self.augmentation.canvas,
                 strong_random,
             )
@@ -145,9 +145,16 @@ class DetectionDataset(Dataset):
         return frozenset() if plain else strong.draw(random), random
 
     def _read_from(
-        self, wanted: int, draw: Callable[[Sample], Geometry], *, visible: bool = False
+        self,
+        wanted: int,
+        draw: Callable[[Sample], Geometry],
+        *,
+        visible: bool = False,
+        masks: bool = False,
     ) -> Scene:
-        """The image at `wanted` or the next readable one, under the geometry drawn for it."""
+        """The image at `wanted` or the next readable one, under the geometry drawn for it. With
+        `masks` the scene has masks even if targets have none.
+        """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
             sample = self.samples[index]
@@ -158,6 +165,8 @@ class DetectionDataset(Dataset):
                 self.unreadable[index] = True
                 last = error
             else:
+                if not (masks or self.with_masks):
+                    sample = replace(sample, masks=None)
                 return Scene.of(sample, geometry, image, visible=visible)
         raise last
 
