@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.data.augmentation import Augmentation
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.denoising import Denoising
 from trainer.data.load import read_datasets
 from trainer.data.loader import (

@@ -3,10 +3,12 @@ colours, with a camera's noise, as JPEG of quality 90.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --sizes 1920x1080 --eval_size 800 --json FILE
+    python benchmarks/loader.py --parts --sizes 640x480
 
 It decodes and augments as training does, on one core, without and with `--cache_images`, in turns.
-Rates are images per second of the core's own time, so that other work on the machine counts less.
-The files are in memory; a disk can be slower.
+With `--parts` it tries each strong part of the augmentation alone, for every image, and then all of
+them for half of the images each. Rates are images per second of the core's own time, so that other
+work on the machine counts less. The files are in memory; a disk can be slower.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +27,13 @@ from PIL import Image, ImageDraw
 
 from contestants import OBJECTS, random_objects
 from data import measure
-from trainer.data.augmentation import Augmentation
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import DetectionDataset
 from trainer.data.order import Key
+from trainer.readers.masks import encode
 from trainer.readers.samples import Sample, SampleTable
-from trainer.settings.config import TrainConfig
+from trainer.settings.config import STRONG_PARTS, TrainConfig
 from vidt.images.preprocessing import Preprocessing
 
 PHOTOGRAPH = (480, 640)  # height, width: the most common ones in COCO
@@ -51,6 +55,17 @@ class LoaderRate:
     cached: float
     original_mb: float
     cached_mb: float
+
+
+@dataclass(frozen=True)
+class PartRate:
+    """Images per second of one core with a strong part for every image, without the cache. The
+    mean, since parts differ in which images they make expensive.
+    """
+
+    size: str
+    part: str
+    rate: float
 
 
 def loader_seconds(size: tuple[int, int, int], *, count: int) -> float:
@@ -142,6 +157,49 @@ def compare(size: tuple[int, int], config: TrainConfig, rounds: int) -> LoaderRa
         )
 
 
+def compare_parts(size: tuple[int, int], config: TrainConfig, rounds: int) -> list[PartRate]:
+    """Rates of photographs of `size` (height, width) under each part, in turns."""
+    settings: dict[str, dict[str, Any]] = {
+        "none": {},
+        **{name: {name: 1.0} for name in STRONG_PARTS},
+        "all at 0.5": dict.fromkeys(STRONG_PARTS, 0.5),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        samples = with_masks(write_photographs(Path(folder), size, FILES))
+        datasets = {
+            name: DetectionDataset(
+                samples,
+                Augmentation.from_config(replace(config, **parts)),
+                Preprocessing(config.eval_size),
+                seed=config.seed,
+                masks=False,
+            )
+            for name, parts in settings.items()
+        }
+        keys = [(epoch, index) for epoch in range(rounds + 1) for index in range(FILES)]
+        seconds = {
+            name: [_seconds(dataset, *key) for key in keys][FILES:]
+            for name, dataset in datasets.items()
+        }
+    name_of_size = f"{size[1]}x{size[0]}"
+    return [
+        PartRate(name_of_size, name, 1 / statistics.mean(each)) for name, each in seconds.items()
+    ]
+
+
+def with_masks(samples: SampleTable) -> SampleTable:
+    """The same samples; the mask of each object fills its box."""
+    each = []
+    for sample in samples:
+        masks = torch.zeros(len(sample.boxes), *sample.size, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(
+            masks, sample.boxes.int().tolist(), strict=True
+        ):
+            mask[top:bottom, left:right] = True
+        each.append(replace(sample, masks=tuple(encode(masks))))
+    return SampleTable.from_samples(each, samples.class_names)
+
+
 def _seconds(dataset: DetectionDataset, epoch: int, index: int) -> float:
     start = time.process_time()
     dataset[Key(epoch, index)]
@@ -158,6 +216,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="WIDTHxHEIGHT of the photographs")
     parser.add_argument("--eval_size", type=int, default=640, help="as in training")
     parser.add_argument("--rounds", type=int, default=10, help="of each photograph")
+    parser.add_argument("--parts", action="store_true", help="try the strong parts instead")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     given = parser.parse_args(words)
     try:
@@ -174,17 +233,32 @@ def main() -> None:
     torch.set_num_threads(1)
     config = TrainConfig(eval_size=given.eval_size)
     print(f"images per second of one core, --eval_size {given.eval_size}")
+    rates = [asdict(rate) for rate in (print_parts if given.parts else print_cache)(given, config)]
+    if given.json is not None:
+        given.json.write_text(json.dumps(rates, indent=1))
+
+
+def print_cache(given: argparse.Namespace, config: TrainConfig) -> list[LoaderRate]:
     print(f"{'size':>10} {'no cache':>9} {'filling':>8} {'cached':>7} {'MB':>6} {'cached MB':>10}")
     rates = []
     for size in given.sizes:
         rate = compare(size, config, given.rounds)
-        rates.append(asdict(rate))
+        rates.append(rate)
         print(
             f"{rate.size:>10} {rate.plain:>9.0f} {rate.filling:>8.0f} {rate.cached:>7.0f} "
             f"{rate.original_mb:>6.2f} {rate.cached_mb:>10.2f}"
         )
-    if given.json is not None:
-        given.json.write_text(json.dumps(rates, indent=1))
+    return rates
+
+
+def print_parts(given: argparse.Namespace, config: TrainConfig) -> list[PartRate]:
+    print(f"{'size':>10} {'part':>12} {'images/s':>9}")
+    rates = []
+    for size in given.sizes:
+        for rate in compare_parts(size, config, given.rounds):
+            rates.append(rate)
+            print(f"{rate.size:>10} {rate.part:>12} {rate.rate:>9.1f}")
+    return rates
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainer.data.augmentation import Augmentation
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.loader import DetectionDataset, random_of, training_loader
 from trainer.data.order import Key, steps_per_epoch
 from trainer.readers.samples import SampleTable

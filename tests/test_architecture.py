@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # the folders) imports rooms named before it. `__init__` may import every room of its package.
 ROOMS = {
     "vidt": "errors atomic arguments ops images model losses weights convert predict onnx loading",
-    "trainer": "settings readers data backward loop scoring report train commands",
+    "trainer": "settings readers augmentation data backward loop scoring report train commands",
     "ymir_adapter": "protocol dataset launch tasks sandbox __main__",
 }
 MOST_ROOMS, MOST_FILES = 9, 12  # of a package, in a room

@@ -25,7 +25,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
-from trainer.data.augmentation import Augmentation, Geometry
+from trainer.augmentation.geometry import Geometry
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.denoising import Denoising
 from trainer.data.loader import (
     DetectionDataset,

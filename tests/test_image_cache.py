@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from tiny_runs import argv, cpu, differences, end_of, main_here, random_pictures, run, write_coco
 
+from trainer.augmentation.geometry import SPARE
+from trainer.augmentation.recipe import Augmentation
 from trainer.data import image_cache
-from trainer.data.augmentation import SPARE, Augmentation
 from trainer.data.image_cache import CACHED_SPARE, ImageCache
 from trainer.data.loader import DetectionDataset
 from trainer.loop.agreement import Agreement

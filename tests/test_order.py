@@ -13,7 +13,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from tiny_runs import settings, tables
 
-from trainer.data.augmentation import Augmentation, Crop, Geometry
+from trainer.augmentation.geometry import Crop, Geometry
+from trainer.augmentation.recipe import Augmentation
 from trainer.data.loader import DetectionDataset, random_of, training_loader
 from trainer.data.order import (
     WINDOW,

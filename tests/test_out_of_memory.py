@@ -12,6 +12,7 @@ import yaml
 from tiny_runs import argv, cpu, differences, end_of, last_checkpoint, run, settings, tables
 
 import trainer.train
+from trainer.augmentation.recipe import Augmentation
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.memory import (
     ALLOCATOR_SETTINGS,
@@ -23,7 +24,7 @@ from trainer.backward.memory import (
     use_expandable_segments,
 )
 from trainer.data.denoising import Denoising
-from trainer.data.loader import Augmentation, DetectionDataset, micro_batches
+from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.optim import make_optimizer
 from trainer.report.progress import Progress

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from simulated import (
     at_the_end,
     evaluation_of,
@@ -134,6 +135,12 @@ def test_a_finished_run(val: SampleTable, tmp_path: Path) -> None:
     assert "--output_dir" in words and "device" in words
     assert page.text.count("<img") == 2 * len(last.diagnosis.worst) > 10
     assert page.text.count("<svg") == 12
+
+
+def test_a_preview_of_the_augmentation_is_shown(val: SampleTable, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "preview.jpg")
+    page = page_of_run(tmp_path, facts_of(tmp_path, (val, val)), events_of_a_run(val, (0.2,)))
+    page.check(RESULTS | ALWAYS | {"curves", "preview"})
 
 
 def test_what_more_epochs_would_do_is_said_at_the_end(val: SampleTable, tmp_path: Path) -> None:

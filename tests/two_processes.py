@@ -27,11 +27,12 @@ from tiny_runs import (
 )
 
 import trainer.train
+from trainer.augmentation.recipe import Augmentation
 from trainer.backward import gradient_sum
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.memory import Probe
 from trainer.data.dataset_check import BadDataset
-from trainer.data.loader import Augmentation, DetectionDataset
+from trainer.data.loader import DetectionDataset
 from trainer.loop import set_up, step
 from trainer.loop.agreement import Agreement
 from trainer.loop.step import check_readable

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,8 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
 from trainer.data.dataset_statistics import plan_of
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
+from trainer.data.loader import training_order
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
 from trainer.loop.clock import training_record
@@ -101,6 +104,7 @@ def _train(
         resume.sweep(output / resume.CHECKPOINTS)
         write_yaml(output / "config.yaml", config, model_fields)
         (output / resume.NON_FINITE).unlink(missing_ok=True)  # of an earlier run, or start
+        save_preview(run, train_set.class_names)
     say = partial(announce, run, report)
     say("start", message=start_line(run))
     losses = LossLog(run.agreement, output, step_images=clock.step_images)
@@ -132,6 +136,23 @@ def _train(
     metrics = {**best, "best_epoch": float(clock.epoch(state.best_step))}
     say("end", metrics, fraction=1.0, weights=output / "best.safetensors", message=end_line(run))
     return best
+
+
+def save_preview(run: Run, class_names: Sequence[str]) -> None:
+    """Draws the images of the first steps of this start, if any strong part of the augmentation is
+    on or --preview asks for it.
+    """
+    config, dataset, clock = run.config, run.dataset, run.clock
+    steps = range(run.state.step, clock.total_steps)
+    if not steps or not (dataset.augmentation.strong.on or config.preview):
+        return
+    order = training_order(dataset, config, clock.step_images, clock.step_images, steps)
+    keys = islice(chain.from_iterable(order), PREVIEWED)
+    picture = preview((dataset[key] for key in keys), class_names)
+    for folder in {Path(config.output_dir), Path(config.preview or config.output_dir)}:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_picture(picture, folder / PREVIEW_NAME)
+        logger.info(f"the first augmented images: {folder / PREVIEW_NAME}")
 
 
 def announce(

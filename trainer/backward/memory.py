@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from trainer.data.augmentation import Augmentation
+from trainer.augmentation.recipe import Augmentation
+from trainer.augmentation.single import LONGEST_ASPECT
 from trainer.data.loader import DetectionDataset
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
@@ -51,6 +52,8 @@ def largest_canvas(
     a few steps, in which wide images meet tall ones, need more.
     """
     areas = {(int(height), int(width)) for height, width in sizes}
+    if augmentation.strong.iou_crop:
+        areas |= {(1, LONGEST_ASPECT), (LONGEST_ASPECT, 1)}
     if augmentation.crop:
         low, high = augmentation.crop_range
         areas |= {(low, high), (high, low)}  # of the crops, the least square ones
@@ -66,14 +69,13 @@ def largest_canvas(
 def largest_batch(
     dataset: DetectionDataset, images: int, canvas: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
-    """A batch of grey images as large as the canvas, each with as many boxes as any image of the
-    dataset has, in the form that `trainer.data.loader.unpacked` returns.
+    """A batch of grey images as large as the canvas, each with as many boxes as any target of the
+    dataset can have, in the form that `trainer.data.loader.unpacked` returns.
     """
-    samples, (height, width) = dataset.samples, canvas
-    objects = int(samples.box_counts.max())
+    (height, width), objects = canvas, dataset.most_boxes
     boxes = torch.full((objects, 4), 0.5)
     target: dict[str, Any] = {"labels": torch.zeros(objects, dtype=torch.int64), "boxes": boxes}
-    if samples.masks is not None:
+    if dataset.with_masks:
         target |= {
             "masks": torch.ones(objects, height, width, dtype=torch.bool),
             "mask_boxes": boxes.new_tensor([0, 0, width, height]).expand(objects, 4),

@@ -1,1 +1,1 @@
-"""From the sample table to batches: the dataset check, augmentation, the loader."""
+"""From the sample table to batches: the dataset check, the loader, the cache."""

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.data.augmentation import SPARE, Augmentation, covered
+from trainer.augmentation.geometry import SPARE, covered
+from trainer.augmentation.recipe import Augmentation
 from trainer.readers.samples import Sample, SampleTable
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted

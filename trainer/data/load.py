@@ -207,14 +207,15 @@ def read_parts(
     compare_pictures: bool = False,
 ) -> Datasets:
     """The usable samples of all parts, and all findings. `masks` reads the masks of all parts;
-    `token_label` those of the training part, if it has any. `compare_pictures` decodes all
+    `token_label`, and --copy_paste, those of the training part, if it has any. `compare_pictures` decodes all
     pictures to find near-duplicates between the parts.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
     """
     read, seen = reader_of(config), FilesSeen()
-    train, findings = read("train", None, masks or token_label, seen)
+    in_train = masks or token_label or config.copy_paste > 0
+    train, findings = read("train", None, in_train, seen)
     if masks and train.masks is None:
         raise UserError(
             f"{train.source}: no object has a mask to learn from; leave --with_vector out"

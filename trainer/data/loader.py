@@ -6,8 +6,11 @@ workers.
 Inside this file boxes are xyxy in pixels; in targets they are cxcywh in 0..1 of the unpadded image.
 """
 
+import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.augmentation import Augmentation, Geometry
+from trainer.augmentation.geometry import Geometry
+from trainer.augmentation.recipe import Augmentation
+from trainer.augmentation.scene import Scene
+from trainer.augmentation.single import photometric
+from trainer.augmentation.strong import area_of, compose
 from trainer.data.denoising import NO_DENOISING, Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.order import Key, RunSampler, repeat_factors
-from trainer.readers.masks import decode
-from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
@@ -32,13 +37,16 @@ from vidt.images.preprocessing import Preprocessing, pad_batch, to_pixels
 PREFETCH = 4  # batches that each worker loads ahead
 # [N, ...] in targets
 ROWS = ("labels", "boxes", "denoising_boxes", "denoising_labels", "mask_boxes", "has_mask")
+STRONG = 1  # the stream of random numbers of the strong parts
 
 
 class DetectionDataset(Dataset):
     """Training images and their targets, addressed by `Key`.
 
     The next readable image replaces one that cannot be read, which is marked in `unreadable`. All
-    workers share that tensor; the caller decides how many are too many.
+    workers share that tensor; the caller decides how many are too many. The strong parts of the
+    augmentation apply in the first `strong_epochs` epochs. `masks`: whether targets hold masks, if
+    the table does.
     """
 
     def __init__(
@@ -50,15 +58,24 @@ class DetectionDataset(Dataset):
         seed: int,
         denoising: Denoising = NO_DENOISING,
         cache: ImageCache | None = None,
+        strong_epochs: float = math.inf,
+        masks: bool = True,
     ) -> None:
         self.cache = cache
         self.samples, self.augmentation, self.preprocessing = samples, augmentation, preprocessing
         self.seed, self.denoising = seed, denoising
+        self.strong_epochs = strong_epochs
+        self.with_masks = masks and samples.masks is not None
         self.reported = 0  # unreadable images that the caller has reported
         self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def most_boxes(self) -> int:
+        """The most boxes that a target can have."""
+        return self.augmentation.strong.most_boxes(int(self.samples.box_counts.max()))
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """`image` uint8 [3, h, w]; `target` with `labels` [N], `boxes` [N, 4] cxcywh in 0..1,
@@ -68,54 +85,103 @@ class DetectionDataset(Dataset):
 
         Raises UserError if no image of the dataset can be read.
         """
-        sample, geometry, image, random = self._read_from(*key)
-        objects = ~sample.crowd  # crowd regions only matter in scoring
-        pixel_boxes, kept = geometry.on_boxes(sample.boxes[objects])
-        boxes = _relative(pixel_boxes, geometry.shape)
-        labels = sample.labels[objects][kept]
-        target = {"labels": labels, "boxes": boxes, "image_id": sample.image_id}
-        if sample.masks is not None:
-            rows = objects.nonzero()[kept, 0].tolist()
-            target |= _mask_target([sample.masks[row] for row in rows], geometry, pixel_boxes)
-        target |= self.denoising.of_target(boxes, labels, random)
-        return {"image": to_pixels(image), "target": target}
+        scene, random = self._augmented(*key)
+        boxes = _relative(scene.boxes, scene.size)
+        target = {"labels": scene.labels, "boxes": boxes, "image_id": scene.image_id}
+        if self.with_masks:
+            masks = {"masks": scene.masks, "mask_boxes": scene.boxes, "has_mask": scene.has_mask}
+            target |= masks
+        target |= self.denoising.of_target(boxes, scene.labels, random)
+        return {"image": to_pixels(scene.image), "target": target}
 
     def aspect(self, epoch: int, index: int) -> float:
         """Height over width of an image as augmented in an epoch, before the last resize; index as
-        in `Key`.
+        in `Key`. Of the strong parts only the IoU crop changes it.
         """
-        height, width = self.samples.sizes[index % len(self)].tolist()
+        image = index % len(self)
+        height, width = self.samples.sizes[image].tolist()
+        parts, strong_random = self._strong_parts(epoch, index)
+        if parts - {"photometric"}:
+            boxes = self.samples.objects_of(image) if "iou_crop" in parts else torch.zeros(0, 4)
+            area = area_of(parts, (height, width), boxes, strong_random)
+            height, width = self.augmentation.canvas(*area[2:])
         random = random_of(self.seed, epoch, index)
         _, crop = self.augmentation.draw_flip_and_crop((height, width), random)
         return crop.height / crop.width if crop else height / width
 
-    def _read_from(
+    def _augmented(
         self, epoch: int, wanted: int, short_side: int | None = None
-    ) -> tuple[Sample, Geometry, Image.Image, np.random.Generator]:
-        """The sample at `wanted` or the next readable one, its geometry, its augmented image, and
-        the generator after drawing the geometry.
+    ) -> tuple[Scene, np.random.Generator]:
+        """The scene to train on, and the generator after drawing the released geometry."""
+        parts, strong_random = self._strong_parts(epoch, wanted)
+        if parts - {"photometric"}:
+            scene = compose(
+                self.augmentation.strong,
+                parts,
+                wanted % len(self),
+                len(self),
+                partial(self._read_from, visible=True, masks="copy_paste" in parts),
+                self.augmentation.canvas,
+                strong_random,
+            )
+            random = random_of(self.seed, epoch, wanted)
+            scene = scene.moved(self.augmentation.draw(scene.size, random, short_side))
+        else:
+
+            def draw(sample: Sample) -> Geometry:
+                nonlocal random
+                random = random_of(self.seed, epoch, wanted)
+                return self.augmentation.draw(sample.size, random, short_side)
+
+            scene = self._read_from(wanted, draw)
+        if "photometric" in parts:
+            scene = replace(scene, image=photometric(scene.image, strong_random))
+        return scene, random
+
+    def _strong_parts(self, epoch: int, index: int) -> tuple[frozenset[str], np.random.Generator]:
+        """The strong parts of an image in an epoch, and the generator after drawing them."""
+        random = random_of(self.seed, epoch, index, STRONG)
+        strong = self.augmentation.strong
+        plain = not strong.on or epoch >= self.strong_epochs
+        return frozenset() if plain else strong.draw(random), random
+
+    def _read_from(
+        self,
+        wanted: int,
+        draw: Callable[[Sample], Geometry],
+        *,
+        visible: bool = False,
+        masks: bool = False,
+    ) -> Scene:
+        """The image at `wanted` or the next readable one, under the geometry drawn for it. With
+        `masks` the scene has masks even if targets have none.
         """
         for offset in range(len(self.samples)):
             index = (wanted + offset) % len(self.samples)
             sample = self.samples[index]
-            random = random_of(self.seed, epoch, wanted)
-            geometry = self.augmentation.draw(sample.size, random, short_side)
+            geometry = draw(sample)
             try:
-                return sample, geometry, self._augmented(index, sample, geometry), random
+                image = self._read_image(index, sample, geometry)
             except UserError as error:  # damaged, gone, or no longer the size that was checked
                 self.unreadable[index] = True
                 last = error
+            else:
+                if not (masks or self.with_masks):
+                    sample = replace(sample, masks=None)
+                return Scene.of(sample, geometry, image, visible=visible)
         raise last
 
-    def _augmented(self, index: int, sample: Sample, geometry: Geometry) -> Image.Image:
+    def _read_image(self, index: int, sample: Sample, geometry: Geometry) -> Image.Image:
         if self.cache is not None:
             return geometry.on_image(self.cache.read(index, sample), shrunk=True)
         return geometry.on_image(read_image(sample.path, sample.size, at_least=geometry.needed))
 
 
-def random_of(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator from which all random numbers of an image in an epoch are drawn."""
-    return np.random.default_rng((seed, epoch, index))
+def random_of(seed: int, epoch: int, index: int, *stream: int) -> np.random.Generator:
+    """The generator from which all random numbers of an image in an epoch are drawn; those of the
+    strong parts come from the stream STRONG, so that the released recipe draws the same with them.
+    """
+    return np.random.default_rng((seed, epoch, index, *stream))
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -124,15 +190,6 @@ def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     low, high = corners[:, :2], corners[:, 2:]
     scale = np.array([size[1], size[0]] * 2, corners.dtype)
     return torch.from_numpy(np.concatenate([(low + high) / 2, high - low], axis=1) / scale)
-
-
-def _mask_target(masks: list[RunLengths], geometry: Geometry, boxes: Tensor) -> dict[str, Tensor]:
-    """The entries of a target about masks; boxes [N, 4] are xyxy in pixels, augmented."""
-    return {
-        "masks": geometry.on_masks(decode(masks, geometry.size)),
-        "mask_boxes": boxes,
-        "has_mask": torch.tensor([bool(mask) for mask in masks], dtype=torch.bool),
-    }
 
 
 class EvaluationDataset(Dataset):
@@ -201,6 +258,27 @@ def evaluation_batch(
     return [*indices], *pad_batch(images)
 
 
+def training_order(
+    dataset: DetectionDataset,
+    config: TrainConfig,
+    step_images: int,
+    micro_batch: int,
+    steps: range,
+) -> RunSampler:
+    """The keys of the images that the given optimiser steps see, in micro-batches."""
+    thresh = config.repeat_thresh
+    return RunSampler(
+        len(dataset),
+        step_images=step_images,
+        micro_batch=micro_batch,
+        seed=config.seed,
+        steps=steps,
+        short_sides=dataset.augmentation.sizes if config.scale_per == "step" else (None,),
+        aspect_of=dataset.aspect if config.group_by_aspect else None,
+        repeats=repeat_factors(dataset.samples, thresh) if thresh else None,
+    )
+
+
 def training_loader(
     dataset: DetectionDataset,
     config: TrainConfig,
@@ -212,20 +290,10 @@ def training_loader(
     """Micro-batches (see `packed_batch`) of all processes for the given optimiser steps;
     `Accelerator.prepare_data_loader` distributes them in turn.
     """
-    thresh = config.repeat_thresh
-    sampler = RunSampler(
-        len(dataset),
-        step_images=config.batch_size * num_processes,
-        micro_batch=micro_batch,
-        seed=config.seed,
-        steps=steps,
-        short_sides=dataset.augmentation.sizes if config.scale_per == "step" else (None,),
-        aspect_of=dataset.aspect if config.group_by_aspect else None,
-        repeats=repeat_factors(dataset.samples, thresh) if thresh else None,
-    )
+    step_images = config.batch_size * num_processes
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=training_order(dataset, config, step_images, micro_batch, steps),
         num_workers=config.num_workers,
         collate_fn=packed_batch,
         prefetch_factor=PREFETCH if config.num_workers else None,

@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.augmentation.recipe import Augmentation
 from trainer.backward.freezing import freeze_stages
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
@@ -33,7 +34,7 @@ from trainer.backward.memory import (
 )
 from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
-from trainer.data.loader import Augmentation, DetectionDataset, micro_batches
+from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.data.loader_wait import LoaderWait
 from trainer.data.order import epoch_images, repeat_factors, steps_per_epoch
 from trainer.loop import resume
@@ -167,12 +168,7 @@ def set_up(
         class_loss=config.class_loss,
         contrastive_denoising=config.contrastive_denoising,
     )
-    denoising = Denoising(
-        config.denoising,
-        config.contrastive_denoising,
-        model_config.num_classes if model_config.label_embedding else None,
-    )
-    dataset = training_dataset(config, train_set, denoising, agreement)
+    dataset = training_dataset(config, model_config, train_set, agreement)
 
     learn = partial(
         gradients,
@@ -202,12 +198,16 @@ def set_up(
     if ema is not None and config.ema_decay == AUTO:
         ema.decay = automatic_ema_decay(checkpoint, total_steps)
         config = replace(config, ema_decay=ema.decay)
+    dataset.strong_epochs = max(-(-total_steps // per_epoch) - config.plain_epochs, 0)
     state = RunState(
         n_iter_to_acc=config.n_iter_to_acc,
         step_images=step_images,
         dataset=train_set.fingerprint(),
         settings=resolved(config, model_fields),
     )
+    line = strong_line(dataset, -(-total_steps // per_epoch), model_config)
+    if line:
+        logger.info(line)
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
     if probe.possible() and not (automatic and checkpoint is None):  # else it has been tried
@@ -235,11 +235,21 @@ def set_up(
 
 
 def training_dataset(
-    config: TrainConfig, samples: SampleTable, denoising: Denoising, agreement: Agreement
+    config: TrainConfig, model: ViDTConfig, samples: SampleTable, agreement: Agreement
 ) -> DetectionDataset:
     """The images to train on, through the cache if there is one. Raises UserError for a cache
-    folder that cannot be made.
+    folder that cannot be made, and for --copy_paste without masks.
     """
+    if config.copy_paste and samples.masks is None:
+        raise UserError(
+            f"--copy_paste {config.copy_paste:g} cuts objects out along their masks, and no object "
+            f"of {samples.source} has one; leave it out"
+        )
+    denoising = Denoising(
+        config.denoising,
+        config.contrastive_denoising,
+        model.num_classes if model.label_embedding else None,
+    )
     augmentation, cache = Augmentation.from_config(config), None
     if config.cache_images is not None:
         cache = ImageCache(config.cache_images, samples, augmentation)
@@ -251,7 +261,24 @@ def training_dataset(
         seed=config.seed,
         denoising=denoising,
         cache=cache,
+        masks=model.with_vector or model.token_label,
     )
+
+
+def strong_line(dataset: DetectionDataset, total_epochs: int, model: ViDTConfig) -> str:
+    """A line on the strong parts of the augmentation; empty if there are none."""
+    on = dataset.augmentation.strong.on
+    if not on:
+        return ""
+    parts = ", ".join(f"--{name} {probability:g}" for name, probability in on.items())
+    strong = min(int(dataset.strong_epochs), total_epochs)
+    line = f"augmentation: {parts} in the first {counted(strong, 'epoch')} of {total_epochs}"
+    if dataset.most_boxes > max(int(dataset.samples.box_counts.max()), model.det_token_num):
+        line += (
+            f"; an image may get {dataset.most_boxes} boxes, more than --det_token_num "
+            f"{model.det_token_num} can predict"
+        )
+    return line
 
 
 def make_probe(

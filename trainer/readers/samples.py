@@ -168,6 +168,11 @@ class SampleTable:
             masks=None if self.masks is None else self.masks[boxes],
         )
 
+    def objects_of(self, index: int) -> Tensor:
+        """The boxes [n, 4] of an image, crowd regions left out."""
+        boxes = slice(*self.box_offsets[index : index + 2].tolist())
+        return self.boxes[boxes][~self.crowd[boxes]]
+
     def path(self, index: int) -> str:
         start, end = self.path_offsets[index : index + 2].tolist()
         return os.fsdecode(self.path_bytes[start:end].numpy().tobytes())

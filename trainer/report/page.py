@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from trainer.augmentation.preview import PREVIEW_NAME
 from trainer.data.dataset_statistics import statistics_of
 from trainer.readers.findings import Finding, read_findings
 from trainer.readers.samples import SampleTable
@@ -202,6 +203,7 @@ def _render(facts: RunFacts, scored: Scored | None, **more: Any) -> str:
         findings=page_run.finding_groups(facts.findings),
         changed=changed,
         default=default,
+        preview=facts.folder / PREVIEW_NAME,
         **more,
     )
 
@@ -223,6 +225,7 @@ def _environment() -> Environment:
     )
     filters = {"duration": duration, "score": score, "shortened": shortened}
     environment.filters |= filters | {"jpeg": _data_url, "svg": _svg}
+    environment.filters["jpeg_file"] = lambda path: _jpeg_url(path.read_bytes())
     environment.globals |= {"counted": counted, "variables": VARIABLES}
     environment.globals |= {"right": RIGHT, "wrong": WRONG}
     return environment
@@ -241,4 +244,8 @@ def _svg(figure: Figure, description: str) -> Markup:
 
 
 def _data_url(image: Image.Image) -> Markup:
-    return Markup("data:image/jpeg;base64,") + base64.b64encode(as_jpeg(image, quality=82)).decode()
+    return _jpeg_url(as_jpeg(image, quality=82))
+
+
+def _jpeg_url(content: bytes) -> Markup:
+    return Markup("data:image/jpeg;base64,") + base64.b64encode(content).decode()

@@ -52,7 +52,12 @@ ELSEWHERE = {
 PATHS = (
     *COCO_FILES,
     *PATH_OF.values(),
-    *("output_dir", "tensorboard_dir", "config", "resume", "cache_images"),
+    *("output_dir", "tensorboard_dir", "config", "resume", "cache_images", "preview"),
+)
+# Parts of the augmentation that --plain_epochs ends; each value is a probability.
+STRONG_PARTS = (
+    *("iou_crop", "mosaic", "mixup", "copy_paste"),
+    *("zoom_out", "scale_jitter", "affine", "photometric"),
 )
 
 
@@ -123,6 +128,80 @@ class TrainConfig:
     )
     crop: bool = field(
         default=True, metadata=_help("crop images at random before they are resized")
+    )
+    photometric: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image changes in brightness, contrast, saturation and hue; 0: off"
+        ),
+    )
+    zoom_out: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image shrinks, to a quarter of its sides at most, on a canvas of "
+            "its own size; 0: off"
+        ),
+    )
+    iou_crop: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability of a crop that overlaps an object by a random least IoU, as in SSD; 0: off"
+        ),
+    )
+    affine: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image is rotated, shifted by up to a tenth and sheared by up to 2 "
+            "degrees; 0: off"
+        ),
+    )
+    rotation: float = field(
+        default=5.0, metadata=_help("largest rotation of --affine, degrees; 0: none")
+    )
+    scale_jitter: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image is scaled by a factor from --scale_jitter_range, and cut or "
+            "filled up to its own size; 0: off"
+        ),
+    )
+    scale_jitter_range: tuple[float, ...] = field(
+        default=(0.5, 2.0),
+        metadata=_help("least and largest factor of --scale_jitter; 0.1,2 is the large-scale one"),
+    )
+    mosaic: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image shares its canvas with three others, each in one of four "
+            "fields; 0: off"
+        ),
+    )
+    mixup: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that an image is blended with another one, objects of both; 0: off"
+        ),
+    )
+    copy_paste: float = field(
+        default=0.0,
+        metadata=_help(
+            "probability that objects of another image, cut out along their masks, are pasted onto "
+            "an image; needs masks; 0: off"
+        ),
+    )
+    plain_epochs: int = field(
+        default=0,
+        metadata=_help(
+            "epochs at the end of the run without any part from --photometric to --copy_paste"
+        ),
+    )
+    preview: str | None = field(
+        default=None,
+        metadata=_help(
+            "folder for preview.jpg, which shows the first augmented images with their boxes; it "
+            "is written before the first step, and training goes on; None: only output_dir gets "
+            "one, and only if a part from --photometric to --copy_paste is on",
+        ),
     )
     train_sizes: tuple[int, ...] | None = field(
         default=None,
@@ -362,6 +441,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.train_sizes is not None:
             object.__setattr__(self, "train_sizes", tuple(self.train_sizes))
+        object.__setattr__(self, "scale_jitter_range", tuple(self.scale_jitter_range))
         _check_alone(self)
         _check_together(self)
 
@@ -371,6 +451,7 @@ _AT_LEAST = {
     **dict.fromkeys(("eval_interval", "save_interval", "keep", "log_interval"), 1),
     **dict.fromkeys(("num_workers", "min_lr", "weight_decay", "warmup_steps"), 0),
     **dict.fromkeys(("clip_max_norm", "seed", "patience", "save_steps", "denoising", "freeze"), 0),
+    **dict.fromkeys((*STRONG_PARTS, "plain_epochs", "rotation"), 0),
     **dict.fromkeys(("train_max_size",), SMALLEST_SIZE),
 }
 # Limits that no run comes near: beyond them a slip of the finger would fork, allocate or wait
@@ -380,7 +461,8 @@ _AT_MOST = {
     **dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "log_interval"), 10**9),
     **dict.fromkeys(("batch_size", "n_iter_to_acc", "eval_batch_size"), 65_536),
     **dict.fromkeys(("eval_size", "train_max_size"), LARGEST_SIZE),
-    **{"num_workers": 256, "denoising": 10_000, "freeze": 4},
+    **{"num_workers": 256, "denoising": 10_000, "freeze": 4, "plain_epochs": 10**6},
+    **{"rotation": 180, **dict.fromkeys(STRONG_PARTS, 1)},
 }
 
 
@@ -441,6 +523,13 @@ def _check_alone(config: TrainConfig) -> None:
         _require(0 <= getattr(config, name) <= 1, name, getattr(config, name), "from 0 to 1")
     held = config.val_fraction
     _require(0 < held < 1, "val_fraction", held, "above 0 and below 1")
+    factors = config.scale_jitter_range
+    _require(
+        len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10,
+        "scale_jitter_range",
+        factors,
+        "two rising numbers from 0.1 to 10",
+    )
     sizes = config.train_sizes
     _require(sizes != (), "train_sizes", "empty", "one size or more, or none")
     for size in sizes or ():

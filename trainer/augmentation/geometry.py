@@ -1,7 +1,6 @@
-"""Augmentation of training images: the released recipe of flipping, cropping and resizing, drawn
-once and applied to pixels, boxes and masks.
+"""Flip, crop and resize, drawn once and applied to pixels, boxes and masks.
 
-Boxes are xyxy in pixels.
+Boxes are xyxy in pixels. Sizes are (height, width).
 """
 
 from dataclasses import dataclass
@@ -11,92 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.settings.config import TrainConfig
-from vidt.images.canvas import GRANULE, resize, resized_shape
+from vidt.images.canvas import resize
 
-RELEASED_EVAL_SIZE = 800  # the released scales are stated for this evaluation size
-RELEASED_SIZES = (480, 800)  # least and largest short side, in steps of 16
-RELEASED_CROP_RESIZE = (400, 500, 600)  # short sides before a crop
-RELEASED_CROP = (384, 600)  # sides of the crop
 # An image is decoded at a fraction of its size as long as it stays SPARE times as large as needed,
 # so that the antialiased resize still averages over pixels. Compared with decoding in full,
 # photographs differ by 0.1 to 0.35 of 255 on average and by at most 6, less than with another
 # resampling filter. Evaluation and prediction decode in full.
 SPARE = 2
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """The released recipe: flip; then half the time resize, half the time resize, crop and
-    resize.
-    """
-
-    sizes: tuple[int, ...]
-    max_size: int
-    flip: bool = True
-    crop: bool = True
-    crop_resize: tuple[int, ...] = RELEASED_CROP_RESIZE
-    crop_range: tuple[int, int] = RELEASED_CROP
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> "Augmentation":
-        """The released scales in proportion to eval_size; train_sizes and train_max_size override
-        them.
-        """
-        ratio = config.eval_size / RELEASED_EVAL_SIZE
-        low, high = (max(round(side * ratio / GRANULE), 1) * GRANULE for side in RELEASED_SIZES)
-        return cls(
-            sizes=config.train_sizes or tuple(range(low, high + 1, GRANULE)),
-            max_size=config.train_max_size or config.eval_size * 1333 // RELEASED_EVAL_SIZE,
-            flip=config.flip,
-            crop=config.crop,
-            crop_resize=tuple(max(round(side * ratio), GRANULE) for side in RELEASED_CROP_RESIZE),
-            crop_range=(round(RELEASED_CROP[0] * ratio), round(RELEASED_CROP[1] * ratio)),
-        )
-
-    def draw(
-        self, size: tuple[int, int], random: np.random.Generator, short_side: int | None = None
-    ) -> "Geometry":
-        """Draw the geometry for an image of `size` (height, width); if `short_side` is None, draw
-        that too.
-        """
-        flip, crop = self.draw_flip_and_crop(size, random)
-        area = crop.area[2:] if crop else size
-        if short_side is None:
-            short_side = _one_of(self.sizes, random)
-        return Geometry(size, flip, crop, resized_shape(*area, short_side, self.max_size))
-
-    def draw_flip_and_crop(
-        self, size: tuple[int, int], random: np.random.Generator
-    ) -> tuple[bool, "Crop | None"]:
-        """The first part of `draw`, which determines the aspect ratio."""
-        flip = self.flip and random.random() < 0.5
-        if not self.crop or random.random() >= 0.5:
-            return flip, None
-        before = resized_shape(*size, _one_of(self.crop_resize, random))
-        return flip, Crop(before, *self._crop_area(before, random))
-
-    def largest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The largest (height, width) to which `draw` may resize a whole image of `size`."""
-        shapes = [resized_shape(*size, max(self.sizes), self.max_size)]
-        if self.crop:
-            shapes.append(resized_shape(*size, max(self.crop_resize)))
-        heights, widths = zip(*shapes, strict=True)
-        return max(heights), max(widths)
-
-    def _crop_area(
-        self, size: tuple[int, int], random: np.random.Generator
-    ) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a crop from an image of `size`."""
-        low, high = self.crop_range
-        height, width = (int(random.integers(min(low, side), min(high, side) + 1)) for side in size)
-        top = int(random.integers(0, size[0] - height + 1))
-        left = int(random.integers(0, size[1] - width + 1))
-        return top, left, height, width
-
-
-def _one_of(sizes: tuple[int, ...], random: np.random.Generator) -> int:
-    return sizes[int(random.integers(len(sizes)))]
 
 
 def covered(size: tuple[int, int], image: Image.Image) -> tuple[float, float]:
@@ -125,19 +45,27 @@ class Crop:
 @dataclass(frozen=True)
 class Geometry:
     """One draw of an augmentation, the same for pixels, boxes and masks: flip, crop, resize from
-    `size` to `shape`, both (height, width).
+    `size` to `shape`, both (height, width). The image is decoded `spare` times as large as needed.
     """
 
     size: tuple[int, int]
     flip: bool
     crop: Crop | None
     shape: tuple[int, int]
+    spare: int = SPARE
 
     @property
     def needed(self) -> tuple[int, int]:
         """The smallest (height, width) at which the image may be decoded."""
         height, width = self.crop.before if self.crop else self.shape
-        return SPARE * height, SPARE * width
+        return self.spare * height, self.spare * width
+
+    @property
+    def enlargement(self) -> float:
+        """The area of a box that the crop does not cut, as a multiple of its area before."""
+        before, part = (self.crop.before, self.crop.area[2:]) if self.crop else (self.size,) * 2
+        whole = before[0] * before[1] / (self.size[0] * self.size[1])
+        return whole * self.shape[0] * self.shape[1] / (part[0] * part[1])
 
     def on_image(self, image: Image.Image, *, shrunk: bool = False) -> Image.Image:
         """Transform an image of `size`, or of a half, a quarter or an eighth of it, rounded up;

@@ -1,0 +1,168 @@
+"""`--preset auto` and `--hours`: the plan of a dataset, what wins over it, how long a run becomes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiny_runs import random_pictures, write_coco
+from trainer.commands.command_line import main as vidt
+from trainer.data.dataset_statistics import crowding, fingerprint_of
+from trainer.data.load import read_datasets
+from trainer.loop.time_limit import EVALUATING, RESERVE, fitting_length
+from trainer.settings.config import given_settings, parse
+from trainer.settings.plan import Fingerprint, choices, planned, repeated
+from vidt.errors import UserError
+
+SMALL = Fingerprint(
+    images=200,
+    classes=3,
+    boxes=2800,
+    busiest=28,
+    short_side=480,
+    small_object=0.17,
+    rarest=0.6,
+    crowding=0.01,
+    gpu=False,
+    threads=2,
+    pretrained=False,
+)
+# The training images of COCO 2017.
+COCO = replace(
+    SMALL, images=117_266, classes=80, boxes=849_949, busiest=93, rarest=0.0016, gpu=True,
+    pretrained=True, small_object=0.03,
+)  # fmt: skip
+
+
+def plan_for(data: Fingerprint, flags: str = "") -> tuple[dict, str]:
+    words = ["--preset", "auto", *flags.split()]
+    config, model = parse(words, own_data=True)
+    config, model, told = planned(config, model, given_settings(words), data)
+    return {**vars(config), **model}, told
+
+
+def test_a_large_dataset_keeps_the_released_recipe() -> None:
+    settings, told = plan_for(COCO)
+    config, model = parse([], own_data=True)
+    assert {**settings, "preset": "released"} == {**vars(config), **model}
+    assert "released recipe" in told
+
+
+def test_every_choice_has_a_reason_and_is_taken() -> None:
+    settings, told = plan_for(SMALL)
+    plan = list(choices(SMALL))
+    assert len({each.name for each in plan}) == len(plan) > 15
+    for choice in plan:
+        assert settings[choice.name] == choice.value
+        assert f"  {choice.name} " in told and choice.reason in told
+
+
+def test_what_is_given_wins() -> None:
+    settings, told = plan_for(SMALL, "--eval_size 512 --backbone_name swin_tiny --lr 1e-3")
+    assert settings["eval_size"] == 512 and settings["backbone_name"] == "swin_tiny"
+    assert settings["lr"] == 1e-3
+    assert "eval_size 512: as given" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "value"),
+    [
+        ({"busiest": 4}, "det_token_num", 20),
+        ({"busiest": 100}, "det_token_num", 150),
+        ({"busiest": 5000}, "det_token_num", 900),
+        ({"pretrained": True}, "backbone_name", "swin_nano"),
+        ({"pretrained": True, "gpu": True}, "backbone_name", "swin_tiny"),
+        ({"small_object": 0.01}, "eval_size", 480),
+        ({"small_object": 0.5}, "eval_size", 96),
+        ({"rarest": 0.01}, "repeat_thresh", 0.05),
+    ],
+)
+def test_rules(changes: dict, name: str, value: object) -> None:
+    assert plan_for(replace(SMALL, **changes))[0][name] == value
+
+
+def test_less_time_means_smaller_images() -> None:
+    sides = [
+        plan_for(replace(SMALL, small_object=0.02, short_side=640, hours=hours))[0]["eval_size"]
+        for hours in (0.02, 0.2, 2.0)
+    ]
+    assert sides == sorted(sides) and sides[0] < sides[-1]
+
+
+def test_any_dataset_gets_a_plan_that_can_be_used() -> None:
+    for images in (1, 30, 19_999):
+        for busiest in (1, 10_000):
+            for small in (1e-6, 1.0, 3.0):
+                for hours in (None, 1e-3, 100.0):
+                    plan_for(
+                        replace(
+                            SMALL, images=images, busiest=busiest, small_object=small, hours=hours
+                        )
+                    )
+
+
+def test_without_the_preset_nothing_changes() -> None:
+    """The predecessor's command line gives what it gave, also beside the embedded recipe."""
+    assert parse([])[0].eval_size == 112 and parse([])[0].preset == "released"
+    assert parse(["--preset", "released"])[0].eval_size == 640
+    with pytest.raises(UserError, match="preset"):
+        parse(["--preset", "best"])
+
+
+def test_the_fingerprint_of_a_dataset(tmp_path: Path) -> None:
+    write_coco(tmp_path, random_pictures(6, seed=0), random_pictures(2, seed=1))
+    config, _ = parse(["--coco_path", str(tmp_path)])
+    train, _, _ = read_datasets(config, num_queries=100, num_classes=None)
+    data = fingerprint_of(train, gpu=False, threads=1, pretrained=False)
+    assert data.images == 6 and data.boxes == len(train.labels)
+    assert data.busiest == int(train.box_counts.max())
+    assert data.short_side == 56  # of sides of 48 and 64, three each
+    assert 0 < data.small_object < 2 and 0 < data.rarest <= 1
+
+
+def test_crowding(tmp_path: Path) -> None:
+    (picture,) = random_pictures(1, seed=0)
+    box = (10, 10, 20, 20, 0, 0)
+    crowded = picture.__class__(64, 64, (box, (10, 10, 20, 18, 0, 0), (40, 40, 10, 10, 0, 0)))
+    write_coco(tmp_path, [crowded], [picture])
+    config, _ = parse(["--coco_path", str(tmp_path)])
+    train, _, _ = read_datasets(config, num_queries=100, num_classes=None)
+    assert crowding(train) == pytest.approx(2 / 3)
+
+
+def test_a_saved_plan_is_repeated(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text("eval_size: 224\nlr: 3e-4\nreduced_dim: 128\n", encoding="utf-8")
+    words = ["--preset", "auto", "--lr", "1e-3"]
+    config, model = repeated(*parse(words, own_data=True), given_settings(words), saved)
+    assert config.eval_size == 224 and config.lr == 1e-3 and model["reduced_dim"] == 128
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_coco(tmp_path, random_pictures(6, seed=0), random_pictures(2, seed=1))
+    words = ["plan", str(tmp_path), "--hours", "0.1", "--eval_size", "96", "--pre_trained", "none"]
+    assert vidt(words) == 0
+    assert "6 images" in capsys.readouterr().out
+    assert vidt([*words, "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["eval_size"] == 96 and settings["class_loss"] == "matchability"
+    assert vidt(["plan", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("seconds", [30.0, 155.0, 3600.0])
+@pytest.mark.parametrize("step", [0.05, 1.0])
+def test_a_run_fits_into_its_time(seconds: float, step: float) -> None:
+    length = fitting_length(seconds, step, per_epoch=20, step_images=5, val_images=50)
+    evaluations = -(-length.epochs // length.eval_interval)
+    evaluation = 50 * step / 5 / 3
+    took = length.max_steps * step + evaluations * evaluation
+    assert took <= seconds * (1 - RESERVE) + 1e-6
+    assert took > 0.8 * seconds or seconds < 60
+    assert evaluations == 1 or evaluations * evaluation <= 2 * EVALUATING * seconds
+    assert length.max_steps <= length.epochs * 20
+
+
+def test_too_little_time() -> None:
+    with pytest.raises(UserError, match="hours"):
+        fitting_length(1.0, 2.0, per_epoch=20, step_images=5, val_images=50)

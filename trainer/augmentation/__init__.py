@@ -1,0 +1,3 @@
+"""What training does to images before it sees them: the released recipe, the strong parts, their
+preview.
+"""

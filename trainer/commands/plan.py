@@ -1,0 +1,56 @@
+"""`vidt plan`: the settings that `--preset auto` chooses for a dataset, and why."""
+
+import json
+from collections.abc import Sequence
+
+from trainer.commands.command_flags import command_parser, say
+from trainer.settings.config import given_settings, parse
+from vidt.arguments import HELP, OneLineParser, is_flag
+
+SUMMARY = """
+Reads a dataset's annotations and prints the settings that vidt train --preset auto would choose for
+it on this machine, each with its reason. It trains nothing. It fetches the ImageNet weights from
+which that training would start, if it can.
+"""
+EXAMPLES = """
+examples:
+  vidt plan photos/
+  vidt plan data/yolo --hours 0.5
+  vidt plan photos/ --hours 0.5 --eval_size 320 --json
+
+Further flags are those of vidt train; a setting that is given wins over the plan.
+
+as JSON: settings (name to value), plan (lines of text).
+
+exit code: 0 done, 2 a mistake, which the line "error: ..." names.
+"""
+OWN_FLAGS = (*HELP, "--json")
+
+
+def flags() -> OneLineParser:
+    parser = command_parser("plan", SUMMARY, EXAMPLES)
+    parser.add_argument("data", metavar="DATA", help="folder of the dataset, or its annotation file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    own = [word for word in argv[:1] if not is_flag(word)] + [w for w in argv if w in OWN_FLAGS]
+    given = flags().parse_args(own)
+    words = ["--data", given.data, "--preset", "auto"]
+    words += [word for word in argv[1:] if word not in OWN_FLAGS]
+    config, fields = parse(words)
+
+    from trainer.data.dataset_statistics import plan_of
+    from trainer.data.load import reader_of
+    from trainer.readers.findings import FilesSeen
+
+    train_set, _ = reader_of(config)("train", None, False, FilesSeen())
+    names = given_settings(words)
+    config, fields, plan = plan_of(config, fields, names, train_set)
+    if given.json:
+        settings = {**vars(config), **fields}
+        say(json.dumps({"settings": settings, "plan": plan.splitlines()}, indent=1))
+    else:
+        say(plan)
+    return 0
