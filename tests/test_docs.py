@@ -160,6 +160,12 @@ def check_only(command: str) -> None:
     if words[:2] == ["vidt", "export"]:
         assert (EXPORTS, command) in [(block.page, line) for block, line in COMMANDS]
         return
+    if words[:2] == ["vidt", "train"]:
+        check_flags(words[2:])
+        return
+    if words[0] == "vidt":
+        import_module(f"trainer.commands.{words[1]}").flags().parse_args(words[2:])
+        return
     assert words[0] in ("docker", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
     if words[0] == "docker":
         arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)

@@ -30,7 +30,7 @@ from vidt.arguments import MIXED_PRECISIONS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, escaped, shown
 from vidt.model.config import ViDTConfig
-from vidt.weights.published import TEACHERS, published_for
+from vidt.weights.published import PUBLISHED, TEACHERS, is_remote, published_for
 
 DATASETS = ("shapes", "coco", "voc", "yolo")
 AUTO = -1  # batch_size that stands for the largest power of two that fits into memory
@@ -245,7 +245,11 @@ class TrainConfig:
         ),
     )
     load_from: str | None = field(
-        default=None, metadata=_help("weights to start from: a file or a URL")
+        default=None,
+        metadata=_help(
+            "weights to start from: a file, a URL, or the name of a published model, which sets the "
+            "architecture; vidt models lists them"
+        ),
     )
     distil_model: str | None = field(
         default=None,
@@ -420,14 +424,25 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
         given.setdefault("dec_layers", None)
+    published = _architecture_of(given.get("load_from"))
+    recipe: dict[str, Any] = {}
     if not own_data:
-        given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
+        recipe = _read_recipe(given.get("dataset_file", TrainConfig.dataset_file))
+    given = {**recipe, **published, **given}
     try:
         return _checked(given, own_data)
     except ConfigError as error:
         if given.get("config") is None:
             raise
         raise ConfigError(f"{error} (--config {shown(given['config'], 300)} was read)") from None
+
+
+def _architecture_of(load_from: str | None) -> dict[str, Any]:
+    """The model's settings that --load_from with the name of a published model stands for."""
+    if load_from not in PUBLISHED or not is_remote(load_from):
+        return {}
+    defaults = {name: setting.default for name, setting in _MODEL.items()}
+    return {**defaults, **PUBLISHED[load_from].architecture}
 
 
 def _checked(given: Mapping[str, Any], own_data: bool) -> tuple[TrainConfig, dict[str, Any]]:
