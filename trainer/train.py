@@ -35,10 +35,20 @@ from trainer.readers.samples import SampleTable
 from trainer.report.console import Console, PrintableFormatter, score_table
 from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
-from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard, fan_out
+from trainer.report.progress import (
+    TENSORBOARD,
+    CsvLog,
+    Event,
+    Progress,
+    Report,
+    TensorBoard,
+    Trackers,
+    fan_out,
+    require_trackers,
+)
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
-from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, write_yaml
+from trainer.settings.config import WEIGHTS_OWN, TrainConfig, parse_or_exit, resolved, write_yaml
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
 from vidt.weights.weights_file import WeightsInfo, save_weights
@@ -232,7 +242,7 @@ def start_line(run: Run) -> str:
 def end_line(run: Run) -> str:
     if run.state.stopped_early:
         since = counted(run.state.stale_evaluations, "evaluation")
-        return f"stopped early: no better map50 in {since}"
+        return f"stopped early: no better {run.config.best_by} in {since}"
     return f"done after {counted(run.state.step, 'step')}"
 
 
@@ -247,6 +257,7 @@ def train_from_settings(
     if config.check:
         agreement.on_main(lambda: checked_datasets(config, model_fields))
         return
+    agreement.on_main(lambda: require_trackers(config.report_to))
     agreement.on_main(lambda: require_files(config))
     with only_run_in(output, agreement):
         train_and_report(config, model_fields, accelerator, agreement)
@@ -272,13 +283,18 @@ def train_and_report(
     with contextlib.ExitStack() as open_files:
         reports: list[Report] = []
         if accelerator.is_main_process:
-            console = Console(files={Path(name).stem: output / name for name in names})
-            events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
+            files = {Path(name).stem: output / name for name in names}
+            console = Console(files=files, best_by=config.best_by)
+            trackers = Trackers(config.report_to, output, resolved(config, model_fields))
             page = page_of_training(config, model_fields, train_set, val_set, accelerator)
-            for each in (console, events, page):
+            for each in (console, trackers, page):
                 open_files.callback(each.close)
             # The page reads metrics.csv, and the console names the page at the end.
-            reports = [CsvLog(output / "metrics.csv"), events, page, console]
+            reports = [CsvLog(output / "metrics.csv"), trackers, page, console]
+            if TENSORBOARD in config.report_to:
+                events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
+                open_files.callback(events.close)
+                reports.insert(1, events)
         report = fan_out(*reports)
         train(config, model_fields, train_set, val_set, report, accelerator=accelerator)
 

@@ -25,6 +25,7 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from trainer.settings.other_names import ELSEWHERE
 from trainer.settings.yaml_text import BadYAML, read_limited
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.atomic import atomic_write
@@ -40,11 +41,7 @@ LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU
 SCHEDULES = ("cosine", "linear")
 SCALE_PER = ("step", "image")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
-# Settings that people expect among these flags, and how to choose them.
-ELSEWHERE = {
-    "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
-    "precision": "--mixed_precision bf16 chooses it, --mixed_precision no is fp32",
-}
+BEST_BY = ("map50", "map")
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
@@ -145,7 +142,10 @@ class TrainConfig:
         ),
     )
     n_iter_to_acc: int = field(
-        default=1, metadata=_help("micro-batches into which batch_size is split")
+        default=1,
+        metadata=_help(
+            "micro-batches into which batch_size is split; others' accumulation steps multiply it"
+        ),
     )
     lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
     lr_linear_proj_mult: float = field(
@@ -232,7 +232,14 @@ class TrainConfig:
     eval_interval: int = field(default=1, metadata=_help("epochs between evaluations"))
     patience: int = field(
         default=0,
-        metadata=_help("evaluations without a better map50 before the run ends; 0: never"),
+        metadata=_help("evaluations without a better best_by before the run ends; 0: never"),
+    )
+    best_by: str = field(
+        default="map50",
+        metadata=_help(
+            "metric that chooses best.safetensors and that patience watches: "
+            + " or ".join(BEST_BY)
+        ),
     )
     eval: bool = field(default=False, metadata=_help("only evaluate"))
 
@@ -247,8 +254,8 @@ class TrainConfig:
     load_from: str | None = field(
         default=None,
         metadata=_help(
-            "weights to start from: a file, a URL, or the name of a published model, which sets the "
-            "architecture; vidt models lists them"
+            "weights to start from: a file, a URL, or the name of a published model, which sets "
+            "the architecture; vidt models lists them"
         ),
     )
     distil_model: str | None = field(
@@ -282,6 +289,14 @@ class TrainConfig:
     )
     tensorboard_dir: str | None = field(
         default=None, metadata=_help("folder of the event files; None: output_dir/tensorboard")
+    )
+    report_to: tuple[str, ...] = field(
+        default=("tensorboard",),
+        metadata=_help(
+            "where curves go: tensorboard and trackers of accelerate, such as wandb, mlflow and "
+            "trackio, separated by commas; or none",
+            words={"none": ()},
+        ),
     )
     log_interval: int = field(default=10, metadata=_help("steps between log lines"))
     config: str | None = field(
@@ -344,6 +359,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(config.sched in SCHEDULES, "sched", config.sched, schedules)
     scales = f"one of {', '.join(SCALE_PER)}"
     _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
+    metrics = f"one of {', '.join(BEST_BY)}"
+    _require(config.best_by in BEST_BY, "best_by", config.best_by, metrics)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
@@ -482,7 +499,7 @@ def _read_config(path: str) -> dict[str, Any]:
     except ValueError as error:  # a zero byte in the name
         raise ConfigError(f"config {shown(path, 300)} cannot be read: {error}") from None
     nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
-    return read_yaml(text, nestable, path)
+    return read_yaml(text, nestable, path, ELSEWHERE)
 
 
 def _read_recipe(dataset_file: str) -> dict[str, Any]:
