@@ -365,6 +365,19 @@ def evaluate_only(
         )
 
 
+def run_from_settings(config: TrainConfig, model_fields: dict[str, Any]) -> None:
+    """One process of what the settings ask for: a training, an evaluation, or a dataset check."""
+    refuse_split_models()
+    if not config.check:
+        refuse_silent_cpu()
+    accelerator = make_accelerator(config.mixed_precision)
+    require_processes(accelerator.num_processes)
+    run = evaluate_only if config.eval else train_from_settings
+    with sigterm_interrupts():
+        run(config, model_fields, accelerator)
+    accelerator.end_training()
+
+
 def fail(message: str, code: int) -> None:
     # A loader process fails with a traceback; its last line is the message.
     text = message.strip()
@@ -385,14 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for package in ("trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
-        refuse_split_models()
-        if not config.check:
-            refuse_silent_cpu()
-        accelerator = make_accelerator(config.mixed_precision)
-        require_processes(accelerator.num_processes)
-        run = evaluate_only if config.eval else train_from_settings
-        with sigterm_interrupts():
-            run(config, model_fields, accelerator)
+        run_from_settings(config, model_fields)
     except (UserError, OSError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -406,7 +412,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:  # not in the loop, or the second signal in it
         code = getattr(stopped, "exit_code", INTERRUPTED)
         fail("stopped at once; --resume continues from the last checkpoint, if there is one", code)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

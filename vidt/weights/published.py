@@ -99,7 +99,7 @@ def _table() -> dict[str, Published]:
             {"backbone_name": BACKBONES[size], **plus.get(name, {})},
         )
         for name, row in aps.items()
-        for number, (size, ap) in enumerate(zip(BACKBONES, row, strict=False))
+        for number, (size, ap) in enumerate(zip([*BACKBONES][: len(row)], row, strict=True))
     }
 
 
