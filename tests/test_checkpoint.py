@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -11,16 +12,19 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from served import served
-from tiny_runs import blurred, cpu
+from served import Served, served
+from tiny_runs import ROOT, blurred, cpu
 from torch import Tensor
 
+import vidt
+from trainer.commands.command_line import main
 from trainer.loop.agreement import Agreement
-from trainer.loop.start import load_start
+from trainer.loop.start import load_start, require_files
 from trainer.settings.config import TrainConfig, parse
 from trainer.settings.flags import ConfigError
 from vidt import ViDT, ViDTConfig
@@ -29,6 +33,7 @@ from vidt.model.vidt import build_detector
 from vidt.weights import published
 from vidt.weights.checkpoint import load_model, matching_classes, read_start, start_from
 from vidt.weights.published import (
+    LEAST_BYTES,
     PUBLISHED,
     TEACHERS,
     Published,
@@ -494,6 +499,92 @@ def test_coco_needs_a_published_detector() -> None:
         with pytest.raises(ConfigError, match=r"pre_trained is coco; .* swin_nano, swin_tiny"):
             parse(["--pre_trained", "coco", *flags.split()])
     parse(["--pre_trained", "coco", "--backbone_name", "coat_lite_tiny", "--load_from", "x.pth"])
+
+
+@pytest.fixture
+def served_model(
+    tiny_config: ViDTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Served]:
+    """vidt_plus_tiny of the table is a small released file at an address of this machine."""
+    source = blurred(ViDT(dataclasses.replace(tiny_config, num_classes=91)))
+    torch.save(
+        {"model": to_released(source.state_dict(), source.config)}, tmp_path / "released.pth"
+    )
+    content = (tmp_path / "released.pth").read_bytes()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    with served(content) as server:
+        ours = Published("swin_test", server.address, 49.7, len(content) // LEAST_BYTES)
+        monkeypatch.setitem(PUBLISHED, "vidt_plus_tiny", ours)
+        monkeypatch.setattr(published, "require_scheme", lambda *_: None)  # it is http
+        yield server
+
+
+def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """What `vidt models --json` says, by name."""
+    capsys.readouterr()
+    assert main(["models", "--json"]) == 0
+    return {model["name"]: model for model in json.loads(capsys.readouterr().out)}
+
+
+def test_a_published_model_by_its_name(
+    served_model: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert listed(capsys)["vidt_plus_tiny"]["file"] is None
+    first, again = vidt.load("vidt_plus_tiny", device="cpu"), local_weights("vidt_plus_tiny")
+    assert first.class_names[1] == "person" and len(served_model.requests) == 1
+    shown = listed(capsys)["vidt_plus_tiny"]
+    assert shown["file"] == str(again) and shown["bytes"] == again.stat().st_size
+    assert set(listed(capsys)) == set(PUBLISHED)
+    assert main(["models"]) == 0 and "49.7" in capsys.readouterr().out
+    # Its hash was noted.
+    again.write_bytes(again.read_bytes() + b"x")
+    with pytest.raises(Unreachable, match=r"^vidt_plus_tiny .*SHA-256 is .*delete .* its path$"):
+        vidt.load("vidt_plus_tiny", device="cpu")
+
+
+def test_a_file_of_a_published_name_wins(
+    served_model: Served, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved.rename("vidt_plus_tiny")
+    assert local_weights("vidt_plus_tiny") == Path("vidt_plus_tiny")
+    assert parse(["--load_from", "vidt_plus_tiny"])[1]["backbone_name"] == "swin_nano"
+    assert served_model.requests == []
+
+
+def test_a_page_in_place_of_a_model_is_refused(
+    served_model: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Such as that of a proxy, which comes with a length of its own."""
+    large = dataclasses.replace(PUBLISHED["vidt_plus_tiny"], parameters=10**9)
+    monkeypatch.setitem(PUBLISHED, "vidt_plus_tiny", large)
+    with pytest.raises(Unreachable, match="needs 2,000,000,000 or more"):
+        local_weights("vidt_plus_tiny")
+    assert list((tmp_path / "cache" / "hub" / "checkpoints").iterdir()) == []
+
+
+def test_a_name_sets_the_architecture_and_flags_override_it() -> None:
+    _, model = parse(["--load_from", "vidt_plus_tiny"])
+    wanted = ViDTConfig(backbone_name="swin_tiny", epff=True, det_token_num=300)
+    assert ViDTConfig(**{**model, "num_classes": 80}) == wanted
+    _, model = parse(["--load_from", "vidt_tiny_150", "--dec_layers", "2"])
+    assert (model["backbone_name"], model["dec_layers"], model["epff"]) == ("swin_tiny", 2, False)
+
+
+def test_a_misspelt_name_is_told_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vidt_plus_tinny.*nearest name is vidt_plus_tiny"):
+        require_files(TrainConfig(load_from="vidt_plus_tinny"))
+    with pytest.raises(ValueError, match=r"vidt_plus_tinny.*nearest name is vidt_plus_tiny"):
+        vidt.load("vidt_plus_tinny")
+    require_files(TrainConfig(load_from="vidt_plus_tiny"))
+
+
+def test_the_page_and_the_table_of_published_models_agree() -> None:
+    page = (ROOT / "docs/published-models.md").read_text(encoding="utf-8")
+    for name, model in PUBLISHED.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        assert model.url in line and f"| {'-' if model.ap is None else model.ap} |" in line
+        assert model.parameters is None or f"| {model.parameters:,} (" in line
 
 
 def test_the_table_of_published_models() -> None:

@@ -15,6 +15,7 @@ from trainer.settings.config import (
     write_yaml,
 )
 from trainer.settings.flags import ConfigError, HelpRequested, read_flags, settings_of
+from trainer.settings.other_names import ELSEWHERE
 from vidt.model.vidt import ViDTConfig
 
 COCO = ["--dataset_file", "coco", "--coco_path", "somewhere"]
@@ -234,6 +235,38 @@ def test_four_files_are_a_coco_dataset_without_the_recipe_of_the_shapes():
     settings = both(FOUR_FILES)
     assert settings["dataset_file"] == "coco"
     assert settings["eval_size"] == TrainConfig().eval_size
+
+
+def test_flags_of_other_trainers_are_told_their_name_here(tmp_path: Path):
+    for flag, ours in {
+        "--learning_rate=1e-4": "--lr",
+        "--num_train_epochs": "--epochs",
+        "--resume-from-checkpoint": "--resume",
+        "--gradient_accumulation_steps": "--n_iter_to_acc N splits --batch_size",
+        "--checkpointing_steps": "--save_steps",
+        "--checkpoints_total_limit": "--keep",
+        "--logging_dir": "--tensorboard_dir",
+        "--max_train_steps": "--max_steps",
+        "--with_tracking": "--report_to",
+        "--imgsz": "--eval_size",
+        "--device": "CUDA_VISIBLE_DEVICES",
+        "--workers": "--num_workers",
+        "--weights": "--load_from",
+    }.items():
+        name = flag.partition("=")[0].replace("-", "_").removeprefix("__")
+        assert re.search(rf"--{name}; .*{re.escape(ours)}\b", message([flag, "8"])), flag
+        if name in ("learning_rate", "gradient_accumulation_steps"):
+            (tmp_path / "theirs.yaml").write_text(f"{name}: 8\n")
+            said = message(["--config", str(tmp_path / "theirs.yaml")])
+            assert f"unknown setting {name}; " in said and ours in said
+
+
+def test_the_names_elsewhere_are_no_settings_and_the_names_here_are():
+    ours = set(settings_of(TrainConfig)) | set(settings_of(ViDTConfig))
+    assert not ours & set(ELSEWHERE)
+    for theirs, hint in ELSEWHERE.items():
+        named = set(re.findall(r"--(\w+)", hint)) - {"num_processes"}  # of the launcher
+        assert named <= ours, f"{theirs} is told {named - ours}"
 
 
 def test_classes_are_left_to_the_data():

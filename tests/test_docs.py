@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -33,7 +34,9 @@ from tiny_runs import (
 )
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from trainer import from_python
 from trainer.commands import command_line
+from trainer.from_python import train as train_from_python
 from trainer.settings.config import parse
 from trainer.settings.flags import HelpRequested
 from vidt import convert
@@ -162,6 +165,12 @@ def check_only(command: str) -> None:
     if words[:2] == ["vidt", "export"]:
         assert (EXPORTS, command) in [(block.page, line) for block, line in COMMANDS]
         return
+    if words[:2] == ["vidt", "train"]:
+        check_flags(words[2:])
+        return
+    if words[0] == "vidt":
+        import_module(f"trainer.commands.{words[1]}").flags().parse_args(words[2:])
+        return
     assert words[0] in ("docker", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
     if words[0] == "docker":
         arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
@@ -213,12 +222,22 @@ def test_what_a_page_says_runs(
     monkeypatch.chdir(room / "project")
     for block in (each for each in BLOCKS if each.page == page):
         if block.kind == "python":
-            exec(compile(block.text, f"{page}:{block.line}", "exec"), {})
+            with swapped(from_python, "train", small_train):
+                exec(compile(block.text, f"{page}:{block.line}", "exec"), {})
         for command in block.commands if block.kind == "sh" else ():
             if block.why_not or is_elsewhere(block, command):
                 check_only(command)
             else:
                 run_here(command)
+
+
+def small_train(**settings: Any) -> from_python.FinishedRun:
+    """`vidt.train` as a page calls it, with the flags that make a run small."""
+    words = f"{TINY_RUN} --max_steps 1".split()
+    less = {
+        flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
+    return train_from_python(**{**settings, **less})
 
 
 def is_elsewhere(block: Block, command: str) -> bool:

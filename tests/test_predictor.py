@@ -1,5 +1,8 @@
 """From a weights file to boxes: paths and pictures, any order, any batch size."""
 
+import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +10,15 @@ import pytest
 import torch
 from conftest import Compare
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from vidt import Detections, Predictor, ViDT, decode_top_k
+from vidt.errors import UserError
 from vidt.images.files import UnreadableImage
 from vidt.images.preprocessing import Preprocessing
 from vidt.ops.packing import PackedLinear, onednn_runs, unpack
 from vidt.predict.detections import MaskVectors
+from vidt.predict.exchange import run_lengths
 from vidt.weights.weights_file import WeightsInfo, save_weights
 
 SIZES = [(60, 80), (80, 60), (60, 80), (200, 40), (60, 80), (33, 47)]
@@ -177,3 +183,57 @@ def test_one_by_one(predictor: Predictor, pictures: list[Image.Image]) -> None:
     assert len(found[torch.tensor([0, 2])]) == len(found[found.scores >= found.scores[1]]) == 2
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+def test_detections_as_coco_results() -> None:
+    """A mask's run lengths give the mask back."""
+    (found,) = sticking_out(torch.tensor([[40, 60]]))
+    found = replace(found.clipped((40, 60)), class_names=("disc", "square"))
+    results = found.to_coco(7)
+    assert json.loads(json.dumps(results)) == results
+    assert [each["category_id"] for each in results] == [1, 2]
+    assert [each["category_id"] for each in found.to_coco(7, category_ids=(5, 9))] == [5, 9]
+    assert found.masks is not None
+    for result, box, score, mask in zip(
+        results, found.boxes.tolist(), found.scores.tolist(), found.masks.numpy(), strict=True
+    ):
+        assert (result["image_id"], result["score"]) == (7, score)
+        left, top, width, height = result["bbox"]
+        assert [left, top, left + width, top + height] == pytest.approx(box)
+        lengths = coco_mask.frPyObjects(result["segmentation"], *mask.shape)
+        assert np.array_equal(coco_mask.decode(lengths), mask)
+    without = Detections(found.scores, found.labels, found.boxes, class_names=found.class_names)
+    assert all("segmentation" not in each for each in without.to_coco(7))
+    assert found[:0].to_coco(7) == []
+
+
+def test_run_lengths_go_down_the_columns() -> None:
+    mask = np.array([[1, 0, 0], [1, 0, 1]], bool)
+    assert run_lengths(mask) == [0, 2, 3, 1]
+    assert run_lengths(np.zeros((2, 3), bool)) == [6] and run_lengths(np.ones((2, 3), bool)) == [
+        0,
+        6,
+    ]
+
+
+def test_detections_in_other_libraries() -> None:
+    (found,) = sticking_out(torch.tensor([[40, 60]]))
+    found = replace(found.clipped((40, 60)), class_names=("disc", "square"))
+    pandas, supervision = pytest.importorskip("pandas"), pytest.importorskip("supervision")
+    table = found.to_pandas()
+    assert isinstance(table, pandas.DataFrame) and list(table["name"]) == ["disc", "square"]
+    assert np.array_equal(table[["x1", "y1", "x2", "y2"]].to_numpy(), found.boxes.numpy())
+    assert len(found[:0].to_pandas()) == 0
+    theirs = found.to_supervision()
+    assert isinstance(theirs, supervision.Detections) and len(theirs) == 2
+    assert np.array_equal(theirs.mask, found.masks.numpy())
+    assert list(theirs.data["class_name"]) == ["disc", "square"]
+    assert len(found[:0].to_supervision()) == 0
+
+
+@pytest.mark.parametrize("name", ["pandas", "supervision"])
+def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    nothing = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    with pytest.raises(UserError, match=f"pip install {name}$"):
+        getattr(nothing, f"to_{name}")()

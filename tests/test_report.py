@@ -1,7 +1,8 @@
-"""Progress to console lines, to metrics.csv and to TensorBoard events."""
+"""Progress to console lines, to metrics.csv, to TensorBoard events and to other trackers."""
 
 import csv
 import io
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -10,15 +11,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 from simulated import events_of_a_run, pictures_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
+from tiny_runs import argv, main_here
 
 from trainer.report.console import Console, duration, score_table
-from trainer.report.progress import CsvLog, Event, Progress, TensorBoard, fan_out
+from trainer.report.progress import (
+    CsvLog,
+    Event,
+    Progress,
+    TensorBoard,
+    Trackers,
+    fan_out,
+    require_trackers,
+)
 from trainer.scoring.average_precision import COCO_NUMBERS
 from vidt.atomic import atomic_write
+from vidt.errors import UserError
 
 TOTAL = 40
 
@@ -362,3 +374,124 @@ def test_curves_do_not_double_back(tmp_path: Path, resumed: int, kept: list[int]
     resumed_board(progress("end", 30))
     assert steps_of(tmp_path, "train/loss") == kept + list(range(resumed + 5, 31, 5))
     assert steps_of(tmp_path, "val/map50") == [10, 20, 30]
+
+
+# Trackers
+
+
+class LinesTracker(GeneralTracker):
+    """A tracker of accelerate that writes a line of JSON for everything that it is told."""
+
+    name = "lines"
+    requires_logging_directory = True
+    fails_at: str | None = None
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        super().__init__()
+        self.run_name, self.path = run_name, Path(logging_dir) / "lines.jsonl"
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    def tell(self, what: str, content: Any) -> None:
+        if what == self.fails_at:
+            raise ConnectionError(f"no {what}\ntoday")
+        self.path.parent.mkdir(exist_ok=True, parents=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps([what, content]) + "\n")
+
+    def start(self) -> None:
+        self.tell("start", self.run_name)
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.tell("settings", values)
+
+    def log(self, values: dict, step: int | None = None, **more: Any) -> None:
+        self.tell("log", [step, values])
+
+    def finish(self) -> None:
+        self.tell("finish", None)
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> type[LinesTracker]:
+    """Known to accelerate as `lines`."""
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "lines", LinesTracker)
+    monkeypatch.setattr(LinesTracker, "fails_at", None)
+    return LinesTracker
+
+
+def told(folder: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+
+
+def test_a_tracker_is_told_settings_and_curves(lines: type[LinesTracker], tmp_path: Path) -> None:
+    settings = {"lr": 1e-4, "train_sizes": [64, 96], "ema": True, "load_from": None}
+    trackers = Trackers(("tensorboard", "lines"), tmp_path, settings)
+    run(trackers)
+    trackers(progress("end", TOTAL, scores(0.4)))
+    trackers.close()
+    start, configured, *logged, end = told(tmp_path)
+    assert (start, end) == (["start", "vidt"], ["finish", None])
+    plain = {"lr": 1e-4, "train_sizes": "[64, 96]", "ema": True, "load_from": "None"}
+    assert configured == ["settings", plain]
+    by_step: dict[int, dict[str, float]] = {}
+    for what, (step, values) in logged:
+        assert what == "log"
+        by_step.setdefault(step, {}).update(values)
+    assert list(by_step) == list(range(5, TOTAL + 1, 5))
+    assert by_step[10]["train/loss"] == 0.3 and by_step[10]["val/map50"] == 0.1
+    assert by_step[10]["val_ap50/cat"] == 0.6
+    assert not {"val/map_large", "val_ap/hot dog"} & set(by_step[10])  # nothing to score
+
+
+@pytest.mark.parametrize(("moment", "lines_before"), [("start", 0), ("settings", 1), ("log", 2)])
+def test_a_failing_tracker_is_told_once_and_ends_nothing(
+    lines: type[LinesTracker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+    lines_before: int,
+) -> None:
+    monkeypatch.setattr(lines, "fails_at", moment)
+    trackers = Trackers(("lines",), tmp_path, {"lr": 1.0})
+    run(trackers)
+    trackers.close()
+    (line,) = [each.getMessage() for each in caplog.records]
+    assert "--report_to lines failed (ConnectionError: no " in line and "\n" not in line
+    path = tmp_path / "lines.jsonl"
+    assert (len(told(tmp_path)) if path.exists() else 0) == lines_before
+
+
+def test_trackers_that_cannot_be_used_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_trackers(())
+    require_trackers(("tensorboard",))
+    monkeypatch.setattr("trainer.report.progress.get_available_trackers", lambda: ["tensorboard"])
+    for names, said in (
+        (("tensorboard", "wandb"), "--report_to wandb needs a package; pip install wandb"),
+        (("comet_ml",), "pip install comet-ml"),
+        (("all",), "the trackers are .*tensorboard.*, or none"),
+        (("wandbb",), "--report_to wandbb: the trackers are .*wandb"),
+    ):
+        with pytest.raises(UserError, match=said):
+            require_trackers(names)
+
+
+@pytest.mark.parametrize(
+    ("flags", "events", "sent"),
+    [("", True, False), ("--report_to none", False, False), ("--report_to lines", False, True)],
+)
+def test_a_run_reports_to_what_it_is_told(
+    lines: type[LinesTracker], tiny_data: Path, room: Path, flags: str, events: bool, sent: bool
+) -> None:
+    assert main_here(argv(tiny_data, room, "--max_steps 1", flags)) == 0
+    assert (room / "tensorboard").exists() == events
+    assert (room / "lines.jsonl").exists() == sent
+    if sent:
+        (_, settings) = told(room)[1]
+        assert settings["report_to"] == "['lines']" and settings["epochs"] > 0
+        assert any("val/map50" in values for what, (_, values) in told(room)[2:-1])

@@ -229,6 +229,25 @@ def test_without_anything_to_score_the_latest_is_the_best() -> None:
     assert state.note_evaluation({"map50": 0.5}) and not state.note_evaluation({"map50": 0.5})
 
 
+def test_the_best_by_another_metric() -> None:
+    """A resumed run that changes it compares with the best evaluation's value of that metric."""
+    state = resume.RunState(step=1, settings={"best_by": "map"})
+    assert state.note_evaluation({"map50": 0.6, "map": 0.2})
+    state.step = 2
+    assert not state.note_evaluation({"map50": 0.7, "map": 0.2})
+    assert state.note_evaluation({"map50": 0.5, "map": 0.3}) and state.best_step == 2
+    state.settings = {"best_by": "map50"}
+    assert not state.note_evaluation({"map50": 0.5, "map": 0.4})
+    assert state.note_evaluation({"map50": 0.55, "map": 0.1})
+
+
+def test_another_best_by_when_resuming_is_told(
+    tiny_data: Path, one_step: Path, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tiny_data, room, f"--max_steps 2 --best_by map --resume {one_step}")
+    assert "resuming with best_by map, it was map50" in caplog.text
+
+
 def test_a_fresh_run_in_a_used_folder(
     tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,14 +39,25 @@ from trainer.readers.samples import SampleTable
 from trainer.report.console import Console, PrintableFormatter, score, score_table
 from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
 from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
-from trainer.report.progress import CsvLog, Event, Progress, Report, TensorBoard, fan_out
+from trainer.report.progress import (
+    TENSORBOARD,
+    CsvLog,
+    Event,
+    Progress,
+    Report,
+    TensorBoard,
+    Trackers,
+    fan_out,
+    require_trackers,
+)
 from trainer.report.worst_pictures import worst_pictures
 from trainer.scoring.evaluation import Evaluation, evaluate
 from trainer.settings.config import (
     WEIGHTS_OWN,
     TrainConfig,
-    given_settings,
+    fixed_settings,
     parse_or_exit,
+    resolved,
     write_yaml,
 )
 from trainer.settings.plan import MOST_TOKENS
@@ -292,7 +303,7 @@ def start_line(run: Run) -> str:
 def end_line(run: Run) -> str:
     if run.state.stopped_early:
         since = counted(run.state.stale_evaluations, "evaluation")
-        return f"stopped early: no better map50 in {since}"
+        return f"stopped early: no better {run.config.best_by} in {since}"
     return f"done after {counted(run.state.step, 'step')}"
 
 
@@ -300,10 +311,10 @@ def train_from_settings(
     config: TrainConfig,
     model_fields: dict[str, Any],
     accelerator: Accelerator,
-    given: Collection[str] = (),
+    fixed: Collection[str] = (),
 ) -> None:
     """Reads and checks the data on the main process, sends it to the others, trains and reports.
-    given: the settings that `--preset auto` leaves alone.
+    fixed: the settings that `--preset auto` leaves alone.
     """
     agreement = Agreement(accelerator)
     output = Path(config.output_dir)
@@ -312,9 +323,10 @@ def train_from_settings(
     if config.check:
         agreement.on_main(lambda: checked_datasets(config, model_fields))
         return
+    agreement.on_main(lambda: require_trackers(config.report_to))
     agreement.on_main(lambda: require_files(config))
     with only_run_in(output, agreement):
-        train_and_report(config, model_fields, accelerator, agreement, given)
+        train_and_report(config, model_fields, accelerator, agreement, fixed)
 
 
 def train_and_report(
@@ -322,14 +334,14 @@ def train_and_report(
     model_fields: dict[str, Any],
     accelerator: Accelerator,
     agreement: Agreement,
-    given: Collection[str],
+    fixed: Collection[str],
 ) -> None:
     """`train` on the data of the settings, with the reports of the command line."""
     output = Path(config.output_dir)
-    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields, given))
+    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields, fixed))
     if config.preset == "auto":
         config, model_fields, plan = agreement.on_main(
-            lambda: plan_of(config, model_fields, given, data.train)
+            lambda: plan_of(config, model_fields, fixed, data.train)
         )
         logger.info(plan)
     train_set, val_set = data.train, data.val
@@ -344,13 +356,18 @@ def train_and_report(
     with contextlib.ExitStack() as open_files:
         reports: list[Report] = []
         if accelerator.is_main_process:
-            console = Console(files={Path(name).stem: output / name for name in names})
-            events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
+            files = {Path(name).stem: output / name for name in names}
+            console = Console(files=files, best_by=config.best_by)
+            trackers = Trackers(config.report_to, output, resolved(config, model_fields))
             page = page_of_training(config, model_fields, train_set, val_set, accelerator)
-            for each in (console, events, page):
+            for each in (console, trackers, page):
                 open_files.callback(each.close)
             # The page reads metrics.csv, and the console names the page at the end.
-            reports = [CsvLog(output / "metrics.csv"), events, page, console]
+            reports = [CsvLog(output / "metrics.csv"), trackers, page, console]
+            if TENSORBOARD in config.report_to:
+                events = TensorBoard(Path(config.tensorboard_dir or output / "tensorboard"))
+                open_files.callback(events.close)
+                reports.insert(1, events)
         report = fan_out(*reports)
         train(
             config,
@@ -364,10 +381,10 @@ def train_and_report(
 
 
 def checked_datasets(
-    config: TrainConfig, model_fields: Mapping[str, Any], given: Collection[str] = ()
+    config: TrainConfig, model_fields: Mapping[str, Any], fixed: Collection[str] = ()
 ) -> Datasets:
     """Reads all parts. The log summarises the findings; `findings.csv` lists them."""
-    tokens_planned = config.preset == "auto" and "det_token_num" not in given
+    tokens_planned = config.preset == "auto" and "det_token_num" not in fixed
     return read_and_log_parts(
         Path(config.output_dir),
         lambda: read_parts(
@@ -430,6 +447,25 @@ def evaluate_only(
         )
 
 
+def run_from_settings(
+    config: TrainConfig, model_fields: dict[str, Any], fixed: Collection[str] = ()
+) -> None:
+    """One process of what the settings ask for: a training, an evaluation, or a dataset check.
+    fixed: the settings that `--preset auto` leaves alone.
+    """
+    refuse_split_models()
+    if not config.check:
+        refuse_silent_cpu()
+    accelerator = make_accelerator(config.mixed_precision)
+    require_processes(accelerator.num_processes)
+    with sigterm_interrupts():
+        if config.eval:
+            evaluate_only(config, model_fields, accelerator)
+        else:
+            train_from_settings(config, model_fields, accelerator, fixed)
+    accelerator.end_training()
+
+
 def fail(message: str, code: int) -> None:
     # A loader process fails with a traceback; its last line is the message.
     text = message.strip()
@@ -450,17 +486,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for package in ("trainer", "vidt", "__main__"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
-        refuse_split_models()
-        if not config.check:
-            refuse_silent_cpu()
-        accelerator = make_accelerator(config.mixed_precision)
-        require_processes(accelerator.num_processes)
-        with sigterm_interrupts():
-            if config.eval:
-                evaluate_only(config, model_fields, accelerator)
-            else:
-                given = given_settings(sys.argv[1:] if argv is None else argv)
-                train_from_settings(config, model_fields, accelerator, given)
+        fixed = fixed_settings(sys.argv[1:] if argv is None else argv)
+        run_from_settings(config, model_fields, fixed)
     except (UserError, OSError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:
@@ -474,7 +501,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:  # not in the loop, or the second signal in it
         code = getattr(stopped, "exit_code", INTERRUPTED)
         fail("stopped at once; --resume continues from the last checkpoint, if there is one", code)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

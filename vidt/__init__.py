@@ -6,6 +6,9 @@
     detections = detector.predict("street.jpg", threshold=0.3)
     detections.plot().save("seen.jpg")
 
+    run = vidt.train(data="photos", output_dir="output", epochs=20)
+    run.detector().predict("street.jpg")
+
 Names are imported on first use: importing PyTorch takes seconds, and an ONNX model runs without it.
 """
 
@@ -13,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainer.from_python import train as train
     from vidt.loading import load as load
     from vidt.losses.criterion import SetCriterion as SetCriterion
     from vidt.losses.criterion import criterion_for as criterion_for
@@ -36,7 +40,7 @@ _HOMES = {
     "decode_top_k": "predict.detections",
     "load": "loading",
 }
-__all__ = list(_HOMES)
+__all__ = [*_HOMES, "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -44,6 +48,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("vidt")
+    if name == "train":  # of the trainer, which is installed with this package
+        from trainer.from_python import train
+
+        return train
     if name not in _HOMES:
         raise AttributeError(f"module 'vidt' has no attribute {name!r}")
     return getattr(import_module(f"vidt.{_HOMES[name]}"), name)

@@ -1,10 +1,11 @@
-"""`vidt.load`: opens a weights file or an ONNX model, by its suffix, as a detector."""
+"""`vidt.load`: opens a weights file, a published model or an ONNX model as a detector."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidt.errors import UserError
+from vidt.weights.published import local_weights, nearest_model
 
 if TYPE_CHECKING:
     from vidt.predict.predictor import Predictor
@@ -19,8 +20,9 @@ def load(
     precision: str | None = None,
     compile: bool = False,
 ) -> "Predictor | Any":
-    """Loads a detector from a weights file (our .safetensors or a released .pth) or an exported
-    model (.onnx, which onnxruntime runs without PyTorch).
+    """Loads a detector from a weights file (our .safetensors or a released .pth), its URL, the name
+    of a published model such as "vidt_plus_tiny" (see `vidt models`), or an exported model (.onnx,
+    which onnxruntime runs without PyTorch). Downloads are cached.
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
     precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or
@@ -28,14 +30,15 @@ def load(
     canvases.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
-    arrays. Raises UserError that names the file if it holds no detector, and for a device or
-    precision that is not available.
+    arrays. Raises UserError that names the file if it holds no detector or cannot be downloaded,
+    and for a device or precision that is not available.
     """
-    path = Path(weights)
+    path = local_weights(str(weights), flag=None)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the weights file in it")
     if not path.exists():
-        raise UserError(f"{path} does not exist; name a weights file or an .onnx model")
+        hint = nearest_model(str(weights)) or "; name a weights file or an .onnx model"
+        raise UserError(f"{path} does not exist{hint}")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile)
     try:

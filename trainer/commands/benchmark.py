@@ -23,6 +23,7 @@ from trainer.commands.command_flags import (
 )
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
+from vidt.weights.published import is_remote
 
 SUMMARY = """
 Times a detector on this machine, from images in memory to boxes: one image at a time (latency), and
@@ -106,7 +107,7 @@ def _detector(given: Any) -> Any:
 
         torch.set_num_threads(given.threads)
     if given.weights not in backbone_names():
-        if not Path(given.weights).exists():
+        if not is_remote(given.weights) and not Path(given.weights).exists():
             backbones = ", ".join(backbone_names())
             raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
         return load_detector(given)

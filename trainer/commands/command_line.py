@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "COCO's metrics of a detector on annotated images",
     "predict": "detect objects in images, draw them, write them to files",
     "info": "what a weights file holds, and how it was trained",
+    "models": "the published models, which --load_from and WEIGHTS take by name",
     "export": "export a weights file to an ONNX model, and verify that both agree",
     "benchmark": "measure how fast a detector is on this machine",
 }

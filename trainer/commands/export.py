@@ -27,6 +27,7 @@ from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.files import probe_image
+from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """
 Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: both
@@ -50,7 +51,7 @@ AXES = ("batch", "size")
 
 def flags() -> OneLineParser:
     parser = command_parser("export", SUMMARY, EXAMPLES)
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="weights to export")
+    parser.add_argument("weights", metavar="WEIGHTS", help="weights to export")
     parser.add_argument("output", metavar="MODEL", type=Path, help="the .onnx file to write")
     parser.add_argument(
         "--size",
@@ -96,12 +97,13 @@ def run(argv: Sequence[str]) -> int:
     require_one_truth(given.data, given.json, given.coco_images, "--coco_images", needed=False)
     if given.output.suffix != ".onnx":
         raise UserError(f"MODEL {given.output}: name it something.onnx")
-    if not given.weights.is_file():
-        raise UserError(f"WEIGHTS {given.weights}: no such file")
+    weights = local_weights(given.weights, flag=None)
+    if not weights.is_file():
+        raise UserError(f"WEIGHTS {weights}: no such file{nearest_model(given.weights)}")
     if given.output.is_dir() or not given.output.absolute().parent.is_dir():
         raise UserError(f"MODEL {given.output}: there is no folder for it")
     images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]
-    read = [given.weights, *images, *([given.json] if given.json else [])]
+    read = [weights, *images, *([given.json] if given.json else [])]
     read += annotation_files(given.data) if given.data else []
     check_result("MODEL", given.output, read)
     check_result("--report", given.report, [*read, given.output])
@@ -112,7 +114,7 @@ def run(argv: Sequence[str]) -> int:
             f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
         ) from None
     report = export(
-        given.weights,
+        weights,
         given.output,
         size=tuple(given.size) if given.size else None,
         dynamic=dynamic,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from trainer.commands.command_flags import command_parser, say
-from trainer.settings.config import given_settings, parse
+from trainer.settings.config import fixed_settings, parse
 from vidt.arguments import HELP, OneLineParser, is_flag
 
 SUMMARY = """
@@ -46,8 +46,7 @@ def run(argv: Sequence[str]) -> int:
     from trainer.readers.findings import FilesSeen
 
     train_set, _ = reader_of(config)("train", None, False, FilesSeen())
-    names = given_settings(words)
-    config, fields, plan = plan_of(config, fields, names, train_set)
+    config, fields, plan = plan_of(config, fields, fixed_settings(words), train_set)
     if given.json:
         settings = {**vars(config), **fields}
         say(json.dumps({"settings": settings, "plan": plan.splitlines()}, indent=1))

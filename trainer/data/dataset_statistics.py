@@ -17,6 +17,7 @@ from trainer.readers.samples import SampleTable
 from trainer.settings.config import TrainConfig
 from trainer.settings.plan import Fingerprint, planned, repeated
 from vidt.weights.pretrained import imagenet_at_hand
+from vidt.weights.weights_file import read_info
 
 # Areas in pixels at which COCO divides boxes into small, medium and large.
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
@@ -72,16 +73,21 @@ def statistics_of(table: SampleTable) -> Statistics:
 
 
 def plan_of(
-    config: TrainConfig, model: Mapping[str, Any], given: Collection[str], train_set: SampleTable
+    config: TrainConfig, model: Mapping[str, Any], fixed: Collection[str], train_set: SampleTable
 ) -> tuple[TrainConfig, dict[str, Any], str]:
     """The settings of `--preset auto` on this machine for a training split, and the lines that say
-    why. A run that is resumed keeps its plan.
+    why. The settings named in `fixed` stay, the architecture of weights of ours to start from too.
+    A run that is resumed keeps its plan.
     """
     if config.resume is not None:
         folder = config.output_dir if config.resume == "auto" else config.resume
         saved = Path(folder) / "config.yaml"
         if saved.is_file():
-            return *repeated(config, model, given, saved), f"plan: as in {saved}"
+            return *repeated(config, model, fixed, saved), f"plan: as in {saved}"
+    if config.load_from is not None and Path(config.load_from).suffix == ".safetensors":
+        own = vars(read_info(Path(config.load_from)).config)
+        model = {name: value if name in fixed else own[name] for name, value in model.items()}
+        fixed = {*fixed, *model}
     fingerprint = fingerprint_of(
         train_set,
         gpu=torch.accelerator.is_available(),
@@ -89,7 +95,7 @@ def plan_of(
         pretrained=config.pre_trained != "none" and imagenet_at_hand("swin_nano"),
         hours=config.hours,
     )
-    return planned(config, model, given, fingerprint)
+    return planned(config, model, fixed, fingerprint)
 
 
 def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:

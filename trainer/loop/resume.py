@@ -76,13 +76,16 @@ class RunState:
                 raise TypeError(f"best_metrics has {name} {shown(value)}; it must be a number")
 
     def note_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Records an evaluation; True if it is the best so far. Nothing else decides that."""
+        """Records an evaluation; True if it is the best so far by the setting best_by. Nothing else
+        decides that.
+        """
         self.evaluated_step = self.step
-        score = metrics["map50"]
+        by = self.settings.get("best_by", "map50")
+        score, before = metrics[by], self.best_metrics.get(by, self.best_map50)
         # With nothing to score (-1) the latest weights are the best guess.
-        best = self.best_step < 0 or score > self.best_map50 or score == self.best_map50 == -1
+        best = self.best_step < 0 or score > before or score == before == -1
         if best:
-            self.best_map50, self.best_step = score, self.step
+            self.best_map50, self.best_step = metrics["map50"], self.step
             self.best_metrics, self.stale_evaluations = dict(metrics), 0
         else:
             self.stale_evaluations += 1

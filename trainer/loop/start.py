@@ -16,7 +16,13 @@ from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.weights.checkpoint import load_model, read_start, require_shapes, start_from
 from vidt.weights.pretrained import load_imagenet
-from vidt.weights.published import TEACHERS, local_weights, published_for
+from vidt.weights.published import (
+    TEACHERS,
+    is_remote,
+    local_weights,
+    nearest_model,
+    published_for,
+)
 from vidt.weights.weights_file import UnusableWeights, WeightsInfo, fill_strictly
 
 logger = get_logger(__name__)
@@ -32,11 +38,16 @@ def require_files(config: TrainConfig) -> None:
     if config.resume is None and config.load_from is None and config.pre_trained not in NO_FILE:
         files["--pre_trained"] = config.pre_trained
     for flag, source in files.items():
-        if source is None or "://" in source or Path(source).is_file():
+        if source is None or Path(source).is_file():
+            continue
+        if flag != "--pre_trained" and is_remote(source):
             continue
         what = "a folder" if Path(source).is_dir() else "no such file"
         words = f"{', '.join(NO_FILE)} or " if flag == "--pre_trained" else ""
-        raise UnusableWeights(f"{flag} {source}: {what}; give {words}the path of a weights file")
+        hint = nearest_model(source) if flag != "--pre_trained" else ""
+        raise UnusableWeights(
+            f"{flag} {source}: {what}; give {words}the path of a weights file{hint}"
+        )
 
 
 def load_start(

@@ -62,7 +62,8 @@ class Console:
     terminal.
 
     `files` names results, {"best weights": path}; those that exist are listed at the end. `clock`
-    gives seconds. A run that breaks off sends no "end": call `close` to leave the terminal clean.
+    gives seconds. `best_by` is the metric of the best evaluation. A run that breaks off sends no
+    "end": call `close` to leave the terminal clean.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Console:
         stream: TextIO | None = None,
         files: Mapping[str, Path] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        best_by: str = "map50",
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._files = dict(files or {})
         self._clock = clock
+        self._best_by = best_by
         self._begin: tuple[float, Progress] | None = None  # time and event of the start
         self._bar: tqdm | None = None
         self._bar_exit = ExitStack()
@@ -159,8 +162,9 @@ class Console:
         if progress.best:
             parts.append("* best so far")
         elif self._best is not None:
-            best = score(self._best.metrics.get("map50", -1))
-            parts.append(f"(best {best} in epoch {self._best.epoch + 1})")
+            best = score(self._best.metrics.get(self._best_by, -1))
+            by = "" if self._best_by == "map50" else f"{self._best_by} "
+            parts.append(f"(best {by}{best} in epoch {self._best.epoch + 1})")
         self._line("  ".join([_epoch(progress), "validation", *parts]))
         if self._bar is not None:
             self._move_bar(progress, f"{_epoch(progress)}  ETA {self._remaining(progress)}")

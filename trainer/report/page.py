@@ -168,14 +168,15 @@ def _write_guarded(path: Path, render: Callable[[], str]) -> bool:
 def render_training(facts: RunFacts, history: RunHistory, scored: Scored | None, state: str) -> str:
     """The page as text; state: running, finished or stopped."""
     rows = evaluations_in(facts.folder / METRICS_NAME)
+    best_by = facts.settings.get("best_by", "map50")
     return _render(
         facts,
         scored,
         kind="training",
         state=state,
         history=history,
-        curves=curves_of(history, rows),
-        best=max(rows, key=_map50, default=None),
+        curves=curves_of(history, rows, best_by),
+        best=max(rows, key=lambda row: _score(row, best_by), default=None),
         throughput=page_run.throughput_plot(history),
         times=page_run.training_times(history),
     )
@@ -208,8 +209,8 @@ def _render(facts: RunFacts, scored: Scored | None, **more: Any) -> str:
     )
 
 
-def _map50(row: Mapping[str, float]) -> float:
-    value = float(row.get("map50", -1.0))
+def _score(row: Mapping[str, float], name: str) -> float:
+    value = float(row.get(name, -1.0))
     return value if is_score(value) else -1.0
 
 

@@ -21,11 +21,11 @@ AP_NAMES = {
 }
 
 
-def curves_of(history: RunHistory, rows: Rows) -> dict[str, Any]:
+def curves_of(history: RunHistory, rows: Rows, best_by: str = "map50") -> dict[str, Any]:
     """The plots and the values in their captions. Losses cover this start of the run, evaluations
-    all starts.
+    all starts; the best has the highest `best_by`.
     """
-    losses, scores = _column(rows, "loss")[1], _column(rows, "map50")[1]
+    losses, scores = _column(rows, "loss")[1], _column(rows, best_by)[1]
     names = [name for name in (rows[-1] if rows else {}) if name.startswith("ap50/")]
     names = [name for name in names if _column(rows, name)[0]]
     return {

@@ -1,4 +1,5 @@
-"""`Progress`, the events of a run for its observers, and two reports: metrics.csv, TensorBoard.
+"""`Progress`, the events of a run for its observers, and three reports: metrics.csv, TensorBoard
+and other trackers.
 
 The trainer calls `report(progress)` on the main process only. A `Report` is any callable that takes
 a `Progress`; `trainer.report.console` and `trainer.report.page` have others.
@@ -12,11 +13,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -27,10 +30,12 @@ from trainer.scoring.average_precision import COCO_NUMBERS
 from trainer.scoring.mistakes import Diagnosis, condensed
 from trainer.scoring.scores import ScoreCurve
 from vidt.atomic import atomic_write
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
+PROJECT = "vidt"  # of the runs in trackers
+TENSORBOARD = "tensorboard"  # the one that `TensorBoard` writes
 NUM_THRESHOLDS = 127  # of TensorBoard's precision-recall curves
 Pair: TypeAlias = tuple[Image.Image, Image.Image]  # truth, prediction
 Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
@@ -221,6 +226,75 @@ class TensorBoard:
         if progress.diagnosis is not None:
             _add_diagnosis(writer, progress.diagnosis, progress.step)
         writer.flush()
+
+
+class Trackers:
+    """A `Report` that sends the numbers of TensorBoard's curves, without the pictures, to trackers
+    of accelerate. Every start of a run is a run of its own there. A tracker that fails ends itself,
+    not the training.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        """Starts the trackers; their local files go into `folder`, and `settings` are the run's."""
+        self._active: dict[str, GeneralTracker] = {}
+        for name in dict.fromkeys(names):
+            if name != TENSORBOARD:
+                self._attempt(name, partial(self._start, name, folder, settings))
+
+    def __call__(self, progress: Progress) -> None:
+        tags = {"step": _step_tag, "evaluation": _score_tag}
+        if progress.event == "end":
+            self.close()
+        elif progress.event in tags:
+            tag, is_step = tags[progress.event], progress.event == "step"
+            # As float: accelerate's TensorBoard and others leave NumPy's numbers out.
+            numbers = {tag(name): float(value) for name, value in progress.metrics.items()}
+            # MLflow refuses other characters, which class names may have.
+            scored = {
+                re.sub(r"[^\w/.: -]", "_", name): each
+                for name, each in numbers.items()
+                if is_step or is_score(each)
+            }
+            for name, tracker in [*self._active.items()]:
+                self._attempt(name, partial(tracker.log, scored, step=progress.step))
+
+    def close(self) -> None:
+        """Ends the trackers' runs; harmless when repeated."""
+        for name, tracker in [*self._active.items()]:
+            self._attempt(name, tracker.finish)
+        self._active.clear()
+
+    def _start(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        folder = folder.resolve()
+        where = (str(folder),) if kind.requires_logging_directory else ()
+        named = {"name": folder.name} if name in ("wandb", "trackio") else {}
+        tracker = kind(PROJECT, *where, **named)
+        tracker.start()
+        self._active[name] = tracker
+        plain = (bool, int, float, str)
+        tracker.store_init_configuration(
+            {key: each if isinstance(each, plain) else str(each) for key, each in settings.items()}
+        )
+
+    def _attempt(self, name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # each tracker has its own exceptions
+            self._active.pop(name, None)
+            reason = shown(f"{type(error).__name__}: {error}", 300)
+            logger.warning(f"--report_to {name} failed ({reason}); the run goes on without it")
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that accelerate does not know or whose package is missing."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise UserError(f"--report_to {shown(name)}: the trackers are {known}, or none")
+        if name in {*map(str, LoggerType)} - {*map(str, get_available_trackers())}:
+            package = name.replace("_", "-")
+            raise UserError(f"--report_to {name} needs a package; pip install {package}")
 
 
 @cache

@@ -25,12 +25,13 @@ from trainer.settings.flags import (
     read_yaml,
     settings_of,
 )
+from trainer.settings.other_names import ELSEWHERE
 from trainer.settings.yaml_text import BadYAML, read_limited
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, escaped, shown
 from vidt.model.config import CLASS_LOSSES, ViDTConfig
-from vidt.weights.published import TEACHERS, published_for
+from vidt.weights.published import PUBLISHED, TEACHERS, is_remote, published_for
 
 # The field with the path of each dataset but the embedded one; auto is told by its content.
 PATH_OF = {"coco": "coco_path", "voc": "voc_path", "yolo": "yolo_path", "auto": "data"}
@@ -43,11 +44,7 @@ SCHEDULES = ("cosine", "linear", "flat_cosine")
 SCALE_PER = ("step", "image")
 PRESETS = ("released", "auto")
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
-# Settings that people expect among these flags, and how to choose them.
-ELSEWHERE = {
-    "device": "CUDA_VISIBLE_DEVICES=1 vidt train ... takes that GPU, an empty one the CPU",
-    "precision": "--mixed_precision bf16 chooses it, --mixed_precision no is fp32",
-}
+BEST_BY = ("map50", "map")
 # Settings that hold paths on this machine.
 PATHS = (
     *COCO_FILES,
@@ -260,7 +257,10 @@ class TrainConfig:
         ),
     )
     n_iter_to_acc: int = field(
-        default=1, metadata=_help("micro-batches into which batch_size is split")
+        default=1,
+        metadata=_help(
+            "micro-batches into which batch_size is split; others' accumulation steps multiply it"
+        ),
     )
     lr: float = field(default=1e-4, metadata=_help("learning rate after the warm-up"))
     lr_linear_proj_mult: float = field(
@@ -386,7 +386,14 @@ class TrainConfig:
     eval_interval: int = field(default=1, metadata=_help("epochs between evaluations"))
     patience: int = field(
         default=0,
-        metadata=_help("evaluations without a better map50 before the run ends; 0: never"),
+        metadata=_help("evaluations without a better best_by before the run ends; 0: never"),
+    )
+    best_by: str = field(
+        default="map50",
+        metadata=_help(
+            "metric that chooses best.safetensors and that patience watches: "
+            + " or ".join(BEST_BY)
+        ),
     )
     eval: bool = field(default=False, metadata=_help("only evaluate"))
 
@@ -399,7 +406,11 @@ class TrainConfig:
         ),
     )
     load_from: str | None = field(
-        default=None, metadata=_help("weights to start from: a file or a URL")
+        default=None,
+        metadata=_help(
+            "weights to start from: a file, a URL, or the name of a published model, which sets "
+            "the architecture; vidt models lists them"
+        ),
     )
     distil_model: str | None = field(
         default=None,
@@ -432,6 +443,14 @@ class TrainConfig:
     )
     tensorboard_dir: str | None = field(
         default=None, metadata=_help("folder of the event files; None: output_dir/tensorboard")
+    )
+    report_to: tuple[str, ...] = field(
+        default=("tensorboard",),
+        metadata=_help(
+            "where curves go: tensorboard and trackers of accelerate, such as wandb, mlflow and "
+            "trackio, separated by commas; or none",
+            words={"none": ()},
+        ),
     )
     log_interval: int = field(default=10, metadata=_help("steps between log lines"))
     config: str | None = field(
@@ -507,6 +526,8 @@ def _check_alone(config: TrainConfig) -> None:
     _require(hours is None or 0 < hours <= 10_000, "hours", hours, "above 0")
     scales = f"one of {', '.join(SCALE_PER)}"
     _require(config.scale_per in SCALE_PER, "scale_per", config.scale_per, scales)
+    metrics = f"one of {', '.join(BEST_BY)}"
+    _require(config.best_by in BEST_BY, "best_by", config.best_by, metrics)
     precision, precisions = config.mixed_precision, f"one of {', '.join(MIXED_PRECISIONS)}"
     _require(precision in MIXED_PRECISIONS, "mixed_precision", precision, precisions)
     _require(0 <= config.adam_beta2 < 1, "adam_beta2", config.adam_beta2, "0 or more and below 1")
@@ -608,14 +629,33 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
         given.setdefault("dec_layers", None)
+    published = _architecture_of(given.get("load_from"))
+    recipe: dict[str, Any] = {}
     if not own_data and given.get("preset") is None:
-        given = {**_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), **given}
+        recipe = _read_recipe(given.get("dataset_file", TrainConfig.dataset_file))
+    given = {**recipe, **published, **given}
     try:
         return _checked(given, own_data)
     except ConfigError as error:
         if given.get("config") is None:
             raise
         raise ConfigError(f"{error} (--config {shown(given['config'], 300)} was read)") from None
+
+
+def fixed_settings(argv: Sequence[str]) -> frozenset[str]:
+    """The names of settings that are given, or that follow from the published model given with
+    --load_from: `--preset auto` leaves them alone.
+    """
+    given = given_settings(argv)
+    return frozenset({**_architecture_of(given.get("load_from")), **given})
+
+
+def _architecture_of(load_from: str | None) -> dict[str, Any]:
+    """The model's settings that --load_from with the name of a published model stands for."""
+    if load_from not in PUBLISHED or not is_remote(load_from):
+        return {}
+    defaults = {name: setting.default for name, setting in _MODEL.items()}
+    return {**defaults, **PUBLISHED[load_from].architecture}
 
 
 def _checked(given: Mapping[str, Any], own_data: bool) -> tuple[TrainConfig, dict[str, Any]]:
@@ -655,7 +695,7 @@ def _read_config(path: str) -> dict[str, Any]:
     except ValueError as error:  # a zero byte in the name
         raise ConfigError(f"config {shown(path, 300)} cannot be read: {error}") from None
     nestable = {name: setting for name, setting in _ALL.items() if name != "config"}
-    return read_yaml(text, nestable, path)
+    return read_yaml(text, nestable, path, ELSEWHERE)
 
 
 def _read_recipe(dataset_file: str) -> dict[str, Any]:

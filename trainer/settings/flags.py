@@ -220,8 +220,15 @@ def _flag_value(setting: Setting, flag: str, words: list[str]) -> Any:
     return read_value(setting, " ".join(words), flag)
 
 
-def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
-    """Settings of a YAML text; `source` names it in errors. Raises ConfigError."""
+def read_yaml(
+    text: str,
+    settings: Mapping[str, Setting],
+    source: str,
+    elsewhere: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Settings of a YAML text; `source` names it in errors, `elsewhere` is that of `read_flags`.
+    Raises ConfigError.
+    """
     try:
         loaded = load_yaml(text, source)
     except BadYAML as error:
@@ -236,6 +243,7 @@ def read_yaml(text: str, settings: Mapping[str, Setting], source: str) -> dict[s
         if name not in settings:
             similar = nearest(name, settings)
             hint = f"the nearest is {similar}" if similar else "vidt train --help lists all"
+            hint = (elsewhere or {}).get(name, hint)
             raise ConfigError(f"{source}: unknown setting {shown(key)}; {hint}")
         given[name] = read_value(settings[name], raw, f"{source}: {name}")
     return given

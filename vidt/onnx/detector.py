@@ -7,7 +7,7 @@ fit the frame.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from vidt.images.inputs import (
     source_of,
 )
 from vidt.images.mask_drawing import decode_vectors, paste_squares
+from vidt.predict.exchange import as_coco, as_pandas, as_supervision
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
 TOP_K = 100  # detections per image, the released constant
@@ -120,6 +121,27 @@ class OnnxDetections:
         boxes = self.boxes.clip(0, np.array([width, height, width, height], self.boxes.dtype))
         mask_boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
         return replace(self, boxes=boxes, mask_boxes=mask_boxes)
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections` with boxes, masks if there are any, scores, labels and names.
+        Raises UserError if the package is missing.
+        """
+        return as_supervision(self.scores, self.labels, self.boxes, self.names, self.masks)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each detection: name, label, score, and the box as
+        x1, y1, x2, y2. Raises UserError if the package is missing.
+        """
+        return as_pandas(self.scores, self.labels, self.boxes, self.names)
+
+    def to_coco(
+        self, image_id: int, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """COCO results: dictionaries with image_id, category_id, bbox (x, y, width, height), score,
+        and segmentation (run lengths) if there are masks. category_ids: of the classes, such as
+        `detector.category_ids`; None: label + 1.
+        """
+        return as_coco(image_id, category_ids, self.scores, self.labels, self.boxes, self.masks)
 
     def __len__(self) -> int:
         return len(self.scores)

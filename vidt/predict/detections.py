@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vidt.images.inputs import ImageLike, picture_of, rows_of
 from vidt.images.mask_drawing import decode_vectors, paste_squares
 from vidt.model.config import WITHOUT_NECK, ViDTConfig
 from vidt.model.without_neck import decode_best_class
+from vidt.predict.exchange import as_coco, as_pandas, as_supervision
 
 TOP_K = 100  # detections per image, the released constant
 
@@ -76,6 +78,34 @@ class Detections:
             self.class_names,
             None if masks is None else masks.cpu().numpy(),
         )
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections` with boxes, masks if there are any, scores, labels and names.
+        Raises UserError if the package is missing.
+        """
+        return as_supervision(*self._arrays(), self.names, self._mask_array())
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row for each detection: name, label, score, and the box as
+        x1, y1, x2, y2. Raises UserError if the package is missing.
+        """
+        return as_pandas(*self._arrays(), self.names)
+
+    def to_coco(
+        self, image_id: int, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """COCO results: dictionaries with image_id, category_id, bbox (x, y, width, height), score,
+        and segmentation (run lengths) if there are masks. category_ids: of the classes, such as
+        `detector.category_ids`; None: label + 1.
+        """
+        return as_coco(image_id, category_ids, *self._arrays(), self._mask_array())
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return _as_array(self.scores), self.labels.cpu().numpy(), _as_array(self.boxes)
+
+    def _mask_array(self) -> np.ndarray | None:
+        masks = self.masks
+        return None if masks is None else masks.cpu().numpy()
 
     def __len__(self) -> int:
         return len(self.scores)

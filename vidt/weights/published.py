@@ -7,19 +7,24 @@ beside it, and a later use that finds another hash refuses the file.
 
 import hashlib
 import http.client
+import logging
 import os
 import shutil
 import tempfile
 import urllib.request
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlparse
 
+from vidt.arguments import nearest
 from vidt.atomic import atomic_write
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
+
+logger = logging.getLogger(__name__)
 
 RELEASES = "https://github.com/naver-ai/vidt/releases/download"
 BACKBONES = {
@@ -32,6 +37,7 @@ NUM_COCO_ROWS = 91
 HASH = "sha256="  # of an address ending in #sha256=0123...
 PATIENCE = 60  # seconds without a byte after which a download fails
 CHUNK = 1 << 20
+LEAST_BYTES = 2  # of a file for each of its parameters, as if it were in half precision
 
 
 @cache
@@ -55,6 +61,9 @@ class Published:
     backbone_name: str
     url: str
     ap: float | None  # None: not published for this file
+    parameters: int | None = None  # None: read from the tensors of the file
+    # Settings of `ViDTConfig` that differ from its defaults, without heads that a run may lack.
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _table() -> dict[str, Published]:
@@ -72,10 +81,25 @@ def _table() -> dict[str, Published]:
         "vidt_plus_{}": "v0.1-vidt-plus/vidt_plus_{}_det300.pth",
         "vidt_plus_{}_optimized": "v0.1-vidt-plus-optimized/vidt_plus_swin_{}_optimized.pth",
     }
+    parameters = {  # of our detector with all heads and 91 classes
+        "vidt_plus_{}_optimized": (None, None, None, None),
+        "vidt_plus_{}": (17_488_039, 39_340_471, 61_842_631, 100_975_157),
+    }
+    plain = (15_529_797, 37_372_629, 59_874_789, 99_000_915)
+    plus: dict[str, dict[str, Any]] = {
+        "vidt_plus_{}_optimized": {"epff": True},
+        "vidt_plus_{}": {"epff": True, "det_token_num": 300},
+    }
     return {
-        name.format(size): Published(BACKBONES[size], f"{RELEASES}/{files[name].format(size)}", ap)
+        name.format(size): Published(
+            BACKBONES[size],
+            f"{RELEASES}/{files[name].format(size)}",
+            ap,
+            parameters.get(name, plain)[number],
+            {"backbone_name": BACKBONES[size], **plus.get(name, {})},
+        )
         for name, row in aps.items()
-        for size, ap in zip(list(BACKBONES)[: len(row)], row, strict=True)
+        for number, (size, ap) in enumerate(zip([*BACKBONES][: len(row)], row, strict=True))
     }
 
 
@@ -102,24 +126,47 @@ def published_for(backbone_name: str, *, method: str = "vidt", epff: bool = Fals
     return found[backbone_name]
 
 
-def local_weights(source: str, flag: str = "--load_from", *, allow_http: bool = False) -> Path:
-    """The file of `source`, a path or a URL. A URL is downloaded once, into torch hub's cache, and
-    verified each time: by the hash that was noted when it was downloaded, and by that of a URL that
-    ends in `#sha256=` and a hash.
+def is_remote(source: str) -> bool:
+    """Whether `source` names a download: a URL, or a published model unless it is also a file."""
+    return "://" in source or (source in PUBLISHED and not Path(source).exists())
 
-    Raises Unreachable if a URL cannot be downloaded completely, if the file is another one than the
-    hash says, and for a URL other than https (and http, with `allow_http`).
+
+def nearest_model(source: str) -> str:
+    """A hint for a message on a file that does not exist; empty if no published model has a similar
+    name.
     """
-    if "://" not in source:
-        return Path(source)
+    similar = nearest(source, PUBLISHED)
+    return f"; the published model of the nearest name is {similar}" if similar else ""
+
+
+def cached_path(url: str) -> Path:
+    """Where a download is stored, in torch hub's cache."""
     import torch  # takes seconds; help texts need only the table above
 
-    url, fragment = urldefrag(source)
-    require_scheme(source, url, allow_http)
-    wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
     # Many addresses end in best.safetensors: the file's name alone would mix them up.
     name = f"{zlib.crc32(url.encode()):08x}-{Path(urlparse(url).path).name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def local_weights(
+    source: str, flag: str | None = "--load_from", *, allow_http: bool = False
+) -> Path:
+    """The file of `source`: a path, a URL, or the name of a published model. A URL is downloaded
+    once, into torch hub's cache, and verified each time: by the hash that was noted when it was
+    downloaded, and by that of a URL that ends in `#sha256=` and a hash. The size of a published
+    model must be that of a file with its parameters. flag: of the path in a message; None: none.
+
+    Raises Unreachable if a URL cannot be downloaded completely, if the file is another one than the
+    hash or the size says, and for a URL other than https (and http, with `allow_http`).
+    """
+    if not is_remote(source):
+        return Path(source)
+    address = PUBLISHED[source].url if source in PUBLISHED else source
+    source = f"{source} ({address})" if source in PUBLISHED else source
+    url, fragment = urldefrag(address)
+    require_scheme(source, url, allow_http)
+    wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
+    path = cached_path(url)
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +180,9 @@ def local_weights(source: str, flag: str = "--load_from", *, allow_http: bool = 
         if noted is None:
             atomic_write(_note_of(path), f"{_hash_of(path)}\n".encode())
     except (OSError, ValueError, http.client.HTTPException) as error:
+        pass_it = f"pass {flag} FILE" if flag else "pass its path"
         raise Unreachable(
-            f"{source} cannot be fetched ({error}); fetch it by hand and pass {flag} FILE"
+            f"{source} cannot be fetched ({error}); fetch it by hand and {pass_it}"
         ) from error
     return path
 
@@ -178,6 +226,8 @@ def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> Non
             ) as answer,
         ):
             promised = answer.headers.get("Content-Length")
+            megabytes = f" ({int(promised) / 1e6:.0f} MB)" if promised else ""
+            logger.info(f"fetching {shown(url, 200)}{megabytes} into {path.parent}")
             shutil.copyfileobj(answer, file, CHUNK)
             size = file.tell()
             file.flush()
@@ -185,12 +235,23 @@ def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> Non
         # urllib treats a broken connection as the end of the file.
         if promised is not None and size != int(promised):
             raise OSError(f"it broke off after {size} of {promised} bytes")
+        _require_size(url, size)
         if sha256 is not None:
             _require_hash(temporary, sha256)
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _require_size(url: str, size: int) -> None:
+    """Raises OSError for a file that is too small for the published model of this URL, such as a
+    proxy's page. The exact sizes are not known.
+    """
+    for published in PUBLISHED.values():
+        least = LEAST_BYTES * (published.parameters or 0)
+        if published.url == url and size < least:
+            raise OSError(f"it has {size:,} bytes, and this model needs {least:,} or more")
 
 
 def _note_of(path: Path) -> Path:
