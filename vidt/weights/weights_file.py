@@ -48,6 +48,9 @@ class WeightsInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     # How it was trained. `Predictor.category_ids` reads `category_ids`; the rest is for people.
     training: dict[str, Any] = field(default_factory=dict)
+    # The score threshold of each class with the highest F1 in the evaluation of these weights, [K];
+    # None for a class without a correct detection. Empty in older files.
+    thresholds: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def save_weights(
         "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
         "metrics": json.dumps(info.metrics),
         "training": json.dumps(info.training),
+        "thresholds": json.dumps(info.thresholds),
     }
     named = {**state_dict, **{UNREAD + name: tensor for name, tensor in (unread or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
@@ -157,6 +161,12 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names are {shown(values)}; they must be texts")
+    return tuple(values)
+
+
+def _thresholds(values: Any) -> tuple[float | None, ...]:
+    if not all(each is None or (isinstance(each, float) and 0 <= each <= 1) for each in values):
+        raise ValueError(f"thresholds are {shown(values)}; they must be from 0 to 1")
     return tuple(values)
 
 
