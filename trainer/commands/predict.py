@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from trainer.commands.command_flags import (
     add_detector_flags,
+    add_tile_flags,
     atomic_text,
     command_parser,
     load_detector,
     note,
-    share,
+    threshold,
+    tile_settings,
     write_result,
 )
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
@@ -37,16 +39,18 @@ from trainer.scoring.prediction_formats import (
     yolo_text,
 )
 from vidt.arguments import OneLineParser
+from vidt.downloads import is_url, require_scheme
 from vidt.errors import UserError, counted
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.files import is_truncated
+from vidt.predict.selection import least_scores
 
 SUMMARY = """
 Detects objects in images: in files, in folders and all folders inside, in files that match a
-pattern, or in files that standard input lists, one a line. Writes the images with boxes drawn on
-them, and the class, the score from 0 to 1 and the box of each object, in pixels of the original
-image. Results appear in the order of the images, as they are ready: a million images take no more
+pattern, at https addresses, or in files that standard input lists, one a line. Writes the images
+with boxes drawn on them, and the class, the score from 0 to 1 and the box of each object, in pixels
+of the original image. Results appear in the order of the images, as they are ready: a million images take no more
 memory than a hundred. Unreadable files are skipped and named at the end. Photographs are turned as
 their EXIF says, as every viewer shows them, and boxes are those of the turned image; training and
 evaluation turn an image if its annotated size says so.
@@ -60,6 +64,8 @@ examples:
   vidt predict best.safetensors 'photos/**/*.jpg' --out found --yolo --no_pictures
       a text file for each image in found/labels/
   find /data -name '*.jpg' | vidt predict best.safetensors - --csv > found.csv
+  vidt predict best.safetensors aerial.tif --tile 640 --threshold best --classes car,truck
+      in overlapping tiles, each class by its best threshold, two classes
   vidt predict model.onnx photos/ --out found
       an exported model, which onnxruntime runs without PyTorch
 
@@ -105,11 +111,13 @@ def flags() -> OneLineParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--threshold",
-        type=share,
+        type=threshold,
         default=0.3,
         metavar="S",
-        help="lowest score of a detection, 0 to 1 (default %(default)s)",
+        help="lowest score of a detection, 0 to 1 (default %(default)s); best: for each class the "
+        "threshold that evaluation found best, as stored in the weights",
     )
+    parser.add_argument("--classes", metavar="A,B", help="keep only the objects of these classes")
     kinds = parser.add_mutually_exclusive_group()
     for name, text in FORMATS.items():
         kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
@@ -120,6 +128,10 @@ def flags() -> OneLineParser:
         "--strict_images", action="store_true", help="skip JPEG files whose end is missing"
     )
     parser.add_argument("--no_pictures", action="store_true", help="with --out: write no images")
+    parser.add_argument(
+        "--allow_http", action="store_true", help="fetch images from http addresses, unencrypted"
+    )
+    add_tile_flags(parser)
     add_detector_flags(parser, batch_size=8)
     return parser
 
@@ -135,8 +147,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _predict(given: Any) -> int:
     check_output(given.out, given.format)
+    for word in filter(is_url, given.images):
+        require_scheme(word, word, given.allow_http)
+    tiles = tile_settings(given)
     files = ImageFiles(given.images, sys.stdin, avoid=given.out)
     detector = load_detector(given)
+    least = wanted_scores(given, detector)
     kind = given.format or ("json" if given.out else None)
     with PredictionWriter(
         given.out, kind, detector, given, pictures=not given.no_pictures
@@ -150,9 +166,15 @@ def _predict(given: Any) -> int:
             predicted = predict_files(
                 detector,
                 files,
-                threshold=given.threshold,
+                least=least,
                 batch_size=given.batch_size,
-                read=partial(read_file, exif=not given.stored_pixels, strict=given.strict_images),
+                read=partial(
+                    read_file,
+                    exif=not given.stored_pixels,
+                    strict=given.strict_images,
+                    allow_http=given.allow_http,
+                ),
+                **tiles,
             )
             done: Iterable[Predicted] = _placed(predicted, results)
             if results.pictures:
@@ -173,6 +195,16 @@ def _predict(given: Any) -> int:
     for line in [*results.summary(), *passed_over(files)]:
         note(line)
     return 0
+
+
+def wanted_scores(given: Any, detector: Any) -> np.ndarray:
+    """The lowest score of each class [K] by --threshold and --classes. Raises UserError."""
+    names = detector.class_names
+    classes = given.classes
+    if classes is not None:  # a name may contain a comma
+        classes = [classes] if classes in names else classes.split(",")
+        classes = [each.strip() for each in classes if each.strip()]
+    return least_scores(given.threshold, classes, names, detector.info.thresholds)
 
 
 def _pixels(predicted: Predicted) -> int:

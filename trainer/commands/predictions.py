@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from trainer.commands.image_files import ImageFile
 from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
+from vidt.downloads import fetch, is_url
 from vidt.errors import UserError
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
 from vidt.images.files import read_image
+from vidt.predict.selection import select
 
 WINDOW_PIXELS = 2**26  # of all images of a window: 200 MB of RGB
 Entry = TypeVar("Entry")
@@ -47,10 +50,14 @@ def read_file(
     *,
     exif: bool = False,
     strict: bool = False,
+    allow_http: bool = False,
 ) -> Read:
-    """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
+    """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`. An
+    address is fetched.
+    """
     try:
-        return Read(file, read_image(file.path, size, exif=exif, strict=strict))
+        content = fetch(file.path, allow_http=allow_http) if is_url(file.path) else None
+        return Read(file, read_image(file.path, size, content=content, exif=exif, strict=strict))
     except UserError as error:
         return Read(file, None, str(error))
 
@@ -59,13 +66,16 @@ def predict_files(
     detector: Any,
     entries: Iterable[Entry],
     *,
-    threshold: float,
+    least: np.ndarray | float,
     batch_size: int,
     read: Callable[[Entry], Read] = read_file,  # type: ignore[assignment]
+    **tiles: Any,
 ) -> Iterator[Predicted]:
-    """The detections of a detector (PyTorch or ONNX) in each file, in order. `read` reads the file
-    of an entry.
+    """The detections of a detector (PyTorch or ONNX) in each file, in order, that reach the least
+    score, one for all classes or one for each [K]. `read` reads the file of an entry. tiles: see
+    `trainer.commands.command_flags.tile_settings`.
     """
+    least = np.broadcast_to(np.asarray(least, np.float32), (len(detector.class_names),))
     reads = read_ahead(
         entries,
         read,
@@ -75,14 +85,14 @@ def predict_files(
     )
     for window in windows(reads, batch_size):
         pictures = [each.picture for each in window if each.picture is not None]
-        found = in_order(detector.stream(pictures, batch_size=batch_size))
+        found = in_order(detector.stream(pictures, batch_size=batch_size, **tiles))
         for each in window:
             if each.picture is None:
                 yield Predicted(
                     each.file, None, None, ImagePredictions(each.file.path, problem=each.problem)
                 )
                 continue
-            detections = next(found).above(threshold)
+            detections = select(next(found), least)
             size = (each.picture.height, each.picture.width)
             row = image_predictions(each.file.path, size, detections)
             yield Predicted(each.file, each.picture, detections, row)
@@ -100,8 +110,10 @@ def path_of(entry: Any) -> str:
 
 def pixels_of(path: str) -> int:
     """The number of pixels as the header promises; 0 for a file that has none, or cannot be read:
-    reading it says why.
+    reading it says why. That of an address is not known: a few may be read ahead.
     """
+    if is_url(path):
+        return WINDOW_PIXELS // 8
     try:
         with Image.open(path) as image:
             return image.width * image.height

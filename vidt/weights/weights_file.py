@@ -11,7 +11,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,15 @@ def save_weights(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     # Not safetensors' own writer: killed, it would leave a temporary file of unknown name.
     atomic_write(path, save(tensors, metadata=header))
+
+
+def store_thresholds(path: str | Path, thresholds: Sequence[float | None]) -> None:
+    """Replaces the thresholds of one of our weights files. Raises UnusableWeights, and OSError, as
+    reading and writing it do.
+    """
+    tensors, info = load_weights(path)
+    info = dataclasses.replace(info, thresholds=tuple(thresholds))
+    save_weights(path, tensors, info, load_unread(path))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
