@@ -176,3 +176,12 @@ def atomic_text(path: Path) -> Iterator[TextIO]:
         yield text
         text.flush()
         text.detach()  # otherwise the wrapper closes the file
+
+
+@contextmanager
+def standard_output() -> Iterator[TextIO]:
+    """Standard output, which takes any text and is flushed at the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    yield sys.stdout
+    sys.stdout.flush()

@@ -124,7 +124,7 @@ def box_scores(
     names: Sequence[str],
 ) -> dict[str, float]:
     """The twelve metrics, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
-    scores = accumulate([_matches(file, truth, found, names)])
+    scores = accumulate([matches(file, truth, found, names)])
     return coco_numbers(scores) | class_numbers(scores, names)
 
 
@@ -135,12 +135,12 @@ def best_thresholds(
     names: Sequence[str],
 ) -> list[float | None]:
     """The threshold of each class with the highest F1; None if no detection of it is right."""
-    hits = hits_of([_matches(file, truth, found, names)], len(names))
+    hits = hits_of([matches(file, truth, found, names)], len(names))
     best = [curve(name, each).best for name, each in zip(names, hits, strict=True)]
-    return [point and point.threshold for point in best]
+    return [point.threshold if point else None for point in best]
 
 
-def _matches(
+def matches(
     file: CocoFile,
     truth: JudgedObjects,
     found: Mapping[int, ImagePredictions],

@@ -63,7 +63,7 @@ class Diagnosis:
     @property
     def thresholds(self) -> tuple[float | None, ...]:
         """The threshold of each class with the highest F1; None if no detection of it is right."""
-        return tuple(each.best and each.best.threshold for each in self.curves)
+        return tuple(each.best.threshold if each.best else None for each in self.curves)
 
     @property
     def main_curves(self) -> list[ScoreCurve]:

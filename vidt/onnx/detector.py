@@ -58,16 +58,11 @@ class OnnxInfo:
                 f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
             )
         try:
-            values = {
-                name: json.loads(
-                    metadata.get(name, "[]") if name == "thresholds" else metadata[name]
-                )
-                for name in cls.__dataclass_fields__
-            }
-            tuples = {
-                name: tuple(values.pop(name)) for name in ("class_names", "frame", "thresholds")
-            }
-            info = cls(**tuples, **values)
+            given = {"thresholds": "[]"} | metadata
+            values = {name: json.loads(given[name]) for name in cls.__dataclass_fields__}
+            names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
+            values["thresholds"] = tuple(values["thresholds"])
+            info = cls(class_names=names, frame=frame, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
         if info.decoding not in DECODINGS:
