@@ -4,14 +4,17 @@
     python benchmarks/tiles.py output/best.safetensors --images 40 --grid 4 --tile 128 160 --seed 1
 
 The weights are those of the main job, which is trained on the embedded images of 128 pixels with 1
-to 6 shapes. An image here is a grid of such images, of a seed that no training uses. Recall is that
-of all detections, and at the single threshold with the highest F1, both at IoU 0.5.
+to 6 shapes. An image here is a grid of such images, of a seed that no training uses. Without tiles
+it is scored twice: shrunk to the size of the weights, and enlarged by the grid's side, so that
+objects have the size that the weights know, and only the number of [DET] tokens is in the way.
+Recall is that of all detections, and at the single threshold with the highest F1, both at IoU 0.5.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +81,12 @@ def main() -> None:
             f"{given.images} images of {given.grid * CELL} pixels, {objects.min()} to "
             f"{objects.max()} objects, {detector.info.config.det_token_num} [DET] tokens"
         )
-        print("tile    map50  recall  best F1: threshold  precision  recall     F1   s/image")
-        for tile in [None, *given.tile]:
+        print("tile      map50  recall  best F1: threshold  precision  recall     F1   s/image")
+        plain = detector.preprocessing
+        large = replace(plain, eval_size=plain.eval_size * given.grid)
+        rows = [("none", None, plain), ("none, big", None, large)]
+        for name, tile, preprocessing in rows + [(str(tile), tile, plain) for tile in given.tile]:
+            detector.preprocessing = preprocessing
             start = time.monotonic()
             found, _ = predict(detector, file, folder, 8, tile=tile, overlap=given.overlap)
             seconds = (time.monotonic() - start) / given.images
@@ -87,9 +94,9 @@ def main() -> None:
             map50 = box_scores(file, truth, found, names)["map50"]
             whole = curve("", pooled(hits_of([matches(file, truth, found, names)], len(names))))
             best = whole.best
-            assert best is not None
+            assert best is not None, "no detection is right"
             print(
-                f"{tile or 'none':<6}  {map50:.3f}   {whole.recall[-1]:.3f}  {best.threshold:18.2f}"
+                f"{name:<9} {map50:.3f}   {whole.recall[-1]:.3f}  {best.threshold:18.2f}"
                 f"  {best.precision:9.3f}  {best.recall:6.3f}  {best.f1:5.3f}  {seconds:8.2f}",
                 flush=True,
             )

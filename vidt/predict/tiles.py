@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -142,64 +142,78 @@ def merge(
     """
     tiles = plan.boxes[owner].astype(np.float32)
     boxes = _clipped(boxes, tiles)
+    cut = _cut_sides(boxes, tiles, plan.size)
     ranked = np.argsort(-scores, kind="stable")
     ranked = ranked[~_seen_better(boxes, owner, plan)[ranked]]
-    cut = _cut_sides(boxes, tiles, plan.size)
-    free = np.ones(len(boxes), bool)
-    kept: list[int] = []
+    kept = [ranked[:0]]
     for label in np.unique(labels):
         rows = ranked[labels[ranked] == label]
-        for row in rows:
-            if free[row]:
-                boxes[row] = _absorb(row, rows, free, boxes, tiles, owner, scores, cut)
-                kept.append(row)
-    rows = np.array(kept, np.int64)
+        columns = (column[rows] for column in (boxes, tiles, owner, scores, cut))
+        stays, boxes[rows] = _merge_class(_Ranked(*columns))
+        kept.append(rows[stays])
+    rows = np.concatenate(kept)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
     return rows, boxes[rows]
 
 
-def _absorb(
-    head: int,
-    rows: np.ndarray,
-    free: np.ndarray,
-    boxes: np.ndarray,
-    tiles: np.ndarray,
-    owner: np.ndarray,
-    scores: np.ndarray,
-    cut: np.ndarray,
-) -> np.ndarray:
+class _Ranked(NamedTuple):
+    """The detections of one class, best first."""
+
+    boxes: np.ndarray  # float32 [N, 4], inside their tiles
+    tiles: np.ndarray  # float32 [N, 4]
+    owner: np.ndarray  # int64 [N], the number of the tile
+    scores: np.ndarray  # [N]
+    cut: np.ndarray  # bool [N, 4]
+
+
+def _merge_class(found: _Ranked) -> tuple[np.ndarray, np.ndarray]:
+    """bool [N], the detections that no other absorbs, and the boxes [N, 4], theirs grown."""
+    free, stays = np.ones(len(found.boxes), bool), np.zeros(len(found.boxes), bool)
+    boxes = found.boxes.copy()
+    for head in range(len(boxes)):
+        if free[head]:
+            stays[head] = True
+            boxes[head] = _absorb(head, found, free)
+    return stays, boxes
+
+
+def _absorb(head: int, found: _Ranked, free: np.ndarray) -> np.ndarray:
     """Takes a detection and what it absorbs out of the free ones; returns its box [4]."""
     free[head] = False
-    box, group = boxes[head].copy(), [head]
+    box, group = found.boxes[head], [head]
     for one in group:  # grows meanwhile
-        others = rows[free[rows] & (owner[rows] != owner[head])]
-        same = others[_agreement(one, others, boxes, tiles) >= MIN_AGREEMENT]
+        near = _touching(found.boxes, found.boxes[one]) & free & (found.owner != found.owner[head])
+        others = np.flatnonzero(near)
+        same = others[_agreement(one, others, found) >= MIN_AGREEMENT]
         free[same] = False
-        strong = same[scores[same] >= MIN_SUPPORT * scores[head]]
-        if cut[head].any() and len(strong):
-            group.extend(strong)
-            low, high = boxes[strong, :2].min(0), boxes[strong, 2:].max(0)
+        strong = same[found.scores[same] >= MIN_SUPPORT * found.scores[head]]
+        if found.cut[head].any() and len(strong):
+            group.extend(strong.tolist())
+            low, high = found.boxes[strong, :2].min(0), found.boxes[strong, 2:].max(0)
             further = np.concatenate([np.minimum(box[:2], low), np.maximum(box[2:], high)])
-            box = np.where(cut[head], further, box)
+            box = np.where(found.cut[head], further, box)
     return box
 
 
-def _agreement(one: int, others: np.ndarray, boxes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+def _touching(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """bool [N]: the boxes [N, 4] that a box overlaps; no others can agree with it."""
+    return ((boxes[:, :2] <= box[2:]) & (boxes[:, 2:] >= box[:2])).all(1)
+
+
+def _agreement(one: int, others: np.ndarray, found: _Ranked) -> np.ndarray:
     """IoU of a box with others [N], each pair clipped to the area that both tiles see."""
-    shared = np.concatenate(
-        [
-            np.maximum(tiles[others, :2], tiles[one, :2]),
-            np.minimum(tiles[others, 2:], tiles[one, 2:]),
-        ],
-        axis=1,
-    )
-    mine, theirs = _clipped(boxes[one], shared), _clipped(boxes[others], shared)
-    both = np.concatenate(
-        [np.maximum(mine[:, :2], theirs[:, :2]), np.minimum(mine[:, 2:], theirs[:, 2:])], axis=1
-    )
-    common = _areas(both)
-    union = _areas(mine) + _areas(theirs) - common
+    mine, their_tiles = found.tiles[one], found.tiles[others]
+    shared = _intersection(mine, their_tiles)
+    first, second = _clipped(found.boxes[one], shared), _clipped(found.boxes[others], shared)
+    common = _areas(_intersection(first, second))
+    union = _areas(first) + _areas(second) - common
     return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+
+
+def _intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """What boxes [N, 4] or [4] share with others [N, 4]; sides of negative length for nothing."""
+    low = np.maximum(boxes[..., :2], others[:, :2])
+    return np.concatenate([low, np.minimum(boxes[..., 2:], others[:, 2:])], axis=1)
 
 
 def _clipped(boxes: np.ndarray, limits: np.ndarray) -> np.ndarray:
