@@ -81,12 +81,10 @@ def test_older_weights_say_how_to_get_thresholds(weights: Path, picture: Image.I
 
 
 @pytest.mark.parametrize("thresholds", ["[0.5]", '["0.5", 0.1, 0.2]', "[0.5, 2.0, 0.1]"])
-def test_thresholds_that_cannot_be_are_refused(
-    weights: Path, thresholds: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thresholds_that_cannot_be_are_refused(weights: Path, thresholds: str) -> None:
     tensors, info = load_weights(weights)
     save_weights(weights, tensors, replace(info, thresholds=tuple(json.loads(thresholds))))
-    with pytest.raises(UserError, match="header that cannot be read.*thresholds"):
+    with pytest.raises(UserError, match=r"header that cannot be read.*thresholds"):
         read_info(weights)
 
 
@@ -97,7 +95,7 @@ def test_classes_by_name(weights: Path, picture: Image.Image) -> None:
     assert torch.equal(found.scores, everything.scores[everything.labels != 1])
     with pytest.raises(UserError, match=r"classes has sqare, .* the nearest is square$"):
         detector.predict(picture, classes=["sqare"])
-    with pytest.raises(UserError, match="classes has house, .* they are disc, square, star$"):
+    with pytest.raises(UserError, match=r"classes has house, .* they are disc, square, star$"):
         detector.predict(picture, classes="house")
 
 
@@ -127,7 +125,7 @@ def test_training_and_evaluation_store_the_same_thresholds(
     plain = capsys.readouterr().out
     assert evaluate.run([str(again), *data, "--tile", "500", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == plain
-    with pytest.raises(UserError, match="--save_thresholds writes into a .safetensors file"):
+    with pytest.raises(UserError, match="--save_thresholds writes into"):
         evaluate.run(["model.onnx", *data, "--save_thresholds"])
 
 
@@ -163,9 +161,11 @@ def test_only_https_and_whole_images(weights: Path, png: bytes, capsys: Output) 
         assert fetch(server.address, allow_http=True) == png and len(png) < MOST_IMAGE_BYTES
     with pytest.raises(predict.NothingRead, match="cannot be fetched"):
         predict.run([str(weights), server.address, "--allow_http"])
-    with served(b"<html>no image</html>") as server:
-        with pytest.raises(predict.NothingRead, match="it holds text, '<html>no image"):
-            predict.run([str(weights), server.address, "--allow_http"])
+    with (
+        served(b"<html>no image</html>") as server,
+        pytest.raises(predict.NothingRead, match="it holds text, '<html>no image"),
+    ):
+        predict.run([str(weights), server.address, "--allow_http"])
 
 
 def test_an_address_is_the_source_of_its_detections(
@@ -182,5 +182,5 @@ def test_an_address_is_the_source_of_its_detections(
     found = detector.predict("https://example.org/a.png", threshold=0.0)
     assert found.source == "https://example.org/a.png" and found.plot().size == (80, 60)
     assert asked == ["https://example.org/a.png"] * 2
-    with pytest.raises(UnreadableImage, match="https://example.org/b.png: cannot be read"):
+    with pytest.raises(UnreadableImage, match=r"https://example\.org/b\.png: cannot be read"):
         detector.predict("https://example.org/b.png")

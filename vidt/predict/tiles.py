@@ -197,7 +197,8 @@ def _absorb(head: int, found: _Ranked, free: np.ndarray) -> np.ndarray:
 
 def _touching(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
     """bool [N]: the boxes [N, 4] that a box overlaps; no others can agree with it."""
-    return ((boxes[:, :2] <= box[2:]) & (boxes[:, 2:] >= box[:2])).all(1)
+    apart = (boxes[:, :2] > box[2:]) | (boxes[:, 2:] < box[:2])
+    return ~np.any(apart, axis=1)
 
 
 def _agreement(one: int, others: np.ndarray, found: _Ranked) -> np.ndarray:
