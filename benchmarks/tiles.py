@@ -6,7 +6,8 @@
 The weights are those of the main job, which is trained on the embedded images of 128 pixels with 1
 to 6 shapes. An image here is a grid of such images, of a seed that no training uses. Without tiles
 it is scored twice: shrunk to the size of the weights, and enlarged by the grid's side, so that
-objects have the size that the weights know, and only the number of [DET] tokens is in the way.
+objects are as large as in training; relative to the image they are smaller, and weights of one
+training size do not know that. The first line says what the number of [DET] tokens allows.
 Recall is that of all detections, and at the single threshold with the highest F1, both at IoU 0.5.
 """
 
@@ -77,9 +78,11 @@ def main() -> None:
         path = write_grids(Path(folder), given.images, given.grid, given.seed)
         file = read(str(path), folder, detector.class_names)
         objects = np.bincount(file.owners)
+        tokens = detector.info.config.det_token_num
+        bound = np.minimum(objects, tokens).sum() / objects.sum()
         print(
             f"{given.images} images of {given.grid * CELL} pixels, {objects.min()} to "
-            f"{objects.max()} objects, {detector.info.config.det_token_num} [DET] tokens"
+            f"{objects.max()} objects; {tokens} [DET] tokens find at most {bound:.3f} of them"
         )
         print("tile      map50  recall  best F1: threshold  precision  recall     F1   s/image")
         plain = detector.preprocessing

@@ -158,7 +158,12 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
         ),
         metrics=dict(json.loads(header["metrics"])),
         training=dict(json.loads(header.get("training", "{}"))),  # older files have none
+        thresholds=_thresholds(json.loads(header.get("thresholds", "[]"))),  # likewise
     )
+    if info.thresholds and len(info.thresholds) != len(info.class_names):
+        raise ValueError(
+            f"it has {len(info.thresholds)} thresholds for {len(info.class_names)} classes"
+        )
     if len(info.class_names) != info.config.num_classes:
         raise ValueError(
             f"it names {len(info.class_names)} classes, but num_classes is "
