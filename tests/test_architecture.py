@@ -14,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 # A package imports packages named before it; inside a package, a room (a folder, or a file beside
 # the folders) imports rooms named before it. `__init__` may import every room of its package.
 ROOMS = {
-    "vidt": "errors atomic arguments ops images model losses weights convert predict onnx loading",
-    "trainer": "settings readers augmentation data backward loop scoring report train from_python commands",
+    "vidt": "errors atomic arguments downloads ops images model losses weights convert predict "
+    "onnx loading",
+    "trainer": "settings readers augmentation data backward loop scoring report train from_python "
+    "commands",
     "ymir_adapter": "protocol dataset launch tasks sandbox __main__",
 }
 # People look for `vidt.train`, which imports the trainer when it is used, not before.

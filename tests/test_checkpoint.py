@@ -28,6 +28,7 @@ from trainer.loop.start import load_start, require_files
 from trainer.settings.config import TrainConfig, parse
 from trainer.settings.flags import ConfigError
 from vidt import ViDT, ViDTConfig
+from vidt.downloads import SameSchemes
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import build_detector
 from vidt.weights import published
@@ -38,7 +39,6 @@ from vidt.weights.published import (
     TEACHERS,
     Published,
     Unreachable,
-    _SameSchemes,
     local_weights,
     published_for,
 )
@@ -421,7 +421,7 @@ def test_only_https_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.Mo
         assert server.requests == []
     assert not (tmp_path / "hub").exists()
     # Nor does an https address lead to an http one.
-    follow = _SameSchemes(allow_http=False).redirect_request
+    follow = SameSchemes(allow_http=False).redirect_request
     request = urllib.request.Request("https://127.0.0.1/w.pth")
     with pytest.raises(Unreachable, match="unencrypted"):
         follow(request, None, 302, "Found", {}, "http://127.0.0.1/w.pth")

@@ -35,7 +35,7 @@ from tiny_runs import (
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from trainer import from_python
-from trainer.commands import command_line
+from trainer.commands import command_line, predict
 from trainer.from_python import train as train_from_python
 from trainer.settings.config import parse
 from trainer.settings.flags import HelpRequested
@@ -161,6 +161,9 @@ def check_only(command: str) -> None:
         return
     if words[:3] == ["python", "-m", "ymir_adapter.sandbox"]:
         sandbox.make_parser().parse_args(words[3:])
+        return
+    if words[:2] == ["vidt", "predict"]:
+        predict.flags().parse_args(words[2:])
         return
     if words[:2] == ["vidt", "export"]:
         assert (EXPORTS, command) in [(block.page, line) for block, line in COMMANDS]

@@ -134,6 +134,17 @@ def test_threshold(file: Path, pictures: list[Path]) -> None:
     assert OnnxDetector(file).predict([]) == []
 
 
+def test_tiles_as_in_pytorch(file: Path, model: Predictor, pictures: list[Path]) -> None:
+    """The second image is no larger than a tile."""
+    found = OnnxDetector(file).predict(pictures, threshold=0.0, tile=50, classes=["disc", "star"])
+    expected = model.predict(pictures, threshold=0.0, tile=50, classes=["disc", "star"])
+    assert len(found[0]) > 14 == len(found[1])
+    for one, other in zip(found, expected, strict=True):
+        assert one.labels.tolist() == other.labels.tolist()
+        assert np.allclose(one.scores, other.scores, atol=1e-5)
+        assert np.allclose(one.boxes, other.boxes, atol=1e-3)
+
+
 def test_plot(file: Path, pictures: list[Path]) -> None:
     found = OnnxDetector(file).predict(pictures[0], threshold=0.2)
     picture = Image.open(pictures[0])

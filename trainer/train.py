@@ -230,7 +230,10 @@ def save_evaluation(
     weights = run.evaluated_model.state_dict()
     record = training_record(run.config, train_set, val_set, run.clock, run.state.step)
     preprocessing = run.dataset.preprocessing
-    info = WeightsInfo(run.model_config, class_names, preprocessing, evaluation.metrics, record)
+    thresholds = evaluation.diagnosis.thresholds
+    info = WeightsInfo(
+        run.model_config, class_names, preprocessing, evaluation.metrics, record, thresholds
+    )
     save_weights(output / "last.safetensors", weights, info)
     if best:
         save_weights(output / "best.safetensors", weights, info)

@@ -14,6 +14,8 @@ from vidt.arguments import MIXED_PRECISIONS, OneLineParser
 from vidt.atomic import atomic_file, atomic_write
 from vidt.errors import UserError, escaped, printable, shown
 from vidt.loading import load
+from vidt.predict.selection import BEST
+from vidt.predict.tiles import OVERLAP, check_tile
 
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
@@ -60,6 +62,11 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no number from 0 to 1")
     return value
+
+
+def threshold(text: str) -> float | str:
+    """The type of --threshold: a score, or best."""
+    return BEST if text == BEST else share(text)
 
 
 def count(text: str, most: int = MOST) -> int:
@@ -113,6 +120,30 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="N",
         help="most images in a batch (default %(default)s); it changes no result",
     )
+
+
+def add_tile_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags that become arguments of a detector's `stream`; see `vidt.predict.tiles`."""
+    group = flags.add_argument_group("tiles, for large images and many objects")
+    group.add_argument(
+        "--tile",
+        type=side,
+        metavar="N",
+        help="predict in tiles of N x N pixels and in the whole image, and merge the detections",
+    )
+    group.add_argument(
+        "--overlap",
+        type=share,
+        default=OVERLAP,
+        metavar="S",
+        help="share of a tile's side that neighbours have in common (default %(default)s)",
+    )
+
+
+def tile_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """Those arguments. Raises UserError for an overlap that is too large."""
+    check_tile(given.tile, given.overlap)
+    return {"tile": given.tile, "overlap": given.overlap}
 
 
 def load_detector(given: argparse.Namespace) -> Any:
@@ -173,3 +204,12 @@ def atomic_text(path: Path) -> Iterator[TextIO]:
         yield text
         text.flush()
         text.detach()  # otherwise the wrapper closes the file
+
+
+@contextmanager
+def standard_output() -> Iterator[TextIO]:
+    """Standard output, which takes any text and is flushed at the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    yield sys.stdout
+    sys.stdout.flush()

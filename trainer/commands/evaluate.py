@@ -13,11 +13,13 @@ from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
     add_data,
     add_detector_flags,
+    add_tile_flags,
     check_result,
     command_parser,
     load_detector,
     note,
     say,
+    tile_settings,
     write_json,
 )
 from trainer.commands.image_files import ImageFile
@@ -27,7 +29,7 @@ from trainer.readers.coco_columns import Annotations, ImageColumns
 from trainer.readers.coco_file import NO_FAULT, CocoFile, locate_images, read_coco_file
 from trainer.readers.findings import Finding, format_findings
 from trainer.readers.values import shortened
-from trainer.scoring.coco_scores import WORDS, box_scores, judge, mask_scores
+from trainer.scoring.coco_scores import WORDS, best_thresholds, box_scores, judge, mask_scores
 from trainer.scoring.prediction_formats import ImagePredictions
 from trainer.settings.config import TrainConfig
 from vidt.arguments import OneLineParser
@@ -43,6 +45,8 @@ examples:
   vidt evaluate output/best.safetensors --json data/coco/annotations/instances_val2017.json \\
       --images data/coco/val2017
   vidt evaluate output/best.safetensors --data photos --split test
+  vidt evaluate output/best.safetensors --json val.json --images images --tile 640 --save_thresholds
+      as vidt predict --tile 640, and stores the best threshold of each class
   vidt evaluate model.onnx --json val.json --images images --out scores.json
       an exported model, which onnxruntime runs without PyTorch
 
@@ -63,6 +67,12 @@ def flags() -> OneLineParser:
     parser.add_argument("--json", metavar="FILE", help="annotations in COCO's JSON")
     parser.add_argument("--images", metavar="DIR", help="folder of the images")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument(
+        "--save_thresholds",
+        action="store_true",
+        help="store the best threshold of each class in WEIGHTS, for vidt predict --threshold best",
+    )
+    add_tile_flags(parser)
     add_detector_flags(parser, batch_size=8)
     return parser
 
@@ -74,6 +84,12 @@ def run(argv: Sequence[str]) -> int:
     check_result("--out", given.out, [Path(given.weights), Path(given.json or given.data)])
     if given.data is not None:
         check_result("--out", given.out, annotation_files(given.data))
+    tiles = tile_settings(given)
+    if given.save_thresholds and Path(given.weights).suffix != ".safetensors":
+        raise UserError(
+            f"--save_thresholds writes into a .safetensors file, and WEIGHTS is {given.weights}; "
+            "convert a .pth by python -m vidt.convert, or evaluate the weights and export again"
+        )
     detector = load_detector(given)
     folder = given.images or ""
     if given.data is None:
@@ -85,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
         images = (Path(folder, name) for name in file.images.names)
         resolved = given.out.resolve()
         check_result("--out", given.out, (e for e in images if e.name == resolved.name))
-    found, unread = predict(detector, file, folder, given.batch_size)
+    found, unread = predict(detector, file, folder, given.batch_size, **tiles)
     num_images, malformed = len(file.images.ids), file.images.num_malformed
     if len(unread) + malformed > MAX_BAD * (num_images + malformed):
         for line in remarks(file, {}, [], 0):  # the error tells of the unreadable ones
@@ -104,6 +120,12 @@ def run(argv: Sequence[str]) -> int:
     metrics |= of_masks
     say(table(metrics, detector.class_names))
     write_json(given.out, metrics)
+    if given.save_thresholds:
+        from vidt.weights.weights_file import store_thresholds  # an .onnx model needs no PyTorch
+
+        best = best_thresholds(file, truth, found, detector.class_names)
+        store_thresholds(given.weights, best)
+        note(f"stored the best threshold of each class in {given.weights}")
     return 0
 
 
@@ -205,7 +227,7 @@ def read(
 
 
 def predict(
-    detector: Any, file: CocoFile, folder: str, batch_size: int
+    detector: Any, file: CocoFile, folder: str, batch_size: int, **tiles: Any
 ) -> tuple[dict[int, ImagePredictions], list[str]]:
     """The detections in each image, by its position in the file, and why others are unreadable.
 
@@ -219,9 +241,10 @@ def predict(
         predicted = predict_files(
             detector,
             zip(files, sizes, strict=True),
-            threshold=0.0,
+            least=0.0,
             batch_size=batch_size,
             read=lambda entry: read_file(*entry),
+            **tiles,
         )
         for position, each in enumerate(predicted):
             if each.picture is None:

@@ -9,7 +9,9 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import unquote, urlparse
 
+from vidt.downloads import is_url
 from vidt.errors import UserError
 from vidt.images.formats import ending, is_picture
 
@@ -20,9 +22,9 @@ LONGEST_LINE = 65_536  # of standard input
 
 @dataclass(frozen=True)
 class ImageFile:
-    """`path` is the file as the user named it. `name` is the path of its results relative to the
-    output folder; `DistinctFiles` makes it unique. `has_twin`: another image differs only in its
-    suffix, so that a result named without the suffix would be ambiguous.
+    """`path` is the file, or its address, as the user named it. `name` is the path of its results
+    relative to the output folder; `DistinctFiles` makes it unique. `has_twin`: another image
+    differs only in its suffix, so that a result named without the suffix would be ambiguous.
     """
 
     path: str
@@ -57,7 +59,7 @@ class ImageFiles:
             raise UserError("IMAGES - stands for standard input; give it once")
         sources = [_source(word) for word in words]
         names = distinct([_own_name(source.word) for source in sources])
-        files = [source.matches is None and os.path.isfile(source.word) for source in sources]
+        files = [each.matches is None and _is_one_image(each.word) for each in sources]
         self._sources = [
             _Source(source.word, self._kept(source), name if len(sources) > 1 or file else "")
             for source, name, file in zip(sources, names, files, strict=True)
@@ -99,6 +101,9 @@ class ImageFiles:
         self, paths: Iterable[str], start: str, prefix: str, twins: frozenset[str] = frozenset()
     ) -> Iterator[ImageFile]:
         for path in paths:
+            if is_url(path):
+                yield ImageFile(path, os.path.join(prefix, _own_name(path)))
+                continue
             # A pattern may climb after its fixed part, as in photos/*/../../*.jpg.
             relative = _harmless(os.path.relpath(path, start) if start else path)
             if os.path.isdir(path):
@@ -184,7 +189,7 @@ def _twins(names: Iterable[str]) -> frozenset[str]:
 
 
 def _source(word: str) -> _Source:
-    if word == STANDARD_INPUT or os.path.exists(word):
+    if word == STANDARD_INPUT or is_url(word) or os.path.exists(word):
         return _Source(word)
     if glob.has_magic(word):
         matches = tuple(sorted(glob.glob(word, recursive=True)))
@@ -192,6 +197,10 @@ def _source(word: str) -> _Source:
             return _Source(word, matches)
         raise UserError(f"IMAGES {word}: no file matches this pattern")
     raise UserError(f"IMAGES {word}: no such file or folder")
+
+
+def _is_one_image(word: str) -> bool:
+    return is_url(word) or os.path.isfile(word)
 
 
 def _names(lines: TextIO) -> Iterator[str]:
@@ -210,6 +219,8 @@ def _names(lines: TextIO) -> Iterator[str]:
 def _own_name(word: str) -> str:
     if word == STANDARD_INPUT:
         return "stdin"
+    if is_url(word):
+        return _harmless(os.path.basename(unquote(urlparse(word).path).replace("\0", "")))
     if not os.path.exists(word):
         word = _fixed_part(word)
     return os.path.basename(os.path.realpath(word)) or "root"

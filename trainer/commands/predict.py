@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,26 @@ from tqdm import tqdm
 
 from trainer.commands.command_flags import (
     add_detector_flags,
+    add_tile_flags,
     atomic_text,
     command_parser,
     load_detector,
     note,
-    share,
+    standard_output,
+    threshold,
+    tile_settings,
     write_result,
 )
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
-from trainer.commands.predictions import WINDOW_PIXELS, Predicted, predict_files, read_file
+from trainer.commands.predictions import (
+    WINDOW_PIXELS,
+    Predicted,
+    VideoOutput,
+    predict_files,
+    predict_video,
+    read_file,
+    video_names,
+)
 from trainer.loop.stopping import sigterm_interrupts
 from trainer.scoring.prediction_formats import (
     Format,
@@ -37,19 +48,22 @@ from trainer.scoring.prediction_formats import (
     yolo_text,
 )
 from vidt.arguments import OneLineParser
+from vidt.downloads import is_url, require_scheme
 from vidt.errors import UserError, counted
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.files import is_truncated
+from vidt.images.video import is_video
+from vidt.predict.selection import least_scores
 
 SUMMARY = """
 Detects objects in images: in files, in folders and all folders inside, in files that match a
-pattern, or in files that standard input lists, one a line. Writes the images with boxes drawn on
-them, and the class, the score from 0 to 1 and the box of each object, in pixels of the original
-image. Results appear in the order of the images, as they are ready: a million images take no more
-memory than a hundred. Unreadable files are skipped and named at the end. Photographs are turned as
-their EXIF says, as every viewer shows them, and boxes are those of the turned image; training and
-evaluation turn an image if its annotated size says so.
+pattern, at https addresses, or in files that standard input lists, one a line. Writes the images
+with boxes drawn on them, and the class, the score from 0 to 1 and the box of each object, in pixels
+of the original image. Results appear in the order of the images, as they are ready: a million
+images take no more memory than a hundred. Unreadable files are skipped and named at the end.
+Photographs are turned as their EXIF says, as every viewer shows them, and boxes are those of the
+turned image; training and evaluation turn an image if its annotated size says so.
 """
 EXAMPLES = """
 examples:
@@ -59,7 +73,11 @@ examples:
       found/ gets the images with boxes, and predictions.json
   vidt predict best.safetensors 'photos/**/*.jpg' --out found --yolo --no_pictures
       a text file for each image in found/labels/
+  vidt predict best.safetensors street.mp4 --out found
+      found/street.mp4 with boxes, and found/street.jsonl, a line for each frame
   find /data -name '*.jpg' | vidt predict best.safetensors - --csv > found.csv
+  vidt predict best.safetensors aerial.tif --tile 640 --threshold best --classes car,truck
+      in overlapping tiles, each class by its best threshold, two classes
   vidt predict model.onnx photos/ --out found
       an exported model, which onnxruntime runs without PyTorch
 
@@ -71,6 +89,9 @@ output (without --out, on standard output):
            the weights contain it, else the label + 1
   --csv    predictions.csv: a row for each object
   --yolo   labels/*.txt: label, centre, width and height from 0 to 1, score; names in classes.txt
+Videos and webcams (webcam:0) need PyAV: pip install av. With --out they get NAME.mp4, with boxes
+and the timestamps of the source, and NAME.jsonl, a line for each frame, or NAME.csv; the time is in
+seconds since the first frame. Ctrl-C finishes the files.
 Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images would still share a
 file, the later one's gets a number, a-2.png.
 
@@ -100,16 +121,19 @@ def flags() -> OneLineParser:
         "images",
         metavar="IMAGES",
         nargs="+",
-        help="files, folders, quoted patterns, or - for a list of files on standard input",
+        help="files, folders, quoted patterns, https addresses, videos, webcam:0, or - for a list "
+        "of files on standard input",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--threshold",
-        type=share,
+        type=threshold,
         default=0.3,
         metavar="S",
-        help="lowest score of a detection, 0 to 1 (default %(default)s)",
+        help="lowest score of a detection, 0 to 1 (default %(default)s); best: for each class the "
+        "threshold that evaluation found best, as stored in the weights",
     )
+    parser.add_argument("--classes", metavar="A,B", help="keep only the objects of these classes")
     kinds = parser.add_mutually_exclusive_group()
     for name, text in FORMATS.items():
         kinds.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=text)
@@ -120,6 +144,10 @@ def flags() -> OneLineParser:
         "--strict_images", action="store_true", help="skip JPEG files whose end is missing"
     )
     parser.add_argument("--no_pictures", action="store_true", help="with --out: write no images")
+    parser.add_argument(
+        "--allow_http", action="store_true", help="fetch images from http addresses, unencrypted"
+    )
+    add_tile_flags(parser)
     add_detector_flags(parser, batch_size=8)
     return parser
 
@@ -135,8 +163,30 @@ def run(argv: Sequence[str]) -> int:
 
 def _predict(given: Any) -> int:
     check_output(given.out, given.format)
-    files = ImageFiles(given.images, sys.stdin, avoid=given.out)
+    videos = [word for word in given.images if is_video(word)]
+    images = [word for word in given.images if not is_video(word)]
+    for word in filter(is_url, images):
+        require_scheme(word, word, given.allow_http)
+    if videos and given.format in ("coco", "yolo"):
+        raise UserError(
+            f"--{given.format} is for images, and {videos[0]} is a video; use --json or --csv"
+        )
+    tile_settings(given)
+    files = ImageFiles(images, sys.stdin, avoid=given.out)
     detector = load_detector(given)
+    least = wanted_scores(given, detector)
+    if images:
+        _predict_images(given, files, detector, least)
+    kind = given.format or ("json" if given.out else None)
+    for word, name in zip(videos, video_names(videos), strict=True):
+        output = VideoOutput(given.out, name, kind, pictures=not given.no_pictures)
+        settings = {"batch_size": given.batch_size, **tile_settings(given)}
+        for line in predict_video(detector, word, output, least, **settings):
+            note(line)
+    return 0
+
+
+def _predict_images(given: Any, files: ImageFiles, detector: Any, least: np.ndarray) -> None:
     kind = given.format or ("json" if given.out else None)
     with PredictionWriter(
         given.out, kind, detector, given, pictures=not given.no_pictures
@@ -150,9 +200,15 @@ def _predict(given: Any) -> int:
             predicted = predict_files(
                 detector,
                 files,
-                threshold=given.threshold,
+                least=least,
                 batch_size=given.batch_size,
-                read=partial(read_file, exif=not given.stored_pixels, strict=given.strict_images),
+                read=partial(
+                    read_file,
+                    exif=not given.stored_pixels,
+                    strict=given.strict_images,
+                    allow_http=given.allow_http,
+                ),
+                **tile_settings(given),
             )
             done: Iterable[Predicted] = _placed(predicted, results)
             if results.pictures:
@@ -172,7 +228,16 @@ def _predict(given: Any) -> int:
             raise UserError(f"IMAGES {' '.join(given.images)}: {reason}")
     for line in [*results.summary(), *passed_over(files)]:
         note(line)
-    return 0
+
+
+def wanted_scores(given: Any, detector: Any) -> np.ndarray:
+    """The lowest score of each class [K] by --threshold and --classes. Raises UserError."""
+    names = detector.class_names
+    classes = given.classes
+    if classes is not None:  # a name may contain a comma
+        classes = [classes] if classes in names else classes.split(",")
+        classes = [each.strip() for each in classes if each.strip()]
+    return least_scores(given.threshold, classes, names, detector.info.thresholds)
 
 
 def _pixels(predicted: Predicted) -> int:
@@ -337,7 +402,7 @@ class PredictionWriter:
 
     def _opened(self) -> TextIO:
         if self.out is None or self.kind is None:
-            return self._open_files.enter_context(_standard_output())
+            return self._open_files.enter_context(standard_output())
         return self._open_files.enter_context(atomic_text(self.out / FILES[self.kind]))
 
     def _write_labels(self, path: Path, found: ImagePredictions) -> None:
@@ -357,11 +422,3 @@ def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:
         about = {"weights": str(given.weights), "threshold": given.threshold, "class_names": names}
         return json_format(about)
     return {"csv": csv_format(), None: text_format()}.get(kind)
-
-
-@contextmanager
-def _standard_output() -> Iterator[TextIO]:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    yield sys.stdout
-    sys.stdout.flush()

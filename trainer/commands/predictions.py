@@ -1,22 +1,40 @@
-"""Runs a detector over image files, in order, with a bounded number of images in memory.
+"""Runs a detector over image files or the frames of a video, in order, with a bounded number of
+images in memory.
 
 Threads decode files while the detector computes. Images reach it in windows, so that it can batch
 images of equal canvas. The first windows and those of slow input are small, so that results appear
 early.
 """
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from trainer.commands.image_files import ImageFile
-from trainer.scoring.prediction_formats import ImagePredictions, image_predictions
-from vidt.errors import UserError
+from trainer.commands.command_flags import atomic_text, standard_output
+from trainer.commands.image_files import ImageFile, distinct
+from trainer.scoring.prediction_formats import (
+    ImagePredictions,
+    frames_csv_format,
+    frames_json_format,
+    frames_text_format,
+    image_predictions,
+)
+from vidt.downloads import fetch, is_url
+from vidt.errors import UserError, counted
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
 from vidt.images.files import read_image
+from vidt.images.video import VideoFrame, VideoReader, VideoWriter
+from vidt.predict.selection import select
 
 WINDOW_PIXELS = 2**26  # of all images of a window: 200 MB of RGB
 Entry = TypeVar("Entry")
@@ -47,10 +65,14 @@ def read_file(
     *,
     exif: bool = False,
     strict: bool = False,
+    allow_http: bool = False,
 ) -> Read:
-    """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`."""
+    """`size`, (height, width), is that of the annotations; see `vidt.images.files.read_image`. An
+    address is fetched.
+    """
     try:
-        return Read(file, read_image(file.path, size, exif=exif, strict=strict))
+        content = fetch(file.path, allow_http=allow_http) if is_url(file.path) else None
+        return Read(file, read_image(file.path, size, content=content, exif=exif, strict=strict))
     except UserError as error:
         return Read(file, None, str(error))
 
@@ -59,13 +81,16 @@ def predict_files(
     detector: Any,
     entries: Iterable[Entry],
     *,
-    threshold: float,
+    least: np.ndarray | float,
     batch_size: int,
     read: Callable[[Entry], Read] = read_file,  # type: ignore[assignment]
+    **tiles: Any,
 ) -> Iterator[Predicted]:
-    """The detections of a detector (PyTorch or ONNX) in each file, in order. `read` reads the file
-    of an entry.
+    """The detections of a detector (PyTorch or ONNX) in each file, in order, that reach the least
+    score, one for all classes or one for each [K]. `read` reads the file of an entry. tiles: see
+    `trainer.commands.command_flags.tile_settings`.
     """
+    least = np.broadcast_to(np.asarray(least, np.float32), (len(detector.class_names),))
     reads = read_ahead(
         entries,
         read,
@@ -75,14 +100,14 @@ def predict_files(
     )
     for window in windows(reads, batch_size):
         pictures = [each.picture for each in window if each.picture is not None]
-        found = in_order(detector.stream(pictures, batch_size=batch_size))
+        found = in_order(detector.stream(pictures, batch_size=batch_size, **tiles))
         for each in window:
             if each.picture is None:
                 yield Predicted(
                     each.file, None, None, ImagePredictions(each.file.path, problem=each.problem)
                 )
                 continue
-            detections = next(found).above(threshold)
+            detections = select(next(found), least)
             size = (each.picture.height, each.picture.width)
             row = image_predictions(each.file.path, size, detections)
             yield Predicted(each.file, each.picture, detections, row)
@@ -100,8 +125,10 @@ def path_of(entry: Any) -> str:
 
 def pixels_of(path: str) -> int:
     """The number of pixels as the header promises; 0 for a file that has none, or cannot be read:
-    reading it says why.
+    reading it says why. That of an address is not known: a few may be read ahead.
     """
+    if is_url(path):
+        return WINDOW_PIXELS // 8
     try:
         with Image.open(path) as image:
             return image.width * image.height
@@ -128,3 +155,99 @@ def windows(reads: Iterable[Read], batch_size: int) -> Iterator[list[Read]]:
             window, pixels = [], 0
     if window:
         yield window
+
+
+VIDEO_FORMATS = {
+    "json": (frames_json_format, ".jsonl"),
+    "csv": (frames_csv_format, ".csv"),
+    None: (frames_text_format, ".txt"),
+}
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """Where the results of a video go: to `name`.mp4, unless `pictures` is False, and `name`.jsonl
+    or .csv in the folder `out`; without one, to standard output.
+    """
+
+    out: Path | None
+    name: str
+    kind: str | None  # a key of VIDEO_FORMATS
+    pictures: bool = True
+
+    def drawn(self, source: str) -> Path | None:
+        """The file of the drawn video. Raises UserError if it would overwrite the source."""
+        if self.out is None or not self.pictures:
+            return None
+        path = self.out / f"{self.name}.mp4"
+        if os.path.realpath(path) == os.path.realpath(source):
+            raise UserError(f"--out {self.out} would overwrite {source}; name another folder")
+        return path
+
+    def rows(self) -> Any:
+        """The open file of the results, as a context manager."""
+        if self.out is None:
+            return standard_output()
+        return atomic_text(self.out / f"{self.name}{VIDEO_FORMATS[self.kind][1]}")
+
+
+def video_names(sources: Sequence[str]) -> list[str]:
+    """The names of the videos' results, each another one."""
+    return distinct([Path(source).stem.replace(":", "-") for source in sources])
+
+
+def predict_video(
+    detector: Any,
+    source: str,
+    output: VideoOutput,
+    least: np.ndarray,
+    **settings: Any,
+) -> list[str]:
+    """The detections in each frame of a video file or a webcam, written frame by frame; settings
+    are those of the detector's `stream`. Returns what to tell the user. On KeyboardInterrupt it
+    finishes the files and raises it again.
+
+    Raises UserError for a source that is no video, and without PyAV.
+    """
+    lines, num_objects, num_frames = VIDEO_FORMATS[output.kind][0](), 0, 0
+    path, pending, stopped = output.drawn(source), deque[VideoFrame](), None
+
+    def pictures() -> Iterator[Image.Image]:
+        for frame in video:
+            pending.append(frame)
+            yield frame.picture
+
+    with ExitStack() as files:
+        video = files.enter_context(VideoReader(source))
+        rows = files.enter_context(output.rows())
+        bar = files.enter_context(_frame_bar(video.count))
+        rows.write(lines.begin())
+        writer: VideoWriter | None = None
+        try:
+            for detections in in_order(detector.stream(pictures(), **settings)):
+                frame = pending.popleft()
+                detections = select(detections, least)
+                size = (frame.picture.height, frame.picture.width)
+                found = image_predictions(source, size, detections)
+                rows.write(lines.record(frame.number, replace(found, time=float(frame.time))))
+                if path is not None:
+                    if writer is None:
+                        writer = VideoWriter(path, size, rate=video.rate, time_base=video.time_base)
+                        files.enter_context(writer)
+                    writer.add(detections.plot(frame.picture), frame.time)
+                num_frames, num_objects = num_frames + 1, num_objects + len(detections)
+                bar.update()
+                if output.out is None:  # a pipe gets each line at once
+                    rows.flush()
+        except KeyboardInterrupt as error:
+            stopped = error
+    if stopped is not None:
+        raise stopped
+    where = f"; results in {output.out}" if output.out else ""
+    told = [f"{source}: {counted(num_frames, 'frame')}, {counted(num_objects, 'object')}{where}"]
+    return told + [video.problem] * bool(video.problem)
+
+
+def _frame_bar(count: int | None) -> tqdm:
+    shown = sys.stderr.isatty()
+    return tqdm(total=count, unit="frame", disable=not shown, file=sys.stderr)

@@ -86,6 +86,7 @@ def plan_of(
             return *repeated(config, model, fixed, saved), f"plan: as in {saved}"
     if config.load_from is not None and Path(config.load_from).suffix == ".safetensors":
         own = vars(read_info(Path(config.load_from)).config)
+        fixed = {*fixed, "num_classes"}  # those of the data
         model = {name: value if name in fixed else own[name] for name, value in model.items()}
         fixed = {*fixed, *model}
     fingerprint = fingerprint_of(

@@ -28,6 +28,7 @@ from trainer.readers.run_lengths import areas_of, as_coco, rectangle
 from trainer.scoring.average_precision import (
     STATS,
     DetectionColumns,
+    DetectionMatches,
     Objects,
     accumulate,
     class_numbers,
@@ -38,6 +39,7 @@ from trainer.scoring.average_precision import (
     xywh,
 )
 from trainer.scoring.prediction_formats import ImagePredictions
+from trainer.scoring.scores import curve, hits_of
 
 # The metrics in words, in COCO's order.
 WORDS = dict(
@@ -122,10 +124,31 @@ def box_scores(
     names: Sequence[str],
 ) -> dict[str, float]:
     """The twelve metrics, then `ap/CLASS` and `ap50/CLASS`; -1 where there is nothing to score."""
+    scores = accumulate([matches(file, truth, found, names)])
+    return coco_numbers(scores) | class_numbers(scores, names)
+
+
+def best_thresholds(
+    file: CocoFile,
+    truth: JudgedObjects,
+    found: Mapping[int, ImagePredictions],
+    names: Sequence[str],
+) -> list[float | None]:
+    """The threshold of each class with the highest F1; None if no detection of it is right."""
+    hits = hits_of([matches(file, truth, found, names)], len(names))
+    best = [curve(name, each).best for name, each in zip(names, hits, strict=True)]
+    return [point.threshold if point else None for point in best]
+
+
+def matches(
+    file: CocoFile,
+    truth: JudgedObjects,
+    found: Mapping[int, ImagePredictions],
+    names: Sequence[str],
+) -> DetectionMatches:
     things, boxes = _detections(file, found)
     overlap = overlap_of_boxes(boxes, xywh(truth.boxes), truth.crowd)
-    scores = accumulate([match(_objects(file, truth), things, overlap, len(names))])
-    return coco_numbers(scores) | class_numbers(scores, names)
+    return match(_objects(file, truth), things, overlap, len(names))
 
 
 def map50(

@@ -20,12 +20,12 @@ from trainer.scoring.average_precision import DetectionMatches
 from trainer.scoring.scores import ScoreCurve, curve, hits_of, pooled
 from vidt.errors import counted
 from vidt.predict.detections import Detections
+from vidt.predict.selection import NO_BEST
 
 MIN_IOU = 0.5
 MOST_IMAGES = 12  # of the worst
 MOST_CURVES = 6  # more lines in one plot cannot be told apart
 MOST_ROWS = 12  # classes in a condensed confusion matrix
-NO_THRESHOLD = 0.3  # for a class without a correct detection at any threshold
 NOTHING = -1  # of a detection: background; of a true box: missed
 CROWD = -2  # ignored: neither correct nor wrong
 
@@ -61,6 +61,11 @@ class Diagnosis:
     worst: tuple[JudgedImage, ...]  # most mistakes first; images without mistakes are left out
 
     @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        """The threshold of each class with the highest F1; None if no detection of it is right."""
+        return tuple(each.best.threshold if each.best else None for each in self.curves)
+
+    @property
     def main_curves(self) -> list[ScoreCurve]:
         return [self.curves[label] for label in self.main]
 
@@ -77,7 +82,7 @@ def diagnose(
     names = samples.class_names
     hits = hits_of(shares, len(names))
     curves = tuple(curve(name, each) for name, each in zip(names, hits, strict=True))
-    best = [each.best.threshold if each.best else NO_THRESHOLD for each in curves]
+    best = [each.best.threshold if each.best else NO_BEST for each in curves]
     thresholds = torch.tensor(best, dtype=torch.float64)
     confusion = np.zeros((len(names) + 1, len(names) + 1), np.int64)
     worst: list[JudgedImage] = []

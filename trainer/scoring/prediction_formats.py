@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -37,6 +37,7 @@ class ImagePredictions:
     scores: Sequence[float] = ()
     masks: Sequence[str] | None = None
     problem: str = ""
+    time: float = 0.0  # of a video's frame, in seconds since the first one
 
 
 def image_predictions(file: str, size: tuple[int, int], detections: Any) -> ImagePredictions:
@@ -135,25 +136,57 @@ def coco_format(category_ids: Sequence[int]) -> Format:
     return Format(lambda: "[", record, lambda images: "\n]\n")
 
 
-CSV_COLUMNS = ("file", "label", "name", "score", "x1", "y1", "x2", "y2")
+DETECTION_COLUMNS = ("label", "name", "score", "x1", "y1", "x2", "y2")
+CSV_COLUMNS = ("file", *DETECTION_COLUMNS)
 
 
 def csv_format() -> Format:
     """A row for each detection, with corners in pixels."""
 
     def record(number: int, found: ImagePredictions) -> str:
-        return "".join(
-            _csv_row(
-                csv_cell(found.file),
-                found.labels[row],
-                csv_cell(found.names[row]),
-                f"{found.scores[row]:.5f}",
-                *(f"{value:.2f}" for value in found.boxes[row].tolist()),
-            )
-            for row in range(len(found.labels))
-        )
+        file = csv_cell(found.file)
+        return "".join(_csv_row(file, *_cells(found, row)) for row in range(len(found.labels)))
 
     return Format(lambda: _csv_row(*CSV_COLUMNS), record, lambda images: "")
+
+
+def _cells(found: ImagePredictions, row: int) -> tuple[object, ...]:
+    """The cells of a detection below DETECTION_COLUMNS."""
+    box = (f"{value:.2f}" for value in found.boxes[row].tolist())
+    name = csv_cell(found.names[row])
+    return found.labels[row], name, f"{found.scores[row]:.5f}", *box
+
+
+def frames_json_format() -> Format:
+    """JSON lines: a line for each frame of a video, also for one without detections."""
+
+    def record(number: int, found: ImagePredictions) -> str:
+        detections = [_detection(found, row) for row in range(len(found.labels))]
+        frame = {"frame": number, "time": round(found.time, 6), "detections": detections}
+        return json.dumps(frame) + "\n"
+
+    return Format(lambda: "", record, lambda frames: "")
+
+
+def frames_csv_format() -> Format:
+    """A row for each detection in the frames of a video."""
+
+    def record(number: int, found: ImagePredictions) -> str:
+        frame = (number, f"{found.time:.6f}")
+        return "".join(_csv_row(*frame, *_cells(found, row)) for row in range(len(found.labels)))
+
+    return Format(lambda: _csv_row("frame", "time", *DETECTION_COLUMNS), record, lambda frames: "")
+
+
+def frames_text_format() -> Format:
+    """A line for each detection in the frames of a video, for people."""
+    lines = text_format()
+
+    def record(number: int, found: ImagePredictions) -> str:
+        name = f"{found.file} frame {number} at {found.time:.3f} s"
+        return lines.record(number, replace(found, file=name))
+
+    return Format(lambda: "", record, lambda frames: "")
 
 
 def _csv_row(*values: object) -> str:

@@ -92,7 +92,7 @@ def read_image(
     Raises UnreadableImage, or UserError if the image has another size in both orientations.
     """
     source = path if content is None else BytesIO(content)
-    with _failures_named(path):
+    with _failures_named(path, content):
         try:
             rgb, orientation, smaller = _decode(source, size, at_least, exif)
         except OSError:
@@ -207,7 +207,7 @@ def without_exif(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _failures_named(path: str | PathLike[str]) -> Iterator[None]:
+def _failures_named(path: str | PathLike[str], content: bytes | None = None) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
@@ -215,18 +215,18 @@ def _failures_named(path: str | PathLike[str]) -> Iterator[None]:
     # Pillow's decoders raise nearly anything (SyntaxError, struct.error, ...) on damaged bytes.
     except Exception as error:
         raise UnreadableImage(
-            f"{path}: cannot be read as an image ({_why(error, path)})"
+            f"{path}: cannot be read as an image ({_why(error, path, content)})"
         ) from error
 
 
-def _why(error: Exception, path: str | PathLike[str]) -> str:
+def _why(error: Exception, path: str | PathLike[str], content: bytes | None) -> str:
     """In one line, why a file cannot be decoded."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if not isinstance(error, UnidentifiedImageError):
         reason = (str(error).splitlines() or [""])[0]
         return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    with open(path, "rb") as file:
+    with open(path, "rb") if content is None else BytesIO(content) as file:
         start = file.read(64)
     if not start:
         return "the file is empty"

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from vidt.downloads import fetch, is_url
 from vidt.errors import UserError
 from vidt.images.files import as_rgb, is_truncated, orientation_of, read_image, turned
 
@@ -23,17 +24,19 @@ ImageLike: TypeAlias = Any
 def as_picture(image: ImageLike) -> Image.Image:
     """One image as an RGB picture, which may share its memory.
 
-    - `str` or path: a file, turned as its EXIF says, as every viewer shows it
+    - `str` or path: a file, turned as its EXIF says, as every viewer shows it; or an https address
     - Pillow image of any mode, turned likewise if it has EXIF data
     - NumPy array: uint8 [H, W, 3] RGB, [H, W, 4] RGBA (alpha is dropped), [H, W] or [H, W, 1] grey;
       uint16 [H, W]; or the same shapes in float, from 0 to 1
     - PyTorch tensor: [3, H, W] or [1, H, W], uint8, or float from 0 to 1; on any device
 
-    Raises `vidt.images.files.UnreadableImage` for a file, UserError for an array or tensor of
-    another shape, type or range, TypeError for anything else.
+    Raises `vidt.images.files.UnreadableImage` for a file, `vidt.downloads.Unreachable` for an
+    address, UserError for an array or tensor of another shape, type or range, TypeError for
+    anything else.
     """
     if isinstance(image, str | PathLike):
-        picture = read_image(image, exif=True)
+        content = fetch(str(image)) if is_url(image) else None
+        picture = read_image(image, content=content, exif=True)
         if is_truncated(picture):
             logger.warning(f"{image}: the end of the file is missing; what is there is used")
         return picture
@@ -74,7 +77,7 @@ def rows_of(which: Any, count: int) -> Any:
 
 def source_of(image: ImageLike) -> ImageLike:
     """What detections store to show their image again: the path of a file, else the image."""
-    return Path(image) if isinstance(image, str) else image
+    return Path(image) if isinstance(image, str) and not is_url(image) else image
 
 
 def picture_of(source: ImageLike, given: ImageLike = None) -> Image.Image:

@@ -23,7 +23,6 @@ from vidt.images.drawing import draw_detections
 from vidt.images.inputs import (
     ImageLike,
     as_picture,
-    check_threshold,
     is_one,
     picture_of,
     rows_of,
@@ -31,10 +30,13 @@ from vidt.images.inputs import (
 )
 from vidt.images.mask_drawing import decode_vectors, paste_squares
 from vidt.predict.exchange import as_coco, as_pandas, as_supervision
+from vidt.predict.selection import least_scores, select
+from vidt.predict.tiles import OVERLAP, check_tile, tiled
 
 FORMAT = "vidt-onnx-1"  # the value of `format` in the metadata of a model of ours
 TOP_K = 100  # detections per image, the released constant
 DECODINGS = ("top_k", "best_class")
+COLUMNS = ("scores", "labels", "boxes", "mask_vectors", "mask_boxes")  # of `OnnxDetections`
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class OnnxInfo:
     frame: tuple[int, int]  # (height, width) of the graph's input
     decoding: str  # of raw outputs: the best (query, class) pairs, or each query's best class
     mask_side: int  # of the square that a mask vector encodes
+    # The best score threshold of each class, see `WeightsInfo`; older models have none.
+    thresholds: tuple[float | None, ...] = ()
 
     @classmethod
     def of(cls, metadata: dict[str, str], source: object) -> "OnnxInfo":
@@ -55,8 +59,10 @@ class OnnxInfo:
                 f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
             )
         try:
-            values = {name: json.loads(metadata[name]) for name in cls.__dataclass_fields__}
+            given = {"thresholds": "[]"} | metadata
+            values = {name: json.loads(given[name]) for name in cls.__dataclass_fields__}
             names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
+            values["thresholds"] = tuple(values["thresholds"])
             info = cls(class_names=names, frame=frame, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
@@ -118,7 +124,27 @@ class OnnxDetections:
     def clipped(self) -> "OnnxDetections":
         """A copy with boxes clipped to the image. Masks do not change."""
         height, width = self.size
-        boxes = self.boxes.clip(0, np.array([width, height, width, height], self.boxes.dtype))
+        limits = np.array([width, height, width, height], self.boxes.dtype)
+        return self.with_boxes(self.boxes.clip(0, limits))
+
+    def moved(self, x: int, y: int, size: tuple[int, int]) -> "OnnxDetections":
+        """The detections in a tile as those in its image of `size` (height, width), in which the
+        tile begins at (x, y).
+        """
+        offset = np.array([x, y, x, y], self.boxes.dtype)
+        squares = self.boxes if self.mask_boxes is None else self.mask_boxes
+        return replace(self, boxes=self.boxes + offset, mask_boxes=squares + offset, size=size)
+
+    def joined(self, parts: "Sequence[OnnxDetections]") -> "OnnxDetections":
+        """The detections of several parts of one image, of which this is the first, in order."""
+        columns = [name for name in COLUMNS if getattr(self, name) is not None]
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(each, name) for each in parts]) for name in columns
+        }
+        return replace(self, **joined)
+
+    def with_boxes(self, boxes: np.ndarray) -> "OnnxDetections":
+        """A copy with other boxes [N, 4]. Masks do not change."""
         mask_boxes = self.boxes if self.mask_boxes is None else self.mask_boxes
         return replace(self, boxes=boxes, mask_boxes=mask_boxes)
 
@@ -151,8 +177,7 @@ class OnnxDetections:
         detection and keeps the axis.
         """
         rows = rows_of(which, len(self))
-        columns = ("scores", "labels", "boxes", "mask_vectors", "mask_boxes")
-        given: dict[str, Any] = {name: getattr(self, name) for name in columns}
+        given: dict[str, Any] = {name: getattr(self, name) for name in COLUMNS}
         selected = {name: each[rows] for name, each in given.items() if each is not None}
         return replace(self, **selected)
 
@@ -187,34 +212,52 @@ class OnnxDetector:
         self,
         images: ImageLike | Iterable[ImageLike],
         *,
-        threshold: float = 0.3,
+        threshold: float | str = 0.3,
         batch_size: int = 1,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
+        classes: Iterable[str] | None = None,
     ) -> OnnxDetections | list[OnnxDetections]:
         """Detections of one image, or a list of them for several, in order.
 
         images: one or more of what `vidt.images.inputs.as_picture` takes (a path, a Pillow image,
-        an array). threshold: the lowest score to return. batch_size: the most images computed
-        together; a model with a fixed batch size ignores it.
+        an array). threshold, tile, overlap and classes are those of `Predictor.predict`.
+        batch_size: the most images computed together; a model with a fixed batch size ignores it.
 
         Returns `OnnxDetections`; boxes are clipped to the image.
 
         Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
-        anything but an image, UserError for a threshold outside 0 to 1.
+        anything but an image, UserError for a setting outside its range.
         """
-        check_threshold(threshold)
-        if is_one(images):
-            return self._detect([images])[0].clipped().above(threshold)
-        results = self.stream(images, batch_size=batch_size)
-        return [detections.above(threshold) for _, detections in results]
+        least = least_scores(threshold, classes, self.class_names, self.info.thresholds)
+        one = is_one(images)
+        results = self.stream(
+            [images] if one else images, batch_size=batch_size, tile=tile, overlap=overlap
+        )
+        found = [select(detections, least) for _, detections in results]
+        return found[0] if one else found
 
     def stream(
-        self, images: Iterable[ImageLike], *, batch_size: int = 1, clip: bool = True
+        self,
+        images: Iterable[ImageLike],
+        *,
+        batch_size: int = 1,
+        clip: bool = True,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
     ) -> Iterator[tuple[int, OnnxDetections]]:
         """Yields (index, detections) in order; pictures are opened batch by batch. Boxes are
-        clipped to their picture unless `clip` is False.
+        clipped to their picture unless `clip` is False. tile and overlap are those of
+        `Predictor.predict`.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+        check_tile(tile, overlap)
+        if tile is not None:
+            yield from tiled(
+                self.stream, images, tile=tile, overlap=overlap, batch_size=batch_size, clip=clip
+            )
+            return
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch or batch_size)):
             results = self._detect([image for _, image in batch])

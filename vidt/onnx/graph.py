@@ -138,6 +138,7 @@ def metadata_of(
         frame=frame,
         decoding="best_class" if config.method == WITHOUT_NECK else "top_k",
         mask_side=config.gt_mask_len,
+        thresholds=info.thresholds,
     )
     values: dict[str, Any] = dataclasses.asdict(needed) | {
         "config": dataclasses.asdict(config),

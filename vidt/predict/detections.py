@@ -134,6 +134,39 @@ class Detections:
         boxes = self.boxes.clamp(min=0).minimum(limits)
         return replace(self, boxes=boxes, mask_vectors=masks)
 
+    def moved(self, x: int, y: int, size: tuple[int, int]) -> "Detections":
+        """The detections in a tile as those in its image of `size` (height, width), in which the
+        tile begins at (x, y).
+        """
+        offset, masks = self.boxes.new_tensor([x, y, x, y]), self.mask_vectors
+        if masks is not None:
+            squares = self.boxes if masks.boxes is None else masks.boxes
+            masks = replace(masks, size=size, boxes=squares + offset)
+        return replace(self, boxes=self.boxes + offset, mask_vectors=masks)
+
+    def joined(self, parts: "Sequence[Detections]") -> "Detections":
+        """The detections of several parts of one image, of which this is the first, in order."""
+        masks = [each.mask_vectors for each in parts if each.mask_vectors is not None]
+        return replace(
+            self,
+            scores=torch.cat([each.scores for each in parts]),
+            labels=torch.cat([each.labels for each in parts]),
+            boxes=torch.cat([each.boxes for each in parts]),
+            mask_vectors=self.mask_vectors
+            and replace(
+                self.mask_vectors,
+                vectors=torch.cat([each.vectors for each in masks]),
+                boxes=torch.cat([each.boxes for each in masks if each.boxes is not None]),
+            ),
+        )
+
+    def with_boxes(self, boxes: np.ndarray) -> "Detections":
+        """A copy with other boxes [N, 4]. Masks do not change."""
+        masks = self.mask_vectors
+        if masks is not None and masks.boxes is None:
+            masks = replace(masks, boxes=self.boxes)
+        return replace(self, boxes=torch.from_numpy(boxes).to(self.boxes), mask_vectors=masks)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Detections":
         masks = self.mask_vectors
         return replace(

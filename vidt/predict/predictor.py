@@ -22,12 +22,14 @@ from vidt.images.batching import (
     reading_threads,
 )
 from vidt.images.canvas import resize
-from vidt.images.inputs import ImageLike, as_picture, check_threshold, is_one, source_of
+from vidt.images.inputs import ImageLike, as_picture, is_one, source_of
 from vidt.model.vidt import ViDT, compile_blocks
 from vidt.model.without_neck import ViDTWithoutNeck
 from vidt.ops.packing import pack
 from vidt.ops.precision import best_precision, set_tf32
 from vidt.predict.detections import Detections, copy_to_cpu, decode_for
+from vidt.predict.selection import least_scores, select
+from vidt.predict.tiles import OVERLAP, check_tile, tiled
 from vidt.weights.checkpoint import load_model
 from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.weights_file import WeightsInfo
@@ -116,30 +118,38 @@ class Predictor:
         self,
         images: ImageLike | Iterable[ImageLike],
         *,
-        threshold: float = 0.3,
+        threshold: float | str = 0.3,
         batch_size: int = 8,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
+        classes: Iterable[str] | None = None,
     ) -> Detections | list[Detections]:
         """Detections of one image, or a list of them for several, in order.
 
         images: a path, a Pillow image, an array uint8 [H, W, 3] (RGB) or [H, W] (grey), a tensor
         [3, H, W] (uint8, or float from 0 to 1), or several of these, of any mix; an array [B, H, W,
         3] or tensor [B, 3, H, W] is several. Sizes may differ: each is resized as in evaluation.
-        threshold: the lowest score to return, 0 to 1. batch_size: the most images computed
-        together; it does not change the detections.
+        threshold: the lowest score to return, 0 to 1, or "best": for each class the threshold that
+        evaluation found to have the highest F1, as stored in the weights. batch_size: the most
+        images computed together; it does not change the detections. tile: predict in tiles of this
+        many pixels a side that share `overlap` of it, and in the whole image, and merge (see
+        `vidt.predict.tiles`). classes: the names to return; None: all.
 
         Returns `Detections`, on the CPU: boxes float32 [N, 4] as xyxy in pixels of the original
         image and clipped to it, labels int64 [N], names [N], scores float32 [N] from 0 to 1 and
         falling, and masks bool [N, H, W] or None; `plot()` draws them.
 
         Raises `vidt.images.files.UnreadableImage` for a damaged file, UserError or TypeError for
-        anything but an image, UserError for a threshold outside 0 to 1.
+        anything but an image, UserError for a setting outside its range, an unknown class, and
+        "best" if the weights hold no thresholds.
         """
-        check_threshold(threshold)
-        if is_one(images):
-            ((_, detections),) = self.stream([images])
-            return detections.above(threshold)
-        results = in_order(self.stream(images, batch_size=batch_size))
-        return [detections.above(threshold) for detections in results]
+        least = least_scores(threshold, classes, self.class_names, self.info.thresholds)
+        one = is_one(images)
+        results = self.stream(
+            [images] if one else images, batch_size=batch_size, tile=tile, overlap=overlap
+        )
+        found = [select(detections, least) for detections in in_order(results)]
+        return found[0] if one else found
 
     def __call__(
         self,
@@ -155,20 +165,32 @@ class Predictor:
         return [detections.above(threshold) for detections in results]
 
     def stream(
-        self, images: Iterable[ImageLike], *, batch_size: int = 8, clip: bool = True
+        self,
+        images: Iterable[ImageLike],
+        *,
+        batch_size: int = 8,
+        clip: bool = True,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
     ) -> Iterator[tuple[int, Detections]]:
         """Yields (index, detections) as they are ready, which is not quite in order: pictures of
         equal canvas are batched together. Threads decode and resize images a few batches ahead of
         the detector, so memory use does not grow with their number. A GPU computes a batch while
         the results of the batch before it are unpacked and used here. Boxes are clipped to the
-        picture unless `clip` is False.
+        picture unless `clip` is False. tile and overlap are those of `predict`.
         """
+        check_tile(tile, overlap)
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
         if isinstance(images, str | bytes):  # whose letters would be taken for paths
             raise TypeError(
                 "images is one path; it must be several images, such as a list of paths"
             )
+        if tile is not None:
+            yield from tiled(
+                self.stream, images, tile=tile, overlap=overlap, batch_size=batch_size, clip=clip
+            )
+            return
         sources: dict[int, ImageLike] = {}
 
         def numbered() -> Iterator[tuple[int, ImageLike]]:

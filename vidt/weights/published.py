@@ -11,17 +11,16 @@ import logging
 import os
 import shutil
 import tempfile
-import urllib.request
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import urldefrag, urlparse
 
 from vidt.arguments import nearest
 from vidt.atomic import atomic_write
+from vidt.downloads import Unreachable, open_url, require_scheme
 from vidt.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,6 @@ BACKBONES = {
 }
 NUM_COCO_ROWS = 91
 HASH = "sha256="  # of an address ending in #sha256=0123...
-PATIENCE = 60  # seconds without a byte after which a download fails
 CHUNK = 1 << 20
 LEAST_BYTES = 2  # of a file for each of its parameters, as if it were in half precision
 
@@ -48,10 +46,6 @@ def coco_rows() -> tuple[str, ...]:
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     unused = ("__background__", "N/A")
     return tuple(f"unused {i}" if name in unused else name for i, name in enumerate(names))
-
-
-class Unreachable(UserError):
-    """Weights cannot be downloaded; the message is one line with an alternative."""
 
 
 @dataclass(frozen=True)
@@ -187,44 +181,14 @@ def local_weights(
     return path
 
 
-def require_scheme(source: str, url: str, allow_http: bool) -> None:
-    """Raises Unreachable unless the URL is https, a local file:, or http that is allowed."""
-    scheme = urlparse(url).scheme.lower()
-    if scheme == "http" and not allow_http:
-        raise Unreachable(
-            f"{source} would come unencrypted, and anybody on the way could replace it; use its "
-            "https address, or pass --allow_http"
-        )
-    if scheme not in ("http", "https", "file"):
-        raise Unreachable(f"{source} is no https address; fetch it by hand and give its path")
-
-
-class _SameSchemes(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection away from https."""
-
-    def __init__(self, allow_http: bool) -> None:
-        self.allow_http = allow_http
-
-    def redirect_request(self, req: Any, fp: Any, code: Any, *more: Any) -> Any:
-        message, headers, url = more
-        require_scheme(url, url, self.allow_http)
-        return super().redirect_request(req, fp, code, message, headers, url)
-
-
 def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> None:
     """Raises OSError if the file cannot be downloaded completely, Unreachable if it is redirected
     away from https.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "vidt"})
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.build_opener(_SameSchemes(allow_http)).open(
-                request, timeout=PATIENCE
-            ) as answer,
-        ):
+        with os.fdopen(handle, "wb") as file, open_url(url, allow_http) as answer:
             promised = answer.headers.get("Content-Length")
             megabytes = f" ({int(promised) / 1e6:.0f} MB)" if promised else ""
             logger.info(f"fetching {shown(url, 200)}{megabytes} into {path.parent}")

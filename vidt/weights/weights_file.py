@@ -11,7 +11,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class WeightsInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     # How it was trained. `Predictor.category_ids` reads `category_ids`; the rest is for people.
     training: dict[str, Any] = field(default_factory=dict)
+    # The score threshold of each class with the highest F1 in the evaluation of these weights, [K];
+    # None for a class without a correct detection. Empty in older files.
+    thresholds: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,21 @@ def save_weights(
         "preprocessing": json.dumps(dataclasses.asdict(info.preprocessing)),
         "metrics": json.dumps(info.metrics),
         "training": json.dumps(info.training),
+        "thresholds": json.dumps(info.thresholds),
     }
     named = {**state_dict, **{UNREAD + name: tensor for name, tensor in (unread or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     # Not safetensors' own writer: killed, it would leave a temporary file of unknown name.
     atomic_write(path, save(tensors, metadata=header))
+
+
+def store_thresholds(path: str | Path, thresholds: Sequence[float | None]) -> None:
+    """Replaces the thresholds of one of our weights files. Raises UnusableWeights, and OSError, as
+    reading and writing it do.
+    """
+    tensors, info = load_weights(path)
+    info = dataclasses.replace(info, thresholds=tuple(thresholds))
+    save_weights(path, tensors, info, load_unread(path))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -145,7 +158,12 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
         ),
         metrics=dict(json.loads(header["metrics"])),
         training=dict(json.loads(header.get("training", "{}"))),  # older files have none
+        thresholds=_thresholds(json.loads(header.get("thresholds", "[]"))),  # likewise
     )
+    if info.thresholds and len(info.thresholds) != len(info.class_names):
+        raise ValueError(
+            f"it has {len(info.thresholds)} thresholds for {len(info.class_names)} classes"
+        )
     if len(info.class_names) != info.config.num_classes:
         raise ValueError(
             f"it names {len(info.class_names)} classes, but num_classes is "
@@ -157,6 +175,12 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names are {shown(values)}; they must be texts")
+    return tuple(values)
+
+
+def _thresholds(values: Any) -> tuple[float | None, ...]:
+    if not all(each is None or (isinstance(each, float) and 0 <= each <= 1) for each in values):
+        raise ValueError(f"thresholds are {shown(values)}; they must be from 0 to 1")
     return tuple(values)
 
 

@@ -1,0 +1,76 @@
+"""What every download has in common: https unless http is allowed, and a limit on waiting."""
+
+import http.client
+import urllib.request
+from typing import Any
+from urllib.parse import urlparse
+
+from vidt.errors import UserError, shown
+
+PATIENCE = 60  # seconds without a byte after which a download fails
+MOST_IMAGE_BYTES = 2**28  # of an image's file: more than Pillow would decode
+
+
+class Unreachable(UserError):
+    """Something cannot be downloaded; the message is one line with an alternative."""
+
+
+def is_url(source: object) -> bool:
+    """Whether this is an address rather than a path."""
+    return isinstance(source, str) and "://" in source
+
+
+def require_scheme(source: str, url: str, allow_http: bool) -> None:
+    """Raises Unreachable unless the URL is https, a local file:, or http that is allowed."""
+    scheme = urlparse(url).scheme.lower()
+    if scheme == "http" and not allow_http:
+        raise Unreachable(
+            f"{source} would come unencrypted, and anybody on the way could replace it; use its "
+            "https address, or pass --allow_http"
+        )
+    if scheme not in ("http", "https", "file"):
+        raise Unreachable(f"{source} is no https address; fetch it by hand and give its path")
+
+
+class SameSchemes(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection away from https."""
+
+    def __init__(self, allow_http: bool) -> None:
+        self.allow_http = allow_http
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, *more: Any) -> Any:
+        message, headers, url = more
+        require_scheme(url, url, self.allow_http)
+        return super().redirect_request(req, fp, code, message, headers, url)
+
+
+def open_url(url: str, allow_http: bool) -> Any:
+    """The open answer of a server. Raises OSError if there is none, Unreachable if it is redirected
+    away from https.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": "vidt"})
+    return urllib.request.build_opener(SameSchemes(allow_http)).open(request, timeout=PATIENCE)
+
+
+def fetch(url: str, *, allow_http: bool = False, most: int = MOST_IMAGE_BYTES) -> bytes:
+    """The content of a URL. Raises Unreachable, naming it, if it cannot be downloaded completely,
+    if it has more than `most` bytes, and for a scheme that is not allowed.
+    """
+    name = shown(url, 200)
+    require_scheme(name, url, allow_http)
+    try:
+        with open_url(url, allow_http) as answer:
+            promised = answer.headers.get("Content-Length")
+            content: bytes = answer.read(most + 1)
+        if len(content) > most:
+            raise OSError(f"it has more than {most:,} bytes")
+        # urllib treats a broken connection as the end of the file.
+        if promised is not None and len(content) != int(promised):
+            raise OSError(f"it broke off after {len(content)} of {promised} bytes")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise Unreachable(
+            f"{name} cannot be fetched ({error}); fetch it by hand and give its path"
+        ) from error
+    return content
