@@ -51,10 +51,15 @@ HELP_OF = {
 }
 
 
-def flags() -> OneLineParser:
-    parser = command_parser("check", SUMMARY, EXAMPLES)
+def add_data_flags(parser: OneLineParser) -> None:
+    """The flags that name a dataset; `settings` reads them."""
     for name, text in HELP_OF.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=text)
+
+
+def flags() -> OneLineParser:
+    parser = command_parser("check", SUMMARY, EXAMPLES)
+    add_data_flags(parser)
     parser.add_argument(
         "--det_token_num",
         type=count,
@@ -141,7 +146,8 @@ def settings(given: dict[str, Any]) -> TrainConfig:
     if len(kinds) > 1:
         both = " and ".join(f"--{name}" for name in paths)
         raise UserError(f"{both}: check one dataset at a time")
-    chosen = {name: given[name] for name in ("max_bad_fraction", "eval_size", "strict_images")}
+    others = ("max_bad_fraction", "eval_size", "strict_images")
+    chosen = {name: given[name] for name in others if name in given}
     return TrainConfig(dataset_file=kinds[0], **chosen, **paths)
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a detector on your data",
     "check": "check a dataset: what is wrong with it, and what a training would do about it",
     "evaluate": "COCO's metrics of a detector on annotated images",
+    "audit": "annotations that a detector disagrees with: forgotten, misplaced, mislabelled",
     "predict": "detect objects in images, draw them, write them to files",
     "info": "what a weights file holds, and how it was trained",
     "export": "export a weights file to an ONNX model, and verify that both agree",
