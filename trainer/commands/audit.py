@@ -68,15 +68,13 @@ def run(argv: Sequence[str]) -> int:
     if given.output_dir.exists() and not given.output_dir.is_dir():
         raise UserError(f"--output_dir {given.output_dir} is a file; name a folder")
     # Imported here, so that --help does not wait for PyTorch.
-    from trainer.data.dataset_advice import image_hashes
     from trainer.data.load import read_datasets
     from trainer.readers.samples import concatenated
     from trainer.report.audit_page import AuditFacts, as_document, render_audit
     from trainer.scoring.audit import audit
     from trainer.scoring.held_out import how_judged, judges_of, seen_by
 
-    note("reading the dataset")
-    train, val, _ = read_datasets(config, num_queries=100, num_classes=None)
+    train, val, _ = read_datasets(config, num_queries=100, num_classes=None, tell=note)
     parts = {"train": train, "val": val}
     if given.split:
         parts = {given.split: parts[given.split]}
@@ -84,9 +82,9 @@ def run(argv: Sequence[str]) -> int:
     splits = [name for name, table in parts.items() for _ in range(len(table))]
     seen = {path: seen_by(path, [*parts.values()]) for path in given.weights}
     judges = judges_of(given.weights, seen, len(samples))
-    found, notes = predictions(given, samples, judges)
+    found, thumbnails, notes = predictions(given, samples, judges)
     note(f"comparing {counted(len(samples), 'picture')} with each other")
-    ranked = audit(samples, found, image_hashes(samples))
+    ranked = audit(samples, found, thumbnails)
     notes = [how_judged(given.weights, seen, judges), *notes]
     facts = AuditFacts(given.output_dir, [Path(path).name for path in given.weights], splits, notes)
     note(f"drawing the page of {counted(len(ranked), 'suspicion')}")
@@ -101,12 +99,17 @@ def run(argv: Sequence[str]) -> int:
 
 def predictions(
     given: Any, samples: Any, judges: Sequence[Sequence[str]]
-) -> tuple[dict[int, Any], list[str]]:
-    """The detections in each readable image, by its index, and remarks for the page."""
-    from trainer.scoring.audit import merged
+) -> tuple[dict[int, Any], Any, list[str]]:
+    """The detections in each readable image, by its index, the thumbnails of all images, and
+    remarks for the page.
+    """
+    import numpy as np
+
+    from trainer.scoring.audit import THUMBNAIL, merged, thumbnail
     from trainer.scoring.held_out import label_map, relabelled
 
     found: dict[int, list[Any]] = {}
+    thumbnails = np.zeros((len(samples), THUMBNAIL**2), np.float32)
     remarks: list[str] = []
     unread: set[int] = set()
     for number, path in enumerate(given.weights, 1):
@@ -124,19 +127,20 @@ def predictions(
         if missing:
             remarks.append(f"{Path(path).name} does not know the class {', '.join(missing)}.")
         for index, each in detected(detector, samples, indices, given.batch_size):
-            if each is None:
+            if each.picture is None:
                 unread.add(index)
             else:
-                found.setdefault(index, []).append(relabelled(each, labels))
+                thumbnails[index] = thumbnail(each.picture)
+                found.setdefault(index, []).append(relabelled(each.detections, labels))
     if unread:
         remarks.append(f"{counted(len(unread), 'image')} cannot be read.")
-    return {index: merged(each) for index, each in found.items()}, remarks
+    return {index: merged(each) for index, each in found.items()}, thumbnails, remarks
 
 
 def detected(
     detector: Any, samples: Any, indices: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, Any]]:
-    """Yields each index and its detections, None for an unreadable image."""
+    """Yields each index and the `Predicted` of its image."""
     from trainer.commands.predictions import predict_files, read_file
 
     sizes = samples.sizes.tolist()
@@ -150,7 +154,7 @@ def detected(
             read=lambda entry: read_file(*entry),
         )
         for index, each in zip(indices, predicted, strict=True):
-            yield index, each.detections
+            yield index, each
             bar.update()
 
 

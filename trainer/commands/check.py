@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import (
+    Stages,
     check_result,
     command_parser,
     count,
@@ -109,12 +110,14 @@ def run(argv: Sequence[str]) -> int:
     findings: list[Finding]
     tables: list[Any] = []
     try:
-        train, val, findings = read_datasets(
-            config,
-            num_queries=given.det_token_num,
-            num_classes=None,
-            compare_pictures=not given.no_look_alikes,
-        )
+        with Stages() as tell:
+            train, val, findings = read_datasets(
+                config,
+                num_queries=given.det_token_num,
+                num_classes=None,
+                compare_pictures=not given.no_look_alikes,
+                tell=tell,
+            )
         tables = [train, val]
     except BadDataset as error:
         failure, findings = error, error.findings

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.commands.command_flags import (
+    Stages,
     add_detector_flags,
     check_result,
     command_parser,
@@ -64,7 +65,9 @@ def run(argv: Sequence[str]) -> int:
     given = flags().parse_args(argv)
     check_result("--out", given.out, [Path(given.weights), Path(given.json)])
     detector = load_detector(given)
-    file = read(given.json, given.images, detector.class_names)
+    with Stages() as tell:
+        tell(f"reading {given.json}")
+        file = read(given.json, given.images, detector.class_names)
     if given.out is not None:
         images = (Path(given.images, name) for name in file.images.names)
         resolved = given.out.resolve()
@@ -79,9 +82,11 @@ def run(argv: Sequence[str]) -> int:
             f"--images {given.images}: {len(unread) + malformed} of {num_images + malformed} "
             f"images cannot be read; the first: {first}"
         )
-    truth = judge(file, found)
-    metrics = box_scores(file, truth, found, detector.class_names)
-    of_masks, unusable = mask_scores(file, truth, found, detector.class_names)
+    with Stages() as tell:
+        tell(f"scoring {counted(len(found), 'image')}")
+        truth = judge(file, found)
+        metrics = box_scores(file, truth, found, detector.class_names)
+        of_masks, unusable = mask_scores(file, truth, found, detector.class_names)
     for line in remarks(file, truth.left_out, unread, unusable):
         note(line)
     metrics |= of_masks

@@ -7,7 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import check_result, command_parser, say, side, write_json
+from trainer.commands.command_flags import (
+    Stages,
+    check_result,
+    command_parser,
+    say,
+    side,
+    write_json,
+)
 from trainer.commands.evaluate import read as read_truth
 from trainer.commands.image_files import ImageFiles
 from trainer.scoring.coco_scores import judge, map50
@@ -97,16 +104,20 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(
             f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
         ) from None
-    report = export(
-        given.weights,
-        given.output,
-        size=tuple(given.size) if given.size else None,
-        dynamic=dynamic,
-        half=given.fp16,
-        with_decode=given.with_decode,
-        images=images,
-        dataset_for=partial(scored_images, given.json, given.coco_images) if given.json else None,
-    )
+    with Stages() as tell:
+        report = export(
+            given.weights,
+            given.output,
+            size=tuple(given.size) if given.size else None,
+            dynamic=dynamic,
+            half=given.fp16,
+            with_decode=given.with_decode,
+            images=images,
+            dataset_for=partial(scored_images, given.json, given.coco_images)
+            if given.json
+            else None,
+            tell=tell,
+        )
     say(report.text())
     write_json(given.report, report.as_dict())
     return 0 if report.ok else 1

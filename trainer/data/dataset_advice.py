@@ -94,7 +94,7 @@ def near_duplicates(train: SampleTable, val: SampleTable) -> list[Finding]:
 
 
 def _near_duplicates(train: SampleTable, val: SampleTable) -> Iterator[Finding]:
-    ours, theirs = image_hashes(train), image_hashes(val)
+    ours, theirs = _hashes(train), _hashes(val)
     known = np.flatnonzero(ours[:, 1])
     of_train = ours[known, 0]
     step = max(_COMPARED // max(len(known), 1), 1)
@@ -120,7 +120,7 @@ def _near_duplicates(train: SampleTable, val: SampleTable) -> Iterator[Finding]:
             )
 
 
-def image_hashes(table: SampleTable) -> np.ndarray:
+def _hashes(table: SampleTable) -> np.ndarray:
     """uint64 [N, 2]: the hash of each picture, and 1 if it says something, else 0."""
     with ThreadPoolExecutor(reading_threads()) as pool:
         sizes: Sequence[tuple[int, int]] = [(h, w) for h, w in table.sizes.tolist()]

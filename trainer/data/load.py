@@ -66,15 +66,17 @@ def read_datasets(
     masks: bool = False,
     token_label: bool = False,
     compare_pictures: bool = False,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """The usable training and validation samples, and all findings. `masks` reads the masks of both
     splits; `token_label` those of the training split, if it has any. `compare_pictures` decodes all
-    pictures to find near-duplicates between the splits.
+    pictures to find near-duplicates between the splits. `tell` is called as each stage begins.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
     """
     read, seen = reader_of(config), FilesSeen()
+    tell("reading the training annotations")
     train, findings = read("train", None, masks or token_label, seen)
     if masks and train.masks is None:
         raise UserError(
@@ -87,10 +89,12 @@ def read_datasets(
             f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
             "leave the flag out"
         )
+    tell("reading the validation annotations")
     try:
         val, in_val = read("val", train.class_names, masks, seen)
     except BadDataset as error:
         raise BadDataset(str(error), [*findings, *error.findings]) from error
+    tell(f"checking {counted(len(train) + len(val), 'image file')}")
     train, val, findings = check(
         train,
         val,
@@ -103,6 +107,7 @@ def read_datasets(
         findings += implausible_boxes(table, config.eval_size)
     findings += rare_classes(train)
     if compare_pictures:
+        tell(f"decoding {counted(len(train) + len(val), 'image')} to find look-alikes")
         findings += near_duplicates(train, val)
     return train, val, findings
 

@@ -178,6 +178,7 @@ def render_training(facts: RunFacts, history: RunHistory, scored: Scored | None,
         curves=curves_of(history, rows),
         best=max(rows, key=_map50, default=None),
         throughput=page_run.throughput_plot(history),
+        speed=page_run.median_speed(history),
         times=page_run.training_times(history),
     )
 

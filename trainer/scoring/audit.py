@@ -9,7 +9,7 @@ the score of a detection, o an IoU, r the share of a class's annotations that th
   best score there of its own class
 - unsupported object, r (1 - so): no detection matches the annotation; so is the largest product of
   a detection's score and IoU
-- doubled picture, 1 - d/4: two pictures whose difference hashes differ in d of 64 bits
+- doubled picture, 1 - (1 - c)/0.05: two pictures whose thumbnails have the correlation c
 
 r makes a class that the detector does not know raise no suspicion. Similar in spirit to ObjectLab
 (https://arxiv.org/abs/2309.00832). Boxes are xyxy in pixels of the image. K classes, N images, m
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from trainer.data.dataset_advice import ALIKE_BITS
 from trainer.readers.samples import Sample, SampleTable
 from trainer.scoring.mistakes import MIN_IOU, NO_THRESHOLD, NOTHING, JudgedImage, judge
 from vidt.predict.detections import Detections
@@ -37,6 +37,10 @@ AGREES = 0.75  # IoU from which a box counts as right
 ONE_OBJECT = 0.6  # IoU from which two detections are about one object
 CONFIDENT = 0.5  # share of a class's usual score from which a detection is confident
 LEAST = 0.05  # lower scores are not reported
+THUMBNAIL = 16  # pixels of a side
+ALIKE = 0.95  # correlation of thumbnails from which pictures are alike
+FLAT = 2.0  # grey levels; thumbnails that deviate less say nothing
+BLOCK = 1024  # pictures that are compared at once
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class Suspicion:
 
 
 def audit(
-    samples: SampleTable, detections: Mapping[int, Detections], hashes: np.ndarray
+    samples: SampleTable, detections: Mapping[int, Detections], thumbnails: np.ndarray
 ) -> list[Suspicion]:
     """All suspicions, highest score first. `detections` of all scores, by index; an image without
-    them is not audited. hashes: as of `trainer.data.dataset_advice.image_hashes`, [N, 2].
+    them is not audited. `thumbnails`, float32 [N, 256], are those of `thumbnail`, 0 for an image
+    that cannot be read.
     """
     usual, found = usual_scores(samples, detections)
-    suspicions = list(doubled_pictures(hashes))
+    suspicions = list(doubled_pictures(thumbnails))
     for index, each in sorted(detections.items()):
         suspicions += audit_image(samples[index], index, each, CONFIDENT * usual, found)
     kept = [each for each in suspicions if each.score >= LEAST]
@@ -148,18 +153,28 @@ def _pairs(judged: JudgedImage, sample: Sample, overlaps: Tensor) -> dict[int, i
     return pairs
 
 
-def doubled_pictures(hashes: np.ndarray) -> Iterator[Suspicion]:
-    """Each picture that looks like an earlier one, with the most similar of them. hashes: uint64
-    [N, 2], the hash of each picture, and 1 if it says something, else 0.
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """16 x 16 grey values with mean 0 and norm 1, so that the product of two thumbnails is their
+    correlation; 0 for a flat image: float32 [256].
     """
-    known = np.flatnonzero(hashes[:, 1])
-    of_known = hashes[known, 0]
-    for position in range(1, len(known)):
-        differ = np.bitwise_count(of_known[:position] ^ of_known[position])
-        twin = int(differ.argmin())
-        if differ[twin] <= ALIKE_BITS:
-            score = 1 - int(differ[twin]) / (ALIKE_BITS + 1)
-            yield Suspicion(DOUBLED, score, int(known[position]), twin=int(known[twin]))
+    side = (THUMBNAIL, THUMBNAIL)
+    grey = np.asarray(image.resize(side, Image.Resampling.BOX).convert("L"), np.float32).ravel()
+    grey -= grey.mean()
+    return grey / np.linalg.norm(grey) if grey.std() >= FLAT else np.zeros_like(grey)
+
+
+def doubled_pictures(thumbnails: np.ndarray) -> Iterator[Suspicion]:
+    """Each picture that looks like an earlier one, with the most similar of them. Thumbnails bear
+    what moves the bits of a difference hash: another size, compression, noise on a plain ground.
+    """
+    for start in range(0, len(thumbnails), BLOCK):
+        alike = thumbnails[start : start + BLOCK] @ thumbnails[: start + BLOCK].T
+        alike = np.tril(alike, start - 1)  # earlier pictures only
+        twins = alike.argmax(1)
+        for row in np.flatnonzero(alike.max(1) >= ALIKE).tolist():
+            twin = int(twins[row])
+            score = 1 - (1 - min(1.0, float(alike[row, twin]))) / (1 - ALIKE)
+            yield Suspicion(DOUBLED, score, start + row, twin=twin)
 
 
 def merged(found: Sequence[Detections]) -> Detections:

@@ -4,6 +4,7 @@ A detector learns some of the mistakes that it was trained on, so an image is be
 that were not trained on it. K classes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def seen_by(weights: str, parts: Sequence[SampleTable]) -> set[int] | None:
     for table in parts:
         if trained is not None:
             paths = enumerate(table.paths(), start)
-            seen |= {index for index, path in paths if _resolved(path) in trained}
+            seen |= {index for index, path in paths if _identity(path) in trained}
         elif record == {"source": table.source, "images": len(table), "boxes": len(table.labels)}:
             is_known = True
             seen |= set(range(start, start + len(table)))
@@ -47,7 +48,7 @@ def seen_by(weights: str, parts: Sequence[SampleTable]) -> set[int] | None:
     return seen if is_known else None
 
 
-def _training_files(config_file: Path, record: Mapping[str, Any]) -> set[str] | None:
+def _training_files(config_file: Path, record: Mapping[str, Any]) -> set[tuple[str, int]] | None:
     """The image files of the run's training part; None if its settings or data cannot be read, or
     are of another part than the record says.
     """
@@ -60,11 +61,12 @@ def _training_files(config_file: Path, record: Mapping[str, Any]) -> set[str] | 
         return None
     if table.source != record.get("source"):
         return None
-    return {_resolved(path) for path in table.paths()}
+    return {_identity(path) for path in table.paths()}
 
 
-def _resolved(path: str) -> str:
-    return str(Path(path).resolve())
+def _identity(path: str) -> tuple[str, int]:
+    """The name and bytes of a file, which a copy of the dataset shares; -1 bytes if it is gone."""
+    return Path(path).name, os.path.getsize(path) if os.path.isfile(path) else -1
 
 
 def judges_of(
