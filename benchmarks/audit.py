@@ -1,8 +1,9 @@
-"""How many planted annotation errors `vidt audit` finds: 50 of each kind in the embedded training
-images, audited by a detector that was trained on them.
+"""How many planted annotation errors `vidt audit` finds: 50 of each kind in embedded images.
 
     python benchmarks/audit.py --folder planted
-    python benchmarks/audit.py --folder planted --weights planted/run/best.safetensors
+        audited by a detector that was trained on the errors
+    python benchmarks/audit.py --folder planted --images_seed 1 --weights output/best.safetensors
+        other images of the same kind, audited by a detector of the main job, which never saw them
 
 Writes the images with the errors to FOLDER/data, trains on them by the recipe of the embedded
 dataset (skipped with --weights), runs `vidt audit`, and prints how many errors of each kind are
@@ -46,11 +47,11 @@ def iou(one: Sequence[float], other: Sequence[float]) -> float:
     return common / (one[2] * one[3] + other[2] * other[3] - common)
 
 
-def plant(folder: Path, seed: int = 0) -> list[dict[str, Any]]:
+def plant(folder: Path, seed: int = 0, images_seed: int = 0) -> list[dict[str, Any]]:
     """Writes the dataset to folder/data and the list of errors to folder/planted.json. An image has
     one error at most.
     """
-    source = write_shapes(folder)
+    source = write_shapes(folder, seed=images_seed)
     shutil.copytree(source, folder / "data")
     path = folder / "data" / "annotations" / "instances_train2017.json"
     document = json.loads(path.read_text())
@@ -179,11 +180,14 @@ def vidt(*words: object) -> None:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--folder", type=Path, required=True, help="folder of what is written")
-    flags.add_argument("--weights", type=Path, help="weights trained on FOLDER/data")
+    flags.add_argument("--weights", type=Path, help="audit by these; default: train on FOLDER/data")
     flags.add_argument("--seed", type=int, default=0, help="of the errors")
+    flags.add_argument("--images_seed", type=int, default=0, help="of the images; 0: embedded")
     given = flags.parse_args()
     folder, list_path = given.folder, given.folder / "planted.json"
-    planted = json.loads(list_path.read_text()) if list_path.exists() else plant(folder, given.seed)
+    if not list_path.exists():
+        plant(folder, given.seed, given.images_seed)
+    planted = json.loads(list_path.read_text())
     data = ("--coco_path", folder / "data")
     weights = given.weights
     if weights is None:

@@ -1,6 +1,7 @@
 """`vidt audit`: what it suspects, how it ranks, who judges, and what it writes."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageEnhance
 from tiny_runs import Learnt
 
 from trainer.commands.command_line import main
+from trainer.data.load import read_datasets
 from trainer.readers.samples import Sample, SampleTable, concatenated
 from trainer.report.audit_page import AuditFacts, as_document, render_audit, shared_out
 from trainer.scoring.audit import (
@@ -27,6 +29,7 @@ from trainer.scoring.audit import (
     thumbnail,
 )
 from trainer.scoring.held_out import how_judged, judges_of, label_map, seen_by
+from trainer.settings.config import TrainConfig
 from vidt import Detections
 from vidt.errors import UserError
 
@@ -176,19 +179,20 @@ def test_who_has_not_seen_an_image_judges_it() -> None:
 
 
 def test_a_run_tells_what_it_was_trained_on(learnt: Learnt, tmp_path: Path) -> None:
-    """By its config.yaml, and without it by the header, if names and numbers agree."""
-    from trainer.data.load import read_datasets
-    from trainer.settings.config import TrainConfig
-
+    """By the header, if names and numbers agree; image by image with its config.yaml, also where
+    the audited data is a copy.
+    """
     config = TrainConfig(dataset_file="coco", coco_path=str(learnt.data))
-    train, val, _ = read_datasets(config, num_queries=100, num_classes=None)
-    everything = set(range(len(train)))
-    alone = tmp_path / "alone.safetensors"
-    alone.write_bytes(learnt.weights.read_bytes())
-    assert seen_by(str(alone), [train, val]) == everything
-    assert seen_by(str(alone), [val]) is None
-    assert seen_by(str(learnt.weights), [val, train]) == {each + len(val) for each in everything}
-    assert seen_by(str(learnt.weights), [val]) == set()
+    train, _, _ = read_datasets(config, num_queries=100, num_classes=None)
+    unknown = SampleTable.from_samples([image([], path="elsewhere.png")], train.class_names)
+    weights = tmp_path / "best.safetensors"
+    weights.write_bytes(learnt.weights.read_bytes())
+    assert seen_by(str(weights), [unknown, train]) == {1, 2, 3, 4}
+    assert seen_by(str(weights), [unknown]) is None
+    shutil.copytree(learnt.data, tmp_path / "copy")
+    (tmp_path / "config.yaml").write_text(f"dataset_file: coco\ncoco_path: {tmp_path / 'copy'}\n")
+    assert seen_by(str(weights), [unknown, train.subset([2])]) == {1}
+    assert seen_by(str(weights), [unknown]) == set()
 
 
 def test_classes_are_matched_by_name() -> None:
