@@ -75,6 +75,7 @@ def run(argv: Sequence[str]) -> int:
     from trainer.scoring.held_out import how_judged, judges_of, seen_by
 
     train, val, _ = read_datasets(config, num_queries=100, num_classes=None, tell=note)
+    given.output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     parts = {"train": train, "val": val}
     if given.split:
         parts = {given.split: parts[given.split]}
@@ -88,7 +89,6 @@ def run(argv: Sequence[str]) -> int:
     notes = [how_judged(given.weights, seen, judges), *notes]
     facts = AuditFacts(given.output_dir, [Path(path).name for path in given.weights], splits, notes)
     note(f"drawing the page of {counted(len(ranked), 'suspicion')}")
-    given.output_dir.mkdir(parents=True, exist_ok=True)
     document = as_document(samples, ranked, facts, len(found))
     write_json(given.output_dir / "audit.json", document)
     page = render_audit(samples, ranked, facts, len(found))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from trainer.report.worst_pictures import RIGHT, WRONG
 from trainer.scoring.audit import BOX, CLASS, DOUBLED, FORGOTTEN, KINDS, UNSUPPORTED, Suspicion
 from vidt.images.drawing import Rectangle, class_text
 
+Outline: TypeAlias = tuple[Rectangle, str, str]  # box, colour, text
 MOST_ROWS = 100
 PANEL = 320  # pixels of the longer side of a picture
 WHOLE = 640  # pixels; a picture with a longer side is cut out around its boxes
@@ -60,7 +61,7 @@ def render_audit(
     samples: SampleTable, ranked: Sequence[Suspicion], facts: AuditFacts, num_images: int
 ) -> str:
     """The page as text; num_images: how many were audited."""
-    rows = {kind: [] for kind in KINDS}  # type: dict[str, list[AuditRow]]
+    rows: dict[str, list[AuditRow]] = {kind: [] for kind in KINDS}
     for rank in shared_out(ranked):
         suspicion = ranked[rank - 1]
         rows[suspicion.kind].append(_row(samples, suspicion, rank, facts))
@@ -101,7 +102,7 @@ def as_document(
                 "split": facts.splits[each.index],
                 "file": sample.path,
                 "image_id": sample.image_id,
-                "annotation_id": None if row is None else int(sample.annotation_ids[row]),
+                "annotation_id": _annotation_id(sample, row),
                 "class": None if row is None else names[int(sample.labels[row])],
                 "box": None if row is None else _rounded(sample.boxes[row].tolist()),
                 "suggested": seen
@@ -122,6 +123,12 @@ def as_document(
         "counts": ranks,
         "findings": findings,
     }
+
+
+def _annotation_id(sample: Sample, row: int | None) -> int | None:
+    """The dataset's own id of an annotation."""
+    ids = sample.annotation_ids
+    return None if row is None or ids is None else int(ids[row])
 
 
 def _rounded(box: Sequence[float]) -> list[float]:
@@ -160,45 +167,42 @@ def described(sample: Sample, suspicion: Suspicion, names: Sequence[str], twin: 
 def _row(samples: SampleTable, suspicion: Suspicion, rank: int, facts: AuditFacts) -> AuditRow:
     sample, names = samples[suspicion.index], samples.class_names
     twin = None if suspicion.twin is None else samples[suspicion.twin]
-    own_id = None
-    if suspicion.annotation is not None and sample.annotation_ids is not None:
-        own_id = int(sample.annotation_ids[suspicion.annotation])
     return AuditRow(
         suspicion,
         rank,
         described(sample, suspicion, names, "" if twin is None else Path(twin.path).name),
         sample,
         facts.splits[suspicion.index],
-        own_id,
-        [*_pictures(sample, suspicion, names, twin).items()],
+        _annotation_id(sample, suspicion.annotation),
+        _pictures(sample, suspicion, names, twin),
     )
 
 
 def _pictures(
     sample: Sample, suspicion: Suspicion, names: Sequence[str], twin: Sample | None
-) -> dict[str, Image.Image]:
-    """The picture with its annotations, and with what the detector sees, or the other picture."""
-    boxes = [(tuple(box), RIGHT, "") for box in sample.boxes.tolist()]
+) -> list[tuple[str, Image.Image]]:
+    """The picture with its annotations and with what the detector sees, or both pictures, named."""
     if twin is not None:
-        others = [(tuple(box), RIGHT, "") for box in twin.boxes.tolist()]
-        return {
-            Path(each.path).name: _drawn(each, marked, None)
-            for each, marked in ((sample, boxes), (twin, others))
-        }
+        both = (sample, twin)
+        return [(Path(each.path).name, _drawn(each, _annotations(each), None)) for each in both]
     seen, row = suspicion.suggestion, suspicion.annotation
-    looked_at = []
+    boxes = _annotations(sample)
+    looked_at = [] if seen is None else [seen.box]
     if row is not None:
-        text = class_text(int(sample.labels[row]), names)
-        looked_at.append(boxes.pop(row)[0])
-        boxes.append((looked_at[0], WRONG, text))
-    if seen is not None:
-        looked_at.append(seen.box)
+        box, _, _ = boxes.pop(row)
+        boxes.append((box, WRONG, class_text(int(sample.labels[row]), names)))
+        looked_at.append(box)
     region = _region(looked_at, sample.size)
-    pictures = {"annotations": _drawn(sample, boxes, region)}
+    pictures = [("annotations", _drawn(sample, boxes, region))]
     if seen is not None:
         text = f"{class_text(seen.label, names)} {seen.score:.2f}"
-        pictures["detector"] = _drawn(sample, [(seen.box, WRONG, text)], region)
+        pictures.append(("detector", _drawn(sample, [(seen.box, WRONG, text)], region)))
     return pictures
+
+
+def _annotations(sample: Sample) -> list[Outline]:
+    """The boxes in the background, without text: box, colour, text."""
+    return [((x0, y0, x1, y1), RIGHT, "") for x0, y0, x1, y1 in sample.boxes.tolist()]
 
 
 def _region(boxes: Sequence[Rectangle], size: tuple[int, int]) -> Rectangle | None:
@@ -216,9 +220,7 @@ def _region(boxes: Sequence[Rectangle], size: tuple[int, int]) -> Rectangle | No
     return round(x0), round(y0), round(min(x0 + side, width)), round(min(y0 + side, height))
 
 
-def _drawn(
-    sample: Sample, boxes: Iterable[tuple[Rectangle, str, str]], region: Rectangle | None
-) -> Image.Image:
+def _drawn(sample: Sample, boxes: Iterable[Outline], region: Rectangle | None) -> Image.Image:
     """The region of the image with boxes, each with its colour and text."""
     image = image_of(sample)
     left, top = (0, 0) if region is None else region[:2]
