@@ -234,8 +234,8 @@ def concatenated(tables: Sequence[SampleTable]) -> SampleTable:
     starts = np.cumsum([0, *(len(table) for table in tables)]).tolist()
     owners = [table.box_owners + start for table, start in zip(tables, starts, strict=False)]
 
-    def column(name: str) -> Tensor:
-        return torch.cat([getattr(table, name) for table in tables])
+    def column(name: str) -> np.ndarray:
+        return torch.cat([getattr(table, name) for table in tables]).numpy()
 
     return SampleTable.from_columns(
         source=" and ".join(table.source for table in tables),
@@ -244,7 +244,7 @@ def concatenated(tables: Sequence[SampleTable]) -> SampleTable:
         paths=[path for table in tables for path in table.paths()],
         image_ids=column("image_ids"),
         sizes=column("sizes"),
-        owners=torch.cat(owners),
+        owners=torch.cat(owners).numpy(),
         boxes=column("boxes"),
         labels=column("labels"),
         areas=column("areas"),
