@@ -35,7 +35,7 @@ examples:
 
 output: DIR/audit.html, the first 100 findings with pictures, and DIR/audit.json, all of them: kind,
 score, rank, rank_in_kind, split, file, image_id, annotation_id, class, box, suggested, twin_id,
-twin_file, text. Boxes are xyxy in pixels. Scores run from 0 to 1 and compare between the kinds.
+twin_file, text. Boxes are xyxy in pixels. Scores run from 0 to 1.
 
 exit code: 0 done, 2 a mistake that the line "error: ..." names.
 """

@@ -232,7 +232,7 @@ def concatenated(tables: Sequence[SampleTable]) -> SampleTable:
     first = tables[0]
     assert all(table.class_names == first.class_names for table in tables), "classes differ"
     starts = np.cumsum([0, *(len(table) for table in tables)]).tolist()
-    owners = [table.box_owners + start for table, start in zip(tables, starts, strict=False)]
+    owners = [table.box_owners + start for table, start in zip(tables, starts[:-1], strict=True)]
 
     def column(name: str) -> np.ndarray:
         return torch.cat([getattr(table, name) for table in tables]).numpy()

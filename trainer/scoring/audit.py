@@ -4,11 +4,12 @@ Five kinds of suspicion, each with a score from 0 to 1, so that one list can hol
 the score of a detection, o an IoU, r the share of a class's annotations that the detector finds:
 
 - forgotten object, s (1 - o): a confident detection far from every annotation, the nearest of IoU o
-- wrong box, s (1 - o): a detection of the annotation's class whose IoU o is middling
+- wrong box, s (1 - o) / 0.6, at most s: a detection of the annotation's class whose IoU o is
+  middling
 - wrong class, r (s - s'): a detection of another class at the place of the annotation; s' is the
   best score there of its own class
-- unsupported object, r (1 - so): no detection matches the annotation; so is the largest product of
-  a detection's score and IoU
+- unsupported object, r r (1 - so): no detection matches the annotation; so is the largest product
+  of a detection's score and IoU
 - doubled picture, 1 - (1 - c)/0.05: two pictures whose thumbnails have the correlation c
 
 r makes a class that the detector does not know raise no suspicion. Similar in spirit to ObjectLab
@@ -33,6 +34,7 @@ FORGOTTEN, BOX, CLASS = "forgotten object", "wrong box", "wrong class"
 UNSUPPORTED, DOUBLED = "unsupported object", "doubled picture"
 KINDS = (FORGOTTEN, BOX, CLASS, UNSUPPORTED, DOUBLED)
 NEAR = 0.1  # IoU from which a detection may be about a badly placed annotation
+FAR = 0.4  # IoU up to which a box is as wrong as it can be
 AGREES = 0.75  # IoU from which a box counts as right
 ONE_OBJECT = 0.6  # IoU from which two detections are about one object
 CONFIDENT = 0.5  # share of a class's usual score from which a detection is confident
@@ -125,7 +127,8 @@ def audit_image(
             score = float(found[label]) * max(0.0, seen.score - float(own[column]))
             yield Suspicion(CLASS, score, index, column, seen)
         elif overlap < AGREES:
-            yield Suspicion(BOX, seen.score * (1 - overlap), index, column, seen)
+            score = seen.score * min(1.0, (1 - overlap) / (1 - FAR))
+            yield Suspicion(BOX, score, index, column, seen)
     nearest = _highest(overlaps.T)
     for row in (judged.true_class == NOTHING).nonzero().flatten().tolist():
         if row not in pairs:
@@ -134,7 +137,8 @@ def audit_image(
     support = _highest(detections.scores.double()[:, None] * _overlaps(detections, sample))
     for column in (judged.predicted_class == NOTHING).nonzero().flatten().tolist():
         if column not in pairs.values():
-            score = float(found[sample.labels[column]] * (1 - support[column]))
+            share = float(found[sample.labels[column]])
+            score = share**2 * (1 - float(support[column]))
             yield Suspicion(UNSUPPORTED, score, index, column)
 
 
