@@ -23,7 +23,7 @@ from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 from torch import nn
 
 import vidt
-from trainer.commands.command_flags import atomic_text, write_result
+from trainer.commands.command_flags import SILENT, Stages, atomic_text, write_result
 from trainer.commands.command_line import COMMANDS, main
 from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.commands.info import page as info_page
@@ -617,3 +617,39 @@ def test_whole_files_need_no_pytorch_and_are_on_the_disk_before_they_have_their_
     )
     done = call([sys.executable, "-c", code, str(tmp_path / "file")])
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stage_is_told_if_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No clock: timers run at once, or never, as they are told."""
+    started: list[Any] = []
+
+    class Timer:
+        def __init__(self, seconds: float, call: Callable[[str], None], words: list[str]) -> None:
+            self.seconds, self.call, self.words, self.cancelled = seconds, call, words, False
+            started.append(self)
+
+        def start(self) -> None: ...
+
+        def cancel(self) -> None:
+            self.cancelled = True
+
+    monkeypatch.setattr("trainer.commands.command_flags.threading.Timer", Timer)
+    with Stages() as tell:
+        tell("reading")
+        tell("writing")
+        first, second = started
+        assert (first.cancelled, second.cancelled) == (True, False)
+        second.call(*second.words)
+    assert second.cancelled and second.seconds == SILENT
+    assert capsys.readouterr().err == "writing ...\n"
+
+
+def test_every_long_stage_of_check_has_words(
+    learnt: Learnt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Stages, "__call__", lambda self, text: told.append(text))
+    ok("check", "--coco_path", learnt.data)
+    assert [text.split()[0] for text in told] == ["reading", "reading", "checking", "decoding"]

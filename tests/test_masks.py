@@ -259,7 +259,9 @@ def test_targets_of_masks(shapes: Path, tmp_path: Path) -> None:
 def test_targets_come_out_of_their_parcel_as_they_went_in(train_set: SampleTable) -> None:
     augmentation = Augmentation(sizes=(96, 128), max_size=160, flip=True, crop=False)
     preprocessing = Preprocessing(96)
-    dataset = DetectionDataset(train_set, augmentation, preprocessing, seed=0, denoising=Denoising(9, num_classes=3))
+    dataset = DetectionDataset(
+        train_set, augmentation, preprocessing, seed=0, denoising=Denoising(9, num_classes=3)
+    )
     items = [dataset[0, index] for index in range(4)]
     items[1]["target"] |= {name: items[1]["target"][name][:0] for name in (*ROWS, "masks")}
     assert len(items[1]["target"]["boxes"]) == 0

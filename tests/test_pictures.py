@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from trainer.readers.samples import Sample, SampleTable
 from trainer.report.pictures import (
@@ -17,7 +19,14 @@ from trainer.report.pictures import (
     save_picture,
     truth_beside_prediction,
 )
-from vidt.images.drawing import LONGEST_NAME, class_colour, class_text
+from vidt.images.drawing import (
+    LONGEST_NAME,
+    class_colour,
+    class_text,
+    draw_detections,
+    object_colours,
+    write_labels,
+)
 from vidt.predict.detections import Detections
 
 NAMES = ["rectangle", "ellipse", "triangle"]
@@ -112,6 +121,59 @@ def test_every_label_is_written_without_covering_another() -> None:
     for label in range(3):
         red, green, blue = (int(class_colour(label)[i : i + 2], 16) for i in (1, 3, 5))
         assert (pixels == (red, green, blue)).all(axis=2).sum() > 300  # a label's area, not a line
+
+
+class Recorder(ImageDraw.ImageDraw):
+    """Draws, and remembers the rectangles."""
+
+    def __init__(self, image: Image.Image) -> None:
+        super().__init__(image)
+        self.written: list[tuple[float, float, float, float]] = []
+
+    def rectangle(self, xy: Any, *args: Any, **more: Any) -> None:
+        self.written.append(xy)
+        super().rectangle(xy, *args, **more)
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_labels_at_the_upper_edge_do_not_cover_each_other(step: int) -> None:
+    """Sixteen boxes that begin at one corner, and sixteen along the edge."""
+    canvas = grey(640, 480)
+    draw = Recorder(canvas)
+    labels = [
+        ((float(step * number), 0.0, step * number + 60.0, 50.0), f"cat {number}", "#ff0000")
+        for number in range(16)
+    ]
+    write_labels(draw, labels, canvas.size, 12)
+    assert len(draw.written) == 16
+    for one, other in combinations(draw.written, 2):
+        beside = one[2] < other[0] or other[2] < one[0]
+        assert beside or one[3] < other[1] or other[3] < one[1], (one, other)
+    assert all(x0 >= 0 and y0 >= 0 and x1 < 640 and y1 < 480 for x0, y0, x1, y1 in draw.written)
+
+
+def test_a_full_picture_still_has_all_labels() -> None:
+    canvas = grey(60, 20)
+    labels = [((0.0, 0.0, 50.0, 15.0), "a long name 0.50", "#ff0000")] * 9
+    write_labels(ImageDraw.Draw(canvas), labels, canvas.size, 12)
+    assert changed(canvas).any()
+
+
+def test_objects_of_one_class_have_shades() -> None:
+    colours = object_colours([1, 0, 1, 1, 0])
+    assert colours[0] == class_colour(1) and colours[1] == class_colour(0)
+    assert len(set(colours)) == 5
+    drawn = draw_detections(
+        grey(300, 200),
+        np.array([[10, 30, 100, 100], [120, 30, 220, 100]]),
+        [1, 1],
+        [0.5, 0.9],
+        NAMES,
+    )
+    first, second = object_colours([1, 1])  # the best has the colour itself
+    pixels = np.asarray(drawn)
+    shown = ["#" + "".join(f"{each:02x}" for each in pixels[100, x].tolist()) for x in (50, 170)]
+    assert shown == [second, first]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from tiny_runs import random_pictures, write_coco
+
 from trainer.commands.command_line import main as vidt
 from trainer.data.dataset_statistics import crowding, fingerprint_of
 from trainer.data.load import read_datasets

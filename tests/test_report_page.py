@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.sections: set[str] = set()
         self.fetched: list[str] = []
+        self.linked: list[str] = []  # files, by the reader's click
         self.tags: set[str] = set()
         self.words: list[str] = []
         self.feed(self.text)
@@ -65,6 +67,8 @@ class Page(HTMLParser):
         self.tags.add(tag)
         if tag == "section":
             self.sections.add(given["id"] or "")
+        if tag == "a" and not (given["href"] or "").startswith("#"):
+            self.linked.append(given.pop("href") or "")
         for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
             if name in given:
                 self.fetched.append(given[name] or "")
@@ -141,6 +145,61 @@ def test_a_preview_of_the_augmentation_is_shown(val: SampleTable, tmp_path: Path
     Image.new("RGB", (40, 30), "red").save(tmp_path / "preview.jpg")
     page = page_of_run(tmp_path, facts_of(tmp_path, (val, val)), events_of_a_run(val, (0.2,)))
     page.check(RESULTS | ALWAYS | {"curves", "preview"})
+
+
+def test_what_stands_out_says_of_how_many_boxes_it_speaks(val: SampleTable, tmp_path: Path) -> None:
+    events = events_of_a_run(val, (0.6,))
+    words = page_of_run(tmp_path, facts_of(tmp_path, (val, val)), events).words_shown
+    boxes = {name: int((val.labels == label).sum()) for label, name in enumerate(NAMES)}
+    metrics = events[-1].metrics
+    rising = sorted(NAMES, key=lambda name: metrics[f"ap50/{name}"])
+    for name, word in ((rising[0], "weakest class"), (rising[-1], "strongest")):
+        told = (
+            rf"{name} (is )?the {word} \((AP50 )?{metrics[f'ap50/{name}']:.2f}, {boxes[name]} true"
+        )
+        assert re.search(told, words), told
+    assert re.search(
+        r"(Small|Medium|Large) objects have the lowest AP by size \(.*?, \d+ true", words
+    )
+
+
+def test_with_one_class_there_is_no_card_about_classes(tmp_path: Path) -> None:
+    table = pictures_of(tmp_path / "val", ("cat",))
+    events = events_of_a_run(table, (0.4, 0.8))
+    page = page_of_run(tmp_path, facts_of(tmp_path, (table, table)), events)
+    page.check(RESULTS | ALWAYS | {"curves"})
+    for title in ("AP50 of each class", "True boxes of each class", "Most often confused"):
+        assert title not in page.words_shown
+    assert "weakest class" not in page.words_shown
+    assert page.text.count('class="empty"') == 1 and "No findings." in page.words_shown
+
+
+def test_the_throughput_is_the_median(val: SampleTable, tmp_path: Path) -> None:
+    speeds = iter((9.0, 11.0, 1.0, 30.0, 10.0))
+    events = [
+        replace(each, metrics={**each.metrics, "images_per_second": next(speeds)})
+        if each.event == "step"
+        else each
+        for each in events_of_a_run(val, (0.5,))
+    ]
+    words = page_of_run(tmp_path, facts_of(tmp_path, (val, val)), events).words_shown
+    assert "Throughput 10/s training images, median" in words
+    assert "training, median 10 images/s" in words
+
+
+def test_the_worst_images_are_linked(tmp_path: Path) -> None:
+    """By their place relative to the page, escaped."""
+    table = pictures_of(tmp_path / 'a "b" #1', NAMES)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    events = events_of_a_run(table, (0.3,))
+    page = page_of_run(folder, facts_of(folder, (table, table)), events)
+    worst = events[-1].diagnosis.worst  # type: ignore[union-attr]
+    assert len(page.linked) == len(worst) > 0
+    for address, judged in zip(page.linked, worst, strict=True):
+        assert address.startswith("../a%20%22b%22%20%231/")
+        target = (folder / unquote(address)).resolve()
+        assert target == Path(table.path(judged.index)).resolve() and target.is_file()
 
 
 def test_what_more_epochs_would_do_is_said_at_the_end(val: SampleTable, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ import trainer.train
 from trainer.augmentation.recipe import Augmentation
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
-from trainer.data.load import read_datasets
 from trainer.data.denoising import Denoising
+from trainer.data.load import read_datasets
 from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement

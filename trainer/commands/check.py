@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.command_flags import (
+    Stages,
     add_val_fraction,
     check_result,
     command_parser,
@@ -55,11 +56,16 @@ HELP_OF = {
 }
 
 
-def flags() -> OneLineParser:
-    parser = command_parser("check", SUMMARY, EXAMPLES)
+def add_data_flags(parser: OneLineParser) -> None:
+    """The flags that name a dataset; `settings` reads them."""
     for name, text in HELP_OF.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=text)
     add_val_fraction(parser)
+
+
+def flags() -> OneLineParser:
+    parser = command_parser("check", SUMMARY, EXAMPLES)
+    add_data_flags(parser)
     parser.add_argument(
         "--det_token_num",
         type=count,
@@ -110,12 +116,14 @@ def run(argv: Sequence[str]) -> int:
     tables: list[Any] = []
     recognised = ""
     try:
-        data = read_parts(
-            config,
-            num_queries=given.det_token_num,
-            num_classes=None,
-            compare_pictures=not given.no_look_alikes,
-        )
+        with Stages() as tell:
+            data = read_parts(
+                config,
+                num_queries=given.det_token_num,
+                num_classes=None,
+                compare_pictures=not given.no_look_alikes,
+                tell=tell,
+            )
         tables, findings = [data.train, data.val], data.findings
         tables += [data.test] if data.test is not None else []
         recognised = data.recognised
@@ -150,8 +158,8 @@ def settings(given: dict[str, Any]) -> TrainConfig:
     if len(kinds) > 1:
         both = " and ".join(f"--{name}" for name in paths)
         raise UserError(f"{both}: check one dataset at a time")
-    names = ("max_bad_fraction", "eval_size", "strict_images", "val_fraction")
-    chosen = {name: given[name] for name in names}
+    others = ("max_bad_fraction", "eval_size", "strict_images", "val_fraction")
+    chosen = {name: given[name] for name in others if name in given}
     return TrainConfig(dataset_file=kinds[0], **chosen, **paths)
 
 

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from vidt.loading import load
 from vidt.predict.selection import BEST
 from vidt.predict.tiles import OVERLAP, check_tile
 
+SILENT = 2.0  # seconds that a stage takes before a command speaks of it
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
 
@@ -179,6 +181,32 @@ def note(text: str) -> None:
     """Prints a line on standard error, apart from the results."""
     sys.stdout.flush()
     sys.stderr.write(escaped(text) + "\n")
+
+
+class Stages:
+    """Says on standard error what a command does: each stage once it has taken SILENT seconds, so
+    that quick commands print nothing but their results.
+    """
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def __call__(self, text: str) -> None:
+        """A stage begins, and the one before it has ended."""
+        self.end()
+        self._timer = threading.Timer(SILENT, note, [f"{text} ..."])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
 
 def write_result(path: Path, data: bytes) -> None:

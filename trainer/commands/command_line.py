@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "the settings that --preset auto chooses for a dataset, and why",
     "check": "check a dataset: what is wrong with it, and what a training would do about it",
     "evaluate": "COCO's metrics of a detector on annotated images",
+    "audit": "annotations that a detector disagrees with: forgotten, misplaced, mislabelled",
     "predict": "detect objects in images, draw them, write them to files",
     "info": "what a weights file holds, and how it was trained",
     "models": "the published models, which --load_from and WEIGHTS take by name",

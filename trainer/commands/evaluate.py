@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
+    Stages,
     add_data,
     add_detector_flags,
     add_tile_flags,
@@ -92,10 +93,15 @@ def run(argv: Sequence[str]) -> int:
         )
     detector = load_detector(given)
     folder = given.images or ""
-    if given.data is None:
-        file = read(given.json, folder, detector.class_names)
-    else:
-        file, line = read_data(given.data, given.split, given.val_fraction, detector.class_names)
+    with Stages() as tell:
+        tell(f"reading {given.data or given.json}")
+        if given.data is None:
+            file, line = read(given.json, folder, detector.class_names), ""
+        else:
+            file, line = read_data(
+                given.data, given.split, given.val_fraction, detector.class_names
+            )
+    if line:
         note(line)
     if given.out is not None:
         images = (Path(folder, name) for name in file.images.names)
@@ -112,9 +118,11 @@ def run(argv: Sequence[str]) -> int:
             f"{len(unread) + malformed} of {num_images + malformed} "
             f"images cannot be read; the first: {first}"
         )
-    truth = judge(file, found)
-    metrics = box_scores(file, truth, found, detector.class_names)
-    of_masks, unusable = mask_scores(file, truth, found, detector.class_names)
+    with Stages() as tell:
+        tell(f"scoring {counted(len(found), 'image')}")
+        truth = judge(file, found)
+        metrics = box_scores(file, truth, found, detector.class_names)
+        of_masks, unusable = mask_scores(file, truth, found, detector.class_names)
     for line in remarks(file, truth.left_out, unread, unusable):
         note(line)
     metrics |= of_masks

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
+    Stages,
     add_data,
     check_result,
     command_parser,
@@ -113,16 +114,18 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(
             f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
         ) from None
-    report = export(
-        weights,
-        given.output,
-        size=tuple(given.size) if given.size else None,
-        dynamic=dynamic,
-        half=given.fp16,
-        with_decode=given.with_decode,
-        images=images,
-        dataset_for=proof_data(given),
-    )
+    with Stages() as tell:
+        report = export(
+            weights,
+            given.output,
+            size=tuple(given.size) if given.size else None,
+            dynamic=dynamic,
+            half=given.fp16,
+            with_decode=given.with_decode,
+            images=images,
+            dataset_for=proof_data(given),
+            tell=tell,
+        )
     say(report.text())
     write_json(given.report, report.as_dict())
     return 0 if report.ok else 1

@@ -29,7 +29,9 @@ OWN_FLAGS = (*HELP, "--json")
 
 def flags() -> OneLineParser:
     parser = command_parser("plan", SUMMARY, EXAMPLES)
-    parser.add_argument("data", metavar="DATA", help="folder of the dataset, or its annotation file")
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of the dataset, or its annotation file"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

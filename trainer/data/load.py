@@ -184,6 +184,7 @@ def read_datasets(
     masks: bool = False,
     token_label: bool = False,
     compare_pictures: bool = False,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """The training and the validation part of `read_parts`, and all findings."""
     found = read_parts(
@@ -193,6 +194,7 @@ def read_datasets(
         masks=masks,
         token_label=token_label,
         compare_pictures=compare_pictures,
+        tell=tell,
     )
     return found.train, found.val, found.findings
 
@@ -205,16 +207,19 @@ def read_parts(
     masks: bool = False,
     token_label: bool = False,
     compare_pictures: bool = False,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> Datasets:
     """The usable samples of all parts, and all findings. `masks` reads the masks of all parts;
-    `token_label`, and --copy_paste, those of the training part, if it has any. `compare_pictures` decodes all
-    pictures to find near-duplicates between the parts.
+    `token_label`, and --copy_paste, those of the training part, if it has any. `compare_pictures`
+    decodes all pictures to find near-duplicates between the parts. `tell` is called as each stage
+    begins.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
     """
     read, seen = reader_of(config), FilesSeen()
     in_train = masks or token_label or config.copy_paste > 0
+    tell("reading the training annotations")
     train, findings = read("train", None, in_train, seen)
     if masks and train.masks is None:
         raise UserError(
@@ -227,6 +232,7 @@ def read_parts(
             f"{counted(found, 'class', 'classes')} (first {', '.join(train.class_names[:5])}); "
             "leave the flag out"
         )
+    tell("reading the other annotations")
     others = {}
     for part in ("val", *other_parts(read)):
         try:
@@ -234,6 +240,7 @@ def read_parts(
         except BadDataset as error:
             raise BadDataset(str(error), [*findings, *error.findings]) from error
         findings += more
+    tell(f"checking {counted(sum(map(len, (train, *others.values()))), 'image file')}")
     train, val, findings = check(
         train,
         others["val"],
@@ -256,6 +263,7 @@ def read_parts(
         findings += implausible_boxes(table, config.eval_size)
     findings += rare_classes(train)
     if compare_pictures:
+        tell(f"decoding {counted(len(train) + len(val), 'image')} to find look-alikes")
         findings += near_duplicates(train, val)
         findings += near_duplicates(train, test) if test is not None else []
     line = read.line(tables) if isinstance(read, RecognisedReader) else ""

@@ -232,6 +232,32 @@ class SampleTable:
         )
 
 
+def concatenated(tables: Sequence[SampleTable]) -> SampleTable:
+    """The images of tables with the same classes in one, the first table's first, without masks."""
+    first = tables[0]
+    assert all(table.class_names == first.class_names for table in tables), "classes differ"
+    starts = np.cumsum([0, *(len(table) for table in tables)]).tolist()
+    owners = [table.box_owners + start for table, start in zip(tables, starts[:-1], strict=True)]
+
+    def column(name: str) -> np.ndarray:
+        return torch.cat([getattr(table, name) for table in tables]).numpy()
+
+    return SampleTable.from_columns(
+        source=" and ".join(table.source for table in tables),
+        class_names=first.class_names,
+        category_ids=first.category_ids,
+        paths=[path for table in tables for path in table.paths()],
+        image_ids=column("image_ids"),
+        sizes=column("sizes"),
+        owners=torch.cat(owners).numpy(),
+        boxes=column("boxes"),
+        labels=column("labels"),
+        areas=column("areas"),
+        crowd=column("crowd"),
+        annotation_ids=column("annotation_ids"),
+    )
+
+
 def _offsets(counts: Tensor) -> Tensor:
     """Counts [n] to the offsets [n + 1] at which each range starts and the last one ends."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), counts.to(torch.int64).cumsum(0)])

@@ -7,12 +7,14 @@ run: one line of the log says why.
 
 import base64
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -178,6 +180,7 @@ def render_training(facts: RunFacts, history: RunHistory, scored: Scored | None,
         curves=curves_of(history, rows, best_by),
         best=max(rows, key=lambda row: _score(row, best_by), default=None),
         throughput=page_run.throughput_plot(history),
+        speed=page_run.median_speed(history),
         times=page_run.training_times(history),
     )
 
@@ -192,7 +195,7 @@ def _render(facts: RunFacts, scored: Scored | None, **more: Any) -> str:
     statistics = [statistics_of(table) for table in facts.splits]
     results = results_of(scored, facts.splits[-1], statistics[-1].by_size) if scored else None
     changed, default = page_run.changed_and_default(facts.settings)
-    page = _environment().get_template("page.html")
+    page = environment().get_template("page.html")
     return page.render(
         facts=facts,
         title=facts.folder.resolve().name,
@@ -214,9 +217,9 @@ def _score(row: Mapping[str, float], name: str) -> float:
     return value if is_score(value) else -1.0
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     """The jinja2 environment: it escapes text and rejects unknown names."""
-    environment = Environment(
+    made = Environment(
         loader=PackageLoader("trainer.report", "template"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -225,11 +228,20 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     filters = {"duration": duration, "score": score, "shortened": shortened}
-    environment.filters |= filters | {"jpeg": _data_url, "svg": _svg}
-    environment.filters["jpeg_file"] = lambda path: _jpeg_url(path.read_bytes())
-    environment.globals |= {"counted": counted, "variables": VARIABLES}
-    environment.globals |= {"right": RIGHT, "wrong": WRONG}
-    return environment
+    made.filters |= filters | {"jpeg": _data_url, "svg": _svg}
+    made.filters["jpeg_file"] = lambda path: _jpeg_url(path.read_bytes())
+    made.globals |= {"counted": counted, "variables": VARIABLES, "link": link}
+    made.globals |= {"right": RIGHT, "wrong": WRONG}
+    return made
+
+
+def link(path: str, folder: Path) -> str:
+    """The address of a file in a page in `folder`, relative so that both may move together."""
+    file = Path(path).parent.resolve() / Path(path).name
+    try:
+        return quote(os.fsencode(os.path.relpath(file, folder.resolve())))
+    except ValueError:  # on another drive
+        return file.as_uri()
 
 
 def _printable(value: Any) -> Any:

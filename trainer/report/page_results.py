@@ -57,17 +57,19 @@ def results_of(scored: Scored, samples: SampleTable, by_size: Sequence[int]) -> 
         "recall": _recall_plot(scored),
         "f1": _f1_plot(scored.diagnosis),
         "confusion": confusion_table(counts, rows, columns) if counts.any() else Plot(None),
+        "several_classes": len(scored.diagnosis.class_names) > 1,
         "wide_confusion": len(rows) > SMALL_TABLE,
         "sizes": _sizes_plot(scored, by_size),
         "class_extremes": _extremes(
-            {name: scored.score(f"ap50/{name}") for name in class_names_in(scored.metrics)}
+            {name: scored.score(f"ap50/{name}") for name in class_names_in(scored.metrics)},
+            {each.name: each.num_truths for each in scored.diagnosis.curves},
         ),
-        "size_extremes": _extremes({size: scored.score(f"map_{size}") for size in SIZES}),
+        "size_extremes": _extremes(
+            {size: scored.score(f"map_{size}") for size in SIZES},
+            dict(zip(SIZES, by_size, strict=True)),
+        ),
         "confused": _confused(scored.diagnosis),
-        "worst": [
-            (samples.path(each.index).rpartition("/")[2], caption(each), pair)
-            for each, pair in judged
-        ],
+        "worst": [(samples.path(each.index), caption(each), pair) for each, pair in judged],
         "num_true": int(table[:-1].sum()),
         "num_missed": int(table[:-1, -1].sum()),
         "num_false": int(table[-1, :-1].sum()),
@@ -121,12 +123,17 @@ def _sizes_plot(scored: Scored, by_size: Sequence[int]) -> Plot:
     return bars(names, columns, "{:.3f}", 1.0)
 
 
-def _extremes(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """The worst and the best class, if two or more have a score and one is above 0."""
+def _extremes(scores: Mapping[str, float], boxes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The worst and the best class or size, with its true boxes, if two or more have a score and
+    one is above 0.
+    """
     known = sorted((value, name) for name, value in scores.items() if is_score(value))
     if len(known) < 2 or not known[-1][0]:
         return []
-    return [(name, value) for value, name in (known[0], known[-1])]
+    return [
+        {"name": name, "score": value, "boxes": boxes[name]}
+        for value, name in (known[0], known[-1])
+    ]
 
 
 def _confused(diagnosis: Diagnosis) -> list[tuple[str, str, int, float]]:

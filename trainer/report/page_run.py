@@ -154,19 +154,25 @@ def changed_and_default(settings: Mapping[str, Any]) -> tuple[dict[str, Any], di
 def training_times(history: RunHistory) -> dict[str, str]:
     """Durations, speed and memory since this start of the run."""
     total, evaluating = history.seconds, history.seconds_evaluating
-    speed, memory = history.known("images_per_second"), history.known("memory_gib")
+    speed, memory = median_speed(history), history.known("memory_gib")
     times = {"since this start": duration(total)}
     if total:
         times["evaluations"] = f"{duration(evaluating)}, {evaluating / total:.0%}"
     if history.num_evaluations:
         times["per evaluation"] = duration(evaluating / history.num_evaluations)
     if speed:
-        times["training, median"] = f"{median(speed):.3g} images/s"
+        times["training, median"] = f"{speed:.3g} images/s"
     if memory:
         times["peak memory"] = f"{max(memory):.2f} GiB"
     if history.first_step:
         times["resumed after step"] = f"{history.first_step:,}"
     return times
+
+
+def median_speed(history: RunHistory) -> float | None:
+    """Images per second of the median log line since this start; None without a line."""
+    known = history.known("images_per_second")
+    return median(known) if known else None
 
 
 def evaluation_times(seconds: float, num_images: int) -> dict[str, str]:

@@ -19,7 +19,14 @@ from trainer.readers.run_lengths import RunLengths
 from trainer.readers.samples import Sample, SampleTable
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted
-from vidt.images.drawing import class_colour, class_text, clipped, draw_boxes_on, tint
+from vidt.images.drawing import (
+    class_colour,
+    class_text,
+    clipped,
+    draw_boxes_on,
+    object_colours,
+    tint,
+)
 from vidt.images.files import read_image
 from vidt.predict.detections import Detections
 
@@ -130,7 +137,7 @@ def _marks(
     texts = [class_text(label, class_names) for label in classes]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)]
-    colours = map(class_colour, classes)
+    colours = object_colours(classes)
     columns = (boxes.numpy(), texts, colours, masks_or_none(masks, len(texts)))
     return [Mark(*row) for row in zip(*columns, strict=True)]
 

@@ -38,6 +38,7 @@ class JudgedImage:
     detections: Detections  # m
     true_class: Tensor  # int64 [m], the true class of each detection, or NOTHING, or CROWD
     predicted_class: Tensor  # int64 [n], the predicted class of each true box, or NOTHING, or CROWD
+    annotation: Tensor  # int64 [m], the true box of each detection, or NOTHING
     num_missed: int
     num_false: int
     num_confused: int
@@ -141,13 +142,14 @@ def judge(
         masks = [masks[row] for row in keep.nonzero().flatten().tolist()]
     detections = detections[keep]
     boxes = clip_boxes_to_image(detections.boxes, sample.size)
-    true_class, predicted_class = _matched(sample, boxes, detections.labels)
+    true_class, predicted_class, annotation = _matched(sample, boxes, detections.labels)
     same = true_class == detections.labels
     return JudgedImage(
         index=index,
         detections=detections,
         true_class=true_class,
         predicted_class=predicted_class,
+        annotation=annotation,
         num_missed=int((predicted_class == NOTHING).sum()),
         num_false=int((true_class == NOTHING).sum()),
         num_confused=int((~same & (true_class >= 0)).sum()),
@@ -155,12 +157,12 @@ def judge(
     )
 
 
-def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`true_class` and `predicted_class` of detections, which are sorted by falling score."""
+def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`true_class`, `predicted_class` and `annotation` of detections sorted by falling score."""
     overlaps = box_iou(boxes.double(), sample.boxes.double())  # [m, n]
     own = labels[:, None] == sample.labels
     free = ~sample.crowd
-    true_class = torch.full((len(boxes),), NOTHING)
+    true_class, annotation = (torch.full((len(boxes),), NOTHING) for _ in range(2))
     predicted_class = torch.where(sample.crowd, CROWD, NOTHING)
     for allowed in (own, ~own):
         for row in (true_class == NOTHING).nonzero().flatten().tolist():
@@ -168,12 +170,13 @@ def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Ten
             column = int(candidates.argmax()) if len(candidates) else 0
             if len(candidates) and candidates[column] >= MIN_IOU:
                 true_class[row], predicted_class[column] = sample.labels[column], labels[row]
+                annotation[row] = column
                 free[column] = False
     if bool(sample.crowd.any()):
         inside = _share_inside(boxes, sample.boxes[sample.crowd]) >= MIN_IOU
         inside &= own[:, sample.crowd]
         true_class[inside.any(1) & (true_class == NOTHING)] = CROWD
-    return true_class, predicted_class
+    return true_class, predicted_class, annotation
 
 
 def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Boxes are xyxy in pixels of the picture.
 """
 
 import colorsys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -19,6 +20,9 @@ LONGEST_NAME = 16  # characters
 MASK_SHARE = 0.45  # opacity of a mask
 SMALLEST_FONT = 11  # pixels
 
+# Share of white, or below 0 of black, in the colours of a class's objects in one picture, in turn.
+SHADES = (0.0, 0.45, -0.35, 0.7, -0.55)
+
 Rectangle: TypeAlias = tuple[float, float, float, float]
 Label: TypeAlias = tuple[Rectangle, str, str]  # box, text, colour
 
@@ -31,6 +35,25 @@ def class_colour(label: int) -> str:
     hue = label * 0.618034 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.9 - 0.4 * (label % 2), 0.95 - 0.2 * (label % 3))
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+
+
+def object_colours(labels: Sequence[int]) -> list[str]:
+    """A colour for each object of a picture: that of its class, in another shade for each object of
+    the class until the shades repeat. The first of each class has the colour itself.
+    """
+    seen: Counter[int] = Counter()
+    colours = []
+    for label in labels:
+        colours.append(_shaded(class_colour(label), SHADES[seen[label] % len(SHADES)]))
+        seen[label] += 1
+    return colours
+
+
+def _shaded(colour: str, share: float) -> str:
+    """The colour with a share of white, or of black if it is negative."""
+    end = 255 if share > 0 else 0
+    mixed = (round(each + abs(share) * (end - each)) for each in _channels(colour))
+    return "#" + "".join(f"{each:02x}" for each in mixed)
 
 
 def class_text(label: int, class_names: Sequence[str]) -> str:
@@ -57,13 +80,15 @@ def draw_detections(
     """
     canvas = image.convert("RGB")  # a copy in any case
     order = np.argsort(scores, kind="stable").tolist()
+    best_first = order[::-1]
+    shades = object_colours([int(labels[row]) for row in best_first])
+    colours = dict(zip(best_first, shades, strict=True))
     for row in order if masks is not None else ():
-        tint(canvas, masks[row], class_colour(int(labels[row])))  # type: ignore[index]
+        tint(canvas, masks[row], colours[row])  # type: ignore[index]
     texts = [
         f"{class_text(int(label), class_names)} {score:.2f}"
         for label, score in zip(labels, scores, strict=True)
     ]
-    colours = [class_colour(int(label)) for label in labels]
     longest = max(canvas.size)
     draw_boxes_on(
         canvas,
@@ -115,43 +140,60 @@ def _grown(box: Rectangle, by: float) -> Rectangle:
 def write_labels(
     draw: ImageDraw.ImageDraw, labels: Sequence[Label], size: tuple[int, int], font_size: int
 ) -> None:
-    """Writes labels, best first, each at the position that covers least of the labels before it."""
+    """Writes labels, best first, each at its box if that covers no label before it, else at the
+    nearest place that is free. Only where a picture has no room left do labels cover each other.
+    """
     font = ImageFont.load_default(font_size)
-    placed: list[Rectangle] = []
+    placed = np.zeros((0, 4))
     for box, text, colour in labels:
         width, height = draw.textlength(text, font=font) + 6, font_size + 3
         candidates = _positions(box, width, height, size)
-        position = min(candidates, key=lambda each: _covered(each, placed))
-        placed.append(position)
-        draw.rectangle(position, fill=colour)
+        covered = _covered(candidates, placed)
+        if covered.min() > 0:
+            candidates = np.concatenate([candidates, _places(box, width, height, size)])
+            covered = _covered(candidates, placed)
+        x0, y0, x1, y1 = candidates[covered.argmin()].tolist()
+        placed = np.concatenate([placed, [[x0 - 1, y0 - 1, x1 + 1, y1 + 1]]])
+        draw.rectangle((x0, y0, x1, y1), fill=colour)
         ink = "#000000" if _is_light(colour) else "#ffffff"
-        middle = (position[0] + 3, (position[1] + position[3]) / 2)
-        draw.text(middle, text, fill=ink, font=font, anchor="lm")
+        draw.text((x0 + 3, (y0 + y1) / 2), text, fill=ink, font=font, anchor="lm")
 
 
-def _positions(
-    box: Rectangle, width: float, height: float, size: tuple[int, int]
-) -> list[Rectangle]:
-    """Positions of a label: above the box, inside at the top or bottom, and below."""
+def _positions(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> np.ndarray:
+    """Positions of a label at its box, best first: above it, inside at the top or bottom, and
+    below: xyxy [8, 4].
+    """
     x0, y0, x1, y1 = box
     lefts = (x0, x1 - width)
     tops = (y0 - height, y0, y1 - height, y1)
-    corners = [
-        (min(max(0.0, x), size[0] - 1 - width), min(max(0.0, y), size[1] - 1 - height))
-        for y in tops
-        for x in lefts
-    ]
-    return [(x, y, x + width, y + height) for x, y in corners]
+    return _rectangles([(x, y) for y in tops for x in lefts], width, height, size)
 
 
-def _covered(position: Rectangle, placed: Sequence[Rectangle]) -> float:
-    """Area of `position` that is covered by labels already written."""
-    x0, y0, x1, y1 = position
-    return sum(
-        max(0.0, min(x1, other[2]) - max(x0, other[0]))
-        * max(0.0, min(y1, other[3]) - max(y0, other[1]))
-        for other in placed
-    )
+def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> np.ndarray:
+    """Positions all over the picture, nearest to the corner of the box first: xyxy [P, 4]."""
+    ys = np.arange(0, max(size[1] - height, 1), (height + 2) / 2)
+    xs = np.arange(0, max(size[0] - width, 1), max(width / 4, 8))
+    corners = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
+    distances = np.hypot(*(corners - [box[0], box[1] - height]).T)
+    return _rectangles(corners[distances.argsort(kind="stable")], width, height, size)
+
+
+def _rectangles(
+    corners: Sequence[tuple[float, float]] | np.ndarray,
+    width: float,
+    height: float,
+    size: tuple[int, int],
+) -> np.ndarray:
+    """Labels at upper left corners, moved into the picture: xyxy [P, 4]."""
+    inside = np.array(corners).clip(0, [max(size[0] - 1 - width, 0), max(size[1] - 1 - height, 0)])
+    return np.concatenate([inside, inside + np.array([width, height])], 1)
+
+
+def _covered(positions: np.ndarray, placed: np.ndarray) -> np.ndarray:
+    """Area of each position [P, 4] that is covered by labels already written [L, 4]: [P]."""
+    low = np.maximum(positions[:, None, :2], placed[:, :2])
+    high = np.minimum(positions[:, None, 2:], placed[:, 2:])
+    return (high - low).clip(0).prod(-1).sum(-1)
 
 
 def _channels(colour: str) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vidt.atomic import naming, unfinished
-from vidt.errors import UserError
+from vidt.errors import UserError, counted
 from vidt.images.canvas import GRANULE, whole_granules
 from vidt.images.files import probe_image, read_image
 from vidt.onnx.detector import OnnxDetector
@@ -139,6 +139,7 @@ def export(
     with_decode: bool = False,
     images: Sequence[Path] = (),
     dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
+    tell: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Writes a detector as an ONNX model and checks it. Needs onnx, onnxscript and onnxruntime.
 
@@ -147,19 +148,22 @@ def export(
     for a model with any batch size. half: half precision where it costs little accuracy.
     with_decode: the model returns boxes, scores and labels instead of the detector's outputs.
     images: pictures to compare on; none: some are drawn. dataset_for: called with the class names
-    before the export; returns the dataset on which map50 of both detectors is compared.
+    before the export; returns the dataset on which map50 of both detectors is compared. tell:
+    called as each stage begins, with a text for people.
 
     `output` is written atomically. Raises UserError in one line for weights that cannot be read, an
     invalid size or axis, and a dataset without the detector's classes; OSError in one line for a
     file that cannot be written.
     """
     _check(output, size, dynamic)
+    tell(f"reading {weights}")
     model, info = load_model(weights)
     predictor = Predictor(model, info)
     dataset = dataset_for(info.class_names) if dataset_for else None
     pictures = _Pictures(images)
     files = images or (dataset.files if dataset else ())
     frame = size or _common_canvas(files, predictor)
+    tell(f"exporting the graph for images of {frame[0]} x {frame[1]}")
     graph = make_graph(
         ExportedDetector(predictor.model, info.preprocessing, decode=with_decode),
         info,
@@ -173,8 +177,11 @@ def export(
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
+        tell(f"comparing both detectors on {counted(len(pictures), 'image')}")
         detector = OnnxDetector(temporary)
         differences = compare(predictor, detector, pictures, limits)
+        if dataset:
+            tell(f"scoring both detectors on {counted(len(dataset.files), 'image')}")
         scores = _scores(predictor, detector, dataset) if dataset else None
         failures = tuple(_failures(differences, scores, limits))
         named = output.with_name(f"{output.name}.rejected") if failures else output
