@@ -1,4 +1,4 @@
-"""`--preset auto` and `--hours`: the plan of a dataset, what wins over it, how long a run becomes."""
+"""`--preset auto` and `--hours`: a dataset's plan, what wins over it, how long a run becomes."""
 
 import json
 from dataclasses import replace

@@ -28,7 +28,7 @@ SIZES = {"det_token_num": 5, "dec_layers": 2, "reduced_dim": 32, "pos_dim": 32, 
 
 def small_model(**fields: object) -> ViDT:
     torch.manual_seed(0)
-    config = ViDTConfig("vidt", "swin_femto", num_classes=3, **{**SIZES, **fields})  # type: ignore[arg-type]
+    config = ViDTConfig("vidt", "swin_pico", num_classes=3, **{**SIZES, **fields})  # type: ignore[arg-type]
     model = ViDT(config)
     with torch.no_grad():  # initially every box head predicts its reference
         for head in model.bbox_embed:

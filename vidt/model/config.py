@@ -25,7 +25,7 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class SwinVariant:
-    """Sizes of a published Swin backbone."""
+    """Sizes of a Swin backbone."""
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -43,7 +43,7 @@ class CoatVariant:
 
 
 SWIN_VARIANTS = {
-    "swin_femto": SwinVariant(24, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
+    # Ours, for random weights and a CPU: nothing was published for it.
     "swin_pico": SwinVariant(32, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
     "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
     "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),

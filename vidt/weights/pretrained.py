@@ -37,6 +37,10 @@ def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> 
     if pre_trained == "none":
         return
     if pre_trained == "imagenet":
+        if backbone_name not in {**TIMM_NAMES, **URLS}:
+            raise UnusableWeights(
+                f"{backbone_name} has no ImageNet weights; pass --pre_trained none, or a file"
+            )
         state_dict, source = _fetch(backbone_name), f"the ImageNet weights of {backbone_name}"
     else:
         state_dict, source = _read(pre_trained), pre_trained
