@@ -293,6 +293,7 @@ BAD_CONFIGS = [
     ({"args_options": "--colour red"}, "colour"),
     ({"args_options": "--coco_path /data"}, "coco_path"),
     ({"args_options": "--epff --with_vector"}, "with_vector"),
+    ({"args_options": "--report_to wandb"}, "report_to"),
     ({"args_options": "--epochs"}, "epochs"),
     ({"args_options": "--epochs 'three"}, "args_options"),
     ({"args_options": "--help"}, "help"),

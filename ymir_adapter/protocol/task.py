@@ -169,6 +169,9 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
             if own.get(flag) is not None:
                 message = f"args_options: --{flag}; the platform provides the data, leave it out"
                 raise TaskError(Code.CONFIG, message)
+        if own.get("report_to", ("tensorboard",)) != ("tensorboard",):
+            message = "args_options: --report_to; the platform shows TensorBoard, leave it out"
+            raise TaskError(Code.CONFIG, message)
         if own.get("with_vector"):
             message = "args_options: --with_vector needs masks, which this executor does not read"
             raise TaskError(Code.CONFIG, message)
