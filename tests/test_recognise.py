@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from doc_pages import write_voc, write_yolo
 from PIL import Image, ImageOps
 from tiny_runs import FLAGS, Learnt, differences, end_of, main_here, random_pictures, write_coco
@@ -387,6 +388,21 @@ def test_no_side_is_empty(fraction: float, tmp_path: Path) -> None:
     whole = SampleTable.from_samples([*table, *read(tmp_path).val], table.class_names)
     train, val, _ = hold_out(whole, fraction)
     assert len(train) and len(val) and len(train) + len(val) == 5
+
+
+@pytest.mark.parametrize("num_boxed", [0, 1, 2, 5])
+def test_both_sides_have_boxes_if_two_groups_have(num_boxed: int, tmp_path: Path) -> None:
+    labelled(tmp_path, range(12))
+    found = read(tmp_path)
+    samples = sorted([*found.train, *found.val], key=lambda sample: sample.path)
+    for boxed in range(0, 12, 3):
+        which = {(boxed + i) % 12 for i in range(num_boxed)}
+        whole = SampleTable.from_samples(samples, NAMES)
+        keep = np.isin(whole.box_owners.numpy(), list(which))
+        train, val, _ = hold_out(whole.keep_boxes(torch.from_numpy(keep)), 0.2)
+        assert len(train) and len(val)
+        assert len(train.labels) > 0 or num_boxed == 0
+        assert len(val.labels) > 0 or num_boxed <= 1
 
 
 def test_an_unused_super_category_is_no_class_and_is_told(tmp_path: Path) -> None:

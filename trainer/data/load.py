@@ -147,7 +147,8 @@ def hold_out(table: SampleTable, fraction: float) -> tuple[SampleTable, SampleTa
 
     A picture's side follows from the bytes of its file: other names, folders and more pictures
     change nothing. Pictures that look alike stay together, on the side of the one whose hash is
-    smallest; a group of more than half of the pictures is for training.
+    smallest; a group of more than half of the pictures is for training. If that leaves a side
+    without boxes, the group that a slightly larger or smaller fraction would move changes sides.
 
     Raises UserError for fewer than two pictures.
     """
@@ -165,10 +166,16 @@ def hold_out(table: SampleTable, fraction: float) -> tuple[SampleTable, SampleTa
     np.minimum.at(smallest, groups, digests)
     large = np.bincount(groups) > len(table) / 2
     held = (smallest < np.uint64(fraction * 2.0**64)) & ~large
+    boxed = np.zeros(len(held), np.bool_)
+    boxed[groups[table.box_counts.numpy() > 0]] = True
+    # The groups with boxes first: both sides need some, to learn from and to score.
+    order = np.lexsort((smallest, large, ~boxed))
+    if not held[boxed].any():
+        held[order[0]] = True
+    if held[boxed].all():
+        held[order[boxed.sum() - 1]] = False
     if not held.any():
-        held[np.lexsort((smallest, large))[0]] = True
-    elif held.all():
-        held[smallest.argmax()] = False
+        held[order[-1]] = True
     in_val = held[groups]
     val = table.subset(np.flatnonzero(in_val).tolist())
     val = replace(val, source=f"{table.source} (held out)")
