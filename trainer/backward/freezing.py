@@ -6,6 +6,7 @@ the [DET] tokens.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -53,7 +54,8 @@ def freeze_stages(model: nn.Module, stages: int) -> None:
                 module.drop_prob = 0.0
         if not stage.det_sees_patches:
             corner = _first_patch if isinstance(stage, SwinStage) else _first_pixel
-            stage.forward = _apart(stage.forward, corner)  # type: ignore[method-assign]
+            apart: Any = _apart(stage.forward, corner)
+            stage.forward = apart
 
 
 def _first_patch(patches: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def detected(
         predicted = predict_files(
             detector,
             entries,
-            threshold=NO_NOISE,
+            least=NO_NOISE,
             batch_size=batch_size,
             read=lambda entry: read_file(*entry),
         )

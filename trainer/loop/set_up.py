@@ -190,7 +190,15 @@ def set_up(
     per_epoch = steps_per_epoch(shown, step_images)
     if config.hours is not None:
         config = within_hours(
-            config, checkpoint, per_epoch, len(val_set), dataset, learn, optimizer, accelerator
+            config,
+            config.hours,
+            checkpoint,
+            per_epoch,
+            len(val_set),
+            dataset,
+            learn,
+            optimizer,
+            accelerator,
         )
     total_steps = config.epochs * per_epoch
     if config.max_steps is not None:
@@ -326,6 +334,7 @@ def automatic_batch_size(
 
 def within_hours(
     config: TrainConfig,
+    hours: float,
     checkpoint: Checkpoint | None,
     per_epoch: int,
     val_images: int,
@@ -340,10 +349,10 @@ def within_hours(
     if checkpoint is not None:
         saved = checkpoint.state.settings
         length = Length(saved["epochs"], saved["max_steps"], saved["eval_interval"])
-        logger.info(f"--hours {config.hours:g}: {counted(length.epochs, 'epoch')}, as before")
+        logger.info(f"--hours {hours:g}: {counted(length.epochs, 'epoch')}, as before")
         return replace(config, **vars(length))
     agreement = Agreement(accelerator)
-    left = seconds_left(config.hours)
+    left = seconds_left(hours)
     batches = micro_batches(dataset, config, config.n_iter_to_acc, range(per_epoch), accelerator)
     step = step_seconds(
         learn,
@@ -353,11 +362,11 @@ def within_hours(
         TRIAL * left,
         lambda own: agreement.gather(own).max().item(),
     )
-    left = agreement.gather(seconds_left(config.hours)).min().item()
+    left = agreement.gather(seconds_left(hours)).min().item()
     images = config.batch_size * accelerator.num_processes
     length = fitting_length(left, step, per_epoch, images, val_images)
     logger.info(
-        f"--hours {config.hours:g}: a step takes {step:.3g} s, so "
+        f"--hours {hours:g}: a step takes {step:.3g} s, so "
         f"{counted(length.max_steps, 'step')} ({counted(length.epochs, 'epoch')}) fit, with an "
         f"evaluation every {counted(length.eval_interval, 'epoch')}"
     )

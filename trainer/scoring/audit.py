@@ -27,8 +27,9 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from trainer.readers.samples import Sample, SampleTable
-from trainer.scoring.mistakes import MIN_IOU, NO_THRESHOLD, NOTHING, JudgedImage, judge
+from trainer.scoring.mistakes import MIN_IOU, NOTHING, JudgedImage, judge
 from vidt.predict.detections import Detections
+from vidt.predict.selection import NO_BEST
 
 FORGOTTEN, BOX, CLASS = "forgotten object", "wrong box", "wrong class"
 UNSUPPORTED, DOUBLED = "unsupported object", "doubled picture"
@@ -94,7 +95,7 @@ def usual_scores(
         for label, score in zip(sample.labels[~sample.crowd].tolist(), of_own, strict=True):
             scores[label].append(score)
     matched = [np.array([score for score in each if score > 0]) for each in scores]
-    usual = [float(np.median(each)) if len(each) else NO_THRESHOLD for each in matched]
+    usual = [float(np.median(each)) if len(each) else NO_BEST for each in matched]
     shares = [
         float((np.array(each) >= CONFIDENT * score).mean()) if each else 0.0
         for each, score in zip(scores, usual, strict=True)

@@ -56,7 +56,7 @@ _MICRO_BATCHES = (
     "give --batch_size the images of a whole step per process"
 )
 _PRECISION = "--mixed_precision bf16 or fp16 chooses it, --mixed_precision no is fp32"
-_PATHS = "give --coco_path, --voc_path or --yolo_path, or --train_json with its three others"
+_PATHS = "--data takes a dataset of any layout"
 _PROCESSES = "accelerate launch --num_processes N trainer/train.py starts several processes"
 _TRACKERS = (
     "TensorBoard is on; --report_to tensorboard,wandb names other trackers, --report_to none none"
