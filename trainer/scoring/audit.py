@@ -8,7 +8,7 @@ the score of a detection, o an IoU, r the share of a class's annotations that th
   middling
 - wrong class, r (s - s'): a detection of another class at the place of the annotation; s' is the
   best score there of its own class
-- unsupported object, r r (1 - so): no detection matches the annotation; so is the largest product
+- unsupported object, (r (1 - so))^2: no detection matches the annotation; so is the largest product
   of a detection's score and IoU
 - doubled picture, 1 - (1 - c)/0.05: two pictures whose thumbnails have the correlation c
 
@@ -139,7 +139,7 @@ def audit_image(
     for column in (judged.predicted_class == NOTHING).nonzero().flatten().tolist():
         if column not in pairs.values():
             share = float(found[sample.labels[column]])
-            score = share**2 * (1 - float(support[column]))
+            score = (share * (1 - float(support[column]))) ** 2
             yield Suspicion(UNSUPPORTED, score, index, column)
 
 
