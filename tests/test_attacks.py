@@ -33,7 +33,7 @@ from tiny_runs import (
 
 import trainer.loop.run_lock
 from trainer.commands.command_line import main
-from trainer.commands.image_files import fitting
+from vidt.images.image_files import fitting
 from trainer.commands.predictions import WINDOW_PIXELS, pixels_of
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement

@@ -25,7 +25,7 @@ from torch import nn
 import vidt
 from trainer.commands.command_flags import SILENT, Stages, atomic_text, write_result
 from trainer.commands.command_line import COMMANDS, main
-from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
+from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
 from trainer.scoring.average_precision import COCO_NUMBERS
@@ -271,7 +271,7 @@ def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, pho
             yield ImageFile(path, "101.png")
 
     detector = vidt.load(learnt.weights)
-    for number, _ in enumerate(predict_files(detector, endless(), threshold=0.3, batch_size=2), 1):
+    for number, _ in enumerate(predict_files(detector, endless(), least=0.3, batch_size=2), 1):
         assert taken - number <= PENDING_BATCHES * 2 + AHEAD * reading_threads() + 1
         if number == 150:
             break
@@ -343,7 +343,7 @@ def test_results_do_not_wait_for_a_full_window(
             taken += 1
             yield ImageFile(str(photos / "101.png"), "101.png")
 
-    next(predict_files(Fake(), named(), threshold=0.3, batch_size=8))
+    next(predict_files(Fake(), named(), least=0.3, batch_size=8))
     assert taken <= most
 
 

@@ -54,8 +54,7 @@ def freeze_stages(model: nn.Module, stages: int) -> None:
                 module.drop_prob = 0.0
         if not stage.det_sees_patches:
             corner = _first_patch if isinstance(stage, SwinStage) else _first_pixel
-            apart: Any = _apart(stage.forward, corner)
-            stage.forward = apart
+            stage.__dict__["forward"] = _apart(stage.forward, corner)
 
 
 def _first_patch(patches: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from trainer.commands.command_flags import (
     write_json,
     write_result,
 )
-from trainer.commands.image_files import ImageFile
+from vidt.images.image_files import ImageFile
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 

@@ -23,7 +23,7 @@ from trainer.commands.command_flags import (
     tile_settings,
     write_json,
 )
-from trainer.commands.image_files import ImageFile
+from vidt.images.image_files import ImageFile
 from trainer.commands.predictions import predict_files, read_file
 from trainer.readers.classes import ClassMatch
 from trainer.readers.coco_columns import Annotations, ImageColumns

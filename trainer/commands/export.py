@@ -21,7 +21,7 @@ from trainer.commands.command_flags import (
 )
 from trainer.commands.evaluate import read as read_truth
 from trainer.commands.evaluate import read_data, require_one_truth
-from trainer.commands.image_files import ImageFiles
+from vidt.images.image_files import ImageFiles
 from trainer.readers.coco_file import CocoFile
 from trainer.scoring.coco_scores import judge, map50
 from trainer.scoring.prediction_formats import ImagePredictions

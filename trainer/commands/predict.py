@@ -27,7 +27,7 @@ from trainer.commands.command_flags import (
     tile_settings,
     write_result,
 )
-from trainer.commands.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
+from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
 from trainer.commands.predictions import (
     WINDOW_PIXELS,
     Predicted,

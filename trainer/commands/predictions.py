@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.commands.command_flags import atomic_text, standard_output
-from trainer.commands.image_files import ImageFile, distinct
+from vidt.images.image_files import ImageFile, distinct
 from trainer.scoring.prediction_formats import (
     ImagePredictions,
     frames_csv_format,
