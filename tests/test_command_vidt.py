@@ -271,7 +271,7 @@ def test_a_million_images_take_no_more_memory_than_a_hundred(learnt: Learnt, pho
             yield ImageFile(path, "101.png")
 
     detector = vidt.load(learnt.weights)
-    for number, _ in enumerate(predict_files(detector, endless(), threshold=0.3, batch_size=2), 1):
+    for number, _ in enumerate(predict_files(detector, endless(), least=0.3, batch_size=2), 1):
         assert taken - number <= PENDING_BATCHES * 2 + AHEAD * reading_threads() + 1
         if number == 150:
             break
@@ -322,6 +322,8 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
 class Fake:
     """A detector that finds nothing, in an instant."""
 
+    class_names: tuple[str, ...] = ()
+
     def stream(self, pictures: list[Any], *, batch_size: int) -> Iterator[tuple[int, Any]]:
         nothing = OnnxDetections(np.zeros(0), np.zeros(0, int), np.zeros((0, 4)), (), (1, 1))
         return ((index, nothing) for index in range(len(pictures)))
@@ -343,7 +345,7 @@ def test_results_do_not_wait_for_a_full_window(
             taken += 1
             yield ImageFile(str(photos / "101.png"), "101.png")
 
-    next(predict_files(Fake(), named(), threshold=0.3, batch_size=8))
+    next(predict_files(Fake(), named(), least=0.3, batch_size=8))
     assert taken <= most
 
 
