@@ -322,6 +322,8 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
 class Fake:
     """A detector that finds nothing, in an instant."""
 
+    class_names: tuple[str, ...] = ()
+
     def stream(self, pictures: list[Any], *, batch_size: int) -> Iterator[tuple[int, Any]]:
         nothing = OnnxDetections(np.zeros(0), np.zeros(0, int), np.zeros((0, 4)), (), (1, 1))
         return ((index, nothing) for index in range(len(pictures)))
