@@ -7,8 +7,9 @@ colours, with a camera's noise, as JPEG of quality 90.
 
 It decodes and augments as training does, on one core, without and with `--cache_images`, in turns.
 With `--parts` it tries each strong part of the augmentation alone, for every image, and then all of
-them for half of the images each. Rates are images per second of the core's own time, so that other
-work on the machine counts less. The files are in memory; a disk can be slower.
+them for half of the images each, with and without copy-paste. Rates are images per second of the
+core's own time, so that other work on the machine counts less. The files are in memory; a disk can
+be slower.
 """
 
 import argparse
@@ -163,6 +164,7 @@ def compare_parts(size: tuple[int, int], config: TrainConfig, rounds: int) -> li
         "none": {},
         **{name: {name: 1.0} for name in STRONG_PARTS},
         "all at 0.5": dict.fromkeys(STRONG_PARTS, 0.5),
+        "but copy_paste": {**dict.fromkeys(STRONG_PARTS, 0.5), "copy_paste": 0.0},
     }
     with tempfile.TemporaryDirectory() as folder:
         samples = with_masks(write_photographs(Path(folder), size, FILES))
@@ -252,12 +254,12 @@ def print_cache(given: argparse.Namespace, config: TrainConfig) -> list[LoaderRa
 
 
 def print_parts(given: argparse.Namespace, config: TrainConfig) -> list[PartRate]:
-    print(f"{'size':>10} {'part':>12} {'images/s':>9}")
+    print(f"{'size':>10} {'part':>14} {'images/s':>9}")
     rates = []
     for size in given.sizes:
         for rate in compare_parts(size, config, given.rounds):
             rates.append(rate)
-            print(f"{rate.size:>10} {rate.part:>12} {rate.rate:>9.1f}")
+            print(f"{rate.size:>10} {rate.part:>14} {rate.rate:>9.1f}")
     return rates
 
 

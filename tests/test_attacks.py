@@ -33,7 +33,6 @@ from tiny_runs import (
 
 import trainer.loop.run_lock
 from trainer.commands.command_line import main
-from vidt.images.image_files import fitting
 from trainer.commands.predictions import WINDOW_PIXELS, pixels_of
 from trainer.loop import resume
 from trainer.loop.agreement import Agreement
@@ -47,6 +46,7 @@ from vidt.atomic import atomic_write, remove_leftovers, unfinished
 from vidt.errors import UserError, escaped, printable, shown
 from vidt.images.batching import read_ahead
 from vidt.images.files import UnreadableImage, read_image
+from vidt.images.image_files import fitting
 from vidt.weights.checkpoint import load_model
 from vidt.weights.weights_file import UnusableWeights
 

@@ -25,12 +25,12 @@ from torch import nn
 import vidt
 from trainer.commands.command_flags import SILENT, Stages, atomic_text, write_result
 from trainer.commands.command_line import COMMANDS, main
-from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
 from trainer.scoring.average_precision import COCO_NUMBERS
 from vidt.errors import counted
 from vidt.images.batching import AHEAD, PENDING_BATCHES, reading_threads
+from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, distinct
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import METHODS, ViDTConfig
 from vidt.model.vidt import build_detector

@@ -38,8 +38,8 @@ def _drawn(pixels: Any, target: dict[str, Any], class_names: Sequence[str]) -> I
     scale = CELL / max(image.size)
     cell = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)))
     labels = target["labels"].tolist()
-    for label, mask in zip(labels, target.get("masks", ()), strict=False):
-        tint(cell, mask.numpy(), class_colour(label))
+    for row, mask in enumerate(target.get("masks", ())):
+        tint(cell, mask.numpy(), class_colour(labels[row]))
     corners = box_convert(target["boxes"], "cxcywh", "xyxy").numpy() * np.tile(cell.size, 2)
     shown = [
         (tuple(box), class_text(label, class_names), class_colour(label))

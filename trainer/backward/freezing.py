@@ -6,7 +6,6 @@ the [DET] tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from timm.layers import DropPath

@@ -18,9 +18,9 @@ from trainer.commands.command_flags import (
     write_json,
     write_result,
 )
-from vidt.images.image_files import ImageFile
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
+from vidt.images.image_files import ImageFile
 
 SUMMARY = """
 Looks for mistakes in the annotations of a dataset with detectors that were trained on it or on the

@@ -23,7 +23,6 @@ from trainer.commands.command_flags import (
     tile_settings,
     write_json,
 )
-from vidt.images.image_files import ImageFile
 from trainer.commands.predictions import predict_files, read_file
 from trainer.readers.classes import ClassMatch
 from trainer.readers.coco_columns import Annotations, ImageColumns
@@ -35,6 +34,7 @@ from trainer.scoring.prediction_formats import ImagePredictions
 from trainer.settings.config import TrainConfig
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
+from vidt.images.image_files import ImageFile
 
 SUMMARY = """
 Scores a detector on annotated images as COCO does: AP (average precision: 1 is perfect, 0 finds

@@ -21,13 +21,13 @@ from trainer.commands.command_flags import (
 )
 from trainer.commands.evaluate import read as read_truth
 from trainer.commands.evaluate import read_data, require_one_truth
-from vidt.images.image_files import ImageFiles
 from trainer.readers.coco_file import CocoFile
 from trainer.scoring.coco_scores import judge, map50
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.files import probe_image
+from vidt.images.image_files import ImageFiles
 from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """

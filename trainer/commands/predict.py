@@ -27,7 +27,6 @@ from trainer.commands.command_flags import (
     tile_settings,
     write_result,
 )
-from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
 from trainer.commands.predictions import (
     WINDOW_PIXELS,
     Predicted,
@@ -53,6 +52,7 @@ from vidt.errors import UserError, counted
 from vidt.images.batching import read_ahead, reading_threads
 from vidt.images.drawing import draw_detections
 from vidt.images.files import is_truncated
+from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
 from vidt.images.video import is_video
 from vidt.predict.selection import least_scores
 

@@ -21,7 +21,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.commands.command_flags import atomic_text, standard_output
-from vidt.images.image_files import ImageFile, distinct
 from trainer.scoring.prediction_formats import (
     ImagePredictions,
     frames_csv_format,
@@ -33,6 +32,7 @@ from vidt.downloads import fetch, is_url
 from vidt.errors import UserError, counted
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
 from vidt.images.files import read_image
+from vidt.images.image_files import ImageFile, distinct
 from vidt.images.video import VideoFrame, VideoReader, VideoWriter
 from vidt.predict.selection import select
 
