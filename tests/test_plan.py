@@ -21,6 +21,7 @@ SMALL = Fingerprint(
     boxes=2800,
     busiest=28,
     short_side=480,
+    aspect=1.33,
     small_object=0.17,
     rarest=0.6,
     crowding=0.01,
@@ -74,7 +75,7 @@ def test_what_is_given_wins() -> None:
         ({"pretrained": True}, "backbone_name", "swin_nano"),
         ({"pretrained": True, "gpu": True}, "backbone_name", "swin_tiny"),
         ({"small_object": 0.01}, "eval_size", 480),
-        ({"small_object": 0.5}, "eval_size", 96),
+        ({"small_object": 0.5}, "eval_size", 224),
         ({"rarest": 0.01}, "repeat_thresh", 0.05),
     ],
 )

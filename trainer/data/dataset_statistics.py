@@ -117,6 +117,7 @@ def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
         boxes=len(boxes),
         busiest=int(table.box_counts.max()),
         short_side=int(np.median(sizes.min(1))),
+        aspect=float((sizes.max(1) / sizes.min(1)).mean()),
         small_object=float(np.quantile(relative, 0.1)) if len(relative) else 1.0,
         rarest=float(present.min() / len(table)) if len(present) else 1.0,
         crowding=crowding(table),

@@ -5,6 +5,7 @@ data, a few rules, a few values found by trial. Every rule below names its sourc
 measurement; docs/recipes.md has the figures. A setting that the user gives wins over its rule.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from vidt.errors import counted
 
 MOST_TOKENS = 900  # as many as the largest published DETRs have; tiles find more
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
-# Pixels per second that a core of an AMD EPYC trains swin_pico at, forward and backward.
-CPU_PIXELS = 250_000
-PASSES = 15  # over the images, below which a smaller size teaches more per minute than a larger one
+OBJECT = 48  # pixels that a small object should cover: three cells of the stride-16 map
+PHOTOGRAPH = 224  # short side at which ImageNet's classes are told apart
+# Pixels per second at which a core of an AMD EPYC trains swin_pico: docs/recipes.md, "Sizes".
+CPU_PIXELS = 300_000
+PASSES = 15  # over the images: with fewer, a smaller size learns more
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Fingerprint:
     boxes: int
     busiest: int  # boxes of the image with the most
     short_side: int  # of the images, median, pixels
+    aspect: float  # long over short side, mean
     small_object: float  # side over the image's short side, that a tenth of the objects are below
     rarest: float  # share of the images that hold the rarest class
     crowding: float  # share of the boxes that overlap another one at IoU 0.5 or more
@@ -98,23 +102,24 @@ def queries(data: Fingerprint) -> Iterator[Choice]:
 
 
 def size(data: Fingerprint) -> Iterator[Choice]:
-    """Small objects cover about 24 pixels, as COCO's do at 640; without need for that, and where a
-    CPU could not pass over the images often enough, the size shrinks.
+    """Small objects cover OBJECT pixels, but the image has PHOTOGRAPH, as far as it has as many.
+    Where a CPU would not pass over the images PASSES times in `--hours`, the size shrinks.
     """
-    wanted = 24 / max(data.small_object, 0.01)
-    reason = "small objects then cover about 24 pixels"
+    wanted, reason = OBJECT / max(data.small_object, 0.01), f"small objects cover {OBJECT} pixels"
+    if wanted < PHOTOGRAPH:
+        wanted, reason = PHOTOGRAPH, "enough to recognise what a photograph shows"
     if wanted > data.short_side:
         wanted, reason = data.short_side, "the images have no more pixels"
     if data.hours is not None and not data.gpu:
         pixels = data.hours * 3600 * CPU_PIXELS * data.threads / (data.images * PASSES)
-        if pixels < wanted**2:
-            wanted, reason = pixels**0.5, f"so that {PASSES} passes over the images fit"
-    side = min(max(round(wanted / 32) * 32, 96), 640)
+        fitting = math.sqrt(pixels / data.aspect)
+        if fitting < wanted:
+            wanted, reason = fitting, f"so that {PASSES} passes over the images fit into the time"
+    side = min(max(round(wanted / 16) * 16, 96), 640)
     yield Choice("eval_size", side, reason)
-    low = max(round(side * 0.8 / 16) * 16, 64)
-    sizes = tuple(range(low, side + 33, 16))
+    sizes = tuple(range(max(side - 32, 64), side + 17, 16))
     yield Choice("train_sizes", sizes, "around the size of evaluation")
-    yield Choice("crop", False, "crops at random lose objects of small datasets")
+    yield Choice("crop", False, "the released crops are for objects of many sizes")
 
 
 def losses() -> Iterator[Choice]:
@@ -138,6 +143,7 @@ def optimisation(data: Fingerprint) -> Iterator[Choice]:
         yield Choice("lr_fan_in_power", 0.5, "narrow layers need larger steps")
     yield Choice("adam_beta2", 0.98, "a short memory for a short run")
     yield Choice("sched", "linear", "better than a cosine in short runs")
+    yield Choice("warmup_share", 0.1, "a warm-up that shrinks with the run (DEIM)")
     yield Choice("num_workers", 0 if not data.gpu else 4, "loading is cheap beside a CPU's steps")
 
 
