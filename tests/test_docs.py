@@ -52,7 +52,8 @@ SMALL_MODEL = (
     "--pre_trained none"
 )
 SMALL_RUN = (
-    "--eval_size 64 --train_sizes 48,64 --num_workers 0 --batch_size 4 --epochs 50 --denoising 0"
+    "--eval_size 64 --train_sizes 48,64 --num_workers 0 --batch_size 4 --epochs 50 --denoising 0 "
+    "--hours none"
 )
 TINY_RUN = f"--backbone_name swin_test {SMALL_MODEL} {SMALL_RUN}"
 SMALL = {  # by a word of the command; the first match counts

@@ -342,6 +342,7 @@ def train_and_report(
     """`train` on the data of the settings, with the reports of the command line."""
     output = Path(config.output_dir)
     data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields, fixed))
+    plan = ""
     if config.preset == "auto":
         config, model_fields, plan = agreement.on_main(
             lambda: plan_of(config, model_fields, fixed, data.train)
@@ -362,7 +363,9 @@ def train_and_report(
             files = {Path(name).stem: output / name for name in names}
             console = Console(files=files, best_by=config.best_by)
             trackers = Trackers(config.report_to, output, resolved(config, model_fields))
-            page = page_of_training(config, model_fields, train_set, val_set, accelerator)
+            page = page_of_training(
+                config, model_fields, train_set, val_set, accelerator, plan
+            )
             for each in (console, trackers, page):
                 open_files.callback(each.close)
             # The page reads metrics.csv, and the console names the page at the end.

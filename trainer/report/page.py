@@ -62,6 +62,7 @@ class RunFacts:
     splits: Sequence[SampleTable]
     findings: Sequence[Finding]
     environment: Mapping[str, str]
+    plan: str = ""  # of --preset auto, in words
 
 
 class ReportPage:
@@ -123,12 +124,13 @@ def page_of_training(
     train_set: SampleTable,
     val_set: SampleTable,
     accelerator: Accelerator,
+    plan: str = "",
 ) -> ReportPage:
     """The page of a run whose `findings.csv` is in its folder already."""
     folder = Path(config.output_dir)
     findings = read_findings(folder / "findings.csv")
     settings, environment = resolved(config, model_fields), page_run.environment_of(accelerator)
-    return ReportPage(RunFacts(folder, settings, (train_set, val_set), findings, environment))
+    return ReportPage(RunFacts(folder, settings, (train_set, val_set), findings, environment, plan))
 
 
 def write_evaluation_page(
@@ -208,6 +210,7 @@ def _render(facts: RunFacts, scored: Scored | None, **more: Any) -> str:
         changed=changed,
         default=default,
         preview=facts.folder / PREVIEW_NAME,
+        plan=facts.plan,
         **more,
     )
 

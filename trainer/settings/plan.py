@@ -127,8 +127,6 @@ def losses() -> Iterator[Choice]:
     yield Choice("class_loss", "matchability", "scores that tell how well a box fits (DEIM)")
     yield Choice("look_forward_twice", True, "boxes of neighbouring layers learn together (DINO)")
     yield Choice("denoising", 30, "the decoder learns from noisy boxes at once (DN-DETR)")
-    yield Choice("contrastive_denoising", True, "and to refuse boxes that are too far off (DINO)")
-    yield Choice("label_embedding", True, "and to correct classes (DN-DETR)")
 
 
 def optimisation(data: Fingerprint) -> Iterator[Choice]:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import counted
 from ymir_adapter.protocol.environment import (
@@ -46,6 +48,7 @@ ALGORITHMS = ("random", "entropy", "cald", "aldd")
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Key of the training template to the trainer's flag and the reader of its value.
 TEMPLATE = {
+    "preset": ("preset", to_text),
     "method": ("method", to_text),
     "backbone_name": ("backbone_name", to_text),
     "pre_trained": ("pre_trained", to_text),
@@ -187,6 +190,24 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
             f"{len(task.class_names)} entries; leave the flag out",
         )
     return config, {**fields, "num_classes": len(task.class_names)}
+
+
+def fixed_fields(task: Task) -> frozenset[str]:
+    """The settings that preset auto leaves alone, by the trainer's names: the form's fields that
+    differ from the template, those of args_options, and those of the platform.
+    """
+    from trainer.settings.config import given_settings
+
+    template = Path(__file__).parents[1] / "templates" / "training-template.yaml"
+    defaults = yaml.safe_load(template.read_text(encoding="utf-8"))
+    as_given = {
+        flag
+        for key, (flag, read) in TEMPLATE.items()
+        if is_given(task.config, key)
+        and (key not in defaults or read(key, task.config[key]) != read(key, defaults[key]))
+    }
+    own = given_settings(_option_words(task.config))
+    return frozenset({*as_given, *own, "max_bad_fraction", "output_dir", "tensorboard_dir"})
 
 
 def wants_onnx(task: Task) -> bool:

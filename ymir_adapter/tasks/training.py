@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.dataset_statistics import plan_of
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
@@ -21,13 +22,14 @@ from trainer.report.console import Console
 from trainer.report.progress import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.scoring.scores import ScoreCurve
 from trainer.settings.config import TrainConfig
+from trainer.settings.plan import MOST_TOKENS
 from trainer.train import make_accelerator, train
 from ymir_adapter.dataset.tables import read_tables
 from ymir_adapter.launch import run_rank
 from ymir_adapter.protocol.errors import one_line
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.outputs import TrainingResult
-from ymir_adapter.protocol.task import Task, training_settings, wants_onnx
+from ymir_adapter.protocol.task import Task, fixed_fields, training_settings, wants_onnx
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +98,13 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
     agreement.on_main(lambda: require_files(config))
-    train_set, val_set = agreement.on_main(
-        lambda: checked_tables(task, config, fields["det_token_num"], monitor)
-    )
+    planned = config.preset == "auto"
+    fixed = fixed_fields(task) if planned else frozenset()
+    tokens = MOST_TOKENS if planned and "det_token_num" not in fixed else fields["det_token_num"]
+    train_set, val_set = agreement.on_main(lambda: checked_tables(task, config, tokens, monitor))
+    if planned:
+        config, fields, plan = agreement.on_main(lambda: plan_of(config, fields, fixed, train_set))
+        logger.info(plan)
     with reports(task, config, monitor) as report:
         train(config, fields, train_set, val_set, report, accelerator=accelerator)
     agreement.gather(0)  # no rank can fail from here on
