@@ -118,7 +118,7 @@ def score(table: Any, found: list[dict[str, Any]]) -> tuple[float, float]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for index in range(len(table)):
         sample = table[index]
         for (x0, y0, x1, y1), label, area in zip(
@@ -145,7 +145,7 @@ def score(table: Any, found: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", required=True, help="folder of a dataset, or shapes")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])

@@ -317,7 +317,7 @@ def test_padding_is_as_little_as_promised(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     padding = importlib.import_module("padding")
     samples = padding.table_of(padding.coco_sizes(1500))
-    most = {(1, 2): 1.02, (2, 2): 1.03, (1, 16): 1.05}
+    most = {(1, 2): 1.08, (2, 2): 1.10, (1, 16): 1.15}
     for (processes, batch), limit in most.items():
         config = TrainConfig(batch_size=batch)
         assert 1 < padding.padded_over_own(config, samples, processes) < limit

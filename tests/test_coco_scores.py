@@ -209,6 +209,8 @@ def test_what_is_wrong_with_an_annotation_is_told(
 class Nothing:
     """A detector that finds one box in whatever it is given."""
 
+    class_names = NAMES
+
     def stream(self, images: list[Image.Image], *, batch_size: int) -> Any:
         box = np.array([[2, 2, 400, 50]], np.float32)
         for index, image in enumerate(images):

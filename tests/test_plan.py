@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_runs import random_pictures, write_coco
 
 from trainer.commands.command_line import main as vidt
@@ -13,6 +14,7 @@ from trainer.data.load import read_datasets
 from trainer.loop.time_limit import EVALUATING, RESERVE, fitting_length
 from trainer.settings.config import given_settings, parse
 from trainer.settings.plan import Fingerprint, choices, planned, repeated
+from trainer.train import main
 from vidt.errors import UserError
 
 SMALL = Fingerprint(
@@ -167,3 +169,21 @@ def test_a_run_fits_into_its_time(seconds: float, step: float) -> None:
 def test_too_little_time() -> None:
     with pytest.raises(UserError, match="hours"):
         fitting_length(1.0, 2.0, per_epoch=20, step_images=5, val_images=50)
+
+
+def test_a_whole_run_by_hours_and_its_resumption(tmp_path: Path) -> None:
+    """The plan, the length found by the trial, and a second start that keeps both."""
+    data = write_coco(tmp_path / "data", random_pictures(6, seed=0), random_pictures(2, seed=1))
+    small = "--preset auto --pre_trained none --det_token_num 5 --backbone_name swin_smallest "
+    small += "--reduced_dim 64 --pos_dim 8 --dec_layers 1 --eval_size 64 --train_sizes 64 "
+    small += f"--coco_path {data} --output_dir {tmp_path / 'run'} --hours 0.005"
+    main(small.split())
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["class_loss"] == "matchability" and saved["det_token_num"] == 5
+    assert saved["max_steps"] > 1 and saved["preset"] == "auto"
+    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    main([*small.split(), "--resume", "--lr", "1e-3"])
+    again = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert again == {**saved, "lr": 1e-3}
+    assert (tmp_path / "run/metrics.csv").read_text().splitlines() == rows
+    assert "class_loss matchability" in (tmp_path / "run/report.html").read_text()

@@ -37,6 +37,7 @@ from trainer.augmentation.single import (
     zoomed_out,
 )
 from trainer.backward.memory import largest_batch, largest_canvas
+from trainer.data.denoising import Denoising
 from trainer.data.loader import DetectionDataset, training_loader, unpacked
 from trainer.data.order import Key
 from trainer.readers.masks import encode
@@ -233,7 +234,7 @@ def dataset_of(data: Path, *flags: str, **changed: Any) -> DetectionDataset:
         Augmentation.from_config(config),
         Preprocessing(config.eval_size),
         seed=config.seed,
-        denoising_queries=config.denoising,
+        denoising=Denoising(config.denoising),
         **changed,
     )
 

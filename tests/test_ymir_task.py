@@ -27,6 +27,7 @@ from ymir_adapter.protocol.task import (
     CandidateSettings,
     Task,
     candidate_settings,
+    fixed_fields,
     in_form_words,
     pick_weights,
     read_task,
@@ -77,6 +78,16 @@ def test_the_seeds_command_line_and_template_are_one_config(tmp_path: Path):
     assert given["save_interval"] == 100
     assert given["tensorboard_dir"] == str(task.output.tensorboard_dir)
     assert Path(given["output_dir"]).parent == task.output.root_dir
+
+
+def test_preset_auto_leaves_what_was_changed_in_the_form(tmp_path: Path):
+    """Fields that stand as in the template are free; args_options and the platform's are not."""
+    config = {"preset": "auto", "eval_size": 640, "epochs": 7, "args_options": "--lr 1e-3"}
+    task = make_tree(tmp_path, config=config).read()
+    fixed = fixed_fields(task)
+    assert {"preset", "epochs", "lr", "output_dir", "tensorboard_dir"} <= fixed
+    assert not {"eval_size", "backbone_name"} & fixed
+    assert training_settings(task)[0].preset == "auto"
 
 
 # ---------------------------------------------------------------- env.yaml

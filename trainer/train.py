@@ -363,9 +363,7 @@ def train_and_report(
             files = {Path(name).stem: output / name for name in names}
             console = Console(files=files, best_by=config.best_by)
             trackers = Trackers(config.report_to, output, resolved(config, model_fields))
-            page = page_of_training(
-                config, model_fields, train_set, val_set, accelerator, plan
-            )
+            page = page_of_training(config, model_fields, train_set, val_set, accelerator, plan)
             for each in (console, trackers, page):
                 open_files.callback(each.close)
             # The page reads metrics.csv, and the console names the page at the end.

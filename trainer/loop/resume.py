@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.settings.config import TrainConfig
+from trainer.settings.config import default_settings
 from vidt.atomic import atomic_file, flush
 from vidt.errors import UserError, shown
 from vidt.weights.weights_file import UnusableWeights, read_info
@@ -308,8 +308,7 @@ def changed_settings(old: RunState, new: RunState) -> list[str]:
                 f"--resume: the checkpoint's {meaning} is {before}, this run's {now}; give the "
                 "same data, --batch_size and number of processes, or start anew with --load_from"
             )
-    defaults = {each.name: each.default for each in dataclasses.fields(TrainConfig)}
-    settings = {**defaults, **BEFORE, **old.settings}
+    settings = {**default_settings(), **BEFORE, **old.settings}
     return [
         f"resuming with {key} {value}, it was {settings.get(key)}"
         for key, value in new.settings.items()

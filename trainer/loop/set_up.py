@@ -44,7 +44,14 @@ from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import load_start, load_teacher
-from trainer.loop.time_limit import TRIAL, Length, fitting_length, seconds_left, step_seconds
+from trainer.loop.time_limit import (
+    MOST_TRIED,
+    TRIAL,
+    Length,
+    fitting_length,
+    seconds_left,
+    step_seconds,
+)
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import AUTO, TrainConfig, resolved
 from vidt.errors import UserError, counted
@@ -353,7 +360,8 @@ def within_hours(
         return replace(config, **vars(length))
     agreement = Agreement(accelerator)
     left = seconds_left(hours)
-    batches = micro_batches(dataset, config, config.n_iter_to_acc, range(per_epoch), accelerator)
+    steps = range(MOST_TRIED)
+    batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)
     step = step_seconds(
         learn,
         batches,

@@ -15,6 +15,7 @@ from trainer.loop.clock import TRAIN_WORK
 from vidt.errors import UserError
 
 TRIAL = 0.03  # share of the time for the trial, beyond its first step and two more
+MOST_TRIED = 1000  # steps
 RESERVE = 0.06  # share of the time for the report, saving, and steps slower than those tried
 EVALUATING = 0.1  # largest share of the time for evaluations
 MOST_EVALUATIONS = 10
@@ -48,7 +49,7 @@ def step_seconds(
     """
     times: list[float] = []
     with torch.random.fork_rng():
-        while len(times) < 3 or sum(times) < seconds:
+        while len(times) < 3 or (sum(times) < seconds and len(times) < MOST_TRIED):
             began = time.monotonic()
             batches = [next(micro_batches) for _ in range(n_iter_to_acc)]
             shapes = [batch["images"].shape[2:] for batch in batches]

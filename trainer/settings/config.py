@@ -760,6 +760,11 @@ def resolved(config: TrainConfig, model: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _ALL[name].as_yaml(value) for name, value in values.items()}
 
 
+def default_settings() -> dict[str, Any]:
+    """The defaults of all settings, as `resolved` gives them."""
+    return {name: setting.as_yaml(setting.default) for name, setting in _ALL.items()}
+
+
 def write_yaml(path: str | Path, config: TrainConfig, model: Mapping[str, Any]) -> None:
     """Writes the file with which `--config` repeats the run."""
     text = yaml.safe_dump(resolved(config, model), sort_keys=False)

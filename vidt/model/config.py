@@ -43,13 +43,13 @@ class CoatVariant:
 
 
 SWIN_VARIANTS = {
-    # Ours, for random weights and a CPU: nothing was published for it.
-    "swin_pico": SwinVariant(32, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
     "swin_nano": SwinVariant(48, (2, 2, 6, 2), (3, 6, 12, 24), 0.0),
     "swin_tiny": SwinVariant(96, (2, 2, 6, 2), (3, 6, 12, 24), 0.2),
     "swin_small": SwinVariant(96, (2, 2, 18, 2), (3, 6, 12, 24), 0.3),
     "swin_base_win7_22k": SwinVariant(128, (2, 2, 18, 2), (4, 8, 16, 32), 0.3),
     "swin_large_win7_22k": SwinVariant(192, (2, 2, 18, 2), (6, 12, 24, 48), 0.3),
+    # Ours, for random weights and a CPU: nothing was published for it.
+    "swin_pico": SwinVariant(32, (2, 2, 2, 2), (1, 2, 4, 8), 0.0),
 }
 COAT_VARIANTS = {
     "coat_lite_tiny": CoatVariant((64, 128, 256, 320), (2, 2, 2, 2)),
