@@ -11,6 +11,8 @@ detections down to a score of 0.001, at most 100 an image. Both use --threads th
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -66,7 +68,8 @@ def ours(data: list[str], seconds: float, seed: int, threads: int, more: list[st
         took = clocked(words, threads, Path(folder) / "log.txt")
         lines = (Path(folder) / "metrics.csv").read_text().splitlines()
         row = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
-        return f"map50 {float(row['map50']):.3f}  map {float(row['map']):.3f}  {took:.0f} s"
+        scores = f"map50 {float(row['map50']):.3f}  map {float(row['map']):.3f}"
+        return f"{scores}  {took:.0f} s  epoch {row['epoch']}"
 
 
 def yolos(data: list[str], seconds: float, seed: int, threads: int, given: Any) -> str:
@@ -92,7 +95,8 @@ def yolos(data: list[str], seconds: float, seed: int, threads: int, given: Any) 
         words += [str(seconds), str(seed), str(folder / "images.json")]
         took = clocked(words, threads, folder / "log.txt")
         map50, mean = score(val, json.loads((folder / "found.json").read_text()))
-        return f"map50 {map50:.3f}  map {mean:.3f}  {took:.0f} s"
+        epochs = len((folder / "run/results.csv").read_text().splitlines()) - 1
+        return f"map50 {map50:.3f}  map {mean:.3f}  {took:.0f} s  epoch {epochs}"
 
 
 def write_yolo(table: Any, folder: Path, part: str) -> None:
@@ -140,7 +144,8 @@ def score(table: Any, found: list[dict[str, Any]]) -> tuple[float, float]:
     scored = COCOeval(truth, truth.loadRes(found), "bbox")
     scored.evaluate()
     scored.accumulate()
-    scored.summarize()
+    with contextlib.redirect_stdout(io.StringIO()):
+        scored.summarize()
     return float(scored.stats[1]), float(scored.stats[0])
 
 

@@ -19,7 +19,7 @@ LARGE = 20_000  # images from which the paper's recipe is the better guess: it w
 OBJECT = 48  # pixels that a small object should cover: three cells of the stride-16 map
 PHOTOGRAPH = 224  # short side at which ImageNet's classes are told apart
 # Pixels per second at which a core of an AMD EPYC trains swin_pico: docs/recipes.md, "Sizes".
-CPU_PIXELS = 300_000
+CPU_PIXELS = 200_000
 PASSES = 15  # over the images: with fewer, a smaller size learns more
 
 
@@ -82,7 +82,7 @@ def start(data: Fingerprint) -> Iterator[Choice]:
     yield Choice("pre_trained", "none", "ImageNet weights cannot be had here")
     yield Choice("backbone_name", "swin_pico", "from random weights a small backbone learns faster")
     for name in ("reduced_dim", "pos_dim"):
-        yield Choice(name, 128, "wide enough for a small backbone, and twice as fast")
+        yield Choice(name, 128, "wide enough for a small backbone, and faster than 256")
 
 
 def queries(data: Fingerprint) -> Iterator[Choice]:
@@ -115,10 +115,13 @@ def size(data: Fingerprint) -> Iterator[Choice]:
         fitting = math.sqrt(pixels / data.aspect)
         if fitting < wanted:
             wanted, reason = fitting, f"so that {PASSES} passes over the images fit into the time"
-    side = min(max(round(wanted / 16) * 16, 96), 640)
+    side = min(max(math.ceil(wanted / 16) * 16, 96), 640)
     yield Choice("eval_size", side, reason)
-    sizes = tuple(range(max(side - 32, 64), side + 17, 16))
-    yield Choice("train_sizes", sizes, "around the size of evaluation")
+    if reason.startswith("so that"):
+        yield Choice("train_sizes", (side,), "objects of many sizes take more passes to learn")
+    else:
+        sizes = tuple(range(max(side - 32, 64), side + 33, 16))
+        yield Choice("train_sizes", sizes, "around the size of evaluation")
     yield Choice("crop", False, "the released crops are for objects of many sizes")
 
 
