@@ -15,9 +15,7 @@ from trainer.loop.clock import TRAIN_WORK
 from vidt.errors import UserError
 
 TRIAL = 0.03  # share of the time for the trial, beyond its first step and two more
-# Of a step with clipping, AdamW and the moving average, over the part that a trial may do: the
-# largest ratio seen, of a small detector on a CPU.
-WHOLE_STEP = 1.1
+WHOLE_STEP = 1.1  # margin for clipping, AdamW and the moving average, which a trial leaves out
 MOST_TRIED = 1000  # steps
 RESERVE = 0.08  # share of the time for the report, saving, and steps slower than those tried
 EVALUATING = 0.1  # largest share of the time for evaluations
@@ -46,9 +44,9 @@ def step_seconds(
     seconds: float,
     slowest: Callable[[float], float],
 ) -> float:
-    """The mean time of a step, loading included, by those that fit into `seconds`: at least two, after a
-    first that does not count. It leaves no trace. learn: `gradients` but for batches and canvas;
-    slowest: the largest of the processes' numbers, so that all try as many steps.
+    """The mean time of a step, loading included, by those that fit into `seconds`: at least two,
+    after a first that does not count. It leaves no trace. learn: `gradients` but for batches and
+    canvas; slowest: the largest of the processes' numbers, so that all try as many steps.
     """
     times: list[float] = []
     with torch.random.fork_rng():
