@@ -19,6 +19,7 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 
 from trainer.loop.stopping import INTERRUPTED, SIGNALS, Stopped, StoppedBySignal
+from trainer.loop.time_limit import count_from_now
 from trainer.report.console import PrintableFormatter
 from trainer.report.page import PAGE_NAME
 from trainer.settings.config import TrainConfig, fixed_settings, parse
@@ -117,6 +118,7 @@ def _run(words: list[str]) -> None:
     afterwards, so that another run may have another precision.
     """
     ours = not AcceleratorState._shared_state
+    count_from_now()
     try:
         with _log_lines():
             run_from_settings(*parse(words), fixed_settings(words))

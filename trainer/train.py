@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
-from trainer.data.dataset_statistics import plan_of
+from trainer.data.dataset_statistics import plan_of, settled
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
 from trainer.data.loader import training_order
 from trainer.loop import resume
@@ -323,8 +323,12 @@ def train_from_settings(
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; name a folder")
+    if config.preset == "auto":
+        config, model_fields, fixed = agreement.on_main(
+            lambda: settled(config, model_fields, fixed)
+        )
     if config.check:
-        agreement.on_main(lambda: checked_datasets(config, model_fields))
+        agreement.on_main(lambda: checked_datasets(config, model_fields, fixed))
         return
     agreement.on_main(lambda: require_trackers(config.report_to))
     agreement.on_main(lambda: require_files(config))
@@ -345,7 +349,7 @@ def train_and_report(
     plan = ""
     if config.preset == "auto":
         config, model_fields, plan = agreement.on_main(
-            lambda: plan_of(config, model_fields, fixed, data.train)
+            lambda: plan_of(config, model_fields, fixed, data.train, accelerator.num_processes)
         )
         logger.info(plan)
     train_set, val_set = data.train, data.val

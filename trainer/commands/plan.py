@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 
-from trainer.commands.command_flags import command_parser, say
+from trainer.commands.command_flags import Stages, command_parser, say
 from trainer.settings.config import fixed_settings, parse
-from vidt.arguments import HELP, OneLineParser, is_flag
+from trainer.settings.plan import MOST_TOKENS
+from vidt.arguments import HELP, OneLineParser
 
 SUMMARY = """
 Reads a dataset's annotations and prints the settings that vidt train --preset auto would choose for
@@ -30,25 +31,27 @@ OWN_FLAGS = (*HELP, "--json")
 def flags() -> OneLineParser:
     parser = command_parser("plan", SUMMARY, EXAMPLES)
     parser.add_argument(
-        "data", metavar="DATA", help="folder of the dataset, or its annotation file"
+        "data", metavar="DATA", help="folder of the dataset, or its annotation file; comes first"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    own = [word for word in argv[:1] if not is_flag(word)] + [w for w in argv if w in OWN_FLAGS]
-    given = flags().parse_args(own)
+    """Raises UserError and OSError."""
+    first, *rest = argv or ("",)
+    given = flags().parse_args([first, *(word for word in rest if word in OWN_FLAGS)])
     words = ["--data", given.data, "--preset", "auto"]
-    words += [word for word in argv[1:] if word not in OWN_FLAGS]
+    words += [word for word in rest if word not in OWN_FLAGS]
     config, fields = parse(words)
 
-    from trainer.data.dataset_statistics import plan_of
-    from trainer.data.load import reader_of
-    from trainer.readers.findings import FilesSeen
+    from trainer.data.dataset_statistics import plan_of, settled
+    from trainer.data.load import read_parts
 
-    train_set, _ = reader_of(config)("train", None, False, FilesSeen())
-    config, fields, plan = plan_of(config, fields, fixed_settings(words), train_set)
+    config, fields, fixed = settled(config, fields, fixed_settings(words))
+    with Stages() as tell:
+        data = read_parts(config, num_queries=MOST_TOKENS, num_classes=None, tell=tell)
+    config, fields, plan = plan_of(config, fields, fixed, data.train)
     if given.json:
         settings = {**vars(config), **fields}
         say(json.dumps({"settings": settings, "plan": plan.splitlines()}, indent=1))

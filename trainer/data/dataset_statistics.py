@@ -16,8 +16,9 @@ from torchvision.ops import box_iou
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import TrainConfig
 from trainer.settings.plan import Fingerprint, planned, repeated
+from vidt.weights.checkpoint import read_start
 from vidt.weights.pretrained import imagenet_at_hand
-from vidt.weights.weights_file import read_info
+from vidt.weights.published import local_weights, published_for
 
 # Areas in pixels at which COCO divides boxes into small, medium and large.
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
@@ -72,28 +73,55 @@ def statistics_of(table: SampleTable) -> Statistics:
     )
 
 
-def plan_of(
-    config: TrainConfig, model: Mapping[str, Any], fixed: Collection[str], train_set: SampleTable
-) -> tuple[TrainConfig, dict[str, Any], str]:
-    """The settings of `--preset auto` on this machine for a training split, and the lines that say
-    why. The settings named in `fixed` stay, the architecture of weights of ours to start from too.
-    A run that is resumed keeps its plan.
+def settled(
+    config: TrainConfig, model: Mapping[str, Any], fixed: Collection[str]
+) -> tuple[TrainConfig, dict[str, Any], frozenset[str]]:
+    """What `--preset auto` takes from elsewhere than the data, and the names that are then fixed:
+    the settings of the run to resume, or the architecture of the weights to start from. Raises
+    UserError for weights that cannot be read.
     """
     if config.resume is not None:
-        folder = config.output_dir if config.resume == "auto" else config.resume
-        saved = Path(folder) / "config.yaml"
-        if saved.is_file():
-            return *repeated(config, model, fixed, saved), f"plan: as in {saved}"
-    if config.load_from is not None and Path(config.load_from).suffix == ".safetensors":
-        own = vars(read_info(Path(config.load_from)).config)
-        fixed = {*fixed, "num_classes"}  # those of the data
-        model = {name: value if name in fixed else own[name] for name, value in model.items()}
-        fixed = {*fixed, *model}
+        folder = Path(config.output_dir if config.resume == "auto" else config.resume)
+        for saved in (folder / "config.yaml", folder.parent.parent / "config.yaml"):
+            if saved.is_file():
+                config, fields = repeated(config, model, fixed, saved)
+                return config, fields, frozenset({*vars(config), *fields})
+    source = config.load_from
+    if source is None and config.pre_trained == "coco":
+        source = published_for(
+            model["backbone_name"], method=model["method"], epff=model["epff"]
+        ).url
+    if source is None:
+        return config, dict(model), frozenset(fixed)
+    _, architecture, _ = read_start(local_weights(source, allow_http=config.allow_http))
+    own = {**vars(architecture), "num_classes": model["num_classes"]}  # classes are the data's
+    fields = {name: model[name] if name in fixed else own[name] for name in model}
+    return config, fields, frozenset({*fixed, *fields})
+
+
+def plan_of(
+    config: TrainConfig,
+    model: Mapping[str, Any],
+    fixed: Collection[str],
+    train_set: SampleTable,
+    processes: int = 1,
+) -> tuple[TrainConfig, dict[str, Any], str]:
+    """The settings of `--preset auto` on this machine for a training split, and the lines that say
+    why. The settings named in `fixed` stay.
+    """
+    gpu = torch.accelerator.is_available()
+    pretrained = config.load_from is not None or config.pre_trained not in ("none", "imagenet")
+    if config.pre_trained == "imagenet" and not pretrained:
+        backbone = "swin_tiny" if gpu else "swin_nano"
+        pretrained = imagenet_at_hand(
+            model["backbone_name"] if "backbone_name" in fixed else backbone
+        )
     fingerprint = fingerprint_of(
         train_set,
-        gpu=torch.accelerator.is_available(),
+        gpu=gpu,
         threads=torch.get_num_threads(),
-        pretrained=config.pre_trained != "none" and imagenet_at_hand("swin_nano"),
+        processes=processes,
+        pretrained=pretrained,
         hours=config.hours,
     )
     return planned(config, model, fixed, fingerprint)

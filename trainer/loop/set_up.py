@@ -47,7 +47,6 @@ from trainer.loop.start import load_start, load_teacher
 from trainer.loop.time_limit import (
     MOST_TRIED,
     TRIAL,
-    Length,
     fitting_length,
     seconds_left,
     step_seconds,
@@ -195,6 +194,9 @@ def set_up(
     step_images = config.batch_size * accelerator.num_processes
     shown = images_of_epoch(config, train_set)
     per_epoch = steps_per_epoch(shown, step_images)
+    n_iter_to_acc = config.n_iter_to_acc
+    if probe.possible() and checkpoint is None and not automatic:  # else it has been tried
+        n_iter_to_acc = fitting_micro_batches(probe, config, n_iter_to_acc)
     if config.hours is not None:
         config = within_hours(
             config,
@@ -202,6 +204,7 @@ def set_up(
             checkpoint,
             per_epoch,
             len(val_set),
+            n_iter_to_acc,
             dataset,
             learn,
             optimizer,
@@ -215,7 +218,7 @@ def set_up(
         config = replace(config, ema_decay=ema.decay)
     dataset.strong_epochs = max(-(-total_steps // per_epoch) - config.plain_epochs, 0)
     state = RunState(
-        n_iter_to_acc=config.n_iter_to_acc,
+        n_iter_to_acc=n_iter_to_acc,
         step_images=step_images,
         dataset=train_set.fingerprint(),
         settings=resolved(config, model_fields),
@@ -225,8 +228,8 @@ def set_up(
         logger.info(line)
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
-    if probe.possible() and not (automatic and checkpoint is None):  # else it has been tried
-        state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
+        if probe.possible():
+            state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
     return Run(
         config=config,
         model_config=model_config,
@@ -345,40 +348,50 @@ def within_hours(
     checkpoint: Checkpoint | None,
     per_epoch: int,
     val_images: int,
+    n_iter_to_acc: int,
     dataset: DetectionDataset,
     learn: Callable[..., dict[str, Tensor] | None],
     optimizer: Optimizer,
     accelerator: Accelerator,
 ) -> TrainConfig:
     """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
-    trial finds. Raises UserError if not even one step fits.
+    trial finds, at most --max_steps. Intervals other than the defaults stay. Raises UserError if
+    not even one step fits.
     """
     if checkpoint is not None:
         saved = checkpoint.state.settings
-        length = Length(saved["epochs"], saved["max_steps"], saved["eval_interval"])
-        logger.info(f"--hours {hours:g}: {counted(length.epochs, 'epoch')}, as before")
-        return replace(config, **vars(length))
+        names = ("epochs", "max_steps", "eval_interval", "save_interval")
+        logger.info(f"--hours {hours:g}: {counted(saved['epochs'], 'epoch')}, as in the checkpoint")
+        return replace(config, **{name: saved[name] for name in names})
     agreement = Agreement(accelerator)
-    left = seconds_left(hours)
-    steps = range(MOST_TRIED)
-    batches = micro_batches(dataset, config, config.n_iter_to_acc, steps, accelerator)
+
+    def left() -> float:
+        return agreement.gather(seconds_left(hours)).min().item()
+
+    batches = micro_batches(dataset, config, n_iter_to_acc, range(MOST_TRIED), accelerator)
     step = step_seconds(
         learn,
         batches,
-        config.n_iter_to_acc,
+        n_iter_to_acc,
         optimizer,
-        TRIAL * left,
+        TRIAL * left(),
         lambda own: agreement.gather(own).max().item(),
     )
-    left = agreement.gather(seconds_left(hours)).min().item()
     images = config.batch_size * accelerator.num_processes
-    length = fitting_length(left, step, per_epoch, images, val_images)
+    length = fitting_length(left(), step, per_epoch, images, val_images)
+    steps = min(length.max_steps, config.max_steps or length.max_steps)
+    intervals: dict[str, Any] = {
+        name: length.eval_interval
+        for name in ("eval_interval", "save_interval")
+        if getattr(config, name) == getattr(TrainConfig, name)
+    }
+    config = replace(config, epochs=length.epochs, max_steps=steps, **intervals)
     logger.info(
-        f"--hours {hours:g}: a step takes {step:.3g} s, so "
-        f"{counted(length.max_steps, 'step')} ({counted(length.epochs, 'epoch')}) fit, with an "
-        f"evaluation every {counted(length.eval_interval, 'epoch')}"
+        f"--hours {hours:g}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
+        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
+        f"{counted(config.eval_interval, 'epoch')}"
     )
-    return replace(config, save_interval=length.eval_interval, **vars(length))
+    return config
 
 
 def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> float:

@@ -31,9 +31,19 @@ class Length:
     eval_interval: int
 
 
+_counted_from: float | None = None
+
+
+def count_from_now() -> None:
+    """Counts the time of `--hours` from now on, instead of from the start of this process."""
+    global _counted_from
+    _counted_from = time.time()
+
+
 def seconds_left(hours: float) -> float:
-    """Of `hours` since this process started."""
-    return hours * 3600 - (time.time() - psutil.Process().create_time())
+    """Of `hours` since this process started, or `count_from_now` was called."""
+    began = psutil.Process().create_time() if _counted_from is None else _counted_from
+    return hours * 3600 - (time.time() - began)
 
 
 def step_seconds(
@@ -46,7 +56,8 @@ def step_seconds(
 ) -> float:
     """The mean time of a step, loading included, by those that fit into `seconds`: at least two,
     after a first that does not count. It leaves no trace. learn: `gradients` but for batches and
-    canvas; slowest: the largest of the processes' numbers, so that all try as many steps.
+    canvas; slowest: the largest of the processes' numbers, so that all try as many steps. Raises
+    UserError if memory runs out.
     """
     times: list[float] = []
     with torch.random.fork_rng():
@@ -55,11 +66,17 @@ def step_seconds(
             batches = [next(micro_batches) for _ in range(n_iter_to_acc)]
             shapes = [batch["images"].shape[2:] for batch in batches]
             heights, widths = zip(*shapes, strict=True)
-            learn(batches, (max(heights), max(widths)))
+            done = learn(batches, (max(heights), max(widths)))
             optimizer.zero_grad()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-            times.append(slowest(time.monotonic() - began))
+            took = slowest(math.inf if done is None else time.monotonic() - began)
+            if took == math.inf:
+                raise UserError(
+                    "--hours: a step does not fit into memory; lower --batch_size or raise "
+                    "--n_iter_to_acc"
+                )
+            times.append(took)
     return WHOLE_STEP * sum(times[1:]) / (len(times) - 1)
 
 

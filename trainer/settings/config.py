@@ -575,7 +575,8 @@ def _check_together(config: TrainConfig) -> None:
     if config.batch_size == AUTO and (config.eval or config.n_iter_to_acc > 1):
         other = "eval" if config.eval else f"n_iter_to_acc {config.n_iter_to_acc}"
         raise ConfigError(f"batch_size is auto; with {other} it must be a number")
-    whole = config.batch_size % config.n_iter_to_acc == 0
+    # A plan chooses the batch size later.
+    whole = config.preset == "auto" or config.batch_size % config.n_iter_to_acc == 0
     divisor = f"a divisor of batch_size, {config.batch_size}"
     _require(whole, "n_iter_to_acc", config.n_iter_to_acc, divisor)
     paths = [n for n in (*PATH_OF.values(), *COCO_FILES) if getattr(config, n) is not None]
@@ -631,7 +632,7 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
         given.setdefault("dec_layers", None)
     published = _architecture_of(given.get("load_from"))
     recipe: dict[str, Any] = {}
-    if not own_data and given.get("preset") is None:
+    if not own_data and given.get("preset") != "auto":
         recipe = _read_recipe(given.get("dataset_file", TrainConfig.dataset_file))
     given = {**recipe, **published, **given}
     try:

@@ -9,10 +9,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from trainer.settings.config import TrainConfig, check_model, given_settings
+from trainer.settings.config import (
+    PATHS,
+    SMALLEST_SIZE,
+    TrainConfig,
+    check_model,
+    given_settings,
+)
 from vidt.errors import counted
+
+Settings: TypeAlias = Mapping[str, Any]  # of a run so far: what is given, else what is chosen
+Names: TypeAlias = Collection[str]  # of the settings that a plan leaves alone
 
 MOST_TOKENS = 900  # as many as the largest published DETRs have; tiles find more
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
@@ -20,6 +29,7 @@ OBJECT = 48  # pixels that a small object should cover: three cells of the strid
 PHOTOGRAPH = 224  # short side at which ImageNet's classes are told apart
 # Pixels per second at which a core of an AMD EPYC trains swin_pico: docs/recipes.md, "Sizes".
 CPU_PIXELS = 200_000
+STEPS = 6000
 PASSES = 15  # over the images: with fewer, a smaller size learns more
 
 
@@ -37,8 +47,9 @@ class Fingerprint:
     rarest: float  # share of the images that hold the rarest class
     crowding: float  # share of the boxes that overlap another one at IoU 0.5 or more
     gpu: bool
-    threads: int
-    pretrained: bool  # whether ImageNet weights can be had
+    threads: int  # of a process
+    processes: int
+    pretrained: bool  # whether the run starts from weights, if only the backbone's
     hours: float | None = None
 
     def line(self) -> str:
@@ -60,21 +71,8 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choices(data: Fingerprint) -> Iterator[Choice]:
-    """The plan for a dataset. It is empty for a large one, which keeps the released recipe."""
-    if data.images >= LARGE:
-        return
-    yield from start(data)
-    yield from queries(data)
-    yield from size(data)
-    yield from losses()
-    yield from optimisation(data)
-    yield from length(data)
-    yield from balance(data)
-
-
-def start(data: Fingerprint) -> Iterator[Choice]:
-    """Backbone and decoder. Measured: docs/recipes.md, "Backbones"."""
+def start(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
+    """Backbone and decoder. Measured: docs/recipes.md, "Parts"."""
     if data.pretrained:
         name = "swin_tiny" if data.gpu else "swin_nano"
         yield Choice("backbone_name", name, "it has ImageNet weights, and fits this machine")
@@ -85,23 +83,20 @@ def start(data: Fingerprint) -> Iterator[Choice]:
         yield Choice(name, 128, "wide enough for a small backbone, and faster than 256")
 
 
-def queries(data: Fingerprint) -> Iterator[Choice]:
+def queries(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     """Detection tokens: enough for the busiest image, and half as many again for images to come;
     more only cost. Three decoder layers learn faster than six from few images.
     """
-    tokens = max(-(-data.busiest * 3 // 2 // 10) * 10, 20)
-    yield Choice(
-        "det_token_num",
-        min(tokens, MOST_TOKENS),
-        f"half as many again as the {data.busiest} of one image",
-    )
+    tokens = min(max(math.ceil(1.5 * data.busiest / 10) * 10, 20), MOST_TOKENS)
+    reason = f"half as many again as the {data.busiest} objects of one image"
+    yield Choice("det_token_num", tokens, reason)
     yield Choice("dec_layers", 3, "enough for few images, and faster than 6")
     yield Choice("dim_feedforward", 512, "enough for few images")
     yield Choice("dec_n_points", 2, "enough for few images")
     yield Choice("dropout", 0.0, "it slows short runs (H-DETR, arXiv 2207.13080)")
 
 
-def size(data: Fingerprint) -> Iterator[Choice]:
+def size(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     """Small objects cover OBJECT pixels, but the image has PHOTOGRAPH, as far as it has as many.
     Where a CPU would not pass over the images PASSES times in `--hours`, the size shrinks.
     """
@@ -110,31 +105,41 @@ def size(data: Fingerprint) -> Iterator[Choice]:
         wanted, reason = PHOTOGRAPH, "enough to recognise what a photograph shows"
     if wanted > data.short_side:
         wanted, reason = data.short_side, "the images have no more pixels"
+    hurried = False
     if data.hours is not None and not data.gpu:
-        pixels = data.hours * 3600 * CPU_PIXELS * data.threads / (data.images * PASSES)
-        fitting = math.sqrt(pixels / data.aspect)
-        if fitting < wanted:
-            wanted, reason = fitting, f"so that {PASSES} passes over the images fit into the time"
-    side = min(max(math.ceil(wanted / 16) * 16, 96), 640)
-    yield Choice("eval_size", side, reason)
-    if reason.startswith("so that"):
+        seconds = data.hours * 3600
+        pixels = seconds * CPU_PIXELS * data.threads * data.processes / (data.images * PASSES)
+        hurried = math.sqrt(pixels / data.aspect) < wanted
+        if hurried:
+            wanted = math.sqrt(pixels / data.aspect)
+            reason = f"so that {PASSES} passes over the images fit into the time"
+    yield Choice("eval_size", min(max(math.ceil(wanted / 16) * 16, 96), 640), reason)
+    side = now["eval_size"]
+    if hurried:
         yield Choice("train_sizes", (side,), "objects of many sizes take more passes to learn")
     else:
-        sizes = tuple(range(max(side - 32, 64), side + 33, 16))
+        sizes = tuple(range(max(side - 32, SMALLEST_SIZE), side + 33, 16))
         yield Choice("train_sizes", sizes, "around the size of evaluation")
     yield Choice("crop", False, "the released crops are for objects of many sizes")
 
 
-def losses() -> Iterator[Choice]:
-    """Measured: docs/recipes.md, "Parts"."""
-    yield Choice("class_loss", "matchability", "scores that tell how well a box fits (DEIM)")
-    yield Choice("look_forward_twice", True, "boxes of neighbouring layers learn together (DINO)")
-    yield Choice("denoising", 30, "the decoder learns from noisy boxes at once (DN-DETR)")
+def losses(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
+    """Measured: docs/recipes.md, "Parts". What needs a decoder that refines boxes is left out
+    without one.
+    """
+    if now["method"] == "vidt":
+        yield Choice("class_loss", "matchability", "scores that tell how well a box fits (DEIM)")
+        if now["with_box_refine"] and now["dec_layers"]:
+            reason = "boxes of neighbouring layers learn together (DINO)"
+            yield Choice("look_forward_twice", True, reason)
+            yield Choice("denoising", 30, "the decoder learns from noisy boxes at once (DN-DETR)")
 
 
-def optimisation(data: Fingerprint) -> Iterator[Choice]:
+def optimisation(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     """Rates measured on the embedded images: trainer/settings/recipes/shapes.yaml."""
-    yield Choice("batch_size", 16 if data.gpu else 5, "many steps teach more than large batches")
+    parts = now["n_iter_to_acc"]
+    batch = math.ceil((16 if data.gpu else 5) / parts) * parts
+    yield Choice("batch_size", batch, "many steps teach more than large batches")
     if data.pretrained:
         yield Choice("lr", 2e-4, "twice the released rate, for a short run")
     else:
@@ -144,21 +149,23 @@ def optimisation(data: Fingerprint) -> Iterator[Choice]:
         yield Choice("lr_fan_in_power", 0.5, "narrow layers need larger steps")
     yield Choice("adam_beta2", 0.98, "a short memory for a short run")
     yield Choice("sched", "linear", "better than a cosine in short runs")
-    yield Choice("warmup_share", 0.1, "a warm-up that shrinks with the run (DEIM)")
+    if "warmup_steps" not in fixed:
+        yield Choice("warmup_share", 0.1, "a warm-up that shrinks with the run (DEIM)")
     yield Choice("num_workers", 0 if not data.gpu else 4, "loading is cheap beside a CPU's steps")
 
 
-def length(data: Fingerprint) -> Iterator[Choice]:
-    """Without --hours: about 6,000 steps, as many as a small dataset can use."""
-    batch = 16 if data.gpu else 5
+def length(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
+    """Without --hours: about STEPS steps, as many as a small dataset can use."""
     if data.hours is None:
-        epochs = min(max(round(6000 * batch / data.images), 12), 300)
-        yield Choice("epochs", epochs, "about 6,000 steps, at least 12 passes")
-        yield Choice("eval_interval", max(epochs // 10, 1), "ten evaluations")
-        yield Choice("save_interval", max(epochs // 10, 1), "a checkpoint with each")
+        per_epoch = max(now["batch_size"], 1) * data.processes / data.images
+        epochs = min(max(round(STEPS * per_epoch), 12), 300)
+        yield Choice("epochs", epochs, f"about {STEPS:,} steps, from 12 to 300 passes")
+        interval = max(now["epochs"] // 10, 1)
+        yield Choice("eval_interval", interval, "ten evaluations")
+        yield Choice("save_interval", interval, "a checkpoint with each")
 
 
-def balance(data: Fingerprint) -> Iterator[Choice]:
+def balance(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     """Repeat-factor sampling (LVIS, arXiv 1908.03195)."""
     if data.rarest < 0.05:
         yield Choice(
@@ -166,31 +173,41 @@ def balance(data: Fingerprint) -> Iterator[Choice]:
         )
 
 
+RULES = (start, queries, size, losses, optimisation, length, balance)
+
+
 def planned(
-    config: TrainConfig, model: Mapping[str, Any], given: Collection[str], data: Fingerprint
+    config: TrainConfig, model: Mapping[str, Any], fixed: Names, data: Fingerprint
 ) -> tuple[TrainConfig, dict[str, Any], str]:
-    """The settings with the plan's choices for all that are not in `given`, and the plan in words:
-    the fingerprint, then a line for each choice.
+    """The settings with the plan's choices for all that are not in `fixed`, and the plan in words:
+    the fingerprint, then a line for each choice. Raises ConfigError for settings that do not fit
+    together.
     """
-    own, lines, taken = {**vars(config), **model}, [f"plan for {data.line()}"], {}
-    for choice in choices(data):
-        if choice.name not in given:
-            taken[choice.name] = choice.value
-            lines.append(f"  {choice.name} {in_words(choice.value)}: {choice.reason}")
-        elif own[choice.name] != choice.value:
-            told, value = in_words(own[choice.name]), in_words(choice.value)
-            lines.append(f"  {choice.name} {told}: as given (the plan has {value})")
+    now, lines, taken = {**vars(config), **model}, [f"plan for {data.line()}"], {}
+    for rule in RULES if data.images < LARGE else ():
+        for name, value, reason in rule(data, now, fixed):
+            if name not in fixed:
+                now[name] = taken[name] = value
+                lines.append(f"  {name} {in_words(value)}: {reason}")
+            elif now[name] != value:
+                told = in_words(now[name])
+                lines.append(f"  {name} {told}: as given (the plan has {in_words(value)})")
     if not taken:
         lines.append("  the released recipe, which was made for datasets of this size")
-    return *merged(config, model, taken), "\n".join(lines)
+    config, model = merged(config, model, taken)
+    replace(config, preset="released")  # checks what is left unchecked before a plan
+    return config, model, "\n".join(lines)
 
 
 def repeated(
-    config: TrainConfig, model: Mapping[str, Any], given: Collection[str], saved: Path
+    config: TrainConfig, model: Mapping[str, Any], fixed: Names, saved: Path
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings of a run's config.yaml for all that are not in `given`."""
+    """The settings of a run's config.yaml for all that are not in `fixed`, except data, folders and
+    the start of that run.
+    """
     settings = given_settings(["--config", str(saved)])
-    kept = {name: value for name, value in settings.items() if name not in {*given, "config"}}
+    own = {*fixed, *PATHS, *("load_from", "dataset_file", "num_classes", "check", "eval")}
+    kept = {name: value for name, value in settings.items() if name not in own}
     return merged(config, model, kept)
 
 

@@ -66,10 +66,9 @@ def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> 
 def imagenet_at_hand(backbone_name: str) -> bool:
     """Whether the ImageNet weights can be had; fetches them."""
     try:
-        _fetch(backbone_name)
+        return backbone_name in {**TIMM_NAMES, **URLS} and bool(_fetch(backbone_name))
     except Unreachable:
         return False
-    return True
 
 
 def added_by_vidt(name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.data.dataset_statistics import plan_of
+from trainer.data.dataset_statistics import plan_of, settled
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
@@ -98,12 +98,15 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     require_processes(accelerator.num_processes)
     agreement = Agreement(accelerator)
     agreement.on_main(lambda: require_files(config))
-    planned = config.preset == "auto"
-    fixed = fixed_fields(task) if planned else frozenset()
+    planned, fixed = config.preset == "auto", fixed_fields(task)
+    if planned:
+        config, fields, fixed = agreement.on_main(lambda: settled(config, fields, fixed))
     tokens = MOST_TOKENS if planned and "det_token_num" not in fixed else fields["det_token_num"]
     train_set, val_set = agreement.on_main(lambda: checked_tables(task, config, tokens, monitor))
     if planned:
-        config, fields, plan = agreement.on_main(lambda: plan_of(config, fields, fixed, train_set))
+        config, fields, plan = agreement.on_main(
+            lambda: plan_of(config, fields, fixed, train_set, accelerator.num_processes)
+        )
         logger.info(plan)
     with reports(task, config, monitor) as report:
         train(config, fields, train_set, val_set, report, accelerator=accelerator)
