@@ -1,6 +1,7 @@
 """`--preset auto` and `--hours`: a dataset's plan, what wins over it, how long a run becomes."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,8 +188,11 @@ def test_too_little_time() -> None:
         fitting_length(1.0, 2.0, per_epoch=20, step_images=5, val_images=50)
 
 
-def test_a_whole_run_by_hours_and_its_resumption(tmp_path: Path) -> None:
+def test_a_whole_run_by_hours_and_its_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan, the length found by the trial, and a second start that keeps both."""
+    monkeypatch.setattr("trainer.loop.time_limit._counted_from", time.time())
     data = write_coco(tmp_path / "data", random_pictures(6, seed=0), random_pictures(2, seed=1))
     small = "--preset auto --pre_trained none --det_token_num 5 --backbone_name swin_smallest "
     small += "--reduced_dim 64 --pos_dim 8 --dec_layers 1 --eval_size 64 --train_sizes 64 "
