@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,8 +42,8 @@ OPTIONAL_HEADS = {
 }
 # Settings that may differ between detectors that share weights.
 INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift", "look_forward_twice")
-# Settings of a decoder's training, as in a detector without decoder layers.
-REFINED = {"query_groups": 1, "label_embedding": False, "look_forward_twice": False}
+# Settings for the training of a decoder, as they are without one.
+NO_DECODER: dict[str, Any] = {"query_groups": 1, "label_embedding": False, "look_forward_twice": False}
 # Settings that a detector without neck does not use.
 NECK_SETTINGS = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
 
@@ -168,7 +169,7 @@ def with_fewer_layers(
         f"them, {len(dropped)} tensors"
     )
     left = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
-    config = dataclasses.replace(config, **({} if dec_layers else REFINED), dec_layers=dec_layers)
+    config = dataclasses.replace(config, **({} if dec_layers else NO_DECODER), dec_layers=dec_layers)
     if not dec_layers:
         left = {n: t for n, t in left.items() if not n.startswith(("label_enc.", "group_pos"))}
     return left, config, note
