@@ -138,7 +138,9 @@ def test_a_cached_image_is_as_large_as_the_strong_parts_need(
             down, across = random.uniform(*CENTRE, 2)
             shape = round(shape[0] * down), round(shape[1] * across)
         needed = covering(size, area, shape, random).needed
-        assert all(have >= min(each, most) for have, each, most in zip(cached, needed, size, strict=True))
+        assert all(
+            have >= min(each, most) for have, each, most in zip(cached, needed, size, strict=True)
+        )
 
 
 def test_pixels_are_near_those_of_images_decoded_in_full(

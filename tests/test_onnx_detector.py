@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_runs import environment
 from torch import Tensor, nn
 
+from vidt.errors import UserError
 from vidt.images.canvas import canvas_of, fitted_shape, framed
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDTConfig

@@ -43,7 +43,11 @@ OPTIONAL_HEADS = {
 # Settings that may differ between detectors that share weights.
 INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift", "look_forward_twice")
 # Settings for the training of a decoder, as they are without one.
-NO_DECODER: dict[str, Any] = {"query_groups": 1, "label_embedding": False, "look_forward_twice": False}
+NO_DECODER: dict[str, Any] = {
+    "query_groups": 1,
+    "label_embedding": False,
+    "look_forward_twice": False,
+}
 # Settings that a detector without neck does not use.
 NECK_SETTINGS = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
 
@@ -169,7 +173,9 @@ def with_fewer_layers(
         f"them, {len(dropped)} tensors"
     )
     left = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
-    config = dataclasses.replace(config, **({} if dec_layers else NO_DECODER), dec_layers=dec_layers)
+    config = dataclasses.replace(
+        config, dec_layers=dec_layers, **({} if dec_layers else NO_DECODER)
+    )
     if not dec_layers:
         left = {n: t for n, t in left.items() if not n.startswith(("label_enc.", "group_pos"))}
     return left, config, note
