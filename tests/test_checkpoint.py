@@ -313,6 +313,46 @@ def test_heads_that_find_no_boxes_may_be_left_out_or_start_afresh(
         start_from(ViDT(dataclasses.replace(config, n_keep=8)), path, NAMES)
 
 
+QUERIES = {"label_embedding": True, "query_groups": 3, "look_forward_twice": True}
+
+
+def test_parts_for_training_alone_need_not_agree(tiny_config: ViDTConfig, tmp_path: Path) -> None:
+    """Embedded labels go by class name; groups and labels are left out or start afresh."""
+    more = blurred(ViDT(dataclasses.replace(tiny_config, **QUERIES)))
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, more.state_dict(), info_of(more))
+    for changes, names, notes in (
+        (QUERIES, ("star", "cross", "disc"), 0),
+        ({**QUERIES, "num_classes": 2}, ("cross", "square"), 0),
+        ({**QUERIES, "query_groups": 2}, NAMES, 2),  # left out, and afresh
+        ({}, NAMES, 2),
+    ):
+        model = ViDT(dataclasses.replace(tiny_config, **changes))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert len(start_from(model, path, names).notes) == notes
+        if model.label_enc is not None and more.label_enc is not None:
+            for row, name in enumerate(names):
+                old = before["label_enc.weight"][row]
+                theirs = more.label_enc.weight[NAMES.index(name)] if name in NAMES else old
+                assert torch.equal(model.label_enc.weight[row], theirs), name
+        if model.group_pos is not None and model.config.query_groups == 3:
+            assert torch.equal(model.group_pos, more.group_pos)
+    plain = ViDT(tiny_config)
+    save_weights(path, plain.state_dict(), info_of(plain))
+    assert len(start_from(more, path, NAMES).notes) == 2
+
+
+def test_without_decoder_layers_no_training_queries(
+    tiny_config: ViDTConfig, tmp_path: Path
+) -> None:
+    whole = ViDT(dataclasses.replace(tiny_config, **QUERIES))
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, whole.state_dict(), info_of(whole))
+    model, info = load_model(path, dec_layers=0)
+    assert info.config == dataclasses.replace(tiny_config, dec_layers=0)
+    assert start_from(model, path, NAMES).kept == NAMES
+
+
 def test_token_columns_go_by_class_name(tiny_config: ViDTConfig, tmp_path: Path) -> None:
     """From a released file, whose indicator stands in class 0's place."""
     names = ("nothing", "disc", "square")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tiny_runs import FLAGS, ROOT, argv, call, environment, main_here
 
 import vidt
 from trainer.from_python import FinishedRun, _as_flags
+from trainer.loop.loss_log import NonFiniteLoss
 from trainer.loop.step import train_step
 from vidt.errors import UserError
+from vidt.weights.weights_file import UnusableWeights
 
 TINY: dict[str, Any] = {
     name.removeprefix("--"): value
@@ -141,6 +144,25 @@ def test_two_processes(tiny_data: Path, room: Path) -> None:
     done = call([sys.executable, "-c", SEVERAL, *nowhere], timeout=300)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
     assert str(room / "no") in line and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [NonFiniteLoss("loss is nan"), UnusableWeights("no weights")])
+def test_an_error_of_several_processes_comes_back_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise error
+
+    def launch(process: Callable[..., None], arguments: tuple[Any, ...], **options: Any) -> None:
+        with pytest.raises(SystemExit):
+            process(*arguments)
+        raise RuntimeError("a process failed")
+
+    monkeypatch.setattr("trainer.from_python._run", fail)
+    monkeypatch.setattr("trainer.from_python.notebook_launcher", launch)
+    expected = NonFiniteLoss if isinstance(error, NonFiniteLoss) else UserError
+    with pytest.raises(expected, match=f"^{error}$"):
+        vidt.train(output_dir=tmp_path, num_processes=2)
 
 
 @pytest.mark.parametrize(

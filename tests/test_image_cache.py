@@ -18,7 +18,10 @@ from PIL import Image
 from tiny_runs import argv, cpu, differences, end_of, main_here, random_pictures, run, write_coco
 
 from trainer.augmentation.geometry import SPARE
+from trainer.augmentation.mixing import CENTRE
 from trainer.augmentation.recipe import Augmentation
+from trainer.augmentation.single import covering, iou_area
+from trainer.augmentation.strong import StrongParts
 from trainer.data import image_cache
 from trainer.data.image_cache import CACHED_SPARE, ImageCache
 from trainer.data.loader import DetectionDataset
@@ -114,6 +117,30 @@ def test_a_cached_image_is_as_large_as_any_draw_needs(
         largest = [max(geometry.needed[axis] for geometry in draws) for axis in (0, 1)]
         spare = min((height - 1) / largest[0], (width - 1) / largest[1]) * SPARE
         assert spare <= CACHED_SPARE
+
+
+@pytest.mark.parametrize("part", ["iou_crop", "mosaic", "mixup", "copy_paste"])
+@pytest.mark.parametrize("size", [*SIZES, (2160, 3840), (64, 5000)])
+def test_a_cached_image_is_as_large_as_the_strong_parts_need(
+    part: str, size: tuple[int, int], table: SampleTable, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, strong=StrongParts(**{part: 1.0}))
+    cached = ImageCache(tmp_path, table, recipe).shape_of(size)
+    box = torch.tensor([[size[1] / 3, size[0] / 3, size[1] / 2, size[0] / 2]])
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        other = SIZES[int(random.integers(len(SIZES)))]
+        area, shape = (0, 0, *size), recipe.canvas(*other)
+        if part == "iou_crop":
+            area = iou_area(size, box, random)
+            shape = recipe.canvas(*area[2:])
+        elif part == "mosaic":
+            down, across = random.uniform(*CENTRE, 2)
+            shape = round(shape[0] * down), round(shape[1] * across)
+        needed = covering(size, area, shape, random).needed
+        assert all(
+            have >= min(each, most) for have, each, most in zip(cached, needed, size, strict=True)
+        )
 
 
 def test_pixels_are_near_those_of_images_decoded_in_full(

@@ -17,10 +17,11 @@ from PIL import Image
 from tiny_runs import environment
 from torch import Tensor, nn
 
+from vidt.errors import UserError
 from vidt.images.canvas import canvas_of, fitted_shape, framed
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDTConfig
-from vidt.onnx.detector import FORMAT, OnnxDetector, _decoded
+from vidt.onnx.detector import FORMAT, OnnxDetector, OnnxInfo, _decoded
 from vidt.onnx.graph import ExportedDetector, make_graph
 from vidt.predict.predictor import Predictor
 from vidt.weights.weights_file import WeightsInfo
@@ -274,3 +275,19 @@ def test_one_by_one(file: Path, pictures: list[Path]) -> None:
     assert len(found[[0, 2]]) == len(found[found.scores >= found.scores[1]]) == 2
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "said"),
+    [
+        ("[0.5, null]", "2 thresholds for 3 classes"),
+        ("[0.5, null, 1.5]", "from 0 to 1"),
+        ('"abc"', "from 0 to 1"),
+    ],
+)
+def test_thresholds_of_the_metadata(file: Path, thresholds: str, said: str) -> None:
+    stored = {each.key: each.value for each in onnx.load(file).metadata_props}
+    fitting = OnnxInfo.of({**stored, "thresholds": "[0.5, null, 1.0]"}, file)
+    assert fitting.thresholds == (0.5, None, 1.0)
+    with pytest.raises(UserError, match=said):
+        OnnxInfo.of({**stored, "thresholds": thresholds}, file)

@@ -280,6 +280,18 @@ def test_a_run_set_aside_goes_on_as_if_left_alone(tiny_data: Path, room: Path) -
     assert differences(end_of(earlier), end_of(room / "alone")) == []
 
 
+def test_results_that_a_run_does_not_replace_do_not_stay(tiny_data: Path, room: Path) -> None:
+    run(tiny_data, room, "--max_steps 1")
+    for name in resume.NOT_OF_EVERY_RUN:
+        (room / name).write_text("old")
+    assert resume.set_aside(room) == room / "earlier"
+    for name in resume.NOT_OF_EVERY_RUN:
+        assert (room / "earlier" / name).read_text() == "old" and not (room / name).exists()
+        (room / name).write_text("of a run without a checkpoint")
+    run(tiny_data, room, "--max_steps 1")
+    assert not any((room / name).exists() for name in resume.NOT_OF_EVERY_RUN)
+
+
 def test_killed_while_it_sets_a_run_aside(tiny_data: Path, room: Path) -> None:
     run(tiny_data, room, "--max_steps 1")
     whole = {path.relative_to(room) for path in room.rglob("*") if path.is_file()}

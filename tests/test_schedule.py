@@ -121,6 +121,15 @@ def test_what_places_the_queries_has_a_rate_of_its_own(tiny_model: ViDT) -> None
     }
 
 
+def test_tables_of_training_queries_do_not_decay(tiny_config: ViDTConfig) -> None:
+    model = ViDT(replace(tiny_config, query_groups=3, label_embedding=True))
+    groups = parameter_groups(model, 0.05, position_mult=0.1, fan_in_power=0.5)
+    found = {id(p): (g["weight_decay"], g["lr_mult"]) for g in groups for p in g["params"]}
+    names = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert names["group_pos"] == names["backbone.det_pos_embed"] == (0.0, 0.1)
+    assert names["label_enc.weight"] == names["backbone.det_token"] == (0.0, 1.0)
+
+
 def test_the_body_has_a_rate_of_its_own(tiny_model: ViDT) -> None:
     config = TrainConfig(lr=1.0, lr_backbone_mult=0.25, lr_linear_proj_mult=0.1)
     rate = rates_at_half(tiny_model, config)

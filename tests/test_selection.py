@@ -127,6 +127,9 @@ def test_training_and_evaluation_store_the_same_thresholds(
     assert capsys.readouterr().out == plain
     with pytest.raises(UserError, match="--save_thresholds writes into"):
         evaluate.run(["model.onnx", *data, "--save_thresholds"])
+    for remote in ("https://example.org/best.safetensors", "vidt_nano_50"):
+        with pytest.raises(UserError, match="writes into a file of this machine"):
+            evaluate.run([remote, *data, "--save_thresholds"])
 
 
 def test_an_address_is_predicted_as_its_file(

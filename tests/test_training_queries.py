@@ -5,6 +5,7 @@ move; look-forward-twice.
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from trainer.data.denoising import (
@@ -15,6 +16,8 @@ from trainer.data.denoising import (
     noise_boxes,
     noise_labels,
 )
+from trainer.loop.set_up import require_denoising
+from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
 from vidt.losses.criterion import SetCriterion, denoising_matches
 from vidt.model.config import ViDTConfig
@@ -198,8 +201,25 @@ def test_look_forward_twice_by_hand() -> None:
     assert gradients[0] is None and torch.allclose(gradients[1], gradients[2], atol=1e-6)
 
 
-def test_groups_need_a_refining_decoder() -> None:
-    with pytest.raises(UserError, match="query_groups"):
-        ViDTConfig(query_groups=2, with_box_refine=False)
+def test_training_queries_need_a_refining_decoder() -> None:
+    for name, value in (
+        ("query_groups", 2),
+        ("label_embedding", True),
+        ("look_forward_twice", True),
+    ):
+        for without in ({"with_box_refine": False}, {"dec_layers": 0}, {"method": "vidt_wo_neck"}):
+            with pytest.raises(UserError, match=f"{name} is {value}; .* refines boxes"):
+                ViDTConfig(**{name: value, **without})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="query_groups"):
         ViDTConfig(query_groups=0)
+
+
+def test_settings_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="--contrastive_denoising needs --denoising"):
+        require_denoising(TrainConfig(denoising=0, contrastive_denoising=True), ViDTConfig())
+    PartialState()  # the logger asks it for the main process
+    require_denoising(TrainConfig(denoising=0), ViDTConfig(label_embedding=True))
+    assert "--label_embedding does nothing without --denoising" in caplog.text
+    without = ViDTConfig(method="vidt_wo_neck")
+    require_denoising(TrainConfig(denoising=0, class_loss="varifocal"), without)
+    assert "--class_loss varifocal does nothing with method vidt_wo_neck" in caplog.text

@@ -18,6 +18,7 @@ import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 
+from trainer.loop.loss_log import NonFiniteLoss
 from trainer.loop.stopping import INTERRUPTED, SIGNALS, Stopped, StoppedBySignal
 from trainer.loop.time_limit import count_from_now
 from trainer.report.console import PrintableFormatter
@@ -33,6 +34,8 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.weights_file import read_info
 
 SETTINGS = {**settings_of(TrainConfig), **settings_of(ViDTConfig)}
+# Errors that a process hands to the one that forked it.
+TOLD: dict[str, type[Exception]] = {"user": UserError, "non-finite": NonFiniteLoss}
 ELASTIC = "torch.distributed.elastic"  # the logger that reports processes that ended
 
 
@@ -132,12 +135,12 @@ def _run(words: list[str]) -> None:
 
 
 def _run_several(words: list[str], num_processes: int) -> None:
-    """Forks the processes of a run. An error that a user can mend comes back as itself."""
+    """Forks the processes of a run. An error of TOLD comes back as itself."""
     _require_forks(num_processes)
     elastic = logging.getLogger(ELASTIC)
     level = elastic.level
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "error.txt"
+        said = Path(folder) / "error.txt"  # the kind of an error, then its message
         elastic.setLevel(logging.CRITICAL)
         try:
             notebook_launcher(
@@ -145,7 +148,8 @@ def _run_several(words: list[str], num_processes: int) -> None:
             )
         except Exception as error:  # of torch.distributed.elastic, with the children's tracebacks
             if said.exists():
-                raise UserError(said.read_text(encoding="utf-8")) from None
+                kind, _, text = said.read_text(encoding="utf-8").partition("\n")
+                raise TOLD[kind](text) from None
             if type(error).__name__ == "SignalException":
                 raise KeyboardInterrupt(str(error)) from error
             raise
@@ -160,8 +164,9 @@ def _forked(words: list[str], said: Path) -> None:
     torch.set_num_threads(1)
     try:
         _run(words)
-    except UserError as error:
-        said.write_text(str(error), encoding="utf-8")
+    except tuple(TOLD.values()) as error:
+        kind = next(name for name, each in TOLD.items() if isinstance(error, each))
+        said.write_text(f"{kind}\n{error}", encoding="utf-8")
         sys.exit(2)
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from torch import nn
 
 from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
 from trainer.data.dataset_statistics import plan_of, settled
@@ -115,6 +116,8 @@ def _train(
         resume.sweep(output / resume.CHECKPOINTS)
         write_yaml(output / "config.yaml", config, model_fields)
         (output / resume.NON_FINITE).unlink(missing_ok=True)  # of an earlier run, or start
+        for name in () if state.step else resume.NOT_OF_EVERY_RUN:
+            (output / name).unlink(missing_ok=True)
         save_preview(run, train_set.class_names)
     say = partial(announce, run, report)
     say("start", message=start_line(run))
@@ -196,16 +199,12 @@ def evaluate_and_save(
     state, config = run.state, run.config
     if run.clock.evaluation_due(state.step) and state.evaluated_step != state.step:
         say("evaluating")
-        evaluation = evaluate(
+        evaluation = evaluate_in(
+            run,
             run.evaluated_model,
             val_set,
-            run.dataset.preprocessing,
-            run.accelerator,
-            run.agreement,
-            batch_size=config.eval_batch_size or config.batch_size,
-            num_workers=config.num_workers,
             tick=lambda done: say("evaluating", fraction=run.clock.fraction(state.step, done)),
-            stop=lambda: stop.signum,
+            stop=stop,
         )
         best = state.note_evaluation(evaluation.metrics)
         state.stopped_early = state.stops_early(config.patience)
@@ -215,6 +214,29 @@ def evaluate_and_save(
     if state.saved_step != state.step and (over or run.clock.save_due(state.step, config)):
         state.saved_step = state.step  # first, because the checkpoint records it
         save_checkpoint(run, say)
+
+
+def evaluate_in(
+    run: Run,
+    model: nn.Module,
+    samples: SampleTable,
+    *,
+    tick: Callable[[float], None],
+    stop: StopRequest,
+) -> Evaluation:
+    """`evaluate` with the settings of the run. Raises Stopped if a signal interrupts it."""
+    config = run.config
+    return evaluate(
+        model,
+        samples,
+        run.dataset.preprocessing,
+        run.accelerator,
+        run.agreement,
+        batch_size=config.eval_batch_size or config.batch_size,
+        num_workers=config.num_workers,
+        tick=tick,
+        stop=lambda: stop.signum,
+    )
 
 
 def save_evaluation(
@@ -261,15 +283,12 @@ def evaluate_test(run: Run, test_set: SampleTable, say: Say, stop: StopRequest) 
     """
     output = Path(run.config.output_dir)
     model, _ = load_detector(str(output / resume.BEST), run.agreement)
-    evaluation = evaluate(
+    evaluation = evaluate_in(
+        run,
         run.accelerator.prepare_model(model, evaluation_mode=True),
         test_set,
-        run.dataset.preprocessing,
-        run.accelerator,
-        run.agreement,
-        batch_size=run.config.eval_batch_size or run.config.batch_size,
-        num_workers=run.config.num_workers,
-        stop=lambda: stop.signum,
+        tick=lambda done: say("evaluating"),
+        stop=stop,
     )
     metrics = {f"test_{name}": value for name, value in evaluation.metrics.items()}
     if run.accelerator.is_main_process:

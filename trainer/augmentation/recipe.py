@@ -4,6 +4,7 @@ strong parts if there are any.
 Sizes are (height, width) in pixels.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,14 +75,21 @@ class Augmentation:
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """The size at which an image, or a crop of it, meets the strong parts."""
-        middle = sorted(self.sizes)[len(self.sizes) // 2]
-        return resized_shape(height, width, middle, self.max_size)
+        return resized_shape(height, width, self._middle, self.max_size)
+
+    @property
+    def _middle(self) -> int:
+        return sorted(self.sizes)[len(self.sizes) // 2]
 
     def largest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The largest (height, width) to which `draw` may resize a whole image of `size`."""
+        """The largest (height, width) to which `draw` or a strong part may resize a whole image of
+        `size`.
+        """
         shapes = [resized_shape(*size, max(self.sizes), self.max_size)]
         if self.crop:
             shapes.append(resized_shape(*size, max(self.crop_resize)))
+        scale = self.strong.largest_scale(min(size), self._middle, self.max_size)
+        shapes.append((math.ceil(scale * size[0]), math.ceil(scale * size[1])))
         heights, widths = zip(*shapes, strict=True)
         return max(heights), max(widths)
 

@@ -15,9 +15,17 @@ import numpy as np
 from torch import Tensor
 
 from trainer.augmentation.geometry import Geometry
-from trainer.augmentation.mixing import copy_paste, mixup, mosaic
+from trainer.augmentation.mixing import CENTRE, copy_paste, mixup, mosaic
 from trainer.augmentation.scene import Scene
-from trainer.augmentation.single import Area, affine, covering, iou_area, jittered, zoomed_out
+from trainer.augmentation.single import (
+    LEAST_CROP,
+    Area,
+    affine,
+    covering,
+    iou_area,
+    jittered,
+    zoomed_out,
+)
 from trainer.readers.samples import Sample
 from trainer.settings.config import STRONG_PARTS, TrainConfig
 
@@ -68,6 +76,15 @@ class StrongParts:
         """The most boxes that an image can have, if those of the dataset have `of_one_image`."""
         images = (4 if self.mosaic else 1) + bool(self.mixup) + bool(self.copy_paste)
         return of_one_image * images
+
+    def largest_scale(self, side: int, short: int, longest: int) -> float:
+        """The largest scale of an image with a short side of `side` pixels: the smallest IoU crop
+        fills a canvas whose short side is `short`, and other images cover a canvas, or a field of
+        a mosaic, whose aspect ratio is not theirs and whose sides are at most `longest`.
+        """
+        crop = short / max(int(LEAST_CROP * side), 1) if self.iou_crop else 0.0
+        field = 1.0 if self.mixup or self.copy_paste else CENTRE[1] if self.mosaic else 0.0
+        return max(crop, field * longest / side)
 
 
 NO_PARTS = StrongParts()

@@ -35,6 +35,7 @@ from trainer.settings.config import TrainConfig
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
 from vidt.images.image_files import ImageFile
+from vidt.weights.published import is_remote
 
 SUMMARY = """
 Scores a detector on annotated images as COCO does: AP (average precision: 1 is perfect, 0 finds
@@ -86,6 +87,11 @@ def run(argv: Sequence[str]) -> int:
     if given.data is not None:
         check_result("--out", given.out, annotation_files(given.data))
     tiles = tile_settings(given)
+    if given.save_thresholds and is_remote(given.weights):
+        raise UserError(
+            f"--save_thresholds writes into a file of this machine, and WEIGHTS is {given.weights}"
+            "; save the download under a name of your own first"
+        )
     if given.save_thresholds and Path(given.weights).suffix != ".safetensors":
         raise UserError(
             f"--save_thresholds writes into a .safetensors file, and WEIGHTS is {given.weights}; "

@@ -14,12 +14,18 @@ from trainer.backward.freezing import stage_of
 from trainer.settings.config import TrainConfig
 
 # Embeddings, which multiply nothing: weight decay would only pull them to zero.
-TABLES = ("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table")
+TABLES = (
+    *("det_token", "cls_token", "det_pos_embed", "relative_position_bias_table"),
+    *("group_pos", "label_enc"),
+)
 
 # Weights that determine reference points and sampling positions. The position embedding is small
 # (std 0.02) and passes a norm, so a step of the usual size moves all positions at once. Deformable
 # DETR (arXiv 2010.04159, appendix A.4) trains its projections to positions at a tenth of the rate.
-POSITION_WEIGHTS = ("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed")
+POSITION_WEIGHTS = (
+    *("reference_points", "sampling_offsets", "query_pos_proj", "det_pos_embed"),
+    "group_pos",
+)
 
 # Inputs of a matrix whose rate --lr_fan_in_power does not change; most matrices of the decoder have
 # this number.
@@ -62,7 +68,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        bare = parameter.ndim < 2 or parts[-1] in TABLES
+        bare = parameter.ndim < 2 or any(part in TABLES for part in parts)
         mult = backbone_mult if "backbone" in parts else 1.0
         if any(part in POSITION_WEIGHTS for part in parts):
             mult = position_mult

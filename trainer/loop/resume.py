@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.augmentation.preview import PREVIEW_NAME
 from trainer.settings.config import default_settings
 from vidt.atomic import atomic_file, flush
 from vidt.errors import UserError, shown
@@ -32,13 +33,14 @@ PREFIX = "step-"
 # The step, and a number for a step that was saved more than once.
 NAME = re.compile(rf"{PREFIX}(\d+)(?:\.(\d+))?")
 TENSORS, STATE = "tensors.safetensors", "state.json"
-# The results in a run's folder; each save replaces them.
+# The results in a run's folder; each save replaces RESULTS.
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 BEST, NON_FINITE, TEST = "best.safetensors", "non_finite.json", "test.json"
 RESULTS = (
     *(BEST, "last.safetensors", "config.yaml", "metrics.csv"),
-    *("report.html", "predictions.jpg", NON_FINITE, TEST),
+    *("report.html", "predictions.jpg", NON_FINITE),
 )
+NOT_OF_EVERY_RUN = (TEST, PREVIEW_NAME)
 # How a run was trained whose checkpoint is older than these settings; what is not listed was not
 # there, as by default.
 BEFORE = {"scale_per": "image", "group_by_aspect": False, "mixed_precision": "no", "tf32": False}
@@ -207,7 +209,7 @@ def set_aside(output: Path) -> Path | None:
     """Moves the run in `output` into its folder `earlier`, replacing that, and returns the folder;
     None if there is no run. The moved run can be resumed.
 
-    Its files also stay in `output` until they are replaced: --load_from may name them. The
+    RESULTS also stay in `output` until they are replaced: --load_from may name them. The
     checkpoints move last, so that after a kill the next call completes the move.
     """
     earlier, half = output / "earlier", output / ".earlier.half"
@@ -216,7 +218,7 @@ def set_aside(output: Path) -> Path | None:
         for name in RESULTS:
             if (output / name).exists() and not (half / name).exists():
                 _link(output / name, half / name)
-        for name in (TENSORBOARD, CHECKPOINTS):
+        for name in (*NOT_OF_EVERY_RUN, TENSORBOARD, CHECKPOINTS):
             if (output / name).exists():
                 (output / name).rename(half / name)
     elif not (half / CHECKPOINTS).exists():

@@ -419,7 +419,15 @@ def images_of_epoch(config: TrainConfig, samples: SampleTable) -> int:
 
 
 def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
-    """Raises UserError if --denoising is given for a model that cannot denoise."""
+    """Raises UserError for --denoising with a model that cannot denoise, and for
+    --contrastive_denoising without --denoising. Warns of other settings that do nothing.
+    """
+    if config.contrastive_denoising and not config.denoising:
+        raise UserError("--contrastive_denoising needs --denoising, which is 0; drop it")
+    if model.label_embedding and not config.denoising:
+        logger.warning("--label_embedding does nothing without --denoising")
+    if config.class_loss != "focal" and model.method != "vidt":
+        logger.warning(f"--class_loss {config.class_loss} does nothing with method {model.method}")
     if config.denoising and not model.with_box_refine:
         raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
     if config.denoising and (model.method != "vidt" or not model.dec_layers):

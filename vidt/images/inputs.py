@@ -4,6 +4,7 @@ Does not import PyTorch: a tensor is recognised by its type's name and read thro
 """
 
 import logging
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vidt.downloads import fetch, is_url
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 from vidt.images.files import as_rgb, is_truncated, orientation_of, read_image, turned
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,16 @@ def check_threshold(threshold: float) -> None:
     """Raises UserError for a threshold outside 0 to 1."""
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold is {threshold}; it must be from 0 to 1")
+
+
+def require_thresholds(stored: Sequence[Any], class_names: Sequence[str]) -> None:
+    """Raises ValueError unless a header stores a threshold from 0 to 1, or None, for each class, or
+    none at all.
+    """
+    if not all(each is None or (isinstance(each, float) and 0 <= each <= 1) for each in stored):
+        raise ValueError(f"thresholds are {shown(stored)}; they must be from 0 to 1")
+    if stored and len(stored) != len(class_names):
+        raise ValueError(f"it has {len(stored)} thresholds for {len(class_names)} classes")
 
 
 def rows_of(which: Any, count: int) -> Any:

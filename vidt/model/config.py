@@ -120,12 +120,14 @@ class ViDTConfig:
             f"one of {', '.join(backbone_names())}",
         )
         refined = self.method == "vidt" and self.with_box_refine and self.dec_layers > 0
-        require(
-            refined or self.query_groups == 1,
-            "query_groups",
-            self.query_groups,
-            "1 without a decoder that refines boxes",
-        )
+        for name, plain in (
+            ("query_groups", 1),
+            ("label_embedding", False),
+            ("look_forward_twice", False),
+        ):
+            value = getattr(self, name)
+            expected = f"{plain} without a decoder that refines boxes"
+            require(refined or value == plain, name, value, expected)
         for name in NECK_PARTS:
             allowed = self.method == "vidt" or not getattr(self, name)
             require(allowed, name, getattr(self, name), f"False with method {self.method}")

@@ -25,6 +25,7 @@ from vidt.images.inputs import (
     as_picture,
     is_one,
     picture_of,
+    require_thresholds,
     rows_of,
     source_of,
 )
@@ -63,6 +64,7 @@ class OnnxInfo:
             values = {name: json.loads(given[name]) for name in cls.__dataclass_fields__}
             names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
             values["thresholds"] = tuple(values["thresholds"])
+            require_thresholds(values["thresholds"], names)
             info = cls(class_names=names, frame=frame, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,15 +31,23 @@ from vidt.weights.weights_file import (
 
 logger = logging.getLogger(__name__)
 
-# Heads that either the file or the run may lack: they do not affect boxes and classes. Their
-# settings must agree only if both have them.
+# Heads, and tables for training only, that either the file or the run may lack: they do not affect
+# boxes and classes. Their settings must agree only if both have them.
 OPTIONAL_HEADS = {
     "iou_aware": ("iou_embed.", ()),
     "token_label": ("token_head.", ()),
     "with_vector": ("vector_embed.", ("n_keep", "gt_mask_len", "vector_hidden_dim")),
+    "label_embedding": ("label_enc.", ()),
+    "query_groups": ("group_pos", ()),
 }
 # Settings that may differ between detectors that share weights.
-INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift")
+INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift", "look_forward_twice")
+# Settings for the training of a decoder, as they are without one.
+NO_DECODER: dict[str, Any] = {
+    "query_groups": 1,
+    "label_embedding": False,
+    "look_forward_twice": False,
+}
 # Settings that a detector without neck does not use.
 NECK_SETTINGS = ("dec_layers", "nheads", "dim_feedforward", "dec_n_points", "with_box_refine")
 
@@ -164,7 +173,12 @@ def with_fewer_layers(
         f"them, {len(dropped)} tensors"
     )
     left = {name: tensor for name, tensor in tensors.items() if name not in set(dropped)}
-    return left, dataclasses.replace(config, dec_layers=dec_layers), note
+    config = dataclasses.replace(
+        config, dec_layers=dec_layers, **({} if dec_layers else NO_DECODER)
+    )
+    if not dec_layers:
+        left = {n: t for n, t in left.items() if not n.startswith(("label_enc.", "group_pos"))}
+    return left, config, note
 
 
 def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
@@ -214,12 +228,15 @@ def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...])
         notes.append(note)
     _require_same(config, own, path)
     for flag, (prefix, _) in OPTIONAL_HEADS.items():
-        if getattr(config, flag) and not getattr(own, flag):
+        theirs_has, ours_has, none = (getattr(each, flag) for each in (config, own, ViDTConfig))
+        if theirs_has == ours_has:
+            continue
+        if theirs_has != none:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
-            notes.append(f"left out the heads of {flag}")
-        elif getattr(own, flag) and not getattr(config, flag):
+            notes.append(f"left out the weights of {flag}")
+        if ours_has != none:
             tensors |= {name: t for name, t in fresh.items() if name.startswith(prefix)}
-            notes.append(f"the heads of {flag} start afresh")
+            notes.append(f"the weights of {flag} start afresh")
     rows = _matching_rows(names, class_names, config.num_classes)
     for name in tensors:
         pairs = _row_pairs(name, rows, own, config)
@@ -298,7 +315,7 @@ def _row_pairs(
     name: str, rows: dict[int, int], ours: ViDTConfig, theirs: ViDTConfig
 ) -> dict[int, int] | None:
     """Our row -> the file's for a tensor whose first axis is the class; None for any other."""
-    if re.match(r"class_embed\.\d+\.", name):
+    if re.match(r"class_embed\.\d+\.|label_enc\.", name):
         return rows
     if name.startswith("class_embed.layers.2."):  # without neck: a softmax, background last
         return {**rows, ours.num_classes: theirs.num_classes}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, shown
+from vidt.images.inputs import require_thresholds
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
 
@@ -158,12 +159,9 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
         ),
         metrics=dict(json.loads(header["metrics"])),
         training=dict(json.loads(header.get("training", "{}"))),  # older files have none
-        thresholds=_thresholds(json.loads(header.get("thresholds", "[]"))),  # likewise
+        thresholds=tuple(json.loads(header.get("thresholds", "[]"))),  # likewise
     )
-    if info.thresholds and len(info.thresholds) != len(info.class_names):
-        raise ValueError(
-            f"it has {len(info.thresholds)} thresholds for {len(info.class_names)} classes"
-        )
+    require_thresholds(info.thresholds, info.class_names)
     if len(info.class_names) != info.config.num_classes:
         raise ValueError(
             f"it names {len(info.class_names)} classes, but num_classes is "
@@ -175,12 +173,6 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names are {shown(values)}; they must be texts")
-    return tuple(values)
-
-
-def _thresholds(values: Any) -> tuple[float | None, ...]:
-    if not all(each is None or (isinstance(each, float) and 0 <= each <= 1) for each in values):
-        raise ValueError(f"thresholds are {shown(values)}; they must be from 0 to 1")
     return tuple(values)
 
 
