@@ -6,7 +6,6 @@ No flag may fork, allocate or wait without a limit: what `parse` accepts is smal
 import math
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 
 import pytest
 

@@ -243,4 +243,5 @@ def _progress(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _settings(training: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return list(dict(training.get("settings") or {}).items())
+    settings = dict(training.get("settings") or {})
+    return [(name, value) for name, value in settings.items() if value is not None]
