@@ -83,7 +83,7 @@ def test_push_and_load(
 
     image = Image.new("RGB", (96, 96), "orange")
     here, there = vidt.load(weights, device="cpu"), vidt.load("hf://ann/shapes", device="cpu")
-    assert torch.equal(here(image).scores, there(image).scores)
+    assert torch.equal(here([image])[0].scores, there([image])[0].scores)
     cached = local_weights("hf://ann/shapes")
     assert cached.read_bytes() == weights.read_bytes()
     assert sum("GET /ann/shapes/resolve" in each for each in hub.requests) == 1
@@ -94,13 +94,20 @@ def test_push_and_load(
     assert str(weights.parent) not in pushed.files["README.md"].decode()
 
 
-def test_the_commands_take_the_address(
-    hub: Hub, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_commands_and_the_lines_of_the_card_take_the_address(
+    hub: Hub,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add("ann/shapes", model_safetensors=weights.read_bytes())
-    Image.new("RGB", (96, 96), "orange").save(tmp_path / "photo.jpg")
-    photo = str(tmp_path / "photo.jpg")
-    assert main(["predict", "hf://ann/shapes", photo, "--device", "cpu"]) == 0
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 96), "orange").save("photo.jpg")
+    code = card_part(weights, "ann/shapes").split("```")[1].removeprefix("python\n")
+    exec(code, names := {})
+    assert isinstance(names["detections"], vidt.Detections)
+    assert main(["predict", "hf://ann/shapes", "photo.jpg", "--device", "cpu"]) == 0
     assert main(["info", "hf://ann/shapes"]) == 0 and "disc" in capsys.readouterr().out
     require_files(TrainConfig(load_from="hf://ann/shapes"))
 
@@ -178,8 +185,13 @@ def test_offline(
 def test_a_file_that_the_hub_did_not_promise_is_refused(hub: Hub, weights: Path) -> None:
     hub.add("ann/shapes", model_safetensors=weights.read_bytes())
     hub.corrupt = True
-    with pytest.raises(Unreachable, match=r"its SHA-256 is .*delete .* to fetch it again"):
+    with pytest.raises(
+        Unreachable, match=r"its SHA-256 is .*delete it to fetch it again"
+    ) as caught:
         local_weights("hf://ann/shapes")
+    hub.corrupt = False
+    Path(str(caught.value).partition(": ")[0]).unlink()
+    assert local_weights("hf://ann/shapes").read_bytes() == weights.read_bytes()
 
 
 def test_a_pickle_under_the_name_is_not_read(hub: Hub, tmp_path: Path) -> None:
@@ -216,7 +228,7 @@ def test_the_card(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, front, text = card.split("---\n", 2)
     assert "license" not in yaml.safe_load(front) and "stated none" in text
     assert yaml.safe_load(front)["pipeline_tag"] == "object-detection"
-    assert 'vidt.load("hf://ann/shapes")' in text and "vidt predict hf://ann/shapes" in text
+    assert "vidt predict hf://ann/shapes photo.jpg" in text
     for row in ("| map50 | 0.250 |", "| training | shapes.json | 1,200 | 3,400 |"):
         assert row in text
     assert "| preset | auto |" in text and "load\\_from |" not in text

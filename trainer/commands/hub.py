@@ -196,7 +196,9 @@ def _usage(model: str) -> str:
     return f"""```python
 import vidt
 
-detections = vidt.load("{HUB}{model}")("photo.jpg")
+detector = vidt.load("{HUB}{model}")
+detections = detector.predict("photo.jpg", threshold=0.3)
+print(detections.names, detections.scores, detections.boxes)  # xyxy, pixels of the image
 ```
 
 Or `vidt predict {HUB}{model} photo.jpg`, or start a training from it with

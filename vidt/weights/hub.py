@@ -123,13 +123,15 @@ def _require_visibility(model: str, private: bool, public: bool) -> None:
 def _require_stated_hash(path: Path) -> None:
     """Checks a file of the cache. There it is a link to a file whose name is the SHA-256 that the
     Hub stated, if Git LFS or Xet stores it; a file system without links does not keep the name.
+    Raises Unreachable for another SHA-256.
     """
     stated = Path(os.readlink(path)).name if path.is_symlink() else ""
     if re.fullmatch("[0-9a-f]{64}", stated):
         try:
             require_hash(path, stated)
         except OSError as error:
-            raise OSError(f"{error}; delete {path.resolve()} to fetch it again") from error
+            file = path.resolve()
+            raise Unreachable(f"{file}: {error}; delete it to fetch it again") from error
 
 
 @contextmanager
