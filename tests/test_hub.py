@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
+from simulated_hub import TOKEN, Hub, simulated_hub
 
 import vidt
 from trainer.commands.command_line import main
@@ -26,8 +27,6 @@ from vidt.model.vidt import ViDT
 from vidt.weights.hub import HubAddress, hub_address
 from vidt.weights.published import local_weights
 from vidt.weights.weights_file import WeightsInfo, save_weights
-
-from tests.simulated_hub import TOKEN, Hub, simulated_hub
 
 TRAINING = {
     "version": "0.1.0",
@@ -161,7 +160,7 @@ def test_what_the_hub_refuses_is_one_line(
     hub.status = None
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "refuses the token; log in" in refusal(capsys, "push", weights, "ann/shapes")
-    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\x01é")  # no HTTP header
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\x01")  # no HTTP header
     refusal(capsys, "push", weights, "ann/shapes")
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refusal(capsys, "push", weights, "ann/shapes")
