@@ -13,7 +13,6 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def check_only(command: str) -> None:
         check_flags(words[2:])
         return
     if words[0] == "vidt":
-        import_module(f"trainer.commands.{words[1]}").flags().parse_args(words[2:])
+        command_line.subcommand(words[1])[0]().parse_args(words[2:])
         return
     assert words[0] in ("docker", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
     if words[0] == "docker":
@@ -371,7 +370,7 @@ def known_flags() -> set[str]:
     parsers = [launch_command_parser(), torchrun_parser(), sandbox.make_parser()]
     for name in command_line.COMMANDS:
         if name != "train":
-            parsers.append(import_module(f"trainer.commands.{name}").flags())
+            parsers.append(command_line.subcommand(name)[0]())
     for parser in parsers:
         flags |= set(parser._option_string_actions)
     others = {"--kills", "--tag", "--build-arg", "--repeat", "--precision", "--logdir", "--check"}

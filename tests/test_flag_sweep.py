@@ -6,11 +6,10 @@ No flag may fork, allocate or wait without a limit: what `parse` accepts is smal
 import math
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 
 import pytest
 
-from trainer.commands.command_line import COMMANDS
+from trainer.commands.command_line import COMMANDS, subcommand
 from trainer.settings.config import _MODEL, _TRAIN, TrainConfig, parse
 from trainer.settings.flags import Setting
 from vidt.errors import UserError
@@ -83,7 +82,7 @@ def test_defaults_are_within_the_limits() -> None:
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
 def test_every_flag_of_the_commands(command: str) -> None:
     """Their parsers; what they accept as a number is limited."""
-    parser = import_module(f"trainer.commands.{command}").flags()
+    parser = subcommand(command)[0]()
     needed = ["x"] * sum(1 for each in parser._actions if not each.option_strings)
     for each in parser._actions:
         needed += [each.option_strings[-1], "x"] if each.required and each.option_strings else []

@@ -1,13 +1,16 @@
 """What every download has in common: https unless http is allowed, and a limit on waiting."""
 
+import hashlib
 import http.client
 import urllib.request
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from vidt.errors import UserError, shown
 
 PATIENCE = 60  # seconds without a byte after which a download fails
+CHUNK = 1 << 20  # bytes that are read at once
 MOST_IMAGE_BYTES = 2**28  # of an image's file: more than Pillow would decode
 
 
@@ -74,3 +77,19 @@ def fetch(url: str, *, allow_http: bool = False, most: int = MOST_IMAGE_BYTES) -
             f"{name} cannot be fetched ({error}); fetch it by hand and give its path"
         ) from error
     return content
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_hash(path: Path, wanted: str) -> None:
+    """Raises OSError for a file of another SHA-256."""
+    found = hash_of(path)
+    if found != wanted:
+        raise OSError(f"its SHA-256 is {found}, not {wanted}")

@@ -20,9 +20,10 @@ def load(
     precision: str | None = None,
     compile: bool = False,
 ) -> "Predictor | Any":
-    """Loads a detector from a weights file (our .safetensors or a released .pth), its URL, the name
-    of a published model such as "vidt_plus_tiny" (see `vidt models`), or an exported model (.onnx,
-    which onnxruntime runs without PyTorch). Downloads are cached.
+    """Loads a detector from a weights file (our .safetensors or a released .pth), its URL, a model
+    on the Hugging Face Hub ("hf://USER/NAME", "hf://USER/NAME@REVISION"), the name of a published
+    model such as "vidt_plus_tiny" (see `vidt models`), or an exported model (.onnx, which
+    onnxruntime runs without PyTorch). Downloads are cached.
 
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
     precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or

@@ -7,10 +7,10 @@ A subcommand is a file with `run(argv)`, imported when it is needed: help must n
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from vidt.arguments import HELP, nearest
+from vidt.arguments import HELP, OneLineParser, nearest
 from vidt.errors import UserError, escaped
 
 COMMANDS = {
@@ -22,9 +22,11 @@ COMMANDS = {
     "predict": "detect objects in images, draw them, write them to files",
     "info": "what a weights file holds, and how it was trained",
     "models": "the published models, which --load_from and WEIGHTS take by name",
+    "push": "share a weights file on the Hugging Face Hub, with a model card",
     "export": "export a weights file to an ONNX model, and verify that both agree",
     "benchmark": "measure how fast a detector is on this machine",
 }
+SHARED_FILES = {"models": "hub", "push": "hub"}  # of the others the file has the command's name
 HELP_PAGE = """\
 vidt COMMAND ...: object detection, from a folder of images to boxes
 
@@ -110,7 +112,17 @@ def _run(words: list[str]) -> int:
         raise UserError(f"there is no command {words[0]}; {hint}vidt --help shows all")
     if words[0] == "train":
         return _train(words[1:])
-    return import_module(f"trainer.commands.{words[0]}").run(words[1:])
+    return subcommand(words[0])[1](words[1:])
+
+
+def subcommand(name: str) -> tuple[Callable[[], OneLineParser], Callable[[Sequence[str]], int]]:
+    """The parser and the program of every subcommand but train: `flags` and `run` of its file, or
+    `models_flags` and `run_models` where commands share one.
+    """
+    module = import_module(f"trainer.commands.{SHARED_FILES.get(name, name)}")
+    if name in SHARED_FILES:
+        return getattr(module, f"{name}_flags"), getattr(module, f"run_{name}")
+    return module.flags, module.run
 
 
 def _train(argv: Sequence[str]) -> int:

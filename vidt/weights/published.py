@@ -5,7 +5,6 @@ name, its size and hash are checked if they are known, and then it is renamed. I
 beside it, and a later use that finds another hash refuses the file.
 """
 
-import hashlib
 import http.client
 import logging
 import os
@@ -21,8 +20,9 @@ from urllib.parse import urldefrag, urlparse
 
 from vidt.arguments import nearest
 from vidt.atomic import atomic_write
-from vidt.downloads import Unreachable, open_url, require_scheme
+from vidt.downloads import CHUNK, Unreachable, hash_of, open_url, require_hash, require_scheme
 from vidt.errors import UserError, shown
+from vidt.weights.hub import HUB, fetch_from_hub
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ BACKBONES = {
 }
 NUM_COCO_ROWS = 91
 HASH = "sha256="  # of an address ending in #sha256=0123...
-CHUNK = 1 << 20
 LEAST_BYTES = 2  # of a file for each of its parameters, as if it were in half precision
 
 
@@ -146,16 +145,19 @@ def cached_path(url: str) -> Path:
 def local_weights(
     source: str, flag: str | None = "--load_from", *, allow_http: bool = False
 ) -> Path:
-    """The file of `source`: a path, a URL, or the name of a published model. A URL is downloaded
-    once, into torch hub's cache, and verified each time: by the hash that was noted when it was
-    downloaded, and by that of a URL that ends in `#sha256=` and a hash. The size of a published
-    model must be that of a file with its parameters. flag: of the path in a message; None: none.
+    """The file of `source`: a path, a URL, hf://USER/NAME (see `vidt.weights.hub`), or the name of
+    a published model. A URL is downloaded once, into torch hub's cache, and verified each time: by
+    the hash that was noted when it was downloaded, and by that of a URL that ends in `#sha256=` and
+    a hash. The size of a published model must be that of a file with its parameters. flag: of the
+    path in a message; None: none.
 
     Raises Unreachable if a URL cannot be downloaded completely, if the file is another one than the
     hash or the size says, and for a URL other than https (and http, with `allow_http`).
     """
     if not is_remote(source):
         return Path(source)
+    if source.startswith(HUB):
+        return fetch_from_hub(source, allow_http=allow_http)
     address = PUBLISHED[source].url if source in PUBLISHED else source
     source = f"{source} ({address})" if source in PUBLISHED else source
     url, fragment = urldefrag(address)
@@ -169,11 +171,11 @@ def local_weights(
         noted = _noted_hash(path)
         for expected in {noted, wanted} - {None}:
             try:
-                _require_hash(path, str(expected))
+                require_hash(path, str(expected))
             except OSError as error:
                 raise OSError(f"{error}; delete {path} to fetch it again") from error
         if noted is None:
-            atomic_write(_note_of(path), f"{_hash_of(path)}\n".encode())
+            atomic_write(_note_of(path), f"{hash_of(path)}\n".encode())
     except (OSError, ValueError, http.client.HTTPException) as error:
         pass_it = f"pass {flag} FILE" if flag else "pass its path"
         raise Unreachable(
@@ -202,7 +204,7 @@ def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> Non
             raise OSError(f"it broke off after {size} of {promised} bytes")
         _require_size(url, size)
         if sha256 is not None:
-            _require_hash(temporary, sha256)
+            require_hash(temporary, sha256)
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
@@ -228,17 +230,3 @@ def _noted_hash(path: Path) -> str | None:
     """The hash that was noted when the file was downloaded; None for a download of older code."""
     note = _note_of(path)
     return note.read_text(encoding="utf-8").strip() if note.exists() else None
-
-
-def _require_hash(path: Path, wanted: str) -> None:
-    found = _hash_of(path)
-    if found != wanted:
-        raise OSError(f"its SHA-256 is {found}, not {wanted}")
-
-
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
