@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from doc_pages import Block, blocks_of, loose_coco, write_voc, write_yolo
+from doc_pages import Block, blocks_of, loose_coco, write_raccoons, write_voc, write_yolo
 from PIL import Image
 from test_architecture import PACKAGES
 from tiny_plus import with_masks
@@ -71,7 +71,7 @@ REAL = {
 EXPORTS = (
     "exporting.md"  # an export takes ten seconds: other pages' exports must be among its commands
 )
-LONG = (EXPORTS, "README.md", "training-on-your-data.md")
+LONG = (EXPORTS, "README.md", "training-on-your-data.md", "first-day.md")
 SLOW = pytest.mark.slow
 # Two launchers play two machines, in a test of their own.
 TWO_MACHINES = "two-machines.yaml"
@@ -112,6 +112,7 @@ def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         shutil.copytree(root / "data/mine/images", root / f"data/mine/{split}2017")
     write_voc(root / "data/coco", root / "data/voc")
     write_yolo(root / "data/coco", root / "data/yolo")
+    write_raccoons(root / "data/voc", root / "data/raccoon")
     shutil.copytree(root / "data/voc/Annotations", root / "data/labelled")
     shutil.copytree(root / "data/voc/JPEGImages", root / "data/labelled", dirs_exist_ok=True)
     for name in ("trainer", "docs", "accelerate_config.yaml"):
@@ -175,7 +176,7 @@ def check_only(command: str) -> None:
     if words[0] == "vidt":
         import_module(f"trainer.commands.{words[1]}").flags().parse_args(words[2:])
         return
-    assert words[0] in ("docker", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
+    assert words[0] in ("docker", "git", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
     if words[0] == "docker":
         arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         given = [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"]
