@@ -176,7 +176,8 @@ def check_only(command: str) -> None:
     if words[0] == "vidt":
         import_module(f"trainer.commands.{words[1]}").flags().parse_args(words[2:])
         return
-    assert words[0] in ("docker", "git", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
+    programs = ("docker", "git", "trtexec", "python3", "pip", ".venv/bin/python")
+    assert words[0] in programs, f"unknown: {command}"
     if words[0] == "docker":
         arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         given = [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"]
@@ -332,6 +333,24 @@ def test_the_installed_program_runs(project: Path) -> None:
     done = in_project([program(first), *words], project)
     assert done.returncode == 0, done.stderr
     assert "4 images, 6 boxes" in done.stdout
+
+
+def test_the_readme_in_chinese_says_the_same() -> None:
+    """Commands and links of README.md, in its order; comments and the other language differ."""
+    contents = []
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        blocks = [
+            (block.kind, block.why_not, re.sub(r"\s*#.*", "", block.text).split("\n"))
+            for block in blocks_of(ROOT / name)
+        ]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        links = re.findall(r"\]\(([^)]+)\)", prose)
+        code = sorted(re.findall(r"`([^`]+)`", prose))
+        shape = [line[:2] for line in text.splitlines() if line[:2] in ("# ", "##", "| ", "- ")]
+        contents.append((blocks, [link for link in links if "README" not in link], code, shape))
+        assert len(text.splitlines()) <= 150, name
+    assert contents[0] == contents[1]
 
 
 @EVERY_PAGE
