@@ -34,8 +34,8 @@ from vidt.onnx.proof import FULL, HALF, compare
 from vidt.predict.detections import Detections
 from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 
-# Of the operators that TensorRT 10.0 lists for opset 20 (docs/operators.md of its
-# onnx-tensorrt), those that detection may need. It asks for Resize nearest or linear, and TopK sorted with K below 3840.
+# Of the operators that TensorRT 10.0 lists for opset 20 (docs/operators.md of onnx/onnx-tensorrt),
+# those that detection may need. Resize must be nearest or linear, TopK sorted with K below 3840.
 TENSORRT = """
 Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum Div Equal Erf Exp Expand
 Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual GridSample Identity

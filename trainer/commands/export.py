@@ -73,7 +73,11 @@ def flags() -> OneLineParser:
         metavar="AXES",
         help="batch: the model takes any number of images (size is not possible); default: one",
     )
-    parser.add_argument("--fp16", action="store_true", help="half precision: half the file size")
+    parser.add_argument(
+        "--fp16",
+        action="store_true",
+        help="half precision: half the file size; with --prove, what it may differ by",
+    )
     parser.add_argument(
         "--with_decode",
         action="store_true",
