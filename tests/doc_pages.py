@@ -100,6 +100,15 @@ def write_voc(coco: Path, root: Path) -> None:
         (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(stems))
 
 
+def write_raccoons(voc: Path, root: Path) -> None:
+    """The images of a Pascal VOC folder as labelImg leaves them, all objects of one class."""
+    shutil.copytree(voc / "JPEGImages", root / "images")
+    (root / "annotations").mkdir()
+    for path in (voc / "Annotations").iterdir():
+        text = re.sub("<name>[^<]+</name>", "<name>raccoon</name>", path.read_text())
+        (root / "annotations" / path.name).write_text(text)
+
+
 def write_yolo(coco: Path, root: Path) -> None:
     names: dict[int, str] = {}
     for split in ("train", "val"):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from doc_pages import Block, blocks_of, loose_coco, write_voc, write_yolo
+from doc_pages import Block, blocks_of, loose_coco, write_raccoons, write_voc, write_yolo
 from PIL import Image
 from test_architecture import PACKAGES
 from tiny_plus import with_masks
@@ -70,7 +70,7 @@ REAL = {
 EXPORTS = (
     "exporting.md"  # an export takes ten seconds: other pages' exports must be among its commands
 )
-LONG = (EXPORTS, "README.md", "training-on-your-data.md")
+LONG = (EXPORTS, "README.md", "training-on-your-data.md", "first-day.md")
 SLOW = pytest.mark.slow
 # Two launchers play two machines, in a test of their own.
 TWO_MACHINES = "two-machines.yaml"
@@ -111,6 +111,7 @@ def project(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         shutil.copytree(root / "data/mine/images", root / f"data/mine/{split}2017")
     write_voc(root / "data/coco", root / "data/voc")
     write_yolo(root / "data/coco", root / "data/yolo")
+    write_raccoons(root / "data/voc", root / "data/raccoon")
     shutil.copytree(root / "data/voc/Annotations", root / "data/labelled")
     shutil.copytree(root / "data/voc/JPEGImages", root / "data/labelled", dirs_exist_ok=True)
     for name in ("trainer", "docs", "accelerate_config.yaml"):
@@ -174,7 +175,8 @@ def check_only(command: str) -> None:
     if words[0] == "vidt":
         command_line.subcommand(words[1])[0]().parse_args(words[2:])
         return
-    assert words[0] in ("docker", "python3", "pip", ".venv/bin/python"), f"unknown: {command}"
+    programs = ("docker", "git", "trtexec", "python3", "pip", ".venv/bin/python")
+    assert words[0] in programs, f"unknown: {command}"
     if words[0] == "docker":
         arguments = re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         given = [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"]
@@ -330,6 +332,24 @@ def test_the_installed_program_runs(project: Path) -> None:
     done = in_project([program(first), *words], project)
     assert done.returncode == 0, done.stderr
     assert "4 images, 6 boxes" in done.stdout
+
+
+def test_the_readme_in_chinese_says_the_same() -> None:
+    """Commands and links of README.md, in its order; comments and the other language differ."""
+    contents = []
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        blocks = [
+            (block.kind, block.why_not, re.sub(r"\s*#.*", "", block.text).split("\n"))
+            for block in blocks_of(ROOT / name)
+        ]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        links = re.findall(r"\]\(([^)]+)\)", prose)
+        code = sorted(re.findall(r"`([^`]+)`", prose))
+        shape = [line[:2] for line in text.splitlines() if line[:2] in ("# ", "##", "| ", "- ")]
+        contents.append((blocks, [link for link in links if "README" not in link], code, shape))
+        assert len(text.splitlines()) <= 150, name
+    assert contents[0] == contents[1]
 
 
 @EVERY_PAGE

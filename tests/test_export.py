@@ -34,6 +34,16 @@ from vidt.onnx.proof import FULL, HALF, compare
 from vidt.predict.detections import Detections
 from vidt.weights.weights_file import WeightsInfo, load_weights, save_weights
 
+# Of the operators that TensorRT 10.0 lists for opset 20 (docs/operators.md of onnx/onnx-tensorrt),
+# those that detection may need. Resize must be nearest or linear, TopK sorted with K below 3840.
+TENSORRT = """
+Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum Div Equal Erf Exp Expand
+Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual GridSample Identity
+InstanceNormalization LayerNormalization Less Log MatMul Max Min Mod Mul Neg Not Or Pad Pow Range
+Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape Resize Shape Sigmoid Sin Slice Softmax Split
+Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where
+"""
+
 pytestmark = pytest.mark.slow  # each makes and runs an ONNX model
 
 # With shifted windows, which need two blocks.
@@ -180,6 +190,21 @@ def test_raw_outputs_without_neck(without_neck: Exported) -> None:
     wanted = without_neck.predictor.predict(images, threshold=0.0)
     for one, expected in zip(found, wanted, strict=True):
         assert_same(one, expected)
+
+
+def test_operators_are_those_of_tensorrt(
+    plus: Exported, without_neck: Exported, trained: Exported
+) -> None:
+    for each in (plus, without_neck, trained):
+        model = onnx.load(each.file)
+        assert [entry.domain for entry in model.opset_import] == [""]
+        for node in model.graph.node:
+            assert node.op_type in TENSORRT.split(), node.op_type
+            given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+            if node.op_type == "Resize":
+                assert given["mode"] in (b"nearest", b"linear") and not given.get("antialias")
+            if "images" in node.input:  # uint8 is a type of inputs only
+                assert node.op_type == "Cast"
 
 
 def test_half_precision(trained: Exported) -> None:

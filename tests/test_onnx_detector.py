@@ -23,6 +23,8 @@ from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDTConfig
 from vidt.onnx.detector import FORMAT, OnnxDetector, OnnxInfo, _decoded
 from vidt.onnx.graph import ExportedDetector, make_graph
+from vidt.onnx.other_runner import OtherRunner, write_inputs
+from vidt.onnx.proof import FULL, compare
 from vidt.predict.predictor import Predictor
 from vidt.weights.weights_file import WeightsInfo
 
@@ -190,6 +192,94 @@ def test_fitting_into_a_frame(
     canvas: tuple[int, int], frame: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     assert fitted_shape(canvas, frame) == shape
+
+
+@pytest.fixture
+def outputs(file: Path, pictures: list[Path], tmp_path: Path) -> dict[str, np.ndarray]:
+    """What a runner that knows nothing of us gives for the inputs."""
+    import onnxruntime
+
+    write_inputs(tmp_path / "inputs.npz", OnnxDetector(file), map(Image.open, pictures))
+    inputs = np.load(tmp_path / "inputs.npz")
+    assert set(inputs.files) == {"images/0", "padding/0", "images/1", "padding/1"}
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    given = {}
+    for number in range(2):
+        feeds = {name: inputs[f"{name}/{number}"] for name in ("images", "padding")}
+        names = ("pred_logits", "pred_boxes")
+        for name, array in zip(names, session.run(names, feeds), strict=True):
+            given[f"{name}/{number}"] = array
+    return given
+
+
+def other_runner(file: Path, outputs: dict[str, np.ndarray], folder: Path) -> OtherRunner:
+    np.savez(folder / "outputs.npz", **outputs)  # type: ignore[arg-type]
+    return OtherRunner(OnnxDetector(file), folder / "outputs.npz")
+
+
+def test_another_runner_is_the_exported_detector(
+    file: Path, pictures: list[Path], outputs: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    runner = other_runner(file, outputs, tmp_path)
+    runner.require_images(2)
+    opened = [Image.open(path) for path in pictures]
+    found = dict(runner.stream(opened))
+    for index, expected in OnnxDetector(file).stream(opened):
+        assert np.array_equal(found[index].labels, expected.labels)
+        assert np.allclose(found[index].boxes, expected.boxes, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", ["none", "shifted", "swapped", "nan", "class"])
+def test_another_runner_is_held_to_pytorch(
+    spoilt: str,
+    file: Path,
+    model: Predictor,
+    pictures: list[Path],
+    outputs: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    boxes, logits = outputs["pred_boxes/1"], outputs["pred_logits/1"]
+    if spoilt == "shifted":
+        boxes[0, :, 0] += 0.01
+    elif spoilt == "swapped":  # two images
+        for name in ("pred_logits", "pred_boxes"):
+            one, other = outputs[f"{name}/0"], outputs[f"{name}/1"]
+            outputs |= {f"{name}/0": other, f"{name}/1": one}
+    elif spoilt == "nan":
+        logits[0, 3] = np.nan
+    elif spoilt == "class":
+        logits[:] = logits[..., [1, 2, 0]]
+    runner = other_runner(file, outputs, tmp_path)
+    differences = compare(model, runner, [Image.open(path) for path in pictures], FULL)
+    failures = list(differences.failures(FULL))
+    assert bool(failures) == (spoilt != "none"), failures
+    assert differences.num_shown > 0
+
+
+def test_outputs_that_do_not_belong_to_the_model(
+    file: Path, pictures: list[Path], outputs: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Each is refused in one line that names the file."""
+
+    def refused(given: dict[str, np.ndarray], words: str) -> None:
+        runner = other_runner(file, given, tmp_path)
+        with pytest.raises(ValueError, match=words) as caught:
+            runner.require_images(2)
+            list(runner.stream([Image.open(path) for path in pictures]))
+        assert "outputs.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+    refused({}, "pred_logits of 0 images")
+    refused(outputs | {"pred_logits/2": outputs["pred_logits/0"]}, "of 3 images, and the .* 2")
+    refused({key: outputs[key] for key in list(outputs)[:3]}, "pred_boxes/1 is missing")
+    refused(outputs | {"pred_boxes/0": outputs["pred_boxes/0"][:, :5]}, r"\[1, 5, 4\].*\[1, 7, 4\]")
+    refused(outputs | {"pred_boxes/0": np.full((1, 7, 4), "a")}, "gives numbers")
+    for name, content in (("text.npz", b"no archive"), ("empty.npz", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is no .npz file"):
+            OtherRunner(OnnxDetector(file), tmp_path / name)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="single array"):
+        OtherRunner(OnnxDetector(file), tmp_path / "one.npy")
 
 
 def foreign(path: Path, metadata: dict[str, str]) -> Path:

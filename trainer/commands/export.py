@@ -44,6 +44,12 @@ examples:
   vidt export output/best.safetensors half.onnx --fp16 --data photos
   vidt export output/best.safetensors half.onnx --fp16 --json val.json --coco_images images
 
+another runner, such as TensorRT:
+  vidt export output/best.safetensors model.onnx --images photos/ --write_inputs inputs.npz
+      also writes what the model takes for each image: images/0, padding/0, images/1, ...
+  vidt export output/best.safetensors model.onnx --images photos/ --prove outputs.npz
+      exports nothing; compares what the runner gave for these inputs: pred_logits/0, pred_boxes/0
+
 exit code: 0 exported, and both agree; 1 they differ, see the report; 2 a mistake that the line
 "error: ..." names. --with-decode and --with_decode mean the same.
 """
@@ -67,7 +73,11 @@ def flags() -> OneLineParser:
         metavar="AXES",
         help="batch: the model takes any number of images (size is not possible); default: one",
     )
-    parser.add_argument("--fp16", action="store_true", help="half precision: half the file size")
+    parser.add_argument(
+        "--fp16",
+        action="store_true",
+        help="half precision: half the file size; with --prove, what it may differ by",
+    )
     parser.add_argument(
         "--with_decode",
         action="store_true",
@@ -84,6 +94,15 @@ def flags() -> OneLineParser:
     add_data(proof)
     proof.add_argument("--json", type=Path, metavar="FILE", help="COCO file: map50 of both")
     proof.add_argument("--coco_images", type=Path, metavar="DIR", help="folder of its images")
+    proof.add_argument(
+        "--write_inputs", type=Path, metavar="FILE", help="write the inputs as .npz, for --prove"
+    )
+    proof.add_argument(
+        "--prove",
+        type=Path,
+        metavar="FILE",
+        help="export nothing; verify the outputs of another runner of MODEL, an .npz file",
+    )
     proof.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
     return parser
 
@@ -96,6 +115,8 @@ def run(argv: Sequence[str]) -> int:
     if unknown:
         raise UserError(f"--dynamic {given.dynamic}: {unknown[0]} is neither batch nor size")
     require_one_truth(given.data, given.json, given.coco_images, "--coco_images", needed=False)
+    if given.prove or given.write_inputs:
+        check_other_runner(given)
     if given.output.suffix != ".onnx":
         raise UserError(f"MODEL {given.output}: name it something.onnx")
     weights = local_weights(given.weights, flag=None)
@@ -107,28 +128,56 @@ def run(argv: Sequence[str]) -> int:
     read = [weights, *images, *([given.json] if given.json else [])]
     read += annotation_files(given.data) if given.data else []
     check_result("MODEL", given.output, read)
-    check_result("--report", given.report, [*read, given.output])
+    written = [given.output, *([given.prove] if given.prove else [])]
+    check_result("--report", given.report, [*read, *written])
+    check_result("--write_inputs", given.write_inputs, [*read, given.output])
     try:
-        export = import_module("vidt.onnx.export").export
+        onnx_export = import_module("vidt.onnx.export")
     except ImportError as error:
         raise UserError(
             f"vidt export needs onnx and onnxruntime ({error}); pip install 'vidt[export]'"
         ) from None
+    same: dict[str, Any] = {
+        "half": given.fp16,
+        "images": images,
+        "dataset_for": proof_data(given),
+    }
     with Stages() as tell:
-        report = export(
-            weights,
-            given.output,
-            size=tuple(given.size) if given.size else None,
-            dynamic=dynamic,
-            half=given.fp16,
-            with_decode=given.with_decode,
-            images=images,
-            dataset_for=proof_data(given),
-            tell=tell,
-        )
+        if given.prove:
+            report = onnx_export.prove(weights, given.output, given.prove, **same, tell=tell)
+        else:
+            report = onnx_export.export(
+                weights,
+                given.output,
+                size=tuple(given.size) if given.size else None,
+                dynamic=dynamic,
+                with_decode=given.with_decode,
+                inputs=given.write_inputs,
+                **same,
+                tell=tell,
+            )
     say(report.text())
     write_json(given.report, report.as_dict())
     return 0 if report.ok else 1
+
+
+def check_other_runner(given: Namespace) -> None:
+    """Raises UserError for flags that do not go with --write_inputs and --prove."""
+    flag = "--prove" if given.prove else "--write_inputs"
+    if given.images and (given.data or given.json):
+        raise UserError(
+            f"{flag}: --images and {'--data' if given.data else '--json'} exclude each "
+            "other; drop one"
+        )
+    if not given.prove:
+        return
+    exports = ("size", "dynamic", "with_decode", "write_inputs")
+    surplus = next((name for name in exports if getattr(given, name)), None)
+    if surplus:
+        raise UserError(f"--prove exports nothing; drop --{surplus}")
+    for what, path in (("MODEL", given.output), ("--prove", given.prove)):
+        if not path.is_file():
+            raise UserError(f"{what} {path}: no such file")
 
 
 def proof_data(given: Namespace) -> Callable[[Sequence[str]], Any] | None:

@@ -206,7 +206,10 @@ class OnnxDetector:
             raise UserError(
                 f"{path} takes pictures of {inputs['images'][2:]}; its metadata say {self.frame}"
             )
-        self._takes_sizes = "sizes" in inputs
+        self.input_names = tuple(inputs)
+        outputs = self._session.get_outputs()
+        # A dynamic batch is a name.
+        self.output_shapes: dict[str, list[Any]] = {each.name: each.shape for each in outputs}
         batch = inputs["images"][0]  # a name if the batch is dynamic
         self.batch: int | None = batch if isinstance(batch, int) else None
 
@@ -270,26 +273,30 @@ class OnnxDetector:
         """(height, width) of a picture of this size inside the frame; the rest is padding."""
         return fitted_shape(canvas_of(*size, self.info.eval_size), self.frame)
 
-    def _detect(self, sources: list[ImageLike]) -> list[OnnxDetections]:
-        pictures = [as_picture(source) for source in sources]
-        sizes = [(picture.height, picture.width) for picture in pictures]
+    def feeds(self, pictures: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+        """What the graph takes for these pictures, see `vidt.onnx.graph`, and the `sizes` that a
+        graph without decoding does not take. A fixed batch is filled up with black pictures.
+        """
         rows = len(pictures) if self.batch is None else self.batch
         images = np.zeros((rows, 3, *self.frame), np.uint8)
-        padding = np.zeros((rows, *self.frame), bool)  # unused rows are black pictures
-        for row, (picture, size) in enumerate(zip(pictures, sizes, strict=True)):
+        padding = np.zeros((rows, *self.frame), bool)
+        sizes = np.ones((rows, 2), np.int64)
+        for row, picture in enumerate(pictures):
+            sizes[row] = size = (picture.height, picture.width)
             shape = self.shape_of(size)
             images[row] = framed(picture, shape, self.frame)
             padding[row, shape[0] :] = True
             padding[row, :, shape[1] :] = True
-        feeds = {"images": images, "padding": padding}
-        all_sizes = np.ones((rows, 2), np.int64)
-        all_sizes[: len(sizes)] = sizes
-        if self._takes_sizes:
-            feeds["sizes"] = all_sizes
-        names = [each.name for each in self._session.get_outputs()]
-        outputs = dict(zip(names, self._session.run(None, feeds), strict=True))
-        if not self._takes_sizes:
-            outputs = _decoded(outputs, all_sizes, self.info.decoding)
+        return {"images": images, "padding": padding, "sizes": sizes}
+
+    def detections(
+        self, outputs: dict[str, np.ndarray], sizes: np.ndarray, sources: Sequence[ImageLike]
+    ) -> list[OnnxDetections]:
+        """The graph's outputs, with rows for at least the sources, as detections of each source.
+        sizes: int64 [B, 2], (height, width) of the original images.
+        """
+        if "sizes" not in self.input_names:
+            outputs = _decoded(outputs, sizes, self.info.decoding)
         vectors = outputs.get("mask_vectors")
         return [
             OnnxDetections(
@@ -297,13 +304,19 @@ class OnnxDetector:
                 outputs["labels"][row],
                 outputs["boxes"][row],
                 self.class_names,
-                size,
+                (int(sizes[row, 0]), int(sizes[row, 1])),
                 None if vectors is None else vectors[row],
                 self.info.mask_side,
-                source_of(sources[row]),
+                source_of(source),
             )
-            for row, size in enumerate(sizes)
+            for row, source in enumerate(sources)
         ]
+
+    def _detect(self, sources: list[ImageLike]) -> list[OnnxDetections]:
+        feeds = self.feeds([as_picture(source) for source in sources])
+        taken = {name: feeds[name] for name in self.input_names}
+        outputs = dict(zip(self.output_shapes, self._session.run(None, taken), strict=True))
+        return self.detections(outputs, feeds["sizes"], sources)
 
 
 def _session(path: Path, device: str, threads: int | None) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from vidt.images.canvas import GRANULE, whole_granules
 from vidt.images.files import probe_image, read_image
 from vidt.onnx.detector import OnnxDetector
 from vidt.onnx.graph import ExportedDetector, make_graph
+from vidt.onnx.other_runner import OtherRunner, write_inputs
 from vidt.onnx.proof import (
     FULL,
     HALF,
@@ -54,16 +55,12 @@ class ScoredImages:
         return map(read_image, self.files, self.sizes)
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """The exported file, and its differences from the original detector."""
+@dataclass(frozen=True, kw_only=True)
+class ProofReport:
+    """The differences of an exported detector from the original one."""
 
-    file: str  # the model; NAME.rejected if it is not `ok`
-    bytes: int
-    frame: tuple[int, int]  # (height, width) that the model takes
-    half: bool
-    dynamic: tuple[str, ...]
-    decoded: bool
+    _verdict: ClassVar[str] = "both agree"
+    file: str  # the model, NAME.rejected if it is not `ok`; or another runner's outputs
     num_pictures: int
     drawn: bool  # whether the pictures were drawn, since none were given
     differences: Differences
@@ -89,19 +86,11 @@ class ExportReport:
                 f"{self.num_pictures} pictures to another size; here they are padded, or shrunk to "
                 "fit, on both sides alike"
             )
-        verdict = "exported" if self.ok else f"REJECTED: {'; '.join(self.failures)}"
+        verdict = self._verdict if self.ok else f"REJECTED: {'; '.join(self.failures)}"
         return "\n".join([*lines, verdict])
 
     def _what(self) -> list[str]:
-        kind = "half precision" if self.half else "single precision"
-        batch = "any batch" if "batch" in self.dynamic else "one picture at a time"
-        output = "scores, labels and boxes" if self.decoded else "raw outputs"
-        height, width = self.frame
-        return [
-            f"{self.file}: {self.bytes / 2**20:.1f} MiB, {kind}",
-            f"takes pictures of height {height} and width {width}, {batch}; gives {output}",
-            "passes onnx's checker",
-        ]
+        return [f"{self.file}: outputs of another runner"]
 
     def _how_far(self) -> list[str]:
         limits, seen = self.limits, self.differences
@@ -129,6 +118,29 @@ class ExportReport:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(ProofReport):
+    """The exported file, and its differences from the original detector."""
+
+    _verdict: ClassVar[str] = "exported"
+    bytes: int
+    frame: tuple[int, int]  # (height, width) that the model takes
+    half: bool
+    dynamic: tuple[str, ...]
+    decoded: bool
+
+    def _what(self) -> list[str]:
+        kind = "half precision" if self.half else "single precision"
+        batch = "any batch" if "batch" in self.dynamic else "one picture at a time"
+        output = "scores, labels and boxes" if self.decoded else "raw outputs"
+        height, width = self.frame
+        return [
+            f"{self.file}: {self.bytes / 2**20:.1f} MiB, {kind}",
+            f"takes pictures of height {height} and width {width}, {batch}; gives {output}",
+            "passes onnx's checker",
+        ]
+
+
 def export(
     weights: Path,
     output: Path,
@@ -139,6 +151,7 @@ def export(
     with_decode: bool = False,
     images: Sequence[Path] = (),
     dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
+    inputs: Path | None = None,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Writes a detector as an ONNX model and checks it. Needs onnx, onnxscript and onnxruntime.
@@ -148,7 +161,8 @@ def export(
     for a model with any batch size. half: half precision where it costs little accuracy.
     with_decode: the model returns boxes, scores and labels instead of the detector's outputs.
     images: pictures to compare on; none: some are drawn. dataset_for: called with the class names
-    before the export; returns the dataset on which map50 of both detectors is compared. tell:
+    before the export; returns the dataset on which map50 of both detectors is compared. inputs: a
+    file for what `prove` needs: the model's inputs of the dataset, or else of the pictures. tell:
     called as each stage begins, with a text for people.
 
     `output` is written atomically. Raises UserError in one line for weights that cannot be read, an
@@ -184,6 +198,9 @@ def export(
             tell(f"scoring both detectors on {counted(len(dataset.files), 'image')}")
         scores = _scores(predictor, detector, dataset) if dataset else None
         failures = tuple(_failures(differences, scores, limits))
+        if inputs is not None:
+            tell(f"writing {inputs}")
+            write_inputs(inputs, detector, _Pictures.of(dataset, images))
         named = output.with_name(f"{output.name}.rejected") if failures else output
         with naming(named):
             temporary.replace(named)
@@ -202,6 +219,49 @@ def export(
         onnx_map50=scores and scores[1],
         evaluated_map50=scores and scores[2],
         failures=failures,
+    )
+
+
+def prove(
+    weights: Path,
+    file: Path,
+    outputs: Path,
+    *,
+    half: bool = False,
+    images: Sequence[Path] = (),
+    dataset_for: Callable[[Sequence[str]], ScoredImages] | None = None,
+    tell: Callable[[str], None] = lambda stage: None,
+) -> ProofReport:
+    """Compares another runner of an exported model with the trained detector, as `export` does.
+
+    file: the model. outputs: what the runner gave, see `vidt.onnx.other_runner`, for the inputs
+    that `export` wrote for the same images or the same dataset. half: whether to allow what half
+    precision costs.
+
+    Raises UserError in one line for files that cannot be read or do not belong together.
+    """
+    tell(f"reading {weights}")
+    predictor = Predictor(*load_model(weights))
+    detector = OnnxDetector(file)
+    if detector.class_names != tuple(predictor.class_names):
+        raise UserError(f"{file} has other classes than {weights}; name the weights it is made of")
+    runner, limits = OtherRunner(detector, outputs), HALF if half else FULL
+    dataset = dataset_for(predictor.class_names) if dataset_for else None
+    pictures = _Pictures.of(dataset, images)
+    runner.require_images(len(pictures))
+    tell(f"comparing on {counted(len(pictures), 'image')}")
+    differences = compare(predictor, runner, pictures, limits)
+    scores = _scores(predictor, runner, dataset) if dataset else None
+    return ProofReport(
+        file=str(outputs),
+        num_pictures=len(pictures),
+        drawn=not pictures.files,
+        differences=differences,
+        limits=limits,
+        map50=scores and scores[0],
+        onnx_map50=scores and scores[1],
+        evaluated_map50=scores and scores[2],
+        failures=tuple(_failures(differences, scores, limits)),
     )
 
 
@@ -224,15 +284,24 @@ def _check(output: Path, size: tuple[int, int] | None, dynamic: tuple[str, ...])
 
 
 class _Pictures:
-    """The pictures to compare on, opened on demand: given files, or drawn ones."""
+    """The pictures to compare on, opened on demand: given files, or drawn ones. sizes: those of a
+    dataset's files, see `ScoredImages`.
+    """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path], sizes: Sequence[tuple[int, int]] = ()) -> None:
+        self.files, self.sizes = files, sizes
+
+    @classmethod
+    def of(cls, dataset: ScoredImages | None, files: Sequence[Path]) -> "_Pictures":
+        """Those of the dataset if there is one."""
+        return cls(dataset.files, dataset.sizes) if dataset else cls(files)
 
     def __len__(self) -> int:
         return len(self.files) or NUM_DRAWN
 
     def __iter__(self) -> Iterator[Image.Image]:
+        if self.sizes:
+            return map(read_image, self.files, self.sizes)
         if self.files:
             return map(read_image, self.files)
         return map(_drawn, range(NUM_DRAWN))
@@ -254,7 +323,7 @@ def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, in
 
 
 def _scores(
-    predictor: Predictor, detector: OnnxDetector, dataset: ScoredImages
+    predictor: Predictor, detector: OnnxDetector | OtherRunner, dataset: ScoredImages
 ) -> tuple[float, float, float | None]:
     """map50 of the trained and of the exported detector in the frame; and of the trained one as in
     evaluation, None if all pictures have the frame's size.

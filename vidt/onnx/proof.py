@@ -15,6 +15,7 @@ from vidt.images.canvas import resize
 from vidt.images.mask_drawing import decode_vectors
 from vidt.images.preprocessing import pad_batch, to_pixels
 from vidt.onnx.detector import TOP_K, OnnxDetections, OnnxDetector
+from vidt.onnx.other_runner import OtherRunner
 from vidt.predict.detections import Detections
 from vidt.predict.predictor import Predictor
 
@@ -67,7 +68,7 @@ class Differences:
 
 def compare(
     predictor: Predictor,
-    detector: OnnxDetector,
+    detector: OnnxDetector | OtherRunner,
     pictures: Iterable[Image.Image],
     limits: Limits,
     batch_size: int = PROOF_BATCH,
@@ -100,7 +101,7 @@ def compare(
 
 @torch.inference_mode()
 def detections_in_frame(
-    predictor: Predictor, detector: OnnxDetector, pictures: Iterable[Image.Image]
+    predictor: Predictor, detector: OnnxDetector | OtherRunner, pictures: Iterable[Image.Image]
 ) -> Iterator[Detections]:
     """Detections of the trained detector on pictures in the exported detector's frame."""
     for picture in pictures:
