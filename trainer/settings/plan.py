@@ -1,8 +1,8 @@
 """`--preset auto`: settings chosen from the fingerprint of a dataset, each with its reason.
 
 nnU-Net (Isensee and others, Nature Methods 2021) does this for segmentation: a fingerprint of the
-data, a few rules, a few values found by trial. Every rule below names its source or its
-measurement; docs/recipes.md has the figures. A setting that the user gives wins over its rule.
+data, a few rules, a few values found by trial. docs/recipes.md has what was measured; constants
+without a source are guesses. A setting that the user gives wins over its rule.
 """
 
 import math
@@ -27,9 +27,8 @@ MOST_TOKENS = 900  # as many as the largest published DETRs have; tiles find mor
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
 OBJECT = 48  # pixels that a small object should cover: three cells of the stride-16 map
 PHOTOGRAPH = 224  # short side at which ImageNet's classes are told apart
-# Pixels per second at which a core of an AMD EPYC trains swin_pico: docs/recipes.md, "Sizes".
-CPU_PIXELS = 200_000
-STEPS = 6000
+CPU_PIXELS = 200_000  # that a core trains on in a second, roughly; only the size rests on it
+STEPS = 6000  # without --hours
 PASSES = 15  # over the images: with fewer, a smaller size learns more
 
 
