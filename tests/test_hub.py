@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -104,7 +105,8 @@ def test_the_commands_and_the_lines_of_the_card_take_the_address(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 96), "orange").save("photo.jpg")
     code = card_part(weights, "ann/shapes").split("```")[1].removeprefix("python\n")
-    exec(code, names := {})
+    names: dict[str, Any] = {}
+    exec(code, names)
     assert isinstance(names["detections"], vidt.Detections)
     assert main(["predict", "hf://ann/shapes", "photo.jpg", "--device", "cpu"]) == 0
     assert main(["info", "hf://ann/shapes"]) == 0 and "disc" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -134,13 +135,16 @@ def _require_stated_hash(path: Path) -> None:
             raise Unreachable(f"{file}: {error}; delete it to fetch it again") from error
 
 
+def _utils() -> Any:
+    return import_module("huggingface_hub.utils")  # which takes a second
+
+
 @contextmanager
 def _mendable_errors(address: HubAddress) -> Iterator[None]:
     """Turns errors of huggingface_hub, whose messages have many lines, into Unreachable."""
-    from huggingface_hub import utils
-
     # HfHubHTTPError's bases include the one of the HTTP library, whichever it is.
-    failures = (OSError, ValueError, *utils.HfHubHTTPError.__bases__)
+    bases: tuple[Any, ...] = _utils().HfHubHTTPError.__bases__
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, *bases)
     try:
         yield
     except UserError:
@@ -151,8 +155,7 @@ def _mendable_errors(address: HubAddress) -> Iterator[None]:
 
 def _reason(error: Exception, address: HubAddress) -> str:
     """What went wrong and what to do, in one line."""
-    from huggingface_hub import utils
-
+    utils = _utils()
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, utils.GatedRepoError):
         return "its owner grants access; ask for it on the model's page, and then " + LOG_IN
