@@ -293,7 +293,7 @@ from trainer.data import load
 def buggy(*given, **more):
     return dict(zip((1, 2), (1,), strict=True))
 
-load.read_datasets = buggy
+load.read_datasets = load.read_parts = buggy
 """
 # In place of the programs that `accelerate launch` and the console start.
 TRAIN = BUG + "import trainer.train\ntrainer.train.main()\n"
