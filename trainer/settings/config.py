@@ -40,6 +40,8 @@ AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run ch
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
 LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
+# Training queries and losses that need a decoder which refines boxes.
+NEED_REFINEMENT = ("denoising", "look_forward_twice", "query_groups")
 SCHEDULES = ("cosine", "linear", "flat_cosine")
 SCALE_PER = ("step", "image")
 PRESETS = ("released", "auto")
@@ -633,7 +635,7 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     published = _architecture_of(given.get("load_from"))
     recipe: dict[str, Any] = {}
     if not own_data and given.get("preset") != "auto":
-        recipe = _read_recipe(given.get("dataset_file", TrainConfig.dataset_file))
+        recipe = _fitting(_read_recipe(given.get("dataset_file", TrainConfig.dataset_file)), given)
     given = {**recipe, **published, **given}
     try:
         return _checked(given, own_data)
@@ -707,6 +709,14 @@ def _read_recipe(dataset_file: str) -> dict[str, Any]:
     if not recipe.is_file():
         return {}
     return read_yaml(recipe.read_text(encoding="utf-8"), _ALL, str(recipe))
+
+
+def _fitting(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what the given architecture cannot have."""
+    method, layers = given.get("method", "vidt"), given.get("dec_layers", 1)
+    refines = method == "vidt" and layers != 0 and given.get("with_box_refine", True)
+    left_out = () if refines else NEED_REFINEMENT
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 def check_model(model: Mapping[str, Any]) -> None:
