@@ -588,7 +588,7 @@ def test_a_file_of_a_published_name_wins(
     monkeypatch.chdir(tmp_path)
     saved.rename("vidt_plus_tiny")
     assert local_weights("vidt_plus_tiny") == Path("vidt_plus_tiny")
-    assert parse(["--load_from", "vidt_plus_tiny"])[1]["backbone_name"] == "swin_nano"
+    assert parse(["--load_from", "vidt_plus_tiny"])[1] == parse([])[1]
     assert served_model.requests == []
 
 

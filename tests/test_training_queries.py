@@ -180,7 +180,9 @@ def test_look_forward_twice(twice: bool) -> None:
     """The values stay; the loss of a layer's boxes also moves the box head of the layer before it,
     and no head before that.
     """
-    model, plain = small_model(look_forward_twice=twice, dec_layers=3), small_model(dec_layers=3)
+    settings = {"dec_layers": 3, "dropout": 0.0}
+    model = small_model(look_forward_twice=twice, **settings).train()
+    plain = small_model(**settings)
     outputs = model(*images())
     assert torch.equal(outputs["pred_boxes"], plain(*images())["pred_boxes"])
     weights = [head.layers[-1].weight for head in model.bbox_embed]  # type: ignore[union-attr]

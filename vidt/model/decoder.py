@@ -191,7 +191,10 @@ class DeformableDecoder(nn.Module):
         points = self.points(query_pos)
         states, boxes = [queries], [offset_boxes(box_heads[0](queries), points)]
         # With refinement the gradient reaches the points through the first box head only.
-        base, reference = self._next(boxes[0], boxes[0]) if refine else (points, points)
+        reference = boxes[0].detach() if refine else points
+        # With look-forward-twice the base has the same value, and a gradient of the layer before.
+        twice = refine and self.look_forward_twice and self.training
+        base = boxes[0] if twice else reference
         mask = None
         if extra is not None:
             mask = attention_mask(queries.shape[1], extra.group)
@@ -205,7 +208,9 @@ class DeformableDecoder(nn.Module):
             offsets = head(queries)
             boxes.append(offset_boxes(offsets, base))
             if refine:
-                base, reference = self._next(boxes[-1], offset_boxes(offsets, reference))
+                moved = offset_boxes(offsets, reference) if twice else None
+                reference = boxes[-1].detach()
+                base = reference if moved is None else moved
         return states, boxes
 
     def points(self, query_pos: Tensor) -> Tensor:
@@ -213,13 +218,6 @@ class DeformableDecoder(nn.Module):
         with torch.autocast(query_pos.device.type, enabled=False):
             query_pos = query_pos.to(self.reference_points.weight.dtype)
             return self.reference_points(query_pos).sigmoid()
-
-    def _next(self, boxes: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """The boxes to which the next layer's offsets are added, and its reference, which is
-        detached. Both have the value of `boxes`; `moved` has the gradient of one layer only.
-        """
-        reference = boxes.detach()
-        return (moved if self.look_forward_twice else reference), reference
 
 
 def offset_boxes(offsets: Tensor, reference: Tensor) -> Tensor:
