@@ -133,11 +133,9 @@ def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
     """
     table = table.keep_boxes(~table.crowd)
     sizes, boxes = table.sizes.numpy(), table.boxes.numpy().astype(np.float64)
-    owners, labels = table.box_owners.numpy(), table.labels.numpy()
     sides = np.sqrt(np.clip((boxes[:, 2:] - boxes[:, :2]).prod(1), 0, None))
-    relative = sides / sizes.min(1)[owners]
-    pairs = np.unique(owners * len(table.class_names) + labels)
-    images = np.bincount(pairs % len(table.class_names), minlength=len(table.class_names))
+    relative = sides / sizes.min(1)[table.box_owners.numpy()]
+    images = statistics_of(table).images_per_class
     present = images[images > 0]
     return Fingerprint(
         images=len(table),

@@ -209,6 +209,7 @@ def set_up(
             learn,
             optimizer,
             accelerator,
+            agreement,
         )
     total_steps = config.epochs * per_epoch
     if config.max_steps is not None:
@@ -353,6 +354,7 @@ def within_hours(
     learn: Callable[..., dict[str, Tensor] | None],
     optimizer: Optimizer,
     accelerator: Accelerator,
+    agreement: Agreement,
 ) -> TrainConfig:
     """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
     trial finds, at most --max_steps. Intervals other than the defaults stay. Raises UserError if
@@ -363,7 +365,6 @@ def within_hours(
         names = ("epochs", "max_steps", "eval_interval", "save_interval")
         logger.info(f"--hours {hours:g}: {counted(saved['epochs'], 'epoch')}, as in the checkpoint")
         return replace(config, **{name: saved[name] for name in names})
-    agreement = Agreement(accelerator)
 
     def left() -> float:
         return agreement.gather(seconds_left(hours)).min().item()
@@ -408,13 +409,14 @@ def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> floa
 
 def images_of_epoch(config: TrainConfig, samples: SampleTable) -> int:
     """How many images an epoch shows, with those that `--repeat_thresh` repeats."""
+    if not config.repeat_thresh:
+        return len(samples)
     factors = repeat_factors(samples, config.repeat_thresh)
     shown = epoch_images(factors)
-    if config.repeat_thresh:
-        logger.info(
-            f"--repeat_thresh {config.repeat_thresh:g}: an epoch shows {counted(shown, 'image')} "
-            f"instead of {len(samples)}, those of the rarest class {factors.max():.2g} times"
-        )
+    logger.info(
+        f"--repeat_thresh {config.repeat_thresh:g}: an epoch shows {counted(shown, 'image')} "
+        f"instead of {len(samples)}, those of the rarest class {factors.max():.2g} times"
+    )
     return shown
 
 
