@@ -88,7 +88,7 @@ def test_two_runs_of_one_process(
 
 def test_the_same_run_as_on_the_command_line(tiny_data: Path, room: Path) -> None:
     tiny(tiny_data, room / "python")
-    assert main_here(argv(tiny_data, room / "shell", "--max_steps 1")) == 0
+    assert main_here(argv(tiny_data, room / "shell", "--max_steps 1 --preset auto")) == 0
     for name in ("best.safetensors", "last.safetensors"):
         ours, theirs = ((room / way / name).read_bytes() for way in ("python", "shell"))
         start = 8 + int.from_bytes(ours[:8], "little")  # the header has the date

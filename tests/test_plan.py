@@ -126,6 +126,10 @@ def test_without_the_preset_nothing_changes() -> None:
     assert parse([])[0].eval_size == 112 and parse([])[0].preset == "released"
     assert parse(["--preset", "released"])[0] == parse([])[0]
     assert parse(["--preset", "auto"])[0].eval_size == 640  # until the data is known
+    assert parse(["--coco_path", "data"])[0].preset == "released"
+    assert parse(["--data", "data"])[0].preset == "auto"
+    assert parse(["--data", "data", "--preset", "released"])[0].preset == "released"
+    assert parse(["--data", "data", "--eval"])[0].preset == "released"
     with pytest.raises(UserError, match="preset"):
         parse(["--preset", "best"])
 

@@ -216,19 +216,27 @@ def test_run_lengths_go_down_the_columns() -> None:
     ]
 
 
-def test_detections_in_other_libraries() -> None:
+@pytest.fixture
+def two_detections() -> Detections:
     (found,) = sticking_out(torch.tensor([[40, 60]]))
-    found = replace(found.clipped((40, 60)), class_names=("disc", "square"))
-    pandas, supervision = pytest.importorskip("pandas"), pytest.importorskip("supervision")
-    table = found.to_pandas()
+    return replace(found.clipped((40, 60)), class_names=("disc", "square"))
+
+
+def test_detections_as_a_table_of_pandas(two_detections: Detections) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = two_detections.to_pandas()
     assert isinstance(table, pandas.DataFrame) and list(table["name"]) == ["disc", "square"]
-    assert np.array_equal(table[["x1", "y1", "x2", "y2"]].to_numpy(), found.boxes.numpy())
-    assert len(found[:0].to_pandas()) == 0
-    theirs = found.to_supervision()
+    assert np.array_equal(table[["x1", "y1", "x2", "y2"]].to_numpy(), two_detections.boxes.numpy())
+    assert len(two_detections[:0].to_pandas()) == 0
+
+
+def test_detections_for_supervision(two_detections: Detections) -> None:
+    supervision = pytest.importorskip("supervision")
+    theirs = two_detections.to_supervision()
     assert isinstance(theirs, supervision.Detections) and len(theirs) == 2
-    assert np.array_equal(theirs.mask, found.masks.numpy())
+    assert np.array_equal(theirs.mask, two_detections.masks.numpy())
     assert list(theirs.data["class_name"]) == ["disc", "square"]
-    assert len(found[:0].to_supervision()) == 0
+    assert len(two_detections[:0].to_supervision()) == 0
 
 
 @pytest.mark.parametrize("name", ["pandas", "supervision"])

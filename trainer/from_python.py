@@ -23,7 +23,7 @@ from trainer.loop.stopping import INTERRUPTED, SIGNALS, Stopped, StoppedBySignal
 from trainer.loop.time_limit import count_from_now
 from trainer.report.console import PrintableFormatter
 from trainer.report.page import PAGE_NAME
-from trainer.settings.config import TrainConfig, fixed_settings, parse
+from trainer.settings.config import COCO_FILES, PATH_OF, TrainConfig, fixed_settings, parse
 from trainer.settings.flags import settings_of
 from trainer.settings.other_names import ELSEWHERE
 from trainer.train import run_from_settings
@@ -74,14 +74,18 @@ def train(
 
     data: a folder of COCO, YOLO or Pascal VOC data; other ways to name data are settings, such as
     `train_json`. settings: the flags of `vidt train` by name, such as `epochs=20`; `resume=True`
-    continues the run in output_dir. num_processes: more than 1 trains on so many GPUs of this
-    machine, or, without a GPU, in so many processes; nothing may have used a GPU before.
+    continues the run in output_dir. What is not given is chosen from the data, as `vidt plan`
+    shows; `preset="released"` is the paper's recipe. num_processes: more than 1 trains on so many
+    GPUs of this machine, or, without a GPU, in so many processes; nothing may have used a GPU
+    before.
 
     PyTorch's random state changes. Raises UserError for what you can mend, such as an unknown
     setting or a damaged dataset, NonFiniteLoss if the loss is not finite, and KeyboardInterrupt
     when it is interrupted, after it has saved everything.
     """
     given = {"output_dir": output_dir, **({} if data is None else {"data": data}), **settings}
+    if "config" not in given and given.keys() & {*PATH_OF.values(), *COCO_FILES}:
+        given.setdefault("preset", "auto")
     words = _as_flags(given)
     config, _ = parse(words)
     for name in ("eval", "check"):

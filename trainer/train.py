@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
-from trainer.data.dataset_statistics import plan_of, settled
+from trainer.data.dataset_statistics import plan_of, planned_eval_size, settled
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
 from trainer.data.loader import training_order
 from trainer.loop import resume
@@ -338,7 +338,7 @@ def train_from_settings(
     """Reads and checks the data on the main process, sends it to the others, trains and reports.
     fixed: the settings that `--preset auto` leaves alone.
     """
-    agreement = Agreement(accelerator)
+    agreement, processes = Agreement(accelerator), accelerator.num_processes
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; name a folder")
@@ -347,7 +347,7 @@ def train_from_settings(
             lambda: settled(config, model_fields, fixed)
         )
     if config.check:
-        agreement.on_main(lambda: checked_datasets(config, model_fields, fixed))
+        agreement.on_main(lambda: checked_datasets(config, model_fields, fixed, processes))
         return
     agreement.on_main(lambda: require_trackers(config.report_to))
     agreement.on_main(lambda: require_files(config))
@@ -363,12 +363,14 @@ def train_and_report(
     fixed: Collection[str],
 ) -> None:
     """`train` on the data of the settings, with the reports of the command line."""
-    output = Path(config.output_dir)
-    data: Datasets = agreement.on_main(lambda: checked_datasets(config, model_fields, fixed))
+    output, processes = Path(config.output_dir), accelerator.num_processes
+    data: Datasets = agreement.on_main(
+        lambda: checked_datasets(config, model_fields, fixed, processes)
+    )
     plan = ""
     if config.preset == "auto":
         config, model_fields, plan = agreement.on_main(
-            lambda: plan_of(config, model_fields, fixed, data.train, accelerator.num_processes)
+            lambda: plan_of(config, model_fields, fixed, data.train, processes)
         )
         logger.info(plan)
     train_set, val_set = data.train, data.val
@@ -408,10 +410,11 @@ def train_and_report(
 
 
 def checked_datasets(
-    config: TrainConfig, model_fields: Mapping[str, Any], fixed: Collection[str] = ()
+    config: TrainConfig, model_fields: Mapping[str, Any], fixed: Collection[str], processes: int
 ) -> Datasets:
     """Reads all parts. The log summarises the findings; `findings.csv` lists them."""
-    tokens_planned = config.preset == "auto" and "det_token_num" not in fixed
+    planned = config.preset == "auto"
+    tokens_planned = planned and "det_token_num" not in fixed
     return read_and_log_parts(
         Path(config.output_dir),
         lambda: read_parts(
@@ -420,6 +423,11 @@ def checked_datasets(
             num_classes=model_fields["num_classes"],
             masks=model_fields["with_vector"],
             token_label=model_fields["token_label"],
+            eval_size_of=(
+                (lambda train: planned_eval_size(config, model_fields, fixed, train, processes))
+                if planned
+                else None
+            ),
         ),
     )
 

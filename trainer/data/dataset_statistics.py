@@ -24,6 +24,7 @@ from vidt.weights.published import local_weights, published_for
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
 SIDE_EDGES = 2.0 ** np.arange(1, 12.5, 0.5)  # of the bins in which boxes are counted by size
 MOST_BARS = 30  # of boxes in an image
+MOST_COMPARED = 2000  # images in which overlaps are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,21 +117,35 @@ def plan_of(
         pretrained = imagenet_at_hand(
             model["backbone_name"] if "backbone_name" in fixed else backbone
         )
-    fingerprint = fingerprint_of(
-        train_set,
-        gpu=gpu,
-        threads=torch.get_num_threads(),
-        processes=processes,
-        pretrained=pretrained,
-        hours=config.hours,
-    )
+    fingerprint = fingerprint_of(train_set, **machine(config, processes, pretrained))
     return planned(config, model, fixed, fingerprint)
 
 
+def planned_eval_size(
+    config: TrainConfig,
+    model: Mapping[str, Any],
+    fixed: Collection[str],
+    train_set: SampleTable,
+    processes: int = 1,
+) -> int:
+    """The --eval_size of `plan_of`, which does not depend on the start; nothing is fetched."""
+    fingerprint = fingerprint_of(train_set, **machine(config, processes, pretrained=False))
+    return planned(config, model, fixed, fingerprint)[0].eval_size
+
+
+def machine(config: TrainConfig, processes: int, pretrained: bool) -> dict[str, Any]:
+    """The fields of a `Fingerprint` that say where and how a run trains."""
+    return {
+        "gpu": torch.accelerator.is_available(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "pretrained": pretrained,
+        "hours": config.hours,
+    }
+
+
 def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
-    """What the rules of `--preset auto` know of a training split; machine: the fields about the
-    machine and the run.
-    """
+    """What the rules of `--preset auto` know of a training split; machine: see `machine`."""
     table = table.keep_boxes(~table.crowd)
     sizes, boxes = table.sizes.numpy(), table.boxes.numpy().astype(np.float64)
     sides = np.sqrt(np.clip((boxes[:, 2:] - boxes[:, :2]).prod(1), 0, None))
@@ -152,7 +167,11 @@ def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
 
 
 def crowding(table: SampleTable) -> float:
-    """Share of the boxes that overlap another box of their image at IoU 0.5 or more."""
+    """Share of the boxes that overlap another box of their image at IoU 0.5 or more, in at most
+    MOST_COMPARED images.
+    """
+    if len(table) > MOST_COMPARED:
+        table = table.subset(range(0, len(table), -(-len(table) // MOST_COMPARED)))
     offsets, boxes = table.box_offsets.tolist(), table.boxes
     crowded = 0
     for start, stop in pairwise(offsets):

@@ -214,12 +214,14 @@ def read_parts(
     masks: bool = False,
     token_label: bool = False,
     compare_pictures: bool = False,
+    eval_size_of: Callable[[SampleTable], int] | None = None,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> Datasets:
     """The usable samples of all parts, and all findings. `masks` reads the masks of all parts;
     `token_label`, and --copy_paste, those of the training part, if it has any. `compare_pictures`
-    decodes all pictures to find near-duplicates between the parts. `tell` is called as each stage
-    begins.
+    decodes all pictures to find near-duplicates between the parts. `eval_size_of` takes the
+    training part and returns the --eval_size at which objects may be too small; without it, that
+    of `config`. `tell` is called as each stage begins.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
@@ -266,8 +268,9 @@ def read_parts(
         )
         findings += shared_images(train, test, "test")
     tables = {"train": train, "val": val} | ({} if test is None else {"test": test})
+    eval_size = config.eval_size if eval_size_of is None else eval_size_of(train)
     for table in tables.values():
-        findings += implausible_boxes(table, config.eval_size)
+        findings += implausible_boxes(table, eval_size)
     findings += rare_classes(train)
     if compare_pictures:
         tell(f"decoding {counted(len(train) + len(val), 'image')} to find look-alikes")

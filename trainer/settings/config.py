@@ -234,8 +234,8 @@ class TrainConfig:
     preset: str = field(
         default="released",
         metadata=_help(
-            "released: the paper's recipe; auto: settings chosen from the data, which vidt plan "
-            "shows; a setting that is given always wins",
+            "released: the paper's recipe; auto, the default with --data: settings chosen from the "
+            "data, which vidt plan shows; a setting that is given always wins",
             group="Optimisation",
         ),
     )
@@ -632,6 +632,8 @@ def parse(argv: Sequence[str], *, own_data: bool = False) -> tuple[TrainConfig, 
     if given.get("eval"):
         given.setdefault("eval_size", WEIGHTS_OWN)
         given.setdefault("dec_layers", None)
+    elif given.get("data") is not None:
+        given.setdefault("preset", "auto")
     published = _architecture_of(given.get("load_from"))
     recipe: dict[str, Any] = {}
     if not own_data and given.get("preset") != "auto":
