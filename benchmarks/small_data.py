@@ -7,7 +7,9 @@ Trains by `vidt train --preset auto --hours`, random weights, and prints COCO's 
 last weights (their moving average) on the validation images, and the seconds of the whole command.
 With --yolo PYTHON, an interpreter that has `ultralytics`, yolo11n.yaml is trained for as long from
 random weights with its own defaults, batch 8; its last weights (EMA) are scored by pycocotools on
-detections down to a score of 0.001, at most 100 an image. Both use --threads threads.
+detections down to a score of 0.001, at most 100 an image. Both use --threads threads. With
+--together they train at the same time, so that a machine whose speed changes is as fast for both;
+give each its own cores by --threads.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +135,19 @@ def score(table: Any, found: list[dict[str, Any]]) -> tuple[float, float]:
                 {"id": len(annotations) + 1, "image_id": index, "category_id": label,
                  "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0}
             )  # fmt: skip
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": index} for index in range(len(table))],
-        "categories": [{"id": label} for label in range(len(table.class_names))],
-        "annotations": annotations,
-    }
-    truth.createIndex()
-    if not found:
-        return 0.0, 0.0
-    scored = COCOeval(truth, truth.loadRes(found), "bbox")
-    scored.evaluate()
-    scored.accumulate()
     with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": index} for index in range(len(table))],
+            "categories": [{"id": label} for label in range(len(table.class_names))],
+            "annotations": annotations,
+        }
+        truth.createIndex()
+        if not found:
+            return 0.0, 0.0
+        scored = COCOeval(truth, truth.loadRes(found), "bbox")
+        scored.evaluate()
+        scored.accumulate()
         scored.summarize()
     return float(scored.stats[1]), float(scored.stats[0])
 
@@ -157,14 +160,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--yolo", metavar="PYTHON", help="interpreter with ultralytics")
     parser.add_argument("--imgsz", type=int, default=320, help="of YOLO11n")
+    parser.add_argument("--together", action="store_true", help="train both at the same time")
     given, more = parser.parse_known_args()
     data = [] if given.data == "shapes" else ["--data", given.data]
-    for seed in given.seeds:
-        told = ours(data, given.seconds, seed, given.threads, more)
-        print(f"{given.data} seed {seed}  vidt     {told}", flush=True)
-        if given.yolo:
-            told = yolos(data, given.seconds, seed, given.threads, given)
-            print(f"{given.data} seed {seed}  YOLO11n  {told}", flush=True)
+    with ThreadPoolExecutor(2 if given.together else 1) as pool:
+        for seed in given.seeds:
+            common = (data, given.seconds, seed, given.threads)
+            told = {"vidt": pool.submit(ours, *common, more)}
+            if given.yolo:
+                told["YOLO11n"] = pool.submit(yolos, *common, given)
+            for name, line in told.items():
+                print(f"{given.data} seed {seed}  {name:<8} {line.result()}", flush=True)
 
 
 if __name__ == "__main__":

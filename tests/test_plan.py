@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import random_pictures, write_coco
+from tiny_runs import Picture, random_pictures, write_coco
 
 from trainer.commands.command_line import main as vidt
 from trainer.data.dataset_statistics import crowding, fingerprint_of
-from trainer.data.load import read_datasets
+from trainer.data.load import read_datasets, read_parts
+from trainer.loop.start import settled
 from trainer.loop.time_limit import EVALUATING, RESERVE, fitting_length
 from trainer.settings.config import given_settings, parse
-from trainer.settings.plan import Fingerprint, in_words, planned, repeated
+from trainer.settings.plan import Fingerprint, in_words, planned, planned_sizes, repeated
 from trainer.train import main
 from vidt.errors import UserError
+from vidt.images.preprocessing import Preprocessing
+from vidt.model.config import ViDTConfig
+from vidt.model.vidt import ViDT
+from vidt.weights.weights_file import WeightsInfo, save_weights
 
 SMALL = Fingerprint(
     images=200,
@@ -155,12 +160,105 @@ def test_crowding(tmp_path: Path) -> None:
     assert crowding(train) == pytest.approx(2 / 3)
 
 
-def test_a_saved_plan_is_repeated(tmp_path: Path) -> None:
-    saved = tmp_path / "config.yaml"
-    saved.write_text("eval_size: 224\nlr: 3e-4\nreduced_dim: 128\n", encoding="utf-8")
+def test_saved_settings_are_repeated() -> None:
+    saved = {"eval_size": 224, "lr": "3e-4", "reduced_dim": 128, "hours": 0.5, "max_steps": 90,
+             "mixed_precision": "no", "of_an_older_version": 1}  # fmt: skip
     words = ["--preset", "auto", "--lr", "1e-3"]
     config, model = repeated(*parse(words, own_data=True), given_settings(words), saved)
     assert config.eval_size == 224 and config.lr == 1e-3 and model["reduced_dim"] == 128
+    assert (config.hours, config.max_steps) == (0.5, 90) and config.mixed_precision == "auto"
+    words += ["--epochs", "40"]  # the length that --hours stood for no longer counts
+    config, _ = repeated(*parse(words, own_data=True), given_settings(words), saved)
+    assert (config.epochs, config.hours, config.max_steps) == (40, None, None)
+
+
+def test_a_given_length_replaces_what_a_trial_found(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text("hours: 0.1\nepochs: 7\nmax_steps: 90\n", encoding="utf-8")
+    assert given_settings(["--config", str(saved)])["max_steps"] == 90
+    assert given_settings(["--config", str(saved)])["hours"] == 0.1
+    for flag, value in (("hours", 2), ("epochs", 40), ("max_steps", 300)):
+        given = given_settings(["--config", str(saved), f"--{flag}", str(value)])
+        assert {"config": str(saved), "epochs": 7} | {flag: value} == given
+
+
+def test_what_the_run_to_resume_saved(tmp_path: Path) -> None:
+    """The newest checkpoint says it, by whatever folder the run is named."""
+    config, model = parse(["--preset", "auto", "--resume", str(tmp_path / "run")], own_data=True)
+    assert settled(config, model, frozenset())[1:] == (model, frozenset())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("lr: 0.01\n")  # of a start without a checkpoint
+    assert settled(config, model, frozenset())[0].lr == config.lr
+    for step, rate in ((5, 0.02), (10, 0.03)):
+        checkpoint = tmp_path / f"run/checkpoints/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        settings = {"lr": rate, "det_token_num": 30}
+        (checkpoint / "state.json").write_text(json.dumps({"state": {"settings": settings}}))
+    for folder in ("run", "run/checkpoints", "run/checkpoints/step-00000010"):
+        named = replace(config, resume=str(tmp_path / folder))
+        kept, fields, fixed = settled(named, model, frozenset())
+        assert kept.lr == 0.03 and fields["det_token_num"] == 30 and "lr" in fixed
+    checkpoint.joinpath("state.json").write_text("torn")
+    assert settled(config, model, frozenset())[0].lr == 0.02
+
+
+def test_heads_for_training_are_not_taken_from_the_start(
+    tmp_path: Path, tiny_config: ViDTConfig
+) -> None:
+    """A detector with a mask head is a start for data without masks too."""
+    with_heads = replace(tiny_config, with_vector=True, token_label=True)
+    info = WeightsInfo(with_heads, ("a", "b", "c"), Preprocessing())
+    save_weights(tmp_path / "masks.safetensors", ViDT(with_heads).state_dict(), info)
+    words = ["--preset", "auto", "--load_from", str(tmp_path / "masks.safetensors")]
+    config, model = parse(words, own_data=True)
+    _, fields, fixed = settled(config, model, given_settings(words))
+    assert fields["det_token_num"] == 7 and {"det_token_num", "backbone_name"} <= fixed
+    assert not fields["with_vector"] and not fields["token_label"] and "with_vector" not in fixed
+
+
+def test_what_else_is_given_fixes_what_it_needs(tmp_path: Path) -> None:
+    for flag, fixed in (
+        ("--distil_model vidt_base", {"det_token_num", "dec_layers", "reduced_dim"}),
+        (f"--pre_trained {tmp_path}/swin_nano.pth", {"backbone_name"}),
+    ):
+        config, model = parse(["--preset", "auto", *flag.split()], own_data=True)
+        assert fixed <= settled(config, model, frozenset())[2]
+
+
+def test_sizes_of_the_plan() -> None:
+    """They need no start, so that --freeze does not stand in the way of the check."""
+    words = ["--preset", "auto", "--freeze", "1"]
+    config, model = parse(words, own_data=True)
+    settings, _ = plan_for(SMALL)
+    sizes = settings["det_token_num"], settings["eval_size"]
+    assert planned_sizes(config, model, given_settings(words), SMALL) == sizes
+    words += ["--eval_size", "320"]
+    given = given_settings(words)
+    assert planned_sizes(*parse(words, own_data=True), given, SMALL) == (sizes[0], 320)
+    assert planned_sizes(config, model, {}, COCO) == (model["det_token_num"], config.eval_size)
+
+
+def test_a_plan_that_is_repeated_still_has_its_reasons() -> None:
+    settings, told = plan_for(SMALL)
+    config, model = parse(["--preset", "auto"], own_data=True)
+    config = replace(config, **{name: settings[name] for name in vars(config)})
+    model = {name: settings[name] for name in model}
+    assert planned(config, model, settings, SMALL) == (config, model, told)
+
+
+def test_the_number_of_epochs_needs_the_batch_size() -> None:
+    with pytest.raises(UserError, match="give --epochs or --hours"):
+        plan_for(SMALL, "--batch_size auto")
+    assert plan_for(SMALL, "--batch_size auto --epochs 5")[0]["epochs"] == 5
+
+
+def test_findings_by_the_sizes_of_the_plan(tmp_path: Path) -> None:
+    many = Picture(64, 64, tuple((4 * n, 4 * n, 20, 20, 0, 0) for n in range(8)))
+    write_coco(tmp_path, random_pictures(2, seed=0), [many])
+    config, _ = parse(["--coco_path", str(tmp_path)])
+    data = read_parts(config, num_queries=None, num_classes=None, sizes_of=lambda train: (7, 4))
+    kinds = {finding.kind for finding in data.findings}
+    assert {"more boxes than [DET] tokens", "object too small to be found"} <= kinds
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +283,13 @@ def test_a_run_fits_into_its_time(seconds: float, step: float) -> None:
     assert took > 0.8 * seconds or seconds < 60
     assert evaluations == 1 or evaluations * evaluation <= 2 * EVALUATING * seconds
     assert length.max_steps <= length.epochs * 20
+
+
+def test_time_for_the_test_part() -> None:
+    sizes = {"per_epoch": 20, "step_images": 5, "val_images": 50}
+    without = fitting_length(155.0, 0.1, **sizes)
+    with_test = fitting_length(155.0, 0.1, **sizes, test_images=3000)
+    assert (without.max_steps - with_test.max_steps) * 0.1 == pytest.approx(20, abs=1)
 
 
 def test_too_little_time() -> None:

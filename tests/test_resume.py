@@ -135,6 +135,9 @@ def test_a_balanced_run_with_an_automatic_average_is_resumed(
     run(tiny_data, room / "cut", flags, "--resume --epochs 3")
     assert resume.load(last_checkpoint(room / "cut")).state.settings["ema_decay"] == ema_decay_of(8)
     assert "as in the checkpoint" in caplog.text and "with ema_decay" not in caplog.text
+    run(tiny_data, room / "none", "--no-ema --ema_decay auto --epochs 1")
+    with pytest.raises(UserError, match="--no-ema"):
+        run(tiny_data, room / "none", "--ema_decay auto --epochs 2 --resume")
 
 
 def test_a_checkpoint_is_read_once(

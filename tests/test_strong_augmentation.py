@@ -161,9 +161,11 @@ def test_what_a_pasted_object_hides_leaves_mask_and_box() -> None:
         grey = np.asarray(mixed.image).min(2)
         seen.add(bool((grey == 128).any()))
         if (grey == 128).any():  # pasted: what lay behind it is gone, or less wide
-            assert mixed.boxes.tolist() == [[40, 30, 60, 80], [60, 10, 130, 110]]
-            assert np.array_equal(mixed.masks[0].numpy(), grey == 255)  # type: ignore[index]
-            assert np.array_equal(mixed.masks[1].numpy(), grey == 128)  # type: ignore[index]
+            # The pasted object comes first: without masks, earlier objects are in front.
+            assert mixed.boxes.tolist() == [[60, 10, 130, 110], [40, 30, 60, 80]]
+            assert np.array_equal(mixed.masks[0].numpy(), grey == 128)  # type: ignore[index]
+            assert np.array_equal(mixed.masks[1].numpy(), grey == 255)  # type: ignore[index]
+            assert mixed.image_id == 7
     assert len(seen) == 2
 
 
@@ -172,6 +174,17 @@ def test_objects_without_a_mask_are_not_pasted() -> None:
     scene = scene_of((0, 0, 20, 20))
     mixed = [copy_paste(scene, partner_of(front), np.random.default_rng(n)) for n in range(5)]
     assert all(each.boxes.tolist() == scene.boxes.tolist() for each in mixed)
+
+
+def test_a_mask_without_a_pixel_teaches_nothing() -> None:
+    scene = scene_of((0, 0, 40, 40), (50, 50, 90, 90))
+    assert scene.masks is not None
+    scene.masks[0] = False
+    seen = scene.visible(torch.tensor([1600.0, 1600.0]))
+    assert seen.has_mask is not None and seen.has_mask.tolist() == [False, True]
+
+
+def test_there_is_nothing_to_paste_on_an_image_without_masks() -> None:
     bare = scene_of(BOX, masks=False)
     assert copy_paste(bare, partner_of(bare), np.random.default_rng(0)) is bare
 
@@ -424,6 +437,9 @@ def test_a_run_writes_its_preview_and_resumes_exactly(
     flags = f"{ALL} --epochs 3 --plain_epochs 1 --preview {tmp_path / 'seen'} --save_steps 1"
     run(tiny_data, tmp_path / "whole", flags)
     assert "in the first 2 epochs of 3" in caplog.text
+    # Three steps are an epoch; of five, the only whole epoch is a plain one.
+    run(tiny_data, tmp_path / "part", f"{ALL} --epochs 3 --plain_epochs 1 --max_steps 5")
+    assert "in the first 0 epochs of 2" in caplog.text
     pictures = [tmp_path / "seen/preview.jpg", tmp_path / "whole/preview.jpg"]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert Image.open(pictures[0]).width > 1600

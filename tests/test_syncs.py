@@ -49,6 +49,7 @@ PARTS = {
         "with_vector": True,
         "gt_mask_len": 16,
     },
+    "extra queries": {"query_groups": 3, "label_embedding": True},
     "without neck": {"method": "vidt_wo_neck"},
 }
 

@@ -152,6 +152,13 @@ def test_extra_queries_change_no_detection() -> None:
     assert not torch.allclose(denoised["pred_logits"], relabelled["pred_logits"], atol=1e-4)
 
 
+def test_without_auxiliary_losses_extra_queries_have_the_last_level_alone() -> None:
+    model = small_model(query_groups=2, aux_loss=False).train()
+    outputs = model(*images(), BOXES[None].expand(2, 2, 4))
+    assert "aux_outputs" not in outputs and len(outputs["denoising_outputs"]) == 1
+    assert [len(group) for group in outputs["group_outputs"]] == [1]
+
+
 def test_groups_are_matched_one_by_one() -> None:
     """Each group matches all objects, and the terms are the mean over the groups."""
     generator = torch.Generator().manual_seed(0)

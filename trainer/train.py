@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
-from trainer.data.dataset_statistics import plan_of, planned_eval_size, settled
+from trainer.data.dataset_statistics import plan_of, sizes_of_plan
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
 from trainer.data.loader import training_order
 from trainer.loop import resume
@@ -32,7 +32,7 @@ from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.run_lock import only_run_in
 from trainer.loop.set_up import Run, make_accelerator, precision_line, set_up
-from trainer.loop.start import load_detector, require_files
+from trainer.loop.start import load_detector, require_files, settled
 from trainer.loop.step import check_readable, report_wait, train_step
 from trainer.loop.stopping import INTERRUPTED, Stopped, StopRequest, sigterm_interrupts
 from trainer.readers.findings import format_findings
@@ -61,7 +61,6 @@ from trainer.settings.config import (
     resolved,
     write_yaml,
 )
-from trainer.settings.plan import MOST_TOKENS
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
 from vidt.weights.weights_file import WeightsInfo, save_weights
@@ -109,16 +108,19 @@ def _train(
     agreement: Agreement,
 ) -> dict[str, float]:
     """`train`, in a folder that no other run uses."""
-    run = set_up(config, model_fields, train_set, val_set, accelerator, agreement)
+    test_images = 0 if test_set is None else len(test_set)
+    run = set_up(
+        config,
+        model_fields,
+        train_set,
+        val_set,
+        accelerator,
+        agreement,
+        test_images=test_images,
+    )
     config = run.config  # with the batch size that `auto` stands for
     state, clock, output = run.state, run.clock, Path(config.output_dir)
-    if run.accelerator.is_main_process:
-        resume.sweep(output / resume.CHECKPOINTS)
-        write_yaml(output / "config.yaml", config, model_fields)
-        (output / resume.NON_FINITE).unlink(missing_ok=True)  # of an earlier run, or start
-        for name in () if state.step else resume.NOT_OF_EVERY_RUN:
-            (output / name).unlink(missing_ok=True)
-        save_preview(run, train_set.class_names)
+    agreement.on_main(lambda: begin_folder(run, model_fields, train_set.class_names))
     say = partial(announce, run, report)
     say("start", message=start_line(run))
     losses = LossLog(run.agreement, output, step_images=clock.step_images)
@@ -150,6 +152,17 @@ def _train(
     metrics = {**best, "best_epoch": float(clock.epoch(state.best_step))}
     say("end", metrics, fraction=1.0, weights=output / "best.safetensors", message=end_line(run))
     return best
+
+
+def begin_folder(run: Run, model_fields: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Writes what the folder has from the start on, and removes what is left of earlier starts."""
+    output = Path(run.config.output_dir)
+    resume.sweep(output / resume.CHECKPOINTS)
+    write_yaml(output / "config.yaml", run.config, model_fields)
+    (output / resume.NON_FINITE).unlink(missing_ok=True)
+    for name in () if run.state.step else resume.NOT_OF_EVERY_RUN:
+        (output / name).unlink(missing_ok=True)
+    save_preview(run, class_names)
 
 
 def save_preview(run: Run, class_names: Sequence[str]) -> None:
@@ -414,17 +427,16 @@ def checked_datasets(
 ) -> Datasets:
     """Reads all parts. The log summarises the findings; `findings.csv` lists them."""
     planned = config.preset == "auto"
-    tokens_planned = planned and "det_token_num" not in fixed
     return read_and_log_parts(
         Path(config.output_dir),
         lambda: read_parts(
             config,
-            num_queries=MOST_TOKENS if tokens_planned else model_fields["det_token_num"],
+            num_queries=None if planned else model_fields["det_token_num"],
             num_classes=model_fields["num_classes"],
             masks=model_fields["with_vector"],
             token_label=model_fields["token_label"],
-            eval_size_of=(
-                (lambda train: planned_eval_size(config, model_fields, fixed, train, processes))
+            sizes_of=(
+                (lambda train: sizes_of_plan(config, model_fields, fixed, train, processes))
                 if planned
                 else None
             ),

@@ -75,7 +75,8 @@ def copy_paste(scene: Scene, partner: Partner, random: np.random.Generator) -> S
     front = pasted.masks.any(0)
     stencil = Image.fromarray(front.numpy().astype(np.uint8) * 255)
     image = Image.composite(other.image, scene.image, stencil)
-    return joined(image, [_behind(scene, front), pasted])
+    # Where objects overlap without masks, the earlier ones are in front.
+    return replace(joined(image, [pasted, _behind(scene, front)]), image_id=scene.image_id)
 
 
 def _behind(scene: Scene, front: Tensor) -> Scene:

@@ -92,8 +92,11 @@ class Scene:
 
     def visible(self, whole: Tensor) -> "Scene":
         """The objects of which enough is left; `whole` [N] is the area in pixels that each box had
-        before it was cut, at the present scale.
+        before it was cut, at the present scale. An object whose mask has no pixel left counts as
+        one without a mask.
         """
+        if self.masks is not None and self.has_mask is not None:
+            self = replace(self, has_mask=self.has_mask & self.masks.flatten(1).any(1))
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         area = sides.prod(1)
         height, width = self.size

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from trainer.commands.command_flags import Stages, command_parser, say
 from trainer.settings.config import fixed_settings, parse
-from trainer.settings.plan import MOST_TOKENS
 from vidt.arguments import HELP, OneLineParser
 
 SUMMARY = """
@@ -45,12 +44,13 @@ def run(argv: Sequence[str]) -> int:
     words += [word for word in rest if word not in OWN_FLAGS]
     config, fields = parse(words)
 
-    from trainer.data.dataset_statistics import plan_of, settled
+    from trainer.data.dataset_statistics import plan_of
     from trainer.data.load import read_parts
+    from trainer.loop.start import settled
 
     config, fields, fixed = settled(config, fields, fixed_settings(words))
     with Stages() as tell:
-        data = read_parts(config, num_queries=MOST_TOKENS, num_classes=None, tell=tell)
+        data = read_parts(config, num_queries=None, num_classes=None, tell=tell)
     config, fields, plan = plan_of(config, fields, fixed, data.train)
     if given.json:
         settings = {**vars(config), **fields}

@@ -162,15 +162,24 @@ def look_alikes(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     _, origin = np.unique([_origin(path) for path in paths], return_inverse=True)
     # A node for each content, and one for each origin.
     edges = [(every, len(rows) + same), (every, 2 * len(rows) + origin)]
-    step = max(_COMPARED // max(len(known), 1), 1)
-    for start in range(0, len(known), step):
-        differ = np.bitwise_count(hashes[known[start : start + step], None] ^ hashes[known])
-        ours, theirs = np.nonzero(differ <= ALIKE_BITS)
-        edges.append((known[start + ours], known[theirs]))
+    # A node for each hash too: of similar frames of a video, every pair would be an edge.
+    different, hashed = np.unique(hashes[known], return_inverse=True)
+    edges.append((known, 3 * len(rows) + hashed))
     one, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
-    graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(3 * len(rows),) * 2)
-    labels = connected_components(graph, directed=False)[1][: len(rows)]
-    return np.unique(labels, return_inverse=True)[1], digests
+    groups = _components(one, other, 3 * len(rows) + len(different))
+    step = max(_COMPARED // max(len(different), 1), 1)
+    for start in range(0, len(different), step):
+        differ = np.bitwise_count(different[start : start + step, None] ^ different)
+        ours, theirs = np.nonzero(differ <= ALIKE_BITS)
+        of_hash = groups[3 * len(rows) :]
+        groups = _components(of_hash[start + ours], of_hash[theirs], len(groups))[groups]
+    return np.unique(groups[: len(rows)], return_inverse=True)[1], digests
+
+
+def _components(one: np.ndarray, other: np.ndarray, nodes: int) -> np.ndarray:
+    """The group of each node, int [nodes], of a graph with edges from `one` to `other`."""
+    graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1]
 
 
 def _is_quiet() -> bool:

@@ -63,7 +63,7 @@ def check(
     train: SampleTable,
     val: SampleTable,
     *,
-    num_queries: int,
+    num_queries: int | None,
     max_bad_fraction: float = 0.05,
     strict_images: bool = False,
     found: Sequence[Finding] = (),
@@ -71,7 +71,8 @@ def check(
     """Clean both splits (see `clean`) and return them with all findings in and between them, after
     those that the reader `found`.
 
-    `num_queries` is the number of [DET] tokens, the most objects that an image can have.
+    `num_queries` is the number of [DET] tokens, the most objects that an image can have; with None
+    it is not checked.
 
     Raises BadDataset as `clean` does, or if there is no box to learn from.
     """
@@ -80,8 +81,9 @@ def check(
     findings = [*found, *in_train]
     val, val_headers, in_val = _clean(val, max_bad_fraction, strict_images, findings)
     findings += in_val
-    for table in (train, val):
-        findings += _crowded_images(table, num_queries)
+    if num_queries is not None:
+        for table in (train, val):
+            findings += crowded_images(table, num_queries)
     findings += _classes_without_boxes(train, val)
     findings += fold(_shared_images(train, train_headers, val, val_headers))
     if bool(train.crowd.all()):
@@ -277,7 +279,8 @@ def _crowd_boxes(table: SampleTable) -> list[Finding]:
     return _box_findings(table, table.crowd, "crowd box", "info", action)
 
 
-def _crowded_images(table: SampleTable, num_queries: int) -> list[Finding]:
+def crowded_images(table: SampleTable, num_queries: int) -> list[Finding]:
+    """Images with more boxes than the [DET] tokens can find."""
     counts = torch.bincount(table.box_owners[~table.crowd], minlength=len(table))
 
     def finding(index: int) -> Finding:

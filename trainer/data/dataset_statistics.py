@@ -6,7 +6,6 @@ Crowd regions are counted separately from boxes. K classes.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,14 @@ from torchvision.ops import box_iou
 
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import TrainConfig
-from trainer.settings.plan import Fingerprint, planned, repeated
-from vidt.weights.checkpoint import read_start
+from trainer.settings.plan import Fingerprint, planned, planned_sizes
 from vidt.weights.pretrained import imagenet_at_hand
-from vidt.weights.published import local_weights, published_for
 
 # Areas in pixels at which COCO divides boxes into small, medium and large.
 SMALL, MEDIUM = 32, 96  # sides of a square of that area
 SIDE_EDGES = 2.0 ** np.arange(1, 12.5, 0.5)  # of the bins in which boxes are counted by size
 MOST_BARS = 30  # of boxes in an image
-MOST_COMPARED = 2000  # images in which overlaps are counted
+MOST_COMPARED = 500  # images, and boxes of an image, whose overlaps are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,32 +71,6 @@ def statistics_of(table: SampleTable) -> Statistics:
     )
 
 
-def settled(
-    config: TrainConfig, model: Mapping[str, Any], fixed: Collection[str]
-) -> tuple[TrainConfig, dict[str, Any], frozenset[str]]:
-    """What `--preset auto` takes from elsewhere than the data, and the names that are then fixed:
-    the settings of the run to resume, or the architecture of the weights to start from. Raises
-    UserError for weights that cannot be read.
-    """
-    if config.resume is not None:
-        folder = Path(config.output_dir if config.resume == "auto" else config.resume)
-        for saved in (folder / "config.yaml", folder.parent.parent / "config.yaml"):
-            if saved.is_file():
-                config, fields = repeated(config, model, fixed, saved)
-                return config, fields, frozenset({*vars(config), *fields})
-    source = config.load_from
-    if source is None and config.pre_trained == "coco":
-        source = published_for(
-            model["backbone_name"], method=model["method"], epff=model["epff"]
-        ).url
-    if source is None:
-        return config, dict(model), frozenset(fixed)
-    _, architecture, _ = read_start(local_weights(source, allow_http=config.allow_http))
-    own = {**vars(architecture), "num_classes": model["num_classes"]}  # classes are the data's
-    fields = {name: model[name] if name in fixed else own[name] for name in model}
-    return config, fields, frozenset({*fixed, *fields})
-
-
 def plan_of(
     config: TrainConfig,
     model: Mapping[str, Any],
@@ -110,10 +81,9 @@ def plan_of(
     """The settings of `--preset auto` on this machine for a training split, and the lines that say
     why. The settings named in `fixed` stay.
     """
-    gpu = torch.accelerator.is_available()
-    pretrained = config.load_from is not None or config.pre_trained not in ("none", "imagenet")
-    if config.pre_trained == "imagenet" and not pretrained:
-        backbone = "swin_tiny" if gpu else "swin_nano"
+    pretrained = config.load_from is not None or config.pre_trained != "none"
+    if config.pre_trained == "imagenet" and not {"load_from", "pre_trained"} & set(fixed):
+        backbone = "swin_tiny" if torch.accelerator.is_available() else "swin_nano"
         pretrained = imagenet_at_hand(
             model["backbone_name"] if "backbone_name" in fixed else backbone
         )
@@ -121,16 +91,16 @@ def plan_of(
     return planned(config, model, fixed, fingerprint)
 
 
-def planned_eval_size(
+def sizes_of_plan(
     config: TrainConfig,
     model: Mapping[str, Any],
     fixed: Collection[str],
     train_set: SampleTable,
     processes: int = 1,
-) -> int:
-    """The --eval_size of `plan_of`, which does not depend on the start; nothing is fetched."""
+) -> tuple[int, int]:
+    """--det_token_num and --eval_size of `plan_of`. Nothing is fetched."""
     fingerprint = fingerprint_of(train_set, **machine(config, processes, pretrained=False))
-    return planned(config, model, fixed, fingerprint)[0].eval_size
+    return planned_sizes(config, model, fixed, fingerprint)
 
 
 def machine(config: TrainConfig, processes: int, pretrained: bool) -> dict[str, Any]:
@@ -167,14 +137,14 @@ def fingerprint_of(table: SampleTable, **machine: Any) -> Fingerprint:
 
 
 def crowding(table: SampleTable) -> float:
-    """Share of the boxes that overlap another box of their image at IoU 0.5 or more, in at most
-    MOST_COMPARED images.
+    """Share of the boxes that overlap another box of their image at IoU 0.5 or more: in at most
+    MOST_COMPARED images, of the first MOST_COMPARED boxes of each.
     """
     if len(table) > MOST_COMPARED:
         table = table.subset(range(0, len(table), -(-len(table) // MOST_COMPARED)))
-    offsets, boxes = table.box_offsets.tolist(), table.boxes
-    crowded = 0
+    offsets, crowded, compared = table.box_offsets.tolist(), 0, 0
     for start, stop in pairwise(offsets):
-        overlaps = box_iou(boxes[start:stop], boxes[start:stop]) >= 0.5
-        crowded += int((overlaps.sum(1) > 1).sum())
-    return crowded / max(len(boxes), 1)
+        boxes = table.boxes[start : min(stop, start + MOST_COMPARED)]
+        crowded += int(((box_iou(boxes, boxes) >= 0.5).sum(1) > 1).sum())
+        compared += len(boxes)
+    return crowded / max(compared, 1)

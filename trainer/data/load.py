@@ -13,7 +13,7 @@ from trainer.data.dataset_advice import (
     near_duplicates,
     rare_classes,
 )
-from trainer.data.dataset_check import check, clean, shared_images
+from trainer.data.dataset_check import check, clean, crowded_images, shared_images
 from trainer.data.recognise import CocoPart, VocPart, XmlPart, recognise
 from trainer.data.shapes import write_shapes
 from trainer.data.unused_files import unused_files
@@ -209,19 +209,21 @@ def read_datasets(
 def read_parts(
     config: TrainConfig,
     *,
-    num_queries: int,
+    num_queries: int | None,
     num_classes: int | None,
     masks: bool = False,
     token_label: bool = False,
     compare_pictures: bool = False,
-    eval_size_of: Callable[[SampleTable], int] | None = None,
+    sizes_of: Callable[[SampleTable], tuple[int, int]] | None = None,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> Datasets:
     """The usable samples of all parts, and all findings. `masks` reads the masks of all parts;
     `token_label`, and --copy_paste, those of the training part, if it has any. `compare_pictures`
-    decodes all pictures to find near-duplicates between the parts. `eval_size_of` takes the
-    training part and returns the --eval_size at which objects may be too small; without it, that
-    of `config`. `tell` is called as each stage begins.
+    decodes all pictures to find near-duplicates between the parts. `tell` is called as each stage
+    begins.
+
+    `num_queries`, the number of [DET] tokens, and --eval_size are what objects may be too many and
+    too small for. `sizes_of` returns both for the checked training part instead; then give None.
 
     Raises UserError for an unreadable file, too many damaged images, no box to learn from, `masks`
     without any mask, or a number of classes other than `num_classes`.
@@ -268,8 +270,9 @@ def read_parts(
         )
         findings += shared_images(train, test, "test")
     tables = {"train": train, "val": val} | ({} if test is None else {"test": test})
-    eval_size = config.eval_size if eval_size_of is None else eval_size_of(train)
+    tokens, eval_size = (None, config.eval_size) if sizes_of is None else sizes_of(train)
     for table in tables.values():
+        findings += [] if tokens is None else crowded_images(table, tokens)
         findings += implausible_boxes(table, eval_size)
     findings += rare_classes(train)
     if compare_pictures:

@@ -285,15 +285,31 @@ def find(wanted: Path) -> tuple[Checkpoint | None, list[str]]:
 
     wanted is a run's output folder, a folder of checkpoints, or a checkpoint.
     """
-    inner = wanted / CHECKPOINTS
-    one = (wanted / STATE).exists()
     skipped: list[str] = []
-    for path in [wanted] if one else checkpoints(inner if inner.is_dir() else wanted):
+    for path in _candidates(wanted):
         try:
             return load(path), skipped
         except UserError as error:
             skipped.append(str(error))
     return None, skipped
+
+
+def _candidates(wanted: Path) -> list[Path]:
+    if (wanted / STATE).exists():
+        return [wanted]
+    inner = wanted / CHECKPOINTS
+    return checkpoints(inner if inner.is_dir() else wanted)
+
+
+def saved_settings(wanted: Path) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint that `find` may return, without its tensors; None if
+    there is none. All checkpoints of a run were saved with the same settings.
+    """
+    for path in _candidates(wanted):
+        with suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
+            settings = json.loads((path / STATE).read_bytes())["state"]["settings"]
+            return {**BEFORE, **settings}
+    return None
 
 
 def changed_settings(old: RunState, new: RunState) -> list[str]:

@@ -1,5 +1,6 @@
 """The set-up of a run: seed, model, starting weights or checkpoint, optimiser, data."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ from trainer.loop.time_limit import (
     step_seconds,
 )
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import AUTO, TrainConfig, resolved
+from trainer.settings.config import AUTO, STRONG_PARTS, TrainConfig, resolved
 from vidt.errors import UserError, counted
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion, criterion_for
@@ -144,8 +145,12 @@ def set_up(
     val_set: SampleTable,
     accelerator: Accelerator,
     agreement: Agreement,
+    *,
+    test_images: int = 0,
 ) -> Run:
-    """Builds a run, fresh or at the step that it resumes from. Raises UserError."""
+    """Builds a run, fresh or at the step that it resumes from. `test_images` are evaluated once, at
+    the end, which `--hours` allows for. Raises UserError.
+    """
     prepare_training(accelerator.device, tf32=config.tf32)
     set_seed(config.seed)
     class_names = train_set.class_names
@@ -204,6 +209,7 @@ def set_up(
             checkpoint,
             per_epoch,
             len(val_set),
+            test_images,
             n_iter_to_acc,
             dataset,
             learn,
@@ -217,14 +223,16 @@ def set_up(
     if ema is not None and config.ema_decay == AUTO:
         ema.decay = automatic_ema_decay(checkpoint, total_steps)
         config = replace(config, ema_decay=ema.decay)
-    dataset.strong_epochs = max(-(-total_steps // per_epoch) - config.plain_epochs, 0)
+    epochs = total_steps / per_epoch
+    strong = int(epochs) - config.plain_epochs if config.plain_epochs else math.ceil(epochs)
+    dataset.strong_epochs = max(strong, 0)
     state = RunState(
         n_iter_to_acc=n_iter_to_acc,
         step_images=step_images,
         dataset=train_set.fingerprint(),
         settings=resolved(config, model_fields),
     )
-    line = strong_line(dataset, -(-total_steps // per_epoch), model_config)
+    line = strong_line(dataset, math.ceil(epochs), model_config)
     if line:
         logger.info(line)
     if checkpoint is not None:
@@ -349,6 +357,7 @@ def within_hours(
     checkpoint: Checkpoint | None,
     per_epoch: int,
     val_images: int,
+    test_images: int,
     n_iter_to_acc: int,
     dataset: DetectionDataset,
     learn: Callable[..., dict[str, Tensor] | None],
@@ -379,7 +388,7 @@ def within_hours(
         lambda own: agreement.gather(own).max().item(),
     )
     images = config.batch_size * accelerator.num_processes
-    length = fitting_length(left(), step, per_epoch, images, val_images)
+    length = fitting_length(left(), step, per_epoch, images, val_images, test_images)
     steps = min(length.max_steps, config.max_steps or length.max_steps)
     intervals: dict[str, Any] = {
         name: length.eval_interval
@@ -401,6 +410,8 @@ def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> floa
     """
     if checkpoint is not None:
         decay, why = checkpoint.state.settings["ema_decay"], "as in the checkpoint"
+        if not isinstance(decay, float):  # it was saved with --no-ema
+            return ema_decay_of(total_steps)
     else:
         decay, why = ema_decay_of(total_steps), f"for {counted(total_steps, 'step')}"
     logger.info(f"--ema_decay auto: {decay:.6g}, {why}")
@@ -430,6 +441,15 @@ def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
         logger.warning("--label_embedding does nothing without --denoising")
     if config.class_loss != "focal" and model.method != "vidt":
         logger.warning(f"--class_loss {config.class_loss} does nothing with method {model.method}")
+    for name, needs in (
+        ("rotation", ("affine",)),
+        ("scale_jitter_range", ("scale_jitter",)),
+        ("plain_epochs", STRONG_PARTS),
+    ):
+        changed = getattr(config, name) != getattr(TrainConfig, name)
+        if changed and not any(getattr(config, part) for part in needs):
+            parts = f"--{needs[0]}" if len(needs) == 1 else "a part of the augmentation to end"
+            logger.warning(f"--{name} does nothing without {parts}")
     if config.denoising and not model.with_box_refine:
         raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
     if config.denoising and (model.method != "vidt" or not model.dec_layers):

@@ -2,19 +2,29 @@
 process fetches and reads a file; the others receive its tensors.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
 from trainer.loop.agreement import Agreement
+from trainer.loop.resume import saved_settings
 from trainer.settings.config import TrainConfig
-from vidt.losses.distillation import TokenMatching, require_pair
+from trainer.settings.plan import repeated
+from vidt.losses.distillation import SHARED, TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
 from vidt.model.without_neck import ViDTWithoutNeck
-from vidt.weights.checkpoint import load_model, read_start, require_shapes, start_from
+from vidt.weights.checkpoint import (
+    NOT_SHARED,
+    load_model,
+    read_start,
+    require_shapes,
+    start_from,
+)
 from vidt.weights.pretrained import load_imagenet
 from vidt.weights.published import (
     TEACHERS,
@@ -48,6 +58,36 @@ def require_files(config: TrainConfig) -> None:
         raise UnusableWeights(
             f"{flag} {source}: {what}; give {words}the path of a weights file{hint}"
         )
+
+
+def settled(
+    config: TrainConfig, model: Mapping[str, Any], fixed: Collection[str]
+) -> tuple[TrainConfig, dict[str, Any], frozenset[str]]:
+    """What `--preset auto` takes from elsewhere than the data, and the names that are then fixed:
+    the settings of the run to resume, else the architecture of the weights to start from, and what
+    a teacher needs. Raises UserError for weights that cannot be read.
+    """
+    if config.resume is not None:
+        folder = config.output_dir if config.resume == "auto" else config.resume
+        saved = saved_settings(Path(folder))
+        if saved is not None:
+            config, fields = repeated(config, model, fixed, saved)
+            return config, fields, frozenset({*vars(config), *fields})
+    if config.distil_model or config.distil_model_path:
+        fixed = {*fixed, *SHARED}
+    source = config.load_from
+    if source is None and config.pre_trained == "coco":
+        source = published_for(
+            model["backbone_name"], method=model["method"], epff=model["epff"]
+        ).url
+    elif source is None and config.pre_trained not in NO_FILE:  # a file of the given backbone
+        fixed = {*fixed, "backbone_name"}
+    if source is None:
+        return config, dict(model), frozenset(fixed)
+    _, architecture, _ = read_start(local_weights(source, allow_http=config.allow_http))
+    shared = {name: value for name, value in vars(architecture).items() if name not in NOT_SHARED}
+    taken = {name: value for name, value in shared.items() if name not in fixed}
+    return config, {**model, **taken}, frozenset({*fixed, *shared})
 
 
 def load_start(

@@ -18,7 +18,7 @@ TRIAL = 0.03  # share of the time for the trial, beyond its first step and two m
 WHOLE_STEP = 1.1  # margin for clipping, AdamW and the moving average, which a trial leaves out
 MOST_TRIED = 1000  # steps
 RESERVE = 0.08  # share of the time for the report, saving, and steps slower than those tried
-EVALUATING = 0.1  # largest share of the time for evaluations
+EVALUATING = 0.05  # largest share of the time for evaluations
 MOST_EVALUATIONS = 10
 
 
@@ -81,14 +81,21 @@ def step_seconds(
 
 
 def fitting_length(
-    seconds: float, step: float, per_epoch: int, step_images: int, val_images: int
+    seconds: float,
+    step: float,
+    per_epoch: int,
+    step_images: int,
+    val_images: int,
+    test_images: int = 0,
 ) -> Length:
-    """The longest run of steps of `step` seconds, with its evaluations, that takes `seconds`.
+    """The longest run of steps of `step` seconds, with its evaluations, that takes `seconds`. The
+    test images are evaluated once.
 
     Raises UserError if not even one step fits.
     """
-    seconds *= 1 - RESERVE
-    evaluation = val_images * step / step_images / TRAIN_WORK
+    image = step / step_images / TRAIN_WORK  # seconds to evaluate one
+    seconds = seconds * (1 - RESERVE) - test_images * image
+    evaluation = val_images * image
     wanted = int(min(max(EVALUATING * seconds / max(evaluation, 1e-9), 1), MOST_EVALUATIONS))
     steps = int((seconds - wanted * evaluation) / step)
     if steps < 1:

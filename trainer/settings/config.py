@@ -22,6 +22,7 @@ from trainer.settings.flags import (
     HelpRequested,
     help_lines,
     read_flags,
+    read_value,
     read_yaml,
     settings_of,
 )
@@ -684,8 +685,22 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
         read = _read_config(given["config"])
         if given.get("resume") is not None:
             read.pop("load_from", None)  # the checkpoint replaces the starting weights
+        if read.get("hours") is not None and given.keys() & {"hours", "epochs", "max_steps"}:
+            del read["hours"]  # and what a trial found for them
+            read.pop("max_steps", None)
         given = {**read, **given}
     return given
+
+
+def read_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run saved, as `resolved` gives them, without those that are unknown
+    here. Raises ConfigError.
+    """
+    return {
+        name: read_value(_ALL[name], raw, f"the run to resume: {name}")
+        for name, raw in saved.items()
+        if name in _ALL
+    }
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -718,6 +733,8 @@ def _fitting(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     method, layers = given.get("method", "vidt"), given.get("dec_layers", 1)
     refines = method == "vidt" and layers != 0 and given.get("with_box_refine", True)
     left_out = () if refines else NEED_REFINEMENT
+    if method != "vidt":
+        left_out = (*left_out, "class_loss")
     return {name: value for name, value in recipe.items() if name not in left_out}
 
 

@@ -8,15 +8,16 @@ without a source are guesses. A setting that the user gives wins over its rule.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from trainer.settings.config import (
+    AUTO,
     PATHS,
     SMALLEST_SIZE,
+    ConfigError,
     TrainConfig,
     check_model,
-    given_settings,
+    read_saved,
 )
 from vidt.errors import counted
 
@@ -148,14 +149,21 @@ def optimisation(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Cho
         yield Choice("lr_fan_in_power", 0.5, "narrow layers need larger steps")
     yield Choice("adam_beta2", 0.98, "a short memory for a short run")
     yield Choice("sched", "linear", "better than a cosine in short runs")
-    if "warmup_steps" not in fixed:
+    if "warmup_steps" not in fixed or "warmup_share" in fixed:
         yield Choice("warmup_share", 0.1, "a warm-up that shrinks with the run (DEIM)")
     yield Choice("num_workers", 0 if not data.gpu else 4, "loading is cheap beside a CPU's steps")
 
 
 def length(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
-    """Without --hours: about STEPS steps, as many as a small dataset can use."""
+    """Without --hours: about STEPS steps, as many as a small dataset can use. Raises ConfigError
+    if they cannot be counted yet.
+    """
     if data.hours is None:
+        if now["batch_size"] == AUTO and "epochs" not in fixed:
+            raise ConfigError(
+                "batch_size is auto, so the plan cannot tell how many epochs are enough; give "
+                "--epochs or --hours"
+            )
         per_epoch = max(now["batch_size"], 1) * data.processes / data.images
         epochs = min(max(round(STEPS * per_epoch), 12), 300)
         yield Choice("epochs", epochs, f"about {STEPS:,} steps, from 12 to 300 passes")
@@ -187,25 +195,39 @@ def planned(
         for name, value, reason in rule(data, now, fixed):
             if name not in fixed:
                 now[name] = taken[name] = value
+            if now[name] == value:
                 lines.append(f"  {name} {in_words(value)}: {reason}")
-            elif now[name] != value:
+            else:
                 told = in_words(now[name])
                 lines.append(f"  {name} {told}: as given (the plan has {in_words(value)})")
-    if not taken:
+    if data.images >= LARGE:
         lines.append("  the released recipe, which was made for datasets of this size")
     config, model = merged(config, model, taken)
     replace(config, preset="released")  # checks what is left unchecked before a plan
     return config, model, "\n".join(lines)
 
 
+def planned_sizes(
+    config: TrainConfig, model: Mapping[str, Any], fixed: Names, data: Fingerprint
+) -> tuple[int, int]:
+    """--det_token_num and --eval_size of the plan, which do not depend on the start."""
+    now = {**vars(config), **model}
+    for rule in (queries, size) if data.images < LARGE else ():
+        for name, value, _ in rule(data, now, fixed):
+            now[name] = now[name] if name in fixed else value
+    return now["det_token_num"], now["eval_size"]
+
+
 def repeated(
-    config: TrainConfig, model: Mapping[str, Any], fixed: Names, saved: Path
+    config: TrainConfig, model: Mapping[str, Any], fixed: Names, saved: Mapping[str, Any]
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings of a run's config.yaml for all that are not in `fixed`, except data, folders and
-    the start of that run.
+    """The settings that a run saved for all that are not in `fixed`, except data, folders, the
+    precision and the start of that run. A length that is given replaces its --hours.
     """
-    settings = given_settings(["--config", str(saved)])
-    own = {*fixed, *PATHS, *("load_from", "dataset_file", "num_classes", "check", "eval")}
+    settings = read_saved(saved)
+    own = {*fixed, *PATHS, *("load_from", "dataset_file", "num_classes", "mixed_precision")}
+    if {"epochs", "max_steps"} & set(fixed) and settings.get("hours") is not None:
+        settings |= {"hours": None, "max_steps": None}
     kept = {name: value for name, value in settings.items() if name not in own}
     return merged(config, model, kept)
 

@@ -102,7 +102,13 @@ class SetCriterion(nn.Module):
         normaliser, the number of objects in the whole optimiser step. Returns scalars by name.
         """
         stack = stacked(prediction_levels(outputs))
-        matches = self.matcher(stack["pred_logits"], stack["pred_boxes"], targets)
+        groups = outputs.get("group_outputs", [])
+        stacks = [stack]
+        if groups:
+            stacks.append(stacked([level for group in groups for level in group]))
+        matches, *of_groups = self.matcher.each(
+            [(each["pred_logits"], each["pred_boxes"]) for each in stacks], targets
+        )
         sums = self._sums(stack, matches, targets)
         if "pred_ious" in stack:
             sums["iouaware"] = self._iou_sums(stack, matches, targets)
@@ -120,8 +126,8 @@ class SetCriterion(nn.Module):
             terms |= self._tokens(outputs["enc_tokens"], targets, num_boxes)
         if "denoising_outputs" in outputs:
             terms |= self._denoising(stacked(outputs["denoising_outputs"]), targets, num_boxes)
-        if "group_outputs" in outputs:
-            terms |= self._groups(outputs["group_outputs"], targets, num_boxes)
+        if groups:
+            terms |= self._groups(stacks[1], of_groups[0], targets, len(groups) * num_boxes)
         return terms
 
     def match(self, outputs: dict, targets: Targets) -> Matches:
@@ -188,17 +194,15 @@ class SetCriterion(nn.Module):
         }
 
     def _groups(
-        self, groups: list[Levels], targets: Targets, num_boxes: float | Tensor
+        self, stack: Stacked, matches: Matches, targets: Targets, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """Terms `loss_group_*` (Group DETR, arXiv 2207.13085, section 3): each group is matched by
-        itself; the losses are summed over decoder layers and averaged over the groups.
+        itself; the losses are summed over decoder layers and averaged over the groups. num_boxes
+        counts the objects of all groups.
         """
-        stack = stacked([level for group in groups for level in group])
-        matches = self.matcher(stack["pred_logits"], stack["pred_boxes"], targets)
         sums = self._sums(stack, matches, targets)
-        scale = len(groups) * num_boxes
         return {
-            f"loss_group_{name}": self.weights[name] * losses.sum() / scale
+            f"loss_group_{name}": self.weights[name] * losses.sum() / num_boxes
             for name, losses in sums.items()
         }
 

@@ -5,7 +5,7 @@ Letters: P prediction levels, B batch, Q queries, K classes, T the most objects 
 batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,9 +84,23 @@ class HungarianMatcher(nn.Module):
 
         If an image has more objects than queries, only as many objects are matched.
         """
-        costs = self.costs(logits, boxes, targets).cpu()  # the only synchronisation
-        pairs = self.assign(costs, [len(target["labels"]) for target in targets])
-        return Matches(*pairs.to(logits.device, non_blocking=True).unbind(0))
+        return self.each([(logits, boxes)], targets)[0]
+
+    @torch.no_grad()
+    def each(
+        self, predictions: Sequence[tuple[Tensor, Tensor]], targets: list[dict[str, Tensor]]
+    ) -> list[Matches]:
+        """The matches of several (logits, boxes) of as many queries, whose costs come to the host
+        together.
+        """
+        costs = torch.cat([self.costs(logits, boxes, targets) for logits, boxes in predictions])
+        on_host = costs.cpu()  # the only synchronisation
+        counts = [len(target["labels"]) for target in targets]
+        pairs = [
+            self.assign(part, counts).to(costs.device, non_blocking=True)
+            for part in on_host.split([len(logits) for logits, _ in predictions])
+        ]
+        return [Matches(*each.unbind(0)) for each in pairs]
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         """[P, B, T, Q]; rows beyond an image's number of objects are meaningless.

@@ -24,7 +24,8 @@ class SoftmaxCriterion(nn.Module):
     sum.
 
     The released code averages the cross entropy over the queries of one GPU; here it is averaged
-    over those of a whole optimiser step. With one micro-batch on one device the two agree.
+    over those of a whole optimiser step. With one micro-batch on one device the two agree, if there
+    is an object and no image has more of them than [DET] tokens.
     """
 
     normalised_by = ("num_boxes", "num_images")

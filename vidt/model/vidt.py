@@ -186,8 +186,9 @@ class ViDT(nn.Module):
             logits = self.token_head(maps, paddings)
             outputs["enc_tokens"] = {"pred_logits": logits, "padding": padding}
         # The first level has no extra queries.
+        supervised = predictions[1:] if self.config.aux_loss else predictions[-1:]
         parts = [
-            [_queries(level, *span) for level in predictions[1:]] for span in _spans(num_det, extra)
+            [_queries(level, *span) for level in supervised] for span in _spans(num_det, extra)
         ]
         if denoising_boxes is not None:
             outputs["denoising_outputs"] = parts.pop()

@@ -42,6 +42,9 @@ OPTIONAL_HEADS = {
 }
 # Settings that may differ between detectors that share weights.
 INDIFFERENT = ("num_classes", "dropout", "aux_loss", "token_label_shift", "look_forward_twice")
+NOT_SHARED = frozenset(
+    {*INDIFFERENT, *OPTIONAL_HEADS, *(name for _, more in OPTIONAL_HEADS.values() for name in more)}
+)
 # Settings for the training of a decoder, as they are without one.
 NO_DECODER: dict[str, Any] = {
     "query_groups": 1,

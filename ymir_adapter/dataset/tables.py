@@ -58,14 +58,15 @@ def locate(task: Task, asset: str) -> str:
 def read_tables(
     task: Task,
     *,
-    num_queries: int,
+    num_queries: int | None,
     max_bad_fraction: float = 1.0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """The usable training and validation samples, and the findings about all of them.
 
-    `num_queries` is the number of [DET] tokens. `progress` receives the share of annotation files
-    that are read. Raises TaskError if nothing is left to learn from or to score with.
+    `num_queries` is the number of [DET] tokens, None if that is not known yet. `progress` receives
+    the share of annotation files that are read. Raises TaskError if nothing is left to learn from
+    or to score with.
     """
     paths = (task.input.training_index_file, task.input.val_index_file)
     lines = [_training_lines(task, path) for path in paths]

@@ -6,23 +6,25 @@ Only the main process writes: percent, a stage for every evaluation, TensorBoard
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from trainer.data.dataset_statistics import plan_of, settled
+from trainer.data.dataset_check import crowded_images
+from trainer.data.dataset_statistics import plan_of, sizes_of_plan
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch_check import require_processes
-from trainer.loop.start import require_files
+from trainer.loop.start import require_files, settled
+from trainer.readers.findings import Finding
 from trainer.readers.samples import SampleTable
 from trainer.report.console import Console
 from trainer.report.progress import CsvLog, Progress, Report, TensorBoard, fan_out
 from trainer.scoring.scores import ScoreCurve
 from trainer.settings.config import TrainConfig
-from trainer.settings.plan import MOST_TOKENS
 from trainer.train import make_accelerator, train
 from ymir_adapter.dataset.tables import read_tables
 from ymir_adapter.launch import run_rank
@@ -101,11 +103,13 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
     planned, fixed = config.preset == "auto", fixed_fields(task)
     if planned:
         config, fields, fixed = agreement.on_main(lambda: settled(config, fields, fixed))
-    tokens = MOST_TOKENS if planned and "det_token_num" not in fixed else fields["det_token_num"]
-    train_set, val_set = agreement.on_main(lambda: checked_tables(task, config, tokens, monitor))
+    processes = accelerator.num_processes
+    train_set, val_set = agreement.on_main(
+        lambda: checked_tables(task, config, fields, fixed, processes, monitor)
+    )
     if planned:
         config, fields, plan = agreement.on_main(
-            lambda: plan_of(config, fields, fixed, train_set, accelerator.num_processes)
+            lambda: plan_of(config, fields, fixed, train_set, processes)
         )
         logger.info(plan)
     with reports(task, config, monitor) as report:
@@ -117,19 +121,31 @@ def train_task(task: Task, monitor: Monitor | None) -> None:
 
 
 def checked_tables(
-    task: Task, config: TrainConfig, num_queries: int, monitor: Monitor | None
+    task: Task,
+    config: TrainConfig,
+    fields: Mapping[str, Any],
+    fixed: Collection[str],
+    processes: int,
+    monitor: Monitor | None,
 ) -> tuple[SampleTable, SampleTable]:
     """Reads both splits. The log summarises the findings; `findings.csv` lists them."""
     update = (lambda fraction: None) if monitor is None else monitor.update
-    return read_and_log(
-        Path(config.output_dir),
-        lambda: read_tables(
+    planned = config.preset == "auto"
+
+    def read() -> tuple[SampleTable, SampleTable, list[Finding]]:
+        train_set, val_set, findings = read_tables(
             task,
-            num_queries=num_queries,
+            num_queries=None if planned else fields["det_token_num"],
             max_bad_fraction=config.max_bad_fraction,
             progress=lambda fraction: update(LOADING * fraction),
-        ),
-    )
+        )
+        if planned:
+            tokens, _ = sizes_of_plan(config, fields, fixed, train_set, processes)
+            for table in (train_set, val_set):
+                findings += crowded_images(table, tokens)
+        return train_set, val_set, findings
+
+    return read_and_log(Path(config.output_dir), read)
 
 
 @contextlib.contextmanager
