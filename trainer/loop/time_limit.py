@@ -105,6 +105,4 @@ def fitting_length(
         )
     epochs = math.ceil(steps / per_epoch)
     interval = math.ceil(epochs / min(wanted, max(epochs // 2, 1)))
-    if epochs > 2 * wanted:  # whole intervals, so that the last evaluation is worth its time
-        epochs = epochs // interval * interval
-    return Length(epochs, min(steps, epochs * per_epoch), interval)
+    return Length(epochs, steps, interval)
