@@ -191,10 +191,9 @@ class DistinctFiles:
     """Renames images whose results would overwrite those of an earlier image: the name keeps its
     suffix if the name without it is taken, or else gets a number.
 
-    `written` returns the files that an image will get, relative to the output folder; those that
-    `is_kept` says must stay as they are belong to nobody. Their short
-    hashes are stored, so that a million images need some 100 MB. A collision, one case in 10 ** 7,
-    costs a number that was not needed.
+    `written` returns the files that an image will get, relative to the output folder; those for
+    which `is_kept` is true belong to no image. Their short hashes are stored, so that a million
+    images need some 100 MB. A collision, one case in 10 ** 7, costs a number that was not needed.
     """
 
     def __init__(
@@ -266,9 +265,9 @@ def _is_one_image(word: str) -> bool:
 
 
 def _names(lines: TextIO) -> Iterator[str]:
-    """Names of any bytes. Raises UserError for names separated by null bytes, as by find -print0."""
+    """Raises UserError for names separated by null bytes, as by find -print0."""
     if isinstance(lines, io.TextIOWrapper):
-        lines.reconfigure(errors="surrogateescape")  # as in every path that Python gets
+        lines.reconfigure(errors="surrogateescape")  # names of any bytes, as on the command line
     first = True
     for line in iter(partial(lines.readline, LONGEST_LINE + 1), ""):
         if len(line) > LONGEST_LINE:
