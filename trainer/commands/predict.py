@@ -94,9 +94,10 @@ Videos and webcams (webcam:0) need PyAV: pip install av. With --out they get NAM
 and the timestamps of the source, and NAME.jsonl, a line for each frame, or NAME.csv; the time is in
 seconds since the first frame. Ctrl-C finishes the files.
 Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images would still share a
-file, the later one's gets a number, a-2.png.
+file, the later one's gets a number, a-2.png. So does a drawing that would replace an image of the
+command or, if any of these lies in DIR, another picture there; a video asks for another folder.
 
-exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
+exit code: 0 done, 1 no image or video could be used, 2 a mistake that the line "error: ..." names, 130 and
 143 stopped by Ctrl-C and SIGTERM; finished results are written.
 """
 FORMATS = {

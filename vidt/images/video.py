@@ -197,7 +197,7 @@ class VideoWriter:
     def _failures_named(self) -> Iterator[None]:
         try:
             yield
-        except self._av.FFmpegError as error:
+        except (self._av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from error
 
     def __enter__(self) -> "VideoWriter":
@@ -206,14 +206,15 @@ class VideoWriter:
     def __exit__(self, *exception: Any) -> None:
         stopped = exception[0] is None or issubclass(exception[0], KeyboardInterrupt)
         try:
-            with self._failures_named() if stopped else suppress(self._av.FFmpegError):
+            with self._failures_named() if stopped else suppress(self._av.FFmpegError, OSError):
                 if stopped and self._last >= 0:
                     self._container.mux(self._stream.encode(None))  # what the encoder still holds
                 self._container.close()
-            if stopped and self._last >= 0:
-                os.replace(self._temporary, self.path)
+                if stopped and self._last >= 0:
+                    os.replace(self._temporary, self.path)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the failure that counts is the one above
+                self._temporary.unlink(missing_ok=True)
 
 
 def import_pyav(source: str) -> Any:
