@@ -77,7 +77,7 @@ def start(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
         name = "swin_tiny" if data.gpu else "swin_nano"
         yield Choice("backbone_name", name, "it has ImageNet weights, and fits this machine")
         return
-    yield Choice("pre_trained", "none", "ImageNet weights cannot be had here")
+    yield Choice("pre_trained", "none", "ImageNet weights are not at hand, or not wanted")
     yield Choice("backbone_name", "swin_pico", "from random weights a small backbone learns faster")
     for name in ("reduced_dim", "pos_dim"):
         yield Choice(name, 128, "wide enough for a small backbone, and faster than 256")
