@@ -173,7 +173,7 @@ def test_rows_stay_if_the_drawn_video_cannot_be_written(clip: Path, tmp_path: Pa
     output = VideoOutput(tmp_path / "out", "a", "json")
     with pytest.raises(UserError, match=r"a\.mp4 cannot be written: "):
         predict_video(Stub(), str(clip), output, LEAST)
-    assert len((tmp_path / "out/a.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "out/a.jsonl").read_text().startswith('{"frame": 0')
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -97,8 +97,8 @@ Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images woul
 file, the later one's gets a number, a-2.png. So does a drawing that would replace an image of the
 command or, if any of these lies in DIR, another picture there; a video asks for another folder.
 
-exit code: 0 done, 1 no image or video could be used, 2 a mistake that the line "error: ..." names, 130 and
-143 stopped by Ctrl-C and SIGTERM; finished results are written.
+exit code: 0 done, 1 no image or video could be used, 2 a mistake that the line "error: ..." names,
+130 and 143 stopped by Ctrl-C and SIGTERM; finished results are written.
 """
 FORMATS = {
     "json": "all detections as JSON (the default with --out)",
