@@ -79,6 +79,7 @@ def draw_detections(
     and scores drawn on it, the best on top. Lines and letters scale with the picture.
     """
     canvas = image.convert("RGB")  # a copy in any case
+    canvas.info.pop("transparency", None)  # of a PNG: the colours of the drawing are none of it
     order = np.argsort(scores, kind="stable").tolist()
     best_first = order[::-1]
     shades = object_colours([int(labels[row]) for row in best_first])
