@@ -395,7 +395,16 @@ def known_flags() -> set[str]:
         flags |= set(parser._option_string_actions)
     others = {"--kills", "--tag", "--build-arg", "--repeat", "--precision", "--logdir", "--check"}
     others |= {"--plus", "--casts", "--quick", "--folder", "--images_seed"}  # of benchmarks
-    others |= {"--parts", "--rounds", "--sizes", "--seconds", "--yolo", "--imgsz"}
+    others |= {
+        "--parts",
+        "--rounds",
+        "--sizes",
+        "--seconds",
+        "--seeds",
+        "--together",
+        "--yolo",
+        "--imgsz",
+    }
     negated = {f"--no_{flag[2:]}" for flag in flags}
     return {plain(flag) for flag in flags | others} | negated
 
