@@ -186,7 +186,7 @@ def test_a_label_goes_to_the_nearest_place_that_is_free() -> None:
     size, width, height = (300, 200), 40.0, 15.0
     for number in (1, 20, 60, 300):  # the last leave no room
         corners = generator.uniform(0, (260, 185), (number, 2))
-        placed = np.concatenate([corners, corners + (width, height)], 1)
+        placed = np.concatenate([corners, corners + np.array([width, height])], 1)
         box = (*generator.uniform(0, 150, 2), 200.0, 190.0)
         place, covered = _freest_place(box, width, height, size, placed)
         xs = np.arange(0, size[0] - width, width / 4)

@@ -104,7 +104,9 @@ def test_only_tiles_that_overlap_are_compared(seed: int, monkeypatch: pytest.Mon
     rows, grown = merge(*detections, plan)
     near, compared = compared, 0
     number = len(plan.boxes)
-    monkeypatch.setattr("vidt.predict.tiles._overlapping", lambda _: np.ones((number, number), bool))
+    monkeypatch.setattr(
+        "vidt.predict.tiles._overlapping", lambda _: np.ones((number, number), bool)
+    )
     all_rows, all_grown = merge(*detections, plan)
     assert np.array_equal(rows, all_rows) and np.array_equal(grown, all_grown)
     assert len(rows) < len(detections[0]) and (grown != detections[0][rows]).any()

@@ -149,7 +149,9 @@ def tile_settings(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_detector(given: argparse.Namespace, *, threads: int | None = None) -> Any:
-    """The detector of WEIGHTS and those flags, see `vidt.load`. On a GPU, a line says its precision and why."""
+    """The detector of WEIGHTS and those flags, see `vidt.load`. On a GPU, a line says its precision
+    and why.
+    """
     detector = load(
         given.weights,
         device=given.device,

@@ -131,8 +131,10 @@ def _decode(
     and not to be turned.
     """
     # Given a path, Pillow maps uncompressed TIFF files into memory, and garbles those to be turned.
-    file = open(source, "rb") if isinstance(source, str | PathLike) else source
-    with file, Image.open(file) as image:
+    with (
+        open(source, "rb") if isinstance(source, str | PathLike) else source as file,
+        Image.open(file) as image,
+    ):
         orientation = orientation_of(image)
         as_stored = size == (image.height, image.width) or (size is None and not exif)
         smaller = at_least is not None and image.format in _JPEG and as_stored

@@ -149,9 +149,10 @@ def merge(
     kept = [ranked[:0]]
     for label in np.unique(labels):
         rows = ranked[labels[ranked] == label]
-        columns = (column[rows] for column in (boxes, tiles, owner, scores, cut))
-        near = {tile: np.flatnonzero(overlap[tile][owner[rows]]) for tile in set(owner[rows])}
-        stays, boxes[rows] = _merge_class(_Ranked(*columns, near))
+        own = owner[rows]
+        near = {tile: np.flatnonzero(overlap[tile][own]) for tile in np.unique(own)}
+        found = _Ranked(boxes[rows], tiles[rows], own, scores[rows], cut[rows], near)
+        stays, boxes[rows] = _merge_class(found)
         kept.append(rows[stays])
     rows = np.concatenate(kept)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
