@@ -189,6 +189,8 @@ def _absorb(head: int, found: _Ranked, free: np.ndarray) -> np.ndarray:
         others = found.near[found.owner[one]]
         others = others[free[others] & (found.owner[others] != found.owner[head])]
         others = others[_touching(found.boxes[others], found.boxes[one])]
+        if not len(others):
+            continue
         same = others[_agreement(one, others, found) >= MIN_AGREEMENT]
         free[same] = False
         strong = same[found.scores[same] >= MIN_SUPPORT * found.scores[head]]
