@@ -144,6 +144,7 @@ def micro_batch(config: ViDTConfig, device: torch.device) -> dict[str, Any]:
         }
         if config.with_box_refine and config.method == "vidt":
             target["denoising_boxes"] = boxes.repeat(2, 1)
+            target["denoising_labels"] = target["labels"].repeat(2)
         if config.with_vector:
             masks = torch.rand(objects, height, width, device=device) > 0.5
             known = torch.ones(objects, dtype=torch.bool, device=device)
