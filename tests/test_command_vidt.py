@@ -314,9 +314,109 @@ def test_what_is_skipped_or_cut_is_told(learnt: Learnt, tmp_path: Path, capsys: 
     )
     assert "1 truncated JPEG was used: " in told and "cut.jpg" in told
     assert "ignored 3 files that are not images: 2 .txt, 1 .heic" in told
+    ok("predict", learnt.weights, folder, "--out", tmp_path / "drawn")
+    told = capsys.readouterr().err
+    assert "1 truncated JPEG was used: " in told and "cut.jpg" in told
     ok("predict", learnt.weights, folder, "--json", "--strict_images")
     printed = capsys.readouterr()
     assert "1 image," in printed.err and "cut.jpg: cannot be read as an image" in printed.err
+
+
+def test_no_original_is_overwritten_by_the_drawing_of_another(
+    learnt: Learnt, photos: Path, tmp_path: Path
+) -> None:
+    """Neither an image of the command nor, where images and results share a folder, any other."""
+    (tmp_path / "sub").mkdir()
+    files = [tmp_path / name for name in ("sub/a.png", "sub/b.png", "a.png", "b.png")]
+    for file in files:
+        Image.open(photos / "101.png").save(file)
+    before = [file.read_bytes() for file in files]
+    ok("predict", learnt.weights, files[0], files[2], "--out", tmp_path)
+    assert [file.read_bytes() for file in files] == before
+    assert len([*tmp_path.glob("a*.png")]) == 3
+    ok("predict", learnt.weights, files[1], "--out", tmp_path)
+    assert [file.read_bytes() for file in files] == before
+    assert (tmp_path / "b-2.png").is_file()
+    for _ in range(2):  # a folder of results alone is written anew
+        ok("predict", learnt.weights, *files[:2], "--out", tmp_path / "out")
+        names = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert names == ["a.png", "b.png", "predictions.json"]
+
+
+@pytest.mark.parametrize(("mode", "seen_through"), [("1", 0), ("L", 3), ("RGB", (1, 2, 3))])
+def test_transparent_colours_are_drawn(
+    learnt: Learnt, tmp_path: Path, mode: str, seen_through: Any
+) -> None:
+    Image.new(mode, (64, 64)).save(tmp_path / "a.png", transparency=seen_through)
+    ok("predict", learnt.weights, tmp_path / "a.png", "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out/a.png") as drawn:
+        assert "transparency" not in drawn.info and drawn.mode == "RGB"
+    with Image.open(tmp_path / "a.png") as picture:
+        in_memory = picture.convert("RGB")
+    in_memory.info["transparency"] = (1, 2, 3)
+    plot = vidt.load(learnt.weights).predict(in_memory).plot()
+    assert "transparency" not in plot.info and "transparency" in in_memory.info
+
+
+def test_a_picture_that_cannot_be_written_stops_no_other(
+    learnt: Learnt, photos: Path, tmp_path: Path, capsys: Output
+) -> None:
+    (tmp_path / "102.png").mkdir()  # in the place of a drawing
+    ok("predict", learnt.weights, photos, "--out", tmp_path)
+    assert len(json.loads((tmp_path / "predictions.json").read_text())["images"]) == 4
+    assert len([path for path in tmp_path.glob("*.png") if path.is_file()]) == 3
+    told = capsys.readouterr().err
+    assert "4 images, " in told and "1 image could not be drawn:\n" in told
+    assert f"  {photos / '102.png'}: " in told
+
+
+def test_listed_names_of_any_bytes_and_without_results(
+    learnt: Learnt,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write((photos / "101.png").read_bytes())
+    for _ in range(2):  # the second time what was drawn is listed, too
+        listed = b"\n".join([name, *map(os.fsencode, sorted((tmp_path / "out").rglob("*.png")))])
+        listing = io.TextIOWrapper(io.BytesIO(listed), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", listing)
+        ok("predict", learnt.weights, "-", "--out", tmp_path / "out")
+        assert len([*(tmp_path / "out").rglob("*.png")]) == 1
+    told = capsys.readouterr().err
+    assert f"ignored 1 listed file in the folder of the results, {tmp_path}/out" in told
+
+
+def test_links_are_followed_once_and_keep_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("in/a/1.png", "far/x/2.png", "in/.hidden/3.png", "store/0a1b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = {"in/1st": "in/a", "in/far": "far", "far/back": "in", "in/shown": "in/.hidden"}
+    for link, target in {**links, "photo.png": "store/0a1b", "all": "in"}.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+
+    def names(word: str, avoid: Path | None = None) -> list[str]:
+        return [file.name for file in ImageFiles([f"{tmp_path}/{word}"], io.StringIO(), avoid)]
+
+    assert names("in") == names("all") == ["a/1.png", "far/x/2.png", "shown/3.png"]
+    assert names("in", tmp_path / "far") == ["a/1.png", "shown/3.png"]
+    assert names("photo.png") == ["photo.png"]
+    files = ImageFiles([f"{tmp_path}/in"], io.StringIO())
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if os.path.realpath(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len([*files]) == 2
+    assert f"{tmp_path}/in/a: Permission denied" in files.passed_over()
 
 
 class Fake:

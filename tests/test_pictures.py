@@ -204,7 +204,7 @@ def test_a_label_goes_to_the_nearest_place_that_is_free() -> None:
             if area <= least + 1e-6
         ]
         away = np.hypot(place[0] - box[0], place[1] - (box[1] - height))
-        assert away == pytest.approx(min(distances), abs=1.0)  # places at the edge move in by one
+        assert away == pytest.approx(min(distances))
 
 
 def test_objects_of_one_class_have_shades() -> None:

@@ -45,6 +45,21 @@ COCO = replace(
 )  # fmt: skip
 
 
+# What `fingerprint_of` returns for the data of docs/recipes.md, and the hours of their plans.
+RACCOONS = replace(
+    SMALL, images=160, classes=1, boxes=174, busiest=3, short_side=270, aspect=1.39076,
+    small_object=0.48167, rarest=1.0, crowding=0.0, hours=0.0833,
+)  # fmt: skip
+CELLS = replace(
+    SMALL, images=205, boxes=2804, aspect=4 / 3, small_object=0.16849, rarest=0.57073,
+    crowding=0.00678, hours=0.1333,
+)  # fmt: skip
+SHAPES = replace(
+    SMALL, images=400, boxes=1373, busiest=6, short_side=128, aspect=1.0, small_object=0.16425,
+    rarest=0.67, crowding=0.0, hours=155 / 3600,
+)  # fmt: skip
+
+
 def plan_for(data: Fingerprint, flags: str = "") -> tuple[dict, str]:
     words = ["--preset", "auto", *flags.split()]
     config, model = parse(words, own_data=True)
@@ -57,6 +72,16 @@ def test_a_large_dataset_keeps_the_released_recipe() -> None:
     config, model = parse([], own_data=True)
     assert {**settings, "preset": "released"} == {**vars(config), **model}
     assert "released recipe" in told
+
+
+def test_the_page_has_the_plans_word_for_word() -> None:
+    page = Path(__file__).parent.parent.joinpath("docs/recipes.md").read_text(encoding="utf-8")
+    _, of_raccoons = plan_for(RACCOONS, "--pre_trained none")
+    assert of_raccoons in page
+    for data in (CELLS, SHAPES):
+        lines = plan_for(data, "--pre_trained none")[1].splitlines()
+        assert "\n".join(line for line in lines if line not in of_raccoons.splitlines()) in page
+    assert plan_for(COCO)[1] in page
 
 
 def test_every_choice_has_a_reason_and_is_taken() -> None:

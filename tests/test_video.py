@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.commands.predict import run
+from trainer.commands.predict import NothingRead, run
 from trainer.commands.predictions import VideoOutput, predict_video, video_names
 from vidt import Detections, ViDT
 from vidt.errors import UserError
@@ -37,6 +38,29 @@ def clip(tmp_path: Path) -> Path:
             pixels[10:30, 5 * number : 5 * number + 20] = (250, 200, 20)
             writer.add(Image.fromarray(pixels), time)
     return path
+
+
+@pytest.fixture
+def weights(tiny_model: ViDT, tmp_path: Path) -> str:
+    path = str(tmp_path / "tiny.safetensors")
+    info = WeightsInfo(tiny_model.config, NAMES, Preprocessing(64))
+    save_weights(path, tiny_model.state_dict(), info)
+    return path
+
+
+def record(path: Path, codec: str, pixel_format: str, start: int = 0) -> bytes:
+    """50 frames of noise at 25 frames a second, the first one `start` seconds late."""
+    av, random = import_module("av"), np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, pixel_format
+        for number in range(50):
+            pixels = random.integers(0, 256, (48, 64, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = 25 * start + number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
 
 
 def times_of(path: Path) -> list[Fraction]:
@@ -127,12 +151,107 @@ def test_a_damaged_end_is_told(clip: Path, tmp_path: Path) -> None:
         VideoReader("webcam:97")
 
 
-def test_the_command_line(
-    clip: Path, tiny_model: ViDT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("starts", [(0, 10 * 3600), (5, 0)])
+def test_the_drawn_video_does_not_jump_in_time(
+    clip: Path, tmp_path: Path, starts: tuple[int, int]
 ) -> None:
-    weights = str(tmp_path / "tiny.safetensors")
-    info = WeightsInfo(tiny_model.config, NAMES, Preprocessing(64))
-    save_weights(weights, tiny_model.state_dict(), info)
+    """Recordings one behind the other: rows have the times of the source, forwards or backwards."""
+    parts = [record(tmp_path / f"{start}.ts", "mpeg2video", "yuv420p", start) for start in starts]
+    (tmp_path / "day.ts").write_bytes(b"".join(parts))
+    output = VideoOutput(tmp_path / "out", "day", "json")
+    predict_video(Stub(), str(tmp_path / "day.ts"), output, LEAST)
+    rows = [json.loads(line) for line in (tmp_path / "out/day.jsonl").read_text().splitlines()]
+    steps = np.diff([row["time"] for row in rows])
+    assert len(rows) > 90 and np.abs(steps).max() > 1
+    drawn = times_of(tmp_path / "out/day.mp4")
+    assert len(drawn) == len(rows)
+    assert np.abs(np.diff(np.array(drawn, float)) - 0.04).max() < 0.01
+
+
+def test_rows_stay_if_the_drawn_video_cannot_be_written(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/.a.mp4.part").mkdir(parents=True)  # in the place of a temporary file
+    output = VideoOutput(tmp_path / "out", "a", "json")
+    with pytest.raises(UserError, match=r"a\.mp4 cannot be written: "):
+        predict_video(Stub(), str(clip), output, LEAST)
+    assert (tmp_path / "out/a.jsonl").read_text().startswith('{"frame": 0')
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_rows_stay_if_the_disk_is_full(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.a.mp4.part").symlink_to("/dev/full")
+    output = VideoOutput(tmp_path / "out", "a", "json")
+    with pytest.raises(UserError, match=r"a\.mp4 cannot be written: No space left"):
+        predict_video(Stub(), str(clip), output, LEAST)
+    assert (tmp_path / "out/a.jsonl").read_text().startswith('{"frame": 0')
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jsonl"]
+
+
+def test_damaged_packets_are_skipped_and_counted(clip: Path, tmp_path: Path) -> None:
+    path, signature = tmp_path / "a.mov", b"\x89PNG\r\n\x1a\n"
+    frames = record(path, "png", "rgb24").split(signature)
+    path.write_bytes(b"".join([frames[0], *(signature + each for each in frames[1:])]))
+    assert len(times_of(path)) == 50
+    damaged = [(bytes(8) if number in (11, 12) else signature) for number in range(1, 51)]
+    pairs = zip(damaged, frames[1:], strict=True)
+    path.write_bytes(b"".join([frames[0], *(start + rest for start, rest in pairs)]))
+    lines = predict_video(Stub(), str(path), VideoOutput(tmp_path / "out", "a", "json"), LEAST)
+    assert lines[1:] == [f"{path}: 2 damaged packets were skipped"]
+    rows = [json.loads(line) for line in (tmp_path / "out/a.jsonl").read_text().splitlines()]
+    times = [round(25 * row["time"]) for row in rows]
+    assert len(times) >= 40 and not {10, 11} & set(times) and times[-1] == 49
+
+
+def test_a_bad_video_stops_no_other(
+    clip: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, image = tmp_path / "bad.mp4", tmp_path / "torn.png"
+    for path in (bad, image):
+        path.write_bytes(b"this is no video at all" * 99)
+    out = ["--out", str(tmp_path / "out")]
+    assert run([weights, str(image), str(bad), str(clip), *out]) == 0
+    told = capsys.readouterr().err
+    assert "none of 1 images could be read" in told and "bad.mp4 cannot be read as a" in told
+    assert (tmp_path / "out/clip.mp4").is_file() and not (tmp_path / "out/bad.jsonl").exists()
+    for words in ([bad], [bad, image]):
+        with pytest.raises(NothingRead, match="cannot be read as a") as caught:
+            run([weights, *map(str, words), *out])
+        assert caught.value.exit_code == 1
+    with pytest.raises(UserError, match=r"gone\.mp4: no such file") as error:
+        run([weights, str(clip), str(tmp_path / "gone.mp4"), *out])
+    assert not isinstance(error.value, NothingRead)
+
+
+def test_names_and_patterns_of_videos(
+    clip: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that FFmpeg takes for an address; the second time results match the pattern."""
+    monkeypatch.chdir(tmp_path)
+    clip.rename("20240501T12:30:05.mp4")
+    for _ in range(2):
+        assert run([weights, "20240501T12:30:05.mp4", "--out", "one"]) == 0
+        assert run([weights, "**/*05.mp4", "--out", "all"]) == 0
+    for folder, number in (("one", 2), ("all", 4)):
+        assert len([*Path(folder).iterdir()]) == number
+
+
+def test_no_video_is_overwritten(clip: Path, weights: str, tmp_path: Path) -> None:
+    """Neither one of the command nor, beside it, one that was there before."""
+    clip.rename(tmp_path / "clip.mov")
+    (tmp_path / "clip.mp4").write_bytes((tmp_path / "clip.mov").read_bytes())
+    before = (tmp_path / "clip.mp4").read_bytes()
+    for words in (["clip.mov", "clip.mp4"], ["clip.mov"]):
+        with pytest.raises(UserError, match=r"--out .* would overwrite .*clip\.mp4; name another"):
+            run([weights, *(str(tmp_path / word) for word in words), "--out", str(tmp_path)])
+    assert (tmp_path / "clip.mp4").read_bytes() == before
+    for _ in range(2):  # a folder of results alone is written anew
+        assert run([weights, str(tmp_path / "clip.mov"), "--out", str(tmp_path / "out")]) == 0
+    assert len([*(tmp_path / "out").iterdir()]) == 2
+
+
+def test_the_command_line(
+    clip: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = [weights, str(clip), "--threshold", "0"]
     assert run([*common, "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clip.jsonl", "clip.mp4"]

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -29,11 +29,13 @@ from trainer.commands.command_flags import (
 )
 from trainer.commands.predictions import (
     WINDOW_PIXELS,
+    Originals,
     Predicted,
     VideoOutput,
     predict_files,
     predict_video,
     read_file,
+    video_files,
     video_names,
 )
 from trainer.loop.stopping import sigterm_interrupts
@@ -48,11 +50,10 @@ from trainer.scoring.prediction_formats import (
 )
 from vidt.arguments import OneLineParser
 from vidt.downloads import is_url, require_scheme
-from vidt.errors import UserError, counted
+from vidt.errors import UserError, counted, shown
 from vidt.images.batching import read_ahead, reading_threads
-from vidt.images.files import is_truncated
 from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
-from vidt.images.video import is_video
+from vidt.images.video import import_pyav, is_video
 from vidt.predict.selection import least_scores
 
 SUMMARY = """
@@ -92,10 +93,11 @@ Videos and webcams (webcam:0) need PyAV: pip install av. With --out they get NAM
 and the timestamps of the source, and NAME.jsonl, a line for each frame, or NAME.csv; the time is in
 seconds since the first frame. Ctrl-C finishes the files.
 Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images would still share a
-file, the later one's gets a number, a-2.png.
+file, the later one's gets a number, a-2.png. So does a drawing that would replace an image of the
+command or, if any of these lies in DIR, another picture there; a video asks for another folder.
 
-exit code: 0 done, 1 no image could be read, 2 a mistake that the line "error: ..." names, 130 and
-143 stopped by Ctrl-C and SIGTERM; finished results are written.
+exit code: 0 done, 1 no image or video could be used, 2 a mistake that the line "error: ..." names,
+130 and 143 stopped by Ctrl-C and SIGTERM; finished results are written.
 """
 FORMATS = {
     "json": "all detections as JSON (the default with --out)",
@@ -162,33 +164,74 @@ def run(argv: Sequence[str]) -> int:
 
 def _predict(given: Any) -> int:
     check_output(given.out, given.format)
-    videos = [word for word in given.images if is_video(word)]
-    images = [word for word in given.images if not is_video(word)]
+    video_words = [word for word in given.images if is_video(word) and not os.path.isdir(word)]
+    images = [word for word in given.images if word not in video_words]
     for word in filter(is_url, images):
         require_scheme(word, word, given.allow_http)
-    if videos and given.format in ("coco", "yolo"):
+    if video_words and given.format in ("coco", "yolo"):
         raise UserError(
-            f"--{given.format} is for images, and {videos[0]} is a video; use --json or --csv"
+            f"--{given.format} is for images, and {video_words[0]} is a video; use --json or --csv"
         )
     tile_settings(given)
     files = ImageFiles(images, sys.stdin, avoid=given.out)
+    videos = video_files(video_words, given.out)
+    originals = None if given.out is None else Originals([*files.named(), *videos], given.out)
+    kind = given.format or ("json" if given.out else None)
+    outputs = [
+        VideoOutput(given.out, name, kind, pictures=not given.no_pictures)
+        for name in video_names(videos)
+    ]
+    for video, output in zip(videos, outputs, strict=True):
+        import_pyav(video)
+        if originals is not None:
+            output.check(originals)
     detector = load_detector(given)
     least = wanted_scores(given, detector)
-    if images:
-        _predict_images(given, files, detector, least)
-    kind = given.format or ("json" if given.out else None)
-    for word, name in zip(videos, video_names(videos), strict=True):
-        output = VideoOutput(given.out, name, kind, pictures=not given.no_pictures)
-        settings = {"batch_size": given.batch_size, **tile_settings(given)}
-        for line in predict_video(detector, word, output, least, **settings):
-            note(line)
+    _run_all(
+        [
+            *[partial(_predict_images, given, files, detector, least, originals)] * bool(images),
+            *(
+                partial(_predict_video, given, video, output, detector, least)
+                for video, output in zip(videos, outputs, strict=True)
+            ),
+        ]
+    )
     return 0
 
 
-def _predict_images(given: Any, files: ImageFiles, detector: Any, least: np.ndarray) -> None:
+def _run_all(parts: Sequence[Callable[[], None]]) -> None:
+    """Runs the parts of a command. Raises NothingRead if each does; otherwise it is told."""
+    failures = []
+    for part in parts:
+        try:
+            part()
+        except NothingRead as error:
+            failures.append(error)
+            if len(parts) > 1:
+                note(str(error))
+    if len(failures) == len(parts):
+        what = "no image or video could be used; the first: " if len(parts) > 1 else ""
+        raise NothingRead(f"{what}{failures[0]}")
+
+
+def _predict_video(
+    given: Any, video: str, output: VideoOutput, detector: Any, least: np.ndarray
+) -> None:
+    settings = {"batch_size": given.batch_size, **tile_settings(given)}
+    try:
+        lines = predict_video(detector, video, output, least, **settings)
+    except UserError as error:
+        raise NothingRead(str(error)) from error
+    for line in lines:
+        note(line)
+
+
+def _predict_images(
+    given: Any, files: ImageFiles, detector: Any, least: np.ndarray, originals: Originals | None
+) -> None:
     kind = given.format or ("json" if given.out else None)
     with PredictionWriter(
-        given.out, kind, detector, given, pictures=not given.no_pictures
+        given.out, kind, detector, given, pictures=not given.no_pictures, originals=originals
     ) as results:
         with tqdm(
             total=files.count() if sys.stderr.isatty() else None,
@@ -223,9 +266,9 @@ def _predict_images(given: Any, files: ImageFiles, detector: Any, least: np.ndar
                 f"none of {results.skipped} images could be read; the first: {results.reasons[0]}"
             )
         if not results.images:
-            reason = "; ".join(["there is no image in it", *passed_over(files)])
+            reason = "; ".join(["there is no image in it", *files.passed_over()])
             raise UserError(f"IMAGES {' '.join(given.images)}: {reason}")
-    for line in [*results.summary(), *passed_over(files)]:
+    for line in [*results.summary(), *files.passed_over()]:
         note(line)
 
 
@@ -245,20 +288,9 @@ def _pixels(predicted: Predicted) -> int:
 
 
 class NothingRead(UserError):
-    """None of the images could be read."""
+    """None of the images could be read, or a video could not be used."""
 
     exit_code = 1
-
-
-def passed_over(files: ImageFiles) -> list[str]:
-    """How many files of the folders are no images by their extension; a line, or none."""
-    kinds = [
-        f"{count} {kind or 'without extension'}" for kind, count in files.others.most_common(10)
-    ]
-    ignored = counted(
-        files.others.total(), "file that is not an image", "files that are not images"
-    )
-    return [f"ignored {ignored}: {', '.join(kinds)}"] if kinds else []
 
 
 def check_output(out: Path | None, kind: str | None) -> None:
@@ -269,33 +301,41 @@ def check_output(out: Path | None, kind: str | None) -> None:
 
 
 def _placed(predicted: Iterable[Predicted], results: "PredictionWriter") -> Iterator[Predicted]:
-    """Gives each readable image a name that no other has. Raises UserError if a drawn image would
-    overwrite its original.
+    """Gives each readable image a name that no other has, and that is not the name of an original.
+    Raises UserError if a drawn image would have the name of its own original.
     """
-    distinct = DistinctFiles(results.written)
+    distinct = DistinctFiles(results.written, results.is_original)
     for each in predicted:
         if each.picture is None:
             yield each
             continue
-        file = distinct.place(each.file)
-        target = results.picture_path(file)
-        if target is not None and os.path.realpath(target) == os.path.realpath(file.path):
-            raise UserError(f"--out {results.out} would overwrite {file.path}; name another folder")
-        yield replace(each, file=file)
+        target, path = results.picture_path(each.file), each.file.path
+        if target is not None and os.path.realpath(target) == os.path.realpath(path):
+            raise UserError(f"--out {results.out} would overwrite {path}; name another folder")
+        yield replace(each, file=distinct.place(each.file))
 
 
 class PredictionWriter:
     """Writes predictions to files in `out`, or to standard output without it."""
 
     def __init__(
-        self, out: Path | None, kind: str | None, detector: Any, given: Any, *, pictures: bool
+        self,
+        out: Path | None,
+        kind: str | None,
+        detector: Any,
+        given: Any,
+        *,
+        pictures: bool,
+        originals: Originals | None = None,
     ) -> None:
         self.out, self.kind, self.names = out, kind, tuple(detector.class_names)
         self.pictures = pictures and out is not None
-        self.images = self.skipped = self.boxes = 0
+        self.images = self.skipped = self.boxes = self.undrawn = 0
         self.reasons: list[str] = []  # why the first few are unreadable
+        self.undrawn_reasons: list[str] = []  # why the first few are not drawn
         self.truncated: list[str] = []
         self._format = format_of(kind, detector, given)
+        self._originals = originals
         self._is_new = out is not None and not out.exists()
         self._open_files = ExitStack()
         self._file: TextIO | None = None
@@ -336,19 +376,35 @@ class PredictionWriter:
         paths = (self.picture_path(file), self.labels_path(file))
         return [str(path) for path in paths if path is not None]
 
+    def is_original(self, path: str) -> bool:
+        """Whether a result must not have this path."""
+        return self._originals is not None and self._originals.include(path)
+
     def draw(self, predicted: Predicted) -> Predicted:
         """Writes the image with its boxes, unless --no_pictures is given. Safe in many threads."""
         path = self.picture_path(predicted.file)
         if path is None or predicted.picture is None:
             return predicted
+        undrawn = ""
+        try:
+            self._draw(predicted, path)
+        except Exception as error:  # one picture is no reason to lose the others
+            undrawn = f"{predicted.file.path}: {shown(str(error) or type(error).__name__, 200)}"
+        return replace(  # picture and detections hold the image
+            predicted, picture=None, detections=None, undrawn=undrawn
+        )
+
+    def _draw(self, predicted: Predicted, path: Path) -> None:
+        assert predicted.picture is not None
         picture = predicted.detections.plot(predicted.picture)
         kind = PICTURE_KINDS[path.suffix.lower()]
         if kind == "JPEG" and max(picture.size) > LONGEST_JPEG_SIDE:
             kind, path = "PNG", path.with_name(fitting(path.name, ".png"))
+            if self.is_original(str(path)):
+                raise UserError(f"{path} would be overwritten; name another folder")
         encoded = io.BytesIO()
         picture.save(encoded, kind, quality=90)
         write_result(path, encoded.getvalue())
-        return replace(predicted, picture=None, detections=None)  # both hold the image
 
     def add(self, predicted: Predicted) -> None:
         """Writes the predictions of the next image."""
@@ -365,8 +421,11 @@ class PredictionWriter:
                 self._file.flush()
         if found.problem:
             return
-        if predicted.picture is not None and is_truncated(predicted.picture):
+        if predicted.truncated:
             self.truncated.append(predicted.file.path)
+        if predicted.undrawn:
+            self.undrawn += 1
+            self.undrawn_reasons += [predicted.undrawn][: NAMED - len(self.undrawn_reasons)]
         self.images += 1
         self.boxes += len(found.labels)
         path = self.labels_path(predicted.file)
@@ -384,6 +443,11 @@ class PredictionWriter:
         if self.skipped > len(self.reasons):
             where = f", in {FILES['json']}" if self.out and self.kind == "json" else ""
             lines.append(f"  and {self.skipped - len(self.reasons)} more{where}")
+        if self.undrawn:
+            lines.append(f"{counted(self.undrawn, 'image')} could not be drawn:")
+            lines += [f"  {reason}" for reason in self.undrawn_reasons]
+        if self.undrawn > len(self.undrawn_reasons):
+            lines.append(f"  and {self.undrawn - len(self.undrawn_reasons)} more")
         if self.truncated:
             used = counted(len(self.truncated), "truncated JPEG was", "truncated JPEGs were")
             more = ", ..." if len(self.truncated) > 1 else ""

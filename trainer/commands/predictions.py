@@ -31,9 +31,10 @@ from trainer.scoring.prediction_formats import (
 from vidt.downloads import fetch, is_url
 from vidt.errors import UserError, counted
 from vidt.images.batching import PATIENCE, PENDING_BATCHES, in_order, read_ahead, reading_threads
-from vidt.images.files import read_image
-from vidt.images.image_files import ImageFile, distinct
-from vidt.images.video import VideoFrame, VideoReader, VideoWriter
+from vidt.images.files import is_truncated, read_image
+from vidt.images.formats import ENDINGS, VIDEO_ENDINGS, ending
+from vidt.images.image_files import ImageFile, ImageFiles, distinct, is_inside
+from vidt.images.video import VideoFrame, VideoReader, VideoWriter, is_webcam
 from vidt.predict.selection import select
 
 WINDOW_PIXELS = 2**26  # of all images of a window: 200 MB of RGB
@@ -47,16 +48,21 @@ class Read:
     file: ImageFile
     picture: Image.Image | None
     problem: str = ""
+    truncated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """A file, its image, its detections (None: unreadable), and their form for the results."""
+    """A file, its image, its detections (None: unreadable), and their form for the results;
+    `undrawn` is the reason why there is no drawing.
+    """
 
     file: ImageFile
     picture: Image.Image | None
     detections: Any
     found: ImagePredictions
+    truncated: bool = False
+    undrawn: str = ""
 
 
 def read_file(
@@ -72,7 +78,8 @@ def read_file(
     """
     try:
         content = fetch(file.path, allow_http=allow_http) if is_url(file.path) else None
-        return Read(file, read_image(file.path, size, content=content, exif=exif, strict=strict))
+        picture = read_image(file.path, size, content=content, exif=exif, strict=strict)
+        return Read(file, picture, truncated=is_truncated(picture))
     except UserError as error:
         return Read(file, None, str(error))
 
@@ -110,7 +117,7 @@ def predict_files(
             detections = select(next(found), least)
             size = (each.picture.height, each.picture.width)
             row = image_predictions(each.file.path, size, detections)
-            yield Predicted(each.file, each.picture, detections, row)
+            yield Predicted(each.file, each.picture, detections, row, each.truncated)
         # Not before the next window is read: these may be all that memory holds.
         del each
         window.clear()
@@ -157,6 +164,28 @@ def windows(reads: Iterable[Read], batch_size: int) -> Iterator[list[Read]]:
         yield window
 
 
+class Originals:
+    """What results in the folder `out` must not overwrite: the files that a command reads, and if
+    any of them lies in `out`, every picture and video that was there before.
+    """
+
+    def __init__(self, sources: Iterable[str], out: Path) -> None:
+        self._out = os.path.realpath(out)
+        self._sources = {os.path.realpath(path) for path in sources}
+        self._among_results = any(is_inside(path, self._out) for path in self._sources)
+
+    def include(self, path: str) -> bool:
+        """Whether this file must stay as it is."""
+        if not os.path.lexists(path):
+            return False
+        real = os.path.realpath(path)
+        if real in self._sources:
+            return True
+        if is_inside(real, self._out):
+            return self._among_results and ending(path) in ENDINGS | VIDEO_ENDINGS
+        return any(str(folder) in self._sources for folder in Path(real).parents)
+
+
 VIDEO_FORMATS = {
     "json": (frames_json_format, ".jsonl"),
     "csv": (frames_csv_format, ".csv"),
@@ -175,20 +204,36 @@ class VideoOutput:
     kind: str | None  # a key of VIDEO_FORMATS
     pictures: bool = True
 
-    def drawn(self, source: str) -> Path | None:
-        """The file of the drawn video. Raises UserError if it would overwrite the source."""
-        if self.out is None or not self.pictures:
-            return None
-        path = self.out / f"{self.name}.mp4"
-        if os.path.realpath(path) == os.path.realpath(source):
-            raise UserError(f"--out {self.out} would overwrite {source}; name another folder")
-        return path
+    def drawn(self) -> Path | None:
+        """The file of the drawn video."""
+        return self.out / f"{self.name}.mp4" if self.out is not None and self.pictures else None
+
+    def check(self, originals: Originals) -> None:
+        """Raises UserError if the drawn video would overwrite an original."""
+        path = self.drawn()
+        if path is not None and originals.include(str(path)):
+            raise UserError(f"--out {self.out} would overwrite {path}; name another folder")
 
     def rows(self) -> Any:
         """The open file of the results, as a context manager."""
         if self.out is None:
             return standard_output()
         return atomic_text(self.out / f"{self.name}{VIDEO_FORMATS[self.kind][1]}")
+
+
+def video_files(words: Sequence[str], avoid: Path | None) -> list[str]:
+    """The videos of these words: webcams, files, and what matches patterns outside of the folder
+    `avoid`. Raises UserError for a word that names nothing.
+    """
+    videos = []
+    for word in words:
+        if is_url(word):
+            raise UserError(f"IMAGES {word}: videos are not fetched; download it")
+        found = [word] if is_webcam(word) else ImageFiles([word], sys.stdin, avoid).named()
+        if not found:
+            raise UserError(f"IMAGES {word}: only results in --out {avoid} match this pattern")
+        videos += found
+    return videos
 
 
 def video_names(sources: Sequence[str]) -> list[str]:
@@ -207,10 +252,12 @@ def predict_video(
     are those of the detector's `stream`. Returns what to tell the user. On KeyboardInterrupt it
     finishes the files and raises it again.
 
-    Raises UserError for a source that is no video, and without PyAV.
+    Raises UserError for a source that is no video or has no frame, without PyAV, and where the
+    drawn video cannot be written; the results up to there are kept.
     """
     lines, num_objects, num_frames = VIDEO_FORMATS[output.kind][0](), 0, 0
-    path, pending, stopped = output.drawn(source), deque[VideoFrame](), None
+    path, pending = output.drawn(), deque[VideoFrame]()
+    stopped: KeyboardInterrupt | UserError | None = None
 
     def pictures() -> Iterator[Image.Image]:
         for frame in video:
@@ -224,28 +271,32 @@ def predict_video(
         rows.write(lines.begin())
         writer: VideoWriter | None = None
         try:
-            for detections in in_order(detector.stream(pictures(), **settings)):
-                frame = pending.popleft()
-                detections = select(detections, least)
-                size = (frame.picture.height, frame.picture.width)
-                found = image_predictions(source, size, detections)
-                rows.write(lines.record(frame.number, replace(found, time=float(frame.time))))
-                if path is not None:
-                    if writer is None:
-                        writer = VideoWriter(path, size, rate=video.rate, time_base=video.time_base)
-                        files.enter_context(writer)
-                    writer.add(detections.plot(frame.picture), frame.time)
-                num_frames, num_objects = num_frames + 1, num_objects + len(detections)
-                bar.update()
-                if output.out is None:  # a pipe gets each line at once
-                    rows.flush()
-        except KeyboardInterrupt as error:
+            with ExitStack() as drawing:  # ends before the rows, which stay if it fails
+                for detections in in_order(detector.stream(pictures(), **settings)):
+                    frame = pending.popleft()
+                    detections = select(detections, least)
+                    size = (frame.picture.height, frame.picture.width)
+                    found = image_predictions(source, size, detections)
+                    rows.write(lines.record(frame.number, replace(found, time=float(frame.time))))
+                    num_frames, num_objects = num_frames + 1, num_objects + len(detections)
+                    if output.out is None:  # a pipe gets each line at once
+                        rows.flush()
+                    if path is not None:
+                        if writer is None:
+                            how = {"rate": video.rate, "time_base": video.time_base}
+                            writer = drawing.enter_context(VideoWriter(path, size, **how))
+                        writer.add(detections.plot(frame.picture), frame.time)
+                    bar.update()
+        except (KeyboardInterrupt, UserError) as error:
             stopped = error
+        if not num_frames and stopped is None:
+            reasons = "; ".join(["no frame can be decoded", *video.problems()])
+            raise UserError(f"{source} cannot be read as a video: {reasons}")
     if stopped is not None:
         raise stopped
     where = f"; results in {output.out}" if output.out else ""
     told = [f"{source}: {counted(num_frames, 'frame')}, {counted(num_objects, 'object')}{where}"]
-    return told + [video.problem] * bool(video.problem)
+    return told + video.problems()
 
 
 def _frame_bar(count: int | None) -> tqdm:

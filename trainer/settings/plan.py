@@ -77,7 +77,7 @@ def start(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
         name = "swin_tiny" if data.gpu else "swin_nano"
         yield Choice("backbone_name", name, "it has ImageNet weights, and fits this machine")
         return
-    yield Choice("pre_trained", "none", "ImageNet weights cannot be had here")
+    yield Choice("pre_trained", "none", "ImageNet weights are not at hand, or not wanted")
     yield Choice("backbone_name", "swin_pico", "from random weights a small backbone learns faster")
     for name in ("reduced_dim", "pos_dim"):
         yield Choice(name, 128, "wide enough for a small backbone, and faster than 256")
@@ -136,11 +136,17 @@ def losses(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
 
 
 def optimisation(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
-    """Rates measured on the embedded images: trainer/settings/recipes/shapes.yaml."""
+    """Rates measured on the embedded images: trainer/settings/recipes/shapes.yaml. Those of a start
+    with swin_pico, which has no published weights: docs/recipes.md, "Fine-tuning".
+    """
     parts = now["n_iter_to_acc"]
     batch = math.ceil((16 if data.gpu else 5) / parts) * parts
     yield Choice("batch_size", batch, "many steps teach more than large batches")
-    if data.pretrained:
+    if data.pretrained and now["backbone_name"] == "swin_pico":
+        yield Choice("lr", 5e-4, "a start from few images stands large steps, if not the largest")
+        yield Choice("lr_linear_proj_mult", 0.1, "positions move less than the rest")
+        yield Choice("lr_fan_in_power", 0.5, "narrow layers need larger steps")
+    elif data.pretrained:
         yield Choice("lr", 2e-4, "twice the released rate, for a short run")
     else:
         yield Choice("lr", 7.5e-4, "random weights stand large steps")

@@ -82,6 +82,7 @@ def draw_detections(
     object, called for one at a time, since all masks of a large picture take gigabytes.
     """
     canvas = image.convert("RGB")  # a copy in any case
+    canvas.info.pop("transparency", None)  # of a PNG: the colours of the drawing are none of it
     order = np.argsort(scores, kind="stable").tolist()
     best_first = order[::-1]
     shades = object_colours([int(labels[row]) for row in best_first])
@@ -189,8 +190,9 @@ def _freest_place(
     """Of places all over the picture, the one that covers the least of the labels already written
     [L, 4], the nearest to the corner of the box of several: xyxy [4], and the area that it covers.
     """
-    ys = np.arange(0, max(size[1] - height, 1), (height + 2) / 2)
-    xs = np.arange(0, max(size[0] - width, 1), max(width / 4, 8))
+    right, bottom = max(size[0] - 1 - width, 0), max(size[1] - 1 - height, 0)  # where starts end
+    ys = np.arange(0, bottom + 1, (height + 2) / 2).clip(max=bottom)
+    xs = np.arange(0, right + 1, max(width / 4, 8)).clip(max=right)
     # Places form a grid, in which a covered area is a width that depends on x times a height that
     # depends on y. For all pairs of a place and a label, areas take seconds in a full picture.
     covered = _shared(ys, height, placed[:, 1::2]).T @ _shared(xs, width, placed[:, 0::2])  # [Y, X]

@@ -280,13 +280,21 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB with 8 bits per channel; deeper grey images are scaled."""
+    """A picture of any mode as RGB with 8 bits per channel; deeper grey images are scaled. The
+    colour that a PNG declares transparent is a colour like others.
+    """
     if max(image.size) > LONGEST_SIDE:
         raise UserError(
             f"{image.width} x {image.height} pixels; a side may have at most {LONGEST_SIDE:,}"
         )
     if type(image) is Image.Image and image.mode == "RGB":  # in memory: `convert` would copy it
         return image
+    rgb = _converted(image)
+    rgb.info.pop("transparency", None)
+    return rgb
+
+
+def _converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("P", "PA"):

@@ -17,6 +17,12 @@ ENDINGS = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm"),
     )
 )
+VIDEO_ENDINGS = frozenset(
+    (
+        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv"),
+        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".ogv"),
+    )
+)
 
 
 def ending(name: str) -> str:

@@ -1,8 +1,9 @@
 """Image files of files, folders, patterns and standard input, as a stream of any length."""
 
 import glob
+import io
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +13,8 @@ from typing import TextIO
 from urllib.parse import unquote, urlparse
 
 from vidt.downloads import is_url
-from vidt.errors import UserError
-from vidt.images.formats import ending, is_picture
+from vidt.errors import UserError, counted
+from vidt.images.formats import VIDEO_ENDINGS, ending, is_picture
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 255  # bytes of a file's name, on most file systems
@@ -43,17 +44,20 @@ class _Source:
 
 class ImageFiles:
     """The images that the words of a command line name, in order; those of a folder and its
-    subfolders sorted by name. A folder is read when it is reached.
+    subfolders sorted by name. A folder is read when it is reached, and links to folders are
+    followed after it, each folder once.
 
-    `avoid` is a folder to skip: the results may lie among the images. `others` counts, by ending,
-    the files of folders that are no pictures, as they are passed over.
+    `avoid` is a folder to skip: the results may lie among the images. `passed_over` tells which
+    files were not used.
 
     Raises UserError for a word that matches nothing, and for standard input that does not hold one
     name a line.
     """
 
     def __init__(self, words: Sequence[str], stdin: TextIO, avoid: Path | None = None) -> None:
-        self.others = Counter[str]()
+        self._others = Counter[str]()  # files of folders that are no pictures, by ending
+        self._results = 0  # listed files in the folder to skip
+        self._unread: list[OSError] = []  # of folders
         self._stdin, self._avoid = stdin, None if avoid is None else os.path.realpath(avoid)
         if list(words).count(STANDARD_INPUT) > 1:
             raise UserError("IMAGES - stands for standard input; give it once")
@@ -74,14 +78,38 @@ class ImageFiles:
         return tuple(path for path in source.matches if not self._is_avoided(path))
 
     def _is_avoided(self, path: str) -> bool:
-        real = Path(os.path.realpath(path))
-        return self._avoid is not None and real.is_relative_to(self._avoid)
+        return self._avoid is not None and is_inside(path, self._avoid)
+
+    def named(self) -> list[str]:
+        """The files and folders of the command line, and those that match its patterns."""
+        named: list[str] = []
+        for each in self._sources:
+            named += [each.word] if each.matches is None else each.matches
+        return [path for path in named if path != STANDARD_INPUT and not is_url(path)]
+
+    def passed_over(self) -> list[str]:
+        """Which files were not used, and which folders could not be read: lines to tell."""
+        kinds = [
+            f"{count} {kind or 'without extension'}" for kind, count in self._others.most_common(10)
+        ]
+        files = counted(
+            self._others.total(), "file that is not an image", "files that are not images"
+        )
+        lines = [f"ignored {files}: {', '.join(kinds)}"] if kinds else []
+        if VIDEO_ENDINGS & self._others.keys():
+            lines.append("name videos themselves or by a pattern, such as 'clips/*.mp4'")
+        if self._results:
+            files = counted(self._results, "listed file")
+            lines.append(f"ignored {files} in the folder of the results, {self._avoid}")
+        return lines + [f"{error.filename}: {error.strerror}" for error in self._unread]
 
     def __iter__(self) -> Iterator[ImageFile]:
-        self.others.clear()
+        self._others.clear()
+        self._unread.clear()
+        self._results = 0
         for source in self._sources:
             if source.word == STANDARD_INPUT:
-                yield from self._listed(_names(self._stdin), "", source.prefix)
+                yield from self._listed(self._outside(_names(self._stdin)), "", source.prefix)
             elif source.matches is not None:
                 images = (path for path in source.matches if is_picture(os.path.basename(path)))
                 start = _fixed_part(source.word)
@@ -96,6 +124,14 @@ class ImageFiles:
         if any(source.word == STANDARD_INPUT for source in self._sources):
             return None
         return sum(1 for _ in self)
+
+    def _outside(self, paths: Iterable[str]) -> Iterator[str]:
+        """The paths that are not in the folder to skip."""
+        for path in paths:
+            if not is_url(path) and self._is_avoided(path):
+                self._results += 1
+            else:
+                yield path
 
     def _listed(
         self, paths: Iterable[str], start: str, prefix: str, twins: frozenset[str] = frozenset()
@@ -113,35 +149,59 @@ class ImageFiles:
                 yield ImageFile(path, os.path.join(prefix, relative), twin)
 
     def _walk(self, folder: str, prefix: str) -> Iterator[ImageFile]:
-        for place, folders, files in os.walk(folder):
-            folders[:] = sorted(
-                name
-                for name in folders
-                if not name.startswith(".")
-                and os.path.realpath(os.path.join(place, name)) != self._avoid
-            )
-            images = sorted(name for name in files if is_picture(name))
-            rest = (name for name in files if not is_picture(name) and not name.startswith("."))
-            self.others.update(map(ending, rest))
-            twins = _twins(images)
-            inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, folder)))
-            for name in images:
-                twin = os.path.splitext(name)[0] in twins
-                path = os.path.join(place, name)
-                yield ImageFile(path, os.path.normpath(os.path.join(inside, name)), twin)
+        """The images of a folder, its subfolders, and the folders that links in it lead to: these
+        last, so that a folder which is there by itself has its own name.
+        """
+        seen: set[str] = set()  # real paths, since links may lead round in circles
+        starts = deque([(folder, prefix)])
+        while starts:
+            start, prefix = starts.popleft()
+            for place, folders, files in os.walk(start, onerror=self._unread.append):
+                real = os.path.realpath(place)
+                folders[:] = [] if real in seen else self._entered(folder, place, folders)
+                if real in seen:
+                    continue
+                seen.add(real)
+                inside = os.path.normpath(os.path.join(prefix, os.path.relpath(place, start)))
+                for name in folders:  # `os.walk` passes over links
+                    if os.path.islink(path := os.path.join(place, name)):
+                        starts.append((path, os.path.join(inside, name)))
+                yield from self._images(place, inside, files)
+
+    def _entered(self, start: str, place: str, folders: Sequence[str]) -> list[str]:
+        """The subfolders to read: not hidden ones, nor results unless the walk starts in them."""
+        shown = sorted(name for name in folders if not name.startswith("."))
+        if self._avoid is None or self._is_avoided(start):
+            return shown
+        return [name for name in shown if not self._is_avoided(os.path.join(place, name))]
+
+    def _images(self, place: str, inside: str, files: Sequence[str]) -> Iterator[ImageFile]:
+        """The images among the files of a folder, with names in the folder `inside`."""
+        images = sorted(name for name in files if is_picture(name))
+        rest = (name for name in files if not is_picture(name) and not name.startswith("."))
+        self._others.update(map(ending, rest))
+        twins = _twins(images)
+        for name in images:
+            twin = os.path.splitext(name)[0] in twins
+            path = os.path.join(place, name)
+            yield ImageFile(path, os.path.normpath(os.path.join(inside, name)), twin)
 
 
 class DistinctFiles:
     """Renames images whose results would overwrite those of an earlier image: the name keeps its
     suffix if the name without it is taken, or else gets a number.
 
-    `written` returns the files that an image will get, relative to the output folder. Their short
-    hashes are stored, so that a million images need some 100 MB. A collision, one case in 10 ** 7,
-    costs a number that was not needed.
+    `written` returns the files that an image will get, relative to the output folder; those for
+    which `is_kept` is true belong to no image. Their short hashes are stored, so that a million
+    images need some 100 MB. A collision, one case in 10 ** 7, costs a number that was not needed.
     """
 
-    def __init__(self, written: Callable[[ImageFile], Sequence[str]]) -> None:
-        self._written = written
+    def __init__(
+        self,
+        written: Callable[[ImageFile], Sequence[str]],
+        is_kept: Callable[[str], bool] = lambda path: False,
+    ) -> None:
+        self._written, self._is_kept = written, is_kept
         self._taken: set[bytes] = set()
         self._last: dict[bytes, int] = {}  # last number of each repeated name
 
@@ -160,8 +220,9 @@ class DistinctFiles:
         return placed
 
     def _take(self, file: ImageFile) -> bool:
-        names = {_short(os.path.normpath(name)) for name in self._written(file)}
-        if names & self._taken:
+        paths = self._written(file)
+        names = {_short(os.path.normpath(path)) for path in paths}
+        if names & self._taken or any(map(self._is_kept, paths)):
             return False
         self._taken |= names
         return True
@@ -205,6 +266,8 @@ def _is_one_image(word: str) -> bool:
 
 def _names(lines: TextIO) -> Iterator[str]:
     """Raises UserError for names separated by null bytes, as by find -print0."""
+    if isinstance(lines, io.TextIOWrapper):
+        lines.reconfigure(errors="surrogateescape")  # names of any bytes, as on the command line
     first = True
     for line in iter(partial(lines.readline, LONGEST_LINE + 1), ""):
         if len(line) > LONGEST_LINE:
@@ -223,7 +286,7 @@ def _own_name(word: str) -> str:
         return _harmless(os.path.basename(unquote(urlparse(word).path).replace("\0", "")))
     if not os.path.exists(word):
         word = _fixed_part(word)
-    return os.path.basename(os.path.realpath(word)) or "root"
+    return os.path.basename(os.path.abspath(word)) or "root"
 
 
 def _fixed_part(pattern: str) -> str:
@@ -231,6 +294,11 @@ def _fixed_part(pattern: str) -> str:
     parts = Path(pattern).parts
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     return str(Path(*parts[:first])) if first else "."
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path, without its links, is a folder or in it; the folder's path has none."""
+    return Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def _harmless(path: str) -> str:

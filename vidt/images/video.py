@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
@@ -16,15 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidt.errors import UserError, shown
-from vidt.images.formats import ending
+from vidt.errors import UserError, counted, shown
+from vidt.images.formats import VIDEO_ENDINGS, ending
 
-VIDEO_ENDINGS = frozenset(
-    (
-        *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv"),
-        *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".3gp", ".ogv"),
-    )
-)
 WEBCAM = re.compile(r"webcam:(\d+)")
 # FFmpeg's input device on each system, and how it calls the camera of a number.
 CAMERAS = {
@@ -33,6 +28,7 @@ CAMERAS = {
     "win32": ("dshow", "video={}"),
 }
 FRAME_RATE = Fraction(30)  # of a source that does not tell
+LONGEST_STEP = 10  # seconds, or frames of a slow video, between frames; a longer step is a jump
 _TURNS = {
     90: Image.Transpose.ROTATE_90,
     -90: Image.Transpose.ROTATE_270,
@@ -72,7 +68,7 @@ class VideoReader:
     def __init__(self, source: str | Path) -> None:
         """Raises UserError, naming the source, if PyAV is missing or there is no video in it."""
         self.source = str(source)
-        av = _pyav(self.source)
+        av = import_pyav(self.source)
         path, kind = _device(self.source)
         if kind is None and not os.path.isfile(path):
             raise UserError(f"{self.source}: no such file")
@@ -88,7 +84,8 @@ class VideoReader:
         self.rate = Fraction(self._stream.average_rate or FRAME_RATE)
         self.time_base = Fraction(self._stream.time_base or 1 / self.rate)
         self.count: int | None = self._stream.frames or None
-        self.problem = ""  # why the frames ended early
+        self._early_end = ""  # why the frames ended early
+        self._num_damaged = 0  # packets
         self._failures = av.FFmpegError
 
     def __enter__(self) -> "VideoReader":
@@ -98,19 +95,44 @@ class VideoReader:
         self._container.close()
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Frames in the order of their timestamps. A damaged video ends where it cannot be decoded,
-        which `problem` tells.
+        """Frames as the video stores them; a recording that was put together from several may jump
+        in time. Damaged packets are skipped, and a video that breaks off ends there, which
+        `problems` tells.
         """
         first: int | None = None
+        for number, (frame, picture) in enumerate(self._decoded()):
+            time = number / self.rate
+            if frame.pts is not None:
+                first = frame.pts if first is None else first
+                time = (frame.pts - first) * Fraction(frame.time_base or self.time_base)
+            yield VideoFrame(number, time, picture)
+
+    def problems(self) -> list[str]:
+        """What was wrong with the video as far as it has been read: a line each."""
+        lines = [f"{self.source} ends early: {self._early_end}"] if self._early_end else []
+        if self._num_damaged:
+            packets = counted(self._num_damaged, "damaged packet was", "damaged packets were")
+            lines.append(f"{self.source}: {packets} skipped")
+        return lines
+
+    def _decoded(self) -> Iterator[tuple[Any, Image.Image]]:
+        """Each frame, and its picture."""
+        for packet in self._packets():
+            try:
+                for frame in self._stream.decode(packet):
+                    yield frame, _upright(frame)
+            except self._failures:
+                self._num_damaged += 1
+
+    def _packets(self) -> Iterator[Any]:
+        """The packets, and at the end None, for which the decoder yields what it still holds."""
         try:
-            for number, frame in enumerate(self._container.decode(self._stream)):
-                time = number / self.rate
-                if frame.pts is not None:
-                    first = frame.pts if first is None else first
-                    time = (frame.pts - first) * Fraction(frame.time_base or self.time_base)
-                yield VideoFrame(number, time, _upright(frame))
+            for packet in self._container.demux(self._stream):
+                if packet.size:  # the last one of `demux` is empty
+                    yield packet
         except self._failures as error:
-            self.problem = f"{self.source} ends early: {_reason(error)}"
+            self._early_end = _reason(error)
+        yield None
 
 
 class VideoWriter:
@@ -127,9 +149,10 @@ class VideoWriter:
         time_base: Fraction | None = None,
     ) -> None:
         """size: (height, width); an odd side grows by one pixel, which H.264 needs. time_base: the
-        unit of timestamps in seconds. Raises UserError if PyAV is missing, and OSError.
+        unit of timestamps in seconds. Raises UserError if PyAV is missing or FFmpeg cannot write
+        the file, as `add` and the end of the block do, and OSError.
         """
-        self.path, self._av = Path(path), _pyav(str(path))
+        self.path, self._av = Path(path), import_pyav(str(path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.name}.part")
         codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
@@ -137,23 +160,45 @@ class VideoWriter:
         if codec == "mpeg4":  # whose time base has 16 bits
             self._time_base = Fraction(1, 60_000)
         self._padding = (size[0] % 2, size[1] % 2)
-        self._container = self._av.open(str(self._temporary), "w", format="mp4")
+        self._step = 1 / rate
+        with self._failures_named():
+            self._container = self._av.open(os.path.abspath(self._temporary), "w", format="mp4")
         self._stream = self._container.add_stream(codec, rate=rate)
         self._stream.height, self._stream.width = size[0] + size[0] % 2, size[1] + size[1] % 2
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = self._time_base
-        self._last = -1
+        self._last = -1  # in units of the time base
+        self._before: Fraction | None = None  # the time of the frame before
+        self._shift = Fraction(0)
 
     def add(self, picture: Image.Image, time: Fraction) -> None:
-        """Appends a frame that is shown from `time`, in seconds. One that is no later than the
-        frame before it comes one tick of the time base after it.
+        """Appends a frame that is shown from `time`, in seconds, at the earliest one tick of the
+        time base after the frame before it. Where time goes backwards or jumps by more than
+        LONGEST_STEP, the clock goes on from there by the time of one frame: no player shows a gap
+        of hours, and few files can hold one.
         """
         below, right = self._padding
         pixels = np.pad(np.asarray(picture), [(0, below), (0, right), (0, 0)], "edge")
         frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        self._last = max(round(time / self._time_base), self._last + 1)
+        self._last = max(round(self._rebased(time) / self._time_base), self._last + 1)
         frame.pts, frame.time_base = self._last, self._time_base
-        self._container.mux(self._stream.encode(frame))
+        with self._failures_named():
+            self._container.mux(self._stream.encode(frame))
+
+    def _rebased(self, time: Fraction) -> Fraction:
+        """The time on the clock of this file."""
+        before = time if self._before is None else self._before
+        if not 0 <= time - before <= LONGEST_STEP * max(self._step, Fraction(1)):
+            self._shift += before + self._step - time
+        self._before = time
+        return time + self._shift
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._av.FFmpegError, OSError) as error:
+            raise UserError(f"{self.path} cannot be written: {_reason(error)}") from error
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -161,16 +206,19 @@ class VideoWriter:
     def __exit__(self, *exception: Any) -> None:
         stopped = exception[0] is None or issubclass(exception[0], KeyboardInterrupt)
         try:
-            if stopped and self._last >= 0:
-                self._container.mux(self._stream.encode(None))  # what the encoder still holds
-            self._container.close()
-            if stopped and self._last >= 0:
-                os.replace(self._temporary, self.path)
+            with self._failures_named() if stopped else suppress(self._av.FFmpegError, OSError):
+                if stopped and self._last >= 0:
+                    self._container.mux(self._stream.encode(None))  # what the encoder still holds
+                self._container.close()
+                if stopped and self._last >= 0:
+                    os.replace(self._temporary, self.path)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the failure that counts is the one above
+                self._temporary.unlink(missing_ok=True)
 
 
-def _pyav(source: str) -> Any:
+def import_pyav(source: str) -> Any:
+    """PyAV, for this video. Raises UserError if it is missing."""
     try:
         return import_module("av")
     except ImportError as error:
@@ -181,10 +229,12 @@ def _pyav(source: str) -> Any:
 
 
 def _device(source: str) -> tuple[str, str | None]:
-    """What FFmpeg opens, and its input device; None for a file."""
+    """What FFmpeg opens, and its input device; None for a file, whose whole path it gets: it takes
+    `20240501T12:30.mp4` for an address.
+    """
     webcam = WEBCAM.fullmatch(source)
     if webcam is None:
-        return source, None
+        return os.path.abspath(source), None
     if sys.platform not in CAMERAS:
         raise UserError(f"{source}: webcams are not supported on {sys.platform}")
     kind, name = CAMERAS[sys.platform]
