@@ -274,7 +274,38 @@ def test_with_exif_an_image_is_turned_as_pillow_turns_it(tmp_path: Path, orienta
     assert np.array_equal(np.asarray(as_picture(read)), expected)  # not turned again
     stored = as_picture(read_image(path))
     assert np.array_equal(np.asarray(stored), noise(24, 40))
+    assert probe_image(path).shown_size == expected.shape[:2]
     assert read_image(path, exif=True, at_least=(1, 1)).size == (expected.shape[1], len(expected))
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_upright_whatever_it_is_stored_as(
+    tmp_path: Path, orientation: int, mode: str, compression: str
+) -> None:
+    stored = noise(24, 40) if mode == "RGB" else noise(24, 40)[:, :, 0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.tif"
+    deep = stored.astype(np.uint16) * 257 if mode == "I;16" else stored
+    image = Image.fromarray(deep)
+    assert image.mode == mode
+    image.save(path, exif=exif, compression=compression)
+    rgb = Image.fromarray(stored).convert("RGB")
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    expected = np.asarray(rgb if turn is None else rgb.transpose(turn))
+    for read in (read_image(path), read_image(path, exif=True), as_picture(path)):
+        assert np.array_equal(np.asarray(read), expected)
+    assert probe_image(path).size == probe_image(path).shown_size == expected.shape[:2]
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:

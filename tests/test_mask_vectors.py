@@ -4,6 +4,7 @@ data does not show: any square, boxes beyond the image, no objects.
 
 import copy
 import math
+import tracemalloc
 from dataclasses import replace
 
 import golden
@@ -12,14 +13,17 @@ import pytest
 import torch
 from conftest import Compare
 from golden_compare import load
+from PIL import Image
 from scipy.fft import dctn
 from torch import Tensor
 
 from vidt.images import mask_drawing
+from vidt.images.drawing import draw_detections, object_colours, tint
 from vidt.images.mask_drawing import zigzag
 from vidt.losses.mask_vectors import encode_squares, square_masks
 from vidt.model.vidt import ViDTConfig
-from vidt.predict.detections import decode_for
+from vidt.onnx.detector import OnnxDetections
+from vidt.predict.detections import Detections, MaskVectors, decode_for
 
 PLUS = "vidt_plus_swin_nano_300"
 BOXES = ("pred_logits", "pred_boxes")
@@ -168,3 +172,34 @@ def test_masks_of_detections_are_drawn_when_asked_for() -> None:
     assert replace(found, mask_vectors=None).masks is None
     del outputs["pred_vectors"]
     assert decode_for(ViDTConfig())(outputs, torch.tensor([[40, 30]]))[0].masks is None
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_masks_are_drawn_one_at_a_time(kind: str) -> None:
+    """As if each were laid over the whole image, in memory that does not grow with their number."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 2, generator=generator) * 900 - 50
+    boxes = torch.cat([corners, corners + 10 + torch.rand(60, 2, generator=generator) * 200], 1)
+    boxes[0] += 5000  # outside
+    vectors = torch.randn(60, 10, generator=generator)
+    scores, labels = torch.linspace(0.9, 0.3, 60), torch.arange(60) % 3
+    size, squares = (800, 1000), boxes + torch.tensor([0.0, 0.0, 40.0, 20.0])
+    names = ("a", "b", "c")
+    found = Detections(scores, labels, boxes, MaskVectors(vectors, 16, size, squares), names)
+    if kind == "onnx":
+        columns = (column.numpy() for column in (scores, labels, boxes))
+        found = OnnxDetections(
+            *columns, names, size, vectors.numpy(), 16, mask_boxes=squares.numpy()
+        )
+    picture = Image.new("RGB", size[::-1], "#808080")
+    tracemalloc.start()
+    drawn = found.plot(picture)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * size[0] * size[1]
+    expected = picture.copy()
+    colours = object_colours(labels.tolist())
+    for row in range(59, -1, -1):
+        tint(expected, np.asarray(found.masks[row]), colours[row])
+    expected = draw_detections(expected, boxes.numpy(), labels.tolist(), scores.tolist(), names)
+    assert drawn.tobytes() == expected.tobytes() != picture.tobytes()

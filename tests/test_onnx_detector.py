@@ -2,6 +2,7 @@
 its own arithmetic against torch's.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,11 +18,15 @@ from PIL import Image
 from tiny_runs import environment
 from torch import Tensor, nn
 
+import vidt
+from trainer.commands.command_line import main
 from vidt.errors import UserError
 from vidt.images.canvas import canvas_of, fitted_shape, framed
+from vidt.images.inputs import as_picture
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDTConfig
-from vidt.onnx.detector import FORMAT, OnnxDetector, OnnxInfo, _decoded
+from vidt.onnx.detector import FORMAT, OnnxDetector, OnnxInfo, _decoded, _session
+from vidt.onnx.export import ScoredImages, export
 from vidt.onnx.graph import ExportedDetector, make_graph
 from vidt.onnx.other_runner import OtherRunner, write_inputs
 from vidt.onnx.proof import FULL, compare
@@ -74,19 +79,52 @@ class Linear(nn.Module):
 def model() -> Predictor:
     torch.manual_seed(0)
     config = ViDTConfig(num_classes=3, det_token_num=7)
-    info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(32))
+    training = {"category_ids": [2, 7, 90]}
+    info = WeightsInfo(config, ("disc", "square", "star"), Preprocessing(32), training=training)
     return Predictor(Linear(config), info)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def file(model: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With raw outputs, which the detector decodes itself."""
-    info = WeightsInfo(model.model.config, model.class_names, model.preprocessing)
     module = ExportedDetector(model.model, model.preprocessing, decode=False).eval()
-    graph = make_graph(module, info, (32, 48), dynamic_batch=True, half=False)
+    graph = make_graph(module, model.info, (32, 48), dynamic_batch=True, half=False)
     path = tmp_path_factory.mktemp("linear") / "model.onnx"
     onnx.save(graph, path)
     return path
+
+
+def test_category_ids_are_those_of_the_weights(
+    file: Path, model: Predictor, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From Python, and in the results of `vidt predict`. Older models have none."""
+    assert OnnxDetector(file).category_ids == model.category_ids == (2, 7, 90)
+    assert main(["predict", str(file), str(pictures[0]), "--coco", "--threshold", "0"]) == 0
+    written = [each["category_id"] for each in json.loads(capsys.readouterr().out)]
+    labels = model.predict(pictures[0], threshold=0.0).labels.tolist()
+    assert written == [model.category_ids[label] for label in labels] and len(written) == 21
+    stored = onnx.load(file)
+    older = {each.key: each.value for each in stored.metadata_props if each.key != "category_ids"}
+    del stored.metadata_props[:]
+    helper.set_model_props(stored, older)
+    onnx.save(stored, pictures[0].with_name("older.onnx"))
+    assert OnnxDetector(pictures[0].with_name("older.onnx")).category_ids == (1, 2, 3)
+
+
+def test_threads_reach_onnxruntime(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `vidt.load`, and from `vidt benchmark`."""
+    asked = []
+
+    def session(path: Path, device: str, threads: int | None) -> Any:
+        asked.append(threads)
+        return _session(path, device, threads)
+
+    monkeypatch.setattr("vidt.onnx.detector._session", session)
+    words = ["benchmark", str(file), "--repeat", "1", "--batch_size", "1", "--size", "32", "48"]
+    assert main([*words, "--threads", "1"]) == 0 and main(words) == 0
+    detector = vidt.load(file, threads=2)
+    assert asked == [1, None, 2]
+    assert detector._session.get_session_options().intra_op_num_threads == 2
 
 
 @pytest.fixture
@@ -381,3 +419,49 @@ def test_thresholds_of_the_metadata(file: Path, thresholds: str, said: str) -> N
     assert fitting.thresholds == (0.5, None, 1.0)
     with pytest.raises(UserError, match=said):
         OnnxInfo.of({**stored, "thresholds": thresholds}, file)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [("[1, 2]", "2 category ids for 3 classes"), ('["a", "b", "c"]', "must be integers")],
+)
+def test_category_ids_of_the_metadata(file: Path, ids: str, said: str) -> None:
+    stored = {each.key: each.value for each in onnx.load(file).metadata_props}
+    with pytest.raises(UserError, match=said):
+        OnnxInfo.of({**stored, "category_ids": ids}, file)
+
+
+def phone_photos(folder: Path) -> list[Path]:
+    """Upright ones, which phones store lying, and one that lies."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
+    paths = [folder / f"{number}.jpg" for number in range(3)]
+    for path in paths:
+        Image.fromarray(noise).save(path, exif=exif if path != paths[2] else Image.Exif())
+    return paths
+
+
+@pytest.mark.parametrize("given", ["images", "dataset"])
+def test_the_frame_of_phone_photographs_is_upright(
+    given: str, model: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a size, the frame is that of most images as prediction turns them, or of the sizes of
+    the annotations; and the images are compared as prediction turns them.
+    """
+    photos = phone_photos(tmp_path)
+    dataset = ScoredImages(photos, [(80, 40), (80, 40), (40, 80)], lambda found: 0.5)
+    monkeypatch.setattr("vidt.onnx.export.load_model", lambda path: (model.model, model.info))
+    report = export(
+        tmp_path / "any.safetensors",
+        tmp_path / "model.onnx",
+        images=photos if given == "images" else (),
+        dataset_for=None if given == "images" else lambda names: dataset,
+        inputs=tmp_path / "inputs.npz",
+    )
+    assert report.ok, report.text()
+    assert report.frame == model.preprocessing.canvas(80, 40)
+    inputs, detector = np.load(tmp_path / "inputs.npz"), OnnxDetector(tmp_path / "model.onnx")
+    for number, photo in enumerate(photos):
+        feeds = detector.feeds([as_picture(photo)])
+        assert np.array_equal(inputs[f"images/{number}"], feeds["images"])

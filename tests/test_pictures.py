@@ -1,6 +1,7 @@
 """Boxes on pictures, and the grid of truth beside prediction."""
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +22,8 @@ from trainer.report.pictures import (
 )
 from vidt.images.drawing import (
     LONGEST_NAME,
+    _covered,
+    _freest_place,
     class_colour,
     class_text,
     draw_detections,
@@ -157,6 +160,51 @@ def test_a_full_picture_still_has_all_labels() -> None:
     labels = [((0.0, 0.0, 50.0, 15.0), "a long name 0.50", "#ff0000")] * 9
     write_labels(ImageDraw.Draw(canvas), labels, canvas.size, 12)
     assert changed(canvas).any()
+
+
+def test_many_labels_take_little_memory() -> None:
+    """Four hundred, which do not cover each other: there is room for them."""
+    canvas = grey(1200, 900)
+    draw = Recorder(canvas)
+    corners = np.random.default_rng(0).uniform(0, 800, (400, 2))
+    labels = [
+        ((float(x), float(y), float(x) + 60, float(y) + 50), "cat", "#ff0000") for x, y in corners
+    ]
+    tracemalloc.start()
+    write_labels(draw, labels, canvas.size, 12)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23
+    low, high = np.array(draw.written)[:, :2], np.array(draw.written)[:, 2:]
+    apart = ((high[:, None] < low) | (low[:, None] > high)).any(2)
+    assert apart.sum() == 400 * 399
+
+
+def test_a_label_goes_to_the_nearest_place_that_is_free() -> None:
+    """As found by comparing every place with every label."""
+    generator = np.random.default_rng(0)
+    size, width, height = (300, 200), 40.0, 15.0
+    for number in (1, 20, 60, 300):  # the last leave no room
+        corners = generator.uniform(0, (260, 185), (number, 2))
+        placed = np.concatenate([corners, corners + np.array([width, height])], 1)
+        box = (*generator.uniform(0, 150, 2), 200.0, 190.0)
+        place, covered = _freest_place(box, width, height, size, placed)
+        xs = np.arange(0, size[0] - width, width / 4)
+        ys = np.arange(0, size[1] - height, (height + 2) / 2)
+        found = [
+            (_covered(np.array([[x, y, x + width, y + height]]), placed)[0], x, y)
+            for y in ys.clip(0, size[1] - 1 - height)
+            for x in xs.clip(0, size[0] - 1 - width)
+        ]
+        least = min(area for area, _, _ in found)
+        assert covered == pytest.approx(least) and (least > 0) == (number == 300)
+        distances = [
+            np.hypot(x - box[0], y - (box[1] - height))
+            for area, x, y in found
+            if area <= least + 1e-6
+        ]
+        away = np.hypot(place[0] - box[0], place[1] - (box[1] - height))
+        assert away == pytest.approx(min(distances))
 
 
 def test_objects_of_one_class_have_shades() -> None:

@@ -15,7 +15,7 @@ from vidt import Detections, Predictor, ViDT
 from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
 from vidt.predict.detections import MaskVectors
-from vidt.predict.tiles import merge, merged, tiled, tiling
+from vidt.predict.tiles import Tiling, _touching, merge, merged, tiled, tiling
 from vidt.weights.weights_file import WeightsInfo
 
 SIZE = (100, 180)  # with tiles of 100: (0..100) and (80..180), and the whole image
@@ -71,6 +71,46 @@ def merge_rows(*rows: tuple[int, int, float, tuple[float, ...]]) -> list[tuple]:
 
 
 SMALL = (82.0, 40.0, 98.0, 60.0)  # in the 20 columns that both tiles see
+
+
+def crowd(seed: int) -> tuple[tuple[np.ndarray, ...], Tiling]:
+    """Fifteen detections of two classes in each tile of a large image, many of one object; and the
+    plan.
+    """
+    plan = tiling((900, 900), 100, 0.3)
+    generator = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(len(plan.boxes)), 15)
+    centres = generator.integers(0, 900 // 20, (len(owner), 2)) * 20
+    tiles = plan.boxes[owner]
+    centres = centres % (tiles[:, 2:] - tiles[:, :2]) + tiles[:, :2]
+    sides = generator.choice([20, 60, 300], (len(owner), 2)) + generator.integers(0, 4, (2,))
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], 1).astype(np.float32)
+    scores = generator.random(len(owner)).astype(np.float32)
+    return (boxes, generator.integers(0, 2, len(owner)), scores, owner), plan
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_tiles_that_overlap_are_compared(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the result of comparing all with all, at a fraction of the comparisons."""
+    compared = 0
+
+    def touching(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+        nonlocal compared
+        compared += len(boxes)
+        return _touching(boxes, box)
+
+    monkeypatch.setattr("vidt.predict.tiles._touching", touching)
+    detections, plan = crowd(seed)
+    rows, grown = merge(*detections, plan)
+    near, compared = compared, 0
+    number = len(plan.boxes)
+    monkeypatch.setattr(
+        "vidt.predict.tiles._overlapping", lambda _: np.ones((number, number), bool)
+    )
+    all_rows, all_grown = merge(*detections, plan)
+    assert np.array_equal(rows, all_rows) and np.array_equal(grown, all_grown)
+    assert len(rows) < len(detections[0]) and (grown != detections[0][rows]).any()
+    assert near < compared / 4
 
 
 def test_an_object_in_two_tiles_counts_once() -> None:

@@ -19,6 +19,7 @@ def load(
     device: str | None = None,
     precision: str | None = None,
     compile: bool = False,
+    threads: int | None = None,
 ) -> "Predictor | Any":
     """Loads a detector from a weights file (our .safetensors or a released .pth), its URL, a model
     on the Hugging Face Hub ("hf://USER/NAME", "hf://USER/NAME@REVISION"), the name of a published
@@ -28,7 +29,7 @@ def load(
     device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one, but the CPU for .onnx.
     precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or
     "fp16"; None is auto. compile: compile the model's blocks with torch.compile, once for all
-    canvases.
+    canvases. threads: of the CPU; None: one per core. PyTorch has one number for the process.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
     arrays. Raises UserError that names the file if it holds no detector or cannot be downloaded,
@@ -41,7 +42,7 @@ def load(
         hint = nearest_model(str(weights)) or "; name a weights file or an .onnx model"
         raise UserError(f"{path} does not exist{hint}")
     if path.suffix == ONNX:
-        return _onnx(path, device, precision, compile)
+        return _onnx(path, device, precision, compile, threads)
     try:
         from vidt.predict.predictor import Predictor, usable_device
     except ModuleNotFoundError as error:
@@ -50,12 +51,16 @@ def load(
             "weights to .onnx where it is"
         ) from error
 
+    if threads is not None:
+        import_module("torch").set_num_threads(threads)
     return Predictor.from_checkpoint(
         path, device=usable_device(device), precision=precision or "auto", compile=compile
     )
 
 
-def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) -> Any:
+def _onnx(
+    path: Path, device: str | None, precision: str | None, compile: bool, threads: int | None
+) -> Any:
     if precision not in (None, "auto", "no", "fp32"):
         raise UserError(
             f"mixed_precision is {precision}; an .onnx model has a fixed one: export it with --fp16"
@@ -64,7 +69,7 @@ def _onnx(path: Path, device: str | None, precision: str | None, compile: bool) 
         raise UserError(f"compile is for PyTorch; onnxruntime runs {path}")
     try:
         detector = import_module("vidt.onnx.detector").OnnxDetector
-        return detector(path, device=device or "cpu")
+        return detector(path, device=device or "cpu", threads=threads)
     except ImportError as error:
         raise UserError(
             f"{path} needs onnxruntime, which is not installed ({error}); pip install onnxruntime"

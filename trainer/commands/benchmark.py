@@ -102,15 +102,15 @@ def run(argv: Sequence[str]) -> int:
 def _detector(given: Any) -> Any:
     from vidt.model.config import ViDTConfig, backbone_names
 
-    if given.threads is not None and not given.weights.endswith(".onnx"):
-        import torch
-
-        torch.set_num_threads(given.threads)
     if given.weights not in backbone_names():
         if not is_remote(given.weights) and not Path(given.weights).exists():
             backbones = ", ".join(backbone_names())
             raise UserError(f"WEIGHTS {given.weights}: neither a file nor a backbone ({backbones})")
-        return load_detector(given)
+        return load_detector(given, threads=given.threads)
+    if given.threads is not None:
+        import torch
+
+        torch.set_num_threads(given.threads)
     from vidt.images.preprocessing import Preprocessing
     from vidt.model.vidt import build_detector
     from vidt.predict.predictor import Predictor, usable_device

@@ -148,10 +148,16 @@ def tile_settings(given: argparse.Namespace) -> dict[str, Any]:
     return {"tile": given.tile, "overlap": given.overlap}
 
 
-def load_detector(given: argparse.Namespace) -> Any:
-    """The detector of WEIGHTS and those flags. On a GPU, a line says its precision and why."""
+def load_detector(given: argparse.Namespace, *, threads: int | None = None) -> Any:
+    """The detector of WEIGHTS and those flags, see `vidt.load`. On a GPU, a line says its precision
+    and why.
+    """
     detector = load(
-        given.weights, device=given.device, precision=given.mixed_precision, compile=given.compile
+        given.weights,
+        device=given.device,
+        precision=given.mixed_precision,
+        compile=given.compile,
+        threads=threads,
     )
     device = getattr(detector, "device", None)
     if getattr(device, "type", "cpu") != "cpu":

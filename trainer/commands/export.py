@@ -65,7 +65,8 @@ def flags() -> OneLineParser:
         nargs=2,
         type=side,
         metavar=("H", "W"),
-        help="height and width of the model's input; default: the size of the weights, square",
+        help="height and width of the model's input; default: that of most images of the "
+        "verification, or else the size of the weights, square",
     )
     parser.add_argument(
         "--dynamic",

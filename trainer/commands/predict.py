@@ -52,7 +52,6 @@ from vidt.arguments import OneLineParser
 from vidt.downloads import is_url, require_scheme
 from vidt.errors import UserError, counted, shown
 from vidt.images.batching import read_ahead, reading_threads
-from vidt.images.drawing import draw_detections
 from vidt.images.image_files import DistinctFiles, ImageFile, ImageFiles, fitting
 from vidt.images.video import import_pyav, is_video
 from vidt.predict.selection import least_scores
@@ -397,16 +396,7 @@ class PredictionWriter:
 
     def _draw(self, predicted: Predicted, path: Path) -> None:
         assert predicted.picture is not None
-        found = predicted.detections
-        masks = found.masks
-        picture = draw_detections(
-            predicted.picture,
-            np.asarray(found.boxes, np.float64).reshape(-1, 4),
-            predicted.found.labels,
-            predicted.found.scores,
-            self.names,
-            None if masks is None else np.asarray(masks),
-        )
+        picture = predicted.detections.plot(predicted.picture)
         kind = PICTURE_KINDS[path.suffix.lower()]
         if kind == "JPEG" and max(picture.size) > LONGEST_JPEG_SIDE:
             kind, path = "PNG", path.with_name(fitting(path.name, ".png"))
@@ -481,7 +471,7 @@ def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:
     """None if each image has a file of its own."""
     names = list(detector.class_names)
     if kind == "coco":
-        return coco_format(getattr(detector, "category_ids", range(1, len(names) + 1)))
+        return coco_format(detector.category_ids)
     if kind == "json":
         about = {"weights": str(given.weights), "threshold": given.threshold, "class_names": names}
         return json_format(about)

@@ -5,11 +5,13 @@ Boxes are xyxy in pixels of the picture.
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vidt.images.mask_drawing import Patch
 
 # Colours of the first classes: easy to distinguish, also for most colour-blind readers.
 COLOURS = (
@@ -73,10 +75,11 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float],
     class_names: Sequence[str],
-    masks: np.ndarray | None = None,
+    patch_of: Callable[[int], Patch] | None = None,
 ) -> Image.Image:
-    """A copy of the picture, RGB and of its size, with boxes [N, 4], masks bool [N, H, W], classes
-    and scores drawn on it, the best on top. Lines and letters scale with the picture.
+    """A copy of the picture, RGB and of its size, with boxes [N, 4], masks, classes and scores
+    drawn on it, the best on top. Lines and letters scale with the picture. patch_of: the mask of an
+    object, called for one at a time, since all masks of a large picture take gigabytes.
     """
     canvas = image.convert("RGB")  # a copy in any case
     canvas.info.pop("transparency", None)  # of a PNG: the colours of the drawing are none of it
@@ -84,8 +87,9 @@ def draw_detections(
     best_first = order[::-1]
     shades = object_colours([int(labels[row]) for row in best_first])
     colours = dict(zip(best_first, shades, strict=True))
-    for row in order if masks is not None else ():
-        tint(canvas, masks[row], colours[row])  # type: ignore[index]
+    if patch_of is not None:
+        for row in order:
+            _tint_patch(canvas, patch_of(row), colours[row])
     texts = [
         f"{class_text(int(label), class_names)} {score:.2f}"
         for label, score in zip(labels, scores, strict=True)
@@ -119,9 +123,18 @@ def draw_boxes_on(
 
 def tint(canvas: Image.Image, mask: np.ndarray, colour: str) -> None:
     """Colours a mask, bool [H, W], on a canvas that shows the mask's image at any size."""
-    veil = Image.fromarray(np.uint8(255 * MASK_SHARE) * np.asarray(mask, np.uint8))
-    veil = veil.resize(canvas.size, Image.Resampling.BILINEAR)
-    canvas.paste(Image.new("RGB", canvas.size, colour), mask=veil)
+    veil = _veil(mask).resize(canvas.size, Image.Resampling.BILINEAR)
+    canvas.paste(colour, (0, 0), veil)
+
+
+def _tint_patch(canvas: Image.Image, patch: Patch, colour: str) -> None:
+    if patch.mask.size:
+        canvas.paste(colour, (patch.left, patch.top), _veil(patch.mask))
+
+
+def _veil(mask: np.ndarray) -> Image.Image:
+    """The opacity of a mask, bool [H, W]."""
+    return Image.fromarray(np.uint8(255 * MASK_SHARE) * np.asarray(mask, np.uint8))
 
 
 def clipped(box: Sequence[float], size: tuple[int, int]) -> Rectangle:
@@ -148,12 +161,13 @@ def write_labels(
     placed = np.zeros((0, 4))
     for box, text, colour in labels:
         width, height = draw.textlength(text, font=font) + 6, font_size + 3
-        candidates = _positions(box, width, height, size)
-        covered = _covered(candidates, placed)
+        positions = _positions(box, width, height, size)
+        covered = _covered(positions, placed)
+        position = positions[covered.argmin()]
         if covered.min() > 0:
-            candidates = np.concatenate([candidates, _places(box, width, height, size)])
-            covered = _covered(candidates, placed)
-        x0, y0, x1, y1 = candidates[covered.argmin()].tolist()
+            place, still_covered = _freest_place(box, width, height, size, placed)
+            position = place if still_covered < covered.min() else position
+        x0, y0, x1, y1 = position.tolist()
         placed = np.concatenate([placed, [[x0 - 1, y0 - 1, x1 + 1, y1 + 1]]])
         draw.rectangle((x0, y0, x1, y1), fill=colour)
         ink = "#000000" if _is_light(colour) else "#ffffff"
@@ -170,13 +184,27 @@ def _positions(box: Rectangle, width: float, height: float, size: tuple[int, int
     return _rectangles([(x, y) for y in tops for x in lefts], width, height, size)
 
 
-def _places(box: Rectangle, width: float, height: float, size: tuple[int, int]) -> np.ndarray:
-    """Positions all over the picture, nearest to the corner of the box first: xyxy [P, 4]."""
-    ys = np.arange(0, max(size[1] - height, 1), (height + 2) / 2)
-    xs = np.arange(0, max(size[0] - width, 1), max(width / 4, 8))
-    corners = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
-    distances = np.hypot(*(corners - [box[0], box[1] - height]).T)
-    return _rectangles(corners[distances.argsort(kind="stable")], width, height, size)
+def _freest_place(
+    box: Rectangle, width: float, height: float, size: tuple[int, int], placed: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Of places all over the picture, the one that covers the least of the labels already written
+    [L, 4], the nearest to the corner of the box of several: xyxy [4], and the area that it covers.
+    """
+    right, bottom = max(size[0] - 1 - width, 0), max(size[1] - 1 - height, 0)  # where starts end
+    ys = np.arange(0, bottom + 1, (height + 2) / 2).clip(max=bottom)
+    xs = np.arange(0, right + 1, max(width / 4, 8)).clip(max=right)
+    # Places form a grid, in which a covered area is a width that depends on x times a height that
+    # depends on y. For all pairs of a place and a label, areas take seconds in a full picture.
+    covered = _shared(ys, height, placed[:, 1::2]).T @ _shared(xs, width, placed[:, 0::2])  # [Y, X]
+    distances = np.hypot(xs - box[0], (ys - (box[1] - height))[:, None])
+    row, column = divmod(np.lexsort((distances.ravel(), covered.ravel()))[0], len(xs))
+    return _rectangles([(xs[column], ys[row])], width, height, size)[0], covered[row, column]
+
+
+def _shared(starts: np.ndarray, length: float, spans: np.ndarray) -> np.ndarray:
+    """What intervals of a length, by their starts [P], share with spans [L, 2]: [L, P]."""
+    low = np.maximum(starts, spans[:, :1])
+    return (np.minimum(starts + length, spans[:, 1:]) - low).clip(0)
 
 
 def _rectangles(

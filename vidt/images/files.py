@@ -63,6 +63,11 @@ class ImageHeader:
     frames: bool = False
     truncated: bool = False
 
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """The size as every viewer shows the image, turned as its EXIF says."""
+        return self.size[::-1] if self.orientation >= _SIDEWAYS else self.size
+
 
 def read_image(
     path: str | PathLike[str],
@@ -125,7 +130,11 @@ def _decode(
     """The stored pixels as RGB, the EXIF orientation, and whether they are final: decoded smaller,
     and not to be turned.
     """
-    with Image.open(source) as image:
+    # Given a path, Pillow maps uncompressed TIFF files into memory, and garbles those to be turned.
+    with (
+        open(source, "rb") if isinstance(source, str | PathLike) else source as file,
+        Image.open(file) as image,
+    ):
         orientation = orientation_of(image)
         as_stored = size == (image.height, image.width) or (size is None and not exif)
         smaller = at_least is not None and image.format in _JPEG and as_stored

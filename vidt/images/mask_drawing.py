@@ -5,8 +5,17 @@ Letters: n objects, K numbers of a vector, S side of the square, H x W image.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Patch(NamedTuple):
+    """The part of a mask inside its box; the image has nothing of it elsewhere."""
+
+    left: int  # pixels of the image
+    top: int
+    mask: np.ndarray  # bool [h, w]
 
 
 def decode_vectors(vectors: np.ndarray, side: int) -> np.ndarray:
@@ -38,19 +47,25 @@ def zigzag(side: int) -> np.ndarray:
 
 
 def paste_squares(squares: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Draw squares [n, S, S] into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W].
+    """Draw squares [n, S, S] into boxes [n, 4] (xyxy, pixels) of an image: bool [n, H, W]."""
+    # Column by column in memory, the order of COCO's run lengths.
+    pasted = np.zeros((len(squares), *size[::-1]), bool).transpose(0, 2, 1)
+    for image, square, box in zip(pasted, squares, boxes, strict=True):
+        left, top, mask = patch_of(square, box, size)
+        image[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return pasted
+
+
+def patch_of(square: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> Patch:
+    """Stretch a square [S, S] to a box [4] (xyxy, pixels) of an image of `size` (height, width).
 
     Interpolates linearly and crops to the image.
     """
-    # Column by column in memory, the order of COCO's run lengths.
-    pasted = np.zeros((len(squares), *size[::-1]), bool).transpose(0, 2, 1)
-    for image, square, box in zip(pasted, squares.astype(np.float32), boxes.tolist(), strict=True):
-        left, top, right, bottom = box
-        rows, columns = _pixels_within(top, bottom, size[0]), _pixels_within(left, right, size[1])
-        drawn = _stretched(square, top, bottom, rows)  # [rows, S]
-        drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
-        image[rows.start : rows.stop, columns.start : columns.stop] = (drawn >= 0.5).T
-    return pasted
+    left, top, right, bottom = box.tolist()
+    rows, columns = _pixels_within(top, bottom, size[0]), _pixels_within(left, right, size[1])
+    drawn = _stretched(square.astype(np.float32), top, bottom, rows)  # [rows, S]
+    drawn = _stretched(drawn.T, left, right, columns)  # [columns, rows]
+    return Patch(columns.start, rows.start, (drawn >= 0.5).T)
 
 
 def _pixels_within(low: float, high: float, length: int) -> range:

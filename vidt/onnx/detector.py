@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 from vidt.images.canvas import canvas_of, fitted_shape, framed
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import (
@@ -29,7 +29,7 @@ from vidt.images.inputs import (
     rows_of,
     source_of,
 )
-from vidt.images.mask_drawing import decode_vectors, paste_squares
+from vidt.images.mask_drawing import Patch, decode_vectors, paste_squares, patch_of
 from vidt.predict.exchange import as_coco, as_pandas, as_supervision
 from vidt.predict.selection import least_scores, select
 from vidt.predict.tiles import OVERLAP, check_tile, tiled
@@ -51,6 +51,7 @@ class OnnxInfo:
     mask_side: int  # of the square that a mask vector encodes
     # The best score threshold of each class, see `WeightsInfo`; older models have none.
     thresholds: tuple[float | None, ...] = ()
+    category_ids: tuple[int, ...] = ()  # of the training data, [K]; older models have none
 
     @classmethod
     def of(cls, metadata: dict[str, str], source: object) -> "OnnxInfo":
@@ -60,11 +61,13 @@ class OnnxInfo:
                 f"{source} is an ONNX model but not one of ours ({FORMAT}); make one by vidt export"
             )
         try:
-            given = {"thresholds": "[]"} | metadata
+            given = {"thresholds": "[]", "category_ids": "[]"} | metadata
             values = {name: json.loads(given[name]) for name in cls.__dataclass_fields__}
             names, frame = tuple(values.pop("class_names")), tuple(values.pop("frame"))
-            values["thresholds"] = tuple(values["thresholds"])
+            for name in ("thresholds", "category_ids"):
+                values[name] = tuple(values[name])
             require_thresholds(values["thresholds"], names)
+            _require_ids(values["category_ids"], names)
             info = cls(class_names=names, frame=frame, **values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
@@ -116,8 +119,15 @@ class OnnxDetections:
             self.labels.tolist(),
             self.scores.tolist(),
             self.class_names,
-            self.masks,
+            None if self.mask_vectors is None else self._patch,
         )
+
+    def _patch(self, row: int) -> Patch:
+        """The mask of one detection."""
+        assert self.mask_vectors is not None
+        (square,) = decode_vectors(self.mask_vectors[row : row + 1], self.mask_side)
+        box = (self.boxes if self.mask_boxes is None else self.mask_boxes)[row]
+        return patch_of(square, box, self.size)
 
     def above(self, threshold: float) -> "OnnxDetections":
         """The detections that score at least `threshold`."""
@@ -212,6 +222,11 @@ class OnnxDetector:
         self.output_shapes: dict[str, list[Any]] = {each.name: each.shape for each in outputs}
         batch = inputs["images"][0]  # a name if the batch is dynamic
         self.batch: int | None = batch if isinstance(batch, int) else None
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The category ids of the training data, [K]; label + 1 if they are unknown."""
+        return self.info.category_ids or tuple(range(1, len(self.class_names) + 1))
 
     def predict(
         self,
@@ -317,6 +332,14 @@ class OnnxDetector:
         taken = {name: feeds[name] for name in self.input_names}
         outputs = dict(zip(self.output_shapes, self._session.run(None, taken), strict=True))
         return self.detections(outputs, feeds["sizes"], sources)
+
+
+def _require_ids(ids: Sequence[Any], class_names: Sequence[str]) -> None:
+    """Raises ValueError unless there is an integer for each class, or none at all."""
+    if ids and len(ids) != len(class_names):
+        raise ValueError(f"it has {len(ids)} category ids for {len(class_names)} classes")
+    if not all(type(each) is int for each in ids):
+        raise ValueError(f"category ids are {shown(ids)}; they must be integers")
 
 
 def _session(path: Path, device: str, threads: int | None) -> Any:

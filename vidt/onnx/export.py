@@ -160,10 +160,10 @@ def export(
     `images` or of the dataset, without either a square of the evaluation size. dynamic: ("batch",)
     for a model with any batch size. half: half precision where it costs little accuracy.
     with_decode: the model returns boxes, scores and labels instead of the detector's outputs.
-    images: pictures to compare on; none: some are drawn. dataset_for: called with the class names
-    before the export; returns the dataset on which map50 of both detectors is compared. inputs: a
-    file for what `prove` needs: the model's inputs of the dataset, or else of the pictures. tell:
-    called as each stage begins, with a text for people.
+    images: pictures to compare on, turned as their EXIF says; none: some are drawn. dataset_for:
+    called with the class names before the export; returns the dataset on which map50 of both
+    detectors is compared. inputs: a file for what `prove` needs: the model's inputs of the dataset,
+    or else of the pictures. tell: called as each stage begins, with a text for people.
 
     `output` is written atomically. Raises UserError in one line for weights that cannot be read, an
     invalid size or axis, and a dataset without the detector's classes; OSError in one line for a
@@ -175,8 +175,7 @@ def export(
     predictor = Predictor(model, info)
     dataset = dataset_for(info.class_names) if dataset_for else None
     pictures = _Pictures(images)
-    files = images or (dataset.files if dataset else ())
-    frame = size or _common_canvas(files, predictor)
+    frame = size or _common_canvas(_sizes(dataset, images), predictor)
     tell(f"exporting the graph for images of {frame[0]} x {frame[1]}")
     graph = make_graph(
         ExportedDetector(predictor.model, info.preprocessing, decode=with_decode),
@@ -303,7 +302,7 @@ class _Pictures:
         if self.sizes:
             return map(read_image, self.files, self.sizes)
         if self.files:
-            return map(read_image, self.files)
+            return (read_image(file, exif=True) for file in self.files)  # as in prediction
         return map(_drawn, range(NUM_DRAWN))
 
 
@@ -315,9 +314,16 @@ def _drawn(seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _common_canvas(files: Sequence[Path], predictor: Predictor) -> tuple[int, int]:
+def _sizes(dataset: ScoredImages | None, files: Sequence[Path]) -> Iterable[tuple[int, int]]:
+    """The sizes of the given files as prediction reads them, or else those of the dataset."""
+    if dataset and not files:
+        return dataset.sizes
+    return (probe_image(file).shown_size for file in files)
+
+
+def _common_canvas(sizes: Iterable[tuple[int, int]], predictor: Predictor) -> tuple[int, int]:
     preprocessing = predictor.preprocessing
-    canvases = Counter(preprocessing.canvas(*probe_image(file).size) for file in files)
+    canvases = Counter(preprocessing.canvas(*size) for size in sizes)
     square = whole_granules(preprocessing.eval_size)
     return max(canvases, key=lambda canvas: canvases[canvas], default=(square, square))
 

@@ -139,6 +139,7 @@ def metadata_of(
         decoding="best_class" if config.method == WITHOUT_NECK else "top_k",
         mask_side=config.gt_mask_len,
         thresholds=info.thresholds,
+        category_ids=info.category_ids,
     )
     values: dict[str, Any] = dataclasses.asdict(needed) | {
         "config": dataclasses.asdict(config),

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from vidt.images.drawing import draw_detections
 from vidt.images.inputs import ImageLike, picture_of, rows_of
-from vidt.images.mask_drawing import decode_vectors, paste_squares
+from vidt.images.mask_drawing import Patch, decode_vectors, paste_squares, patch_of
 from vidt.model.config import WITHOUT_NECK, ViDTConfig
 from vidt.model.without_neck import decode_best_class
 from vidt.predict.exchange import as_coco, as_pandas, as_supervision
@@ -69,15 +69,23 @@ class Detections:
         Raises UserError if there is no source image and none is given, `UnreadableImage` if its
         file can no longer be read.
         """
-        own, masks = self.cpu(), self.masks
+        own = self.cpu()
         return draw_detections(
             picture_of(self.source, image),
             own.boxes.float().numpy(),
             own.labels.tolist(),
             own.scores.tolist(),
             self.class_names,
-            None if masks is None else masks.cpu().numpy(),
+            None if self.mask_vectors is None else own._patch,
         )
+
+    def _patch(self, row: int) -> Patch:
+        """The mask of one detection."""
+        masks = self.mask_vectors
+        assert masks is not None
+        (square,) = decode_vectors(_as_array(masks.vectors[row : row + 1]), masks.side)
+        box = (self.boxes if masks.boxes is None else masks.boxes)[row]
+        return patch_of(square, _as_array(box), masks.size)
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections` with boxes, masks if there are any, scores, labels and names.

@@ -31,7 +31,6 @@ from vidt.predict.detections import Detections, copy_to_cpu, decode_for
 from vidt.predict.selection import least_scores, select
 from vidt.predict.tiles import OVERLAP, check_tile, tiled
 from vidt.weights.checkpoint import load_model
-from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 from vidt.weights.weights_file import WeightsInfo
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,11 +93,7 @@ class Predictor:
     @property
     def category_ids(self) -> tuple[int, ...]:
         """The category ids of the training data, [K]; label + 1 if they are unknown."""
-        if len(self.class_names) == NUM_COCO_ROWS and self.class_names == coco_rows():
-            return tuple(range(NUM_COCO_ROWS))
-        ids = self.info.training.get("category_ids", ())
-        counted = tuple(range(1, len(self.class_names) + 1))
-        return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted
+        return self.info.category_ids
 
     @classmethod
     def from_checkpoint(

@@ -145,11 +145,14 @@ def merge(
     cut = _cut_sides(boxes, tiles, plan.size)
     ranked = np.argsort(-scores, kind="stable")
     ranked = ranked[~_seen_better(boxes, owner, plan)[ranked]]
+    overlap = _overlapping(plan.boxes)
     kept = [ranked[:0]]
     for label in np.unique(labels):
         rows = ranked[labels[ranked] == label]
-        columns = (column[rows] for column in (boxes, tiles, owner, scores, cut))
-        stays, boxes[rows] = _merge_class(_Ranked(*columns))
+        own = owner[rows]
+        near = {tile: np.flatnonzero(overlap[tile][own]) for tile in np.unique(own)}
+        found = _Ranked(boxes[rows], tiles[rows], own, scores[rows], cut[rows], near)
+        stays, boxes[rows] = _merge_class(found)
         kept.append(rows[stays])
     rows = np.concatenate(kept)
     rows = rows[np.argsort(-scores[rows], kind="stable")]
@@ -164,6 +167,7 @@ class _Ranked(NamedTuple):
     owner: np.ndarray  # int64 [N], the number of the tile
     scores: np.ndarray  # [N]
     cut: np.ndarray  # bool [N, 4]
+    near: dict[int, np.ndarray]  # by tile, the rows in it and in the tiles that overlap it
 
 
 def _merge_class(found: _Ranked) -> tuple[np.ndarray, np.ndarray]:
@@ -182,8 +186,11 @@ def _absorb(head: int, found: _Ranked, free: np.ndarray) -> np.ndarray:
     free[head] = False
     box, group = found.boxes[head], [head]
     for one in group:  # grows meanwhile
-        near = _touching(found.boxes, found.boxes[one]) & free & (found.owner != found.owner[head])
-        others = np.flatnonzero(near)
+        others = found.near[found.owner[one]]
+        others = others[free[others] & (found.owner[others] != found.owner[head])]
+        others = others[_touching(found.boxes[others], found.boxes[one])]
+        if not len(others):
+            continue
         same = others[_agreement(one, others, found) >= MIN_AGREEMENT]
         free[same] = False
         strong = same[found.scores[same] >= MIN_SUPPORT * found.scores[head]]
@@ -193,6 +200,11 @@ def _absorb(head: int, found: _Ranked, free: np.ndarray) -> np.ndarray:
             further = np.concatenate([np.minimum(box[:2], low), np.maximum(box[2:], high)])
             box = np.where(found.cut[head], further, box)
     return box
+
+
+def _overlapping(tiles: np.ndarray) -> np.ndarray:
+    """bool [T, T]: which tiles [T, 4] share pixels. Detections in others cannot agree."""
+    return np.array([_touching(tiles, tile) for tile in tiles])
 
 
 def _touching(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:

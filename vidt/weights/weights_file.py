@@ -26,6 +26,7 @@ from vidt.errors import UserError, shown
 from vidt.images.inputs import require_thresholds
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.config import ViDTConfig
+from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 
 FORMAT = "vidt-weights-1"
 LARGEST_SIZE = 16_384  # of eval_size, pixels
@@ -47,11 +48,20 @@ class WeightsInfo:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     metrics: dict[str, float] = field(default_factory=dict)
-    # How it was trained. `Predictor.category_ids` reads `category_ids`; the rest is for people.
+    # How it was trained. `category_ids` below reads an entry; the rest is for people.
     training: dict[str, Any] = field(default_factory=dict)
     # The score threshold of each class with the highest F1 in the evaluation of these weights, [K];
     # None for a class without a correct detection. Empty in older files.
     thresholds: tuple[float | None, ...] = ()
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The category ids of the training data, [K]; label + 1 if they are unknown."""
+        if len(self.class_names) == NUM_COCO_ROWS and self.class_names == coco_rows():
+            return tuple(range(NUM_COCO_ROWS))
+        ids = self.training.get("category_ids", ())
+        counted = tuple(range(1, len(self.class_names) + 1))
+        return tuple(ids) if len(ids) == len(counted) and min(ids) >= 0 else counted
 
 
 @dataclass(frozen=True)
