@@ -388,7 +388,7 @@ class PredictionWriter:
         undrawn = ""
         try:
             self._draw(predicted, path)
-        except Exception as error:  # one picture is no reason to lose the others
+        except (OSError, ValueError) as error:  # no reason to lose the other pictures
             undrawn = f"{predicted.file.path}: {shown(str(error) or type(error).__name__, 200)}"
         return replace(  # picture and detections hold the image
             predicted, picture=None, detections=None, undrawn=undrawn
