@@ -103,12 +103,13 @@ class SetCriterion(nn.Module):
         """
         stack = stacked(prediction_levels(outputs))
         groups = outputs.get("group_outputs", [])
-        stacks = [stack]
+        own = (stack["pred_logits"], stack["pred_boxes"])
         if groups:
-            stacks.append(stacked([level for group in groups for level in group]))
-        matches, *of_groups = self.matcher.each(
-            [(each["pred_logits"], each["pred_boxes"]) for each in stacks], targets
-        )
+            in_groups = stacked([level for group in groups for level in group])
+            theirs = (in_groups["pred_logits"], in_groups["pred_boxes"])
+            matches, of_groups = self.matcher.each([own, theirs], targets)
+        else:
+            matches = self.matcher(*own, targets)
         sums = self._sums(stack, matches, targets)
         if "pred_ious" in stack:
             sums["iouaware"] = self._iou_sums(stack, matches, targets)
@@ -127,7 +128,7 @@ class SetCriterion(nn.Module):
         if "denoising_outputs" in outputs:
             terms |= self._denoising(stacked(outputs["denoising_outputs"]), targets, num_boxes)
         if groups:
-            terms |= self._groups(stacks[1], of_groups[0], targets, len(groups) * num_boxes)
+            terms |= self._groups(in_groups, of_groups, targets, len(groups) * num_boxes)
         return terms
 
     def match(self, outputs: dict, targets: Targets) -> Matches:
