@@ -558,7 +558,8 @@ def test_names_do_not_command_the_terminal(tmp_path: Path, capsys: Text) -> None
     assert finding.line() == "\\x1b[31mred\\x07.png: two\\nlines"
     assert main(["check", "--coco_path", f"{tmp_path}/{RED}\nerror: all is well"]) == 2
     assert "\\x1b[31mred\\x07" in one_error(capsys)
-    assert main_here(["--coco_path", f"{tmp_path}/{RED}\nerror: all is well"]) == 2
+    folder = ["--output_dir", str(tmp_path / "out")]
+    assert main_here(["--coco_path", f"{tmp_path}/{RED}\nerror: all is well", *folder]) == 2
     assert "\\x1b[31mred\\x07\\nerror: all is well" in one_error(capsys)
     assert main_here(["--epochs", RED]) == 2
     assert "\\x1b[31mred" in one_error(capsys)
