@@ -162,6 +162,25 @@ def test_yolo_files(learnt: Learnt, photos: Path, tmp_path: Path) -> None:
     assert all(0 <= float(value) <= 1 for row in rows for value in row[1:])
 
 
+def test_yolo_files_replace_no_annotations(
+    learnt: Learnt, photos: Path, tmp_path: Path, capsys: Output
+) -> None:
+    words = ("predict", learnt.weights, photos, "--yolo", "--out", tmp_path, "--no_pictures")
+    ok(*words)
+    ok(*words)  # predictions of before are replaced
+    label = min((tmp_path / "labels").iterdir())
+    for annotation in ("0 0.5 0.5 0.1 0.1\n", "0 0.1 0.1 0.9 0.1 0.5 0.9\n"):
+        label.write_text(annotation)
+        assert main([str(word) for word in words]) == 2
+        assert f"error: {label} is an annotation" in capsys.readouterr().err
+        assert label.read_text() == annotation
+    label.unlink()
+    (tmp_path / "classes.txt").write_text("dog\n")
+    assert main([str(word) for word in words]) == 2
+    assert "classes.txt lists other classes" in capsys.readouterr().err
+    assert (tmp_path / "classes.txt").read_text() == "dog\n" and not label.exists()
+
+
 def test_standard_input_patterns_and_twins(
     learnt: Learnt, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:

@@ -95,6 +95,7 @@ seconds since the first frame. Ctrl-C finishes the files.
 Labels of a.jpg and a.png are called a.jpg.txt and a.png.txt. If two images would still share a
 file, the later one's gets a number, a-2.png. So does a drawing that would replace an image of the
 command or, if any of these lies in DIR, another picture there; a video asks for another folder.
+--yolo never replaces labels without scores, which are annotations, nor a classes.txt that differs.
 
 exit code: 0 done, 1 no image or video could be used, 2 a mistake that the line "error: ..." names,
 130 and 143 stopped by Ctrl-C and SIGTERM; finished results are written.
@@ -461,10 +462,23 @@ class PredictionWriter:
 
     def _write_labels(self, path: Path, found: ImagePredictions) -> None:
         assert self.out is not None
-        write_result(path, yolo_text(found).encode())
         if self.images == 1:
-            names = "".join(f"{name}\n" for name in self.names)
-            write_result(self.out / "classes.txt", names.encode("utf-8", "backslashreplace"))
+            classes = self.out / "classes.txt"
+            names = "".join(f"{name}\n" for name in self.names).encode("utf-8", "backslashreplace")
+            if classes.exists() and classes.read_bytes() != names:
+                raise UserError(f"{classes} lists other classes; name another folder by --out")
+            write_result(classes, names)
+        if path.exists() and not is_prediction(path):
+            raise UserError(f"{path} is an annotation; name another folder by --out")
+        write_result(path, yolo_text(found).encode())
+
+
+def is_prediction(path: Path) -> bool:
+    """Whether the first line of a YOLO label file ends with a score, as ours do, or the file is
+    empty. Annotations of boxes have five numbers, those of polygons an odd number.
+    """
+    with path.open("rb") as file:
+        return len(file.readline(1000).split()) in (0, 6)
 
 
 def format_of(kind: str | None, detector: Any, given: Any) -> Format | None:
