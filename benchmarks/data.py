@@ -38,7 +38,9 @@ from trainer.data.loader import (
 )
 from trainer.data.order import Key
 from trainer.readers.samples import Sample, SampleTable
-from trainer.settings.config import ConfigError, HelpRequested, TrainConfig, parse
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import ConfigError, HelpRequested
+from trainer.settings.parsing import parse
 from vidt.images.files import probe_image
 from vidt.images.preprocessing import Preprocessing
 

@@ -34,7 +34,8 @@ from trainer.data.loader import DetectionDataset
 from trainer.data.order import Key
 from trainer.readers.masks import encode
 from trainer.readers.samples import Sample, SampleTable
-from trainer.settings.config import STRONG_PARTS, TrainConfig
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import STRONG_PARTS
 from vidt.images.preprocessing import Preprocessing
 
 PHOTOGRAPH = (480, 640)  # height, width: the most common ones in COCO

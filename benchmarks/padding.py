@@ -18,7 +18,9 @@ from trainer.augmentation.recipe import Augmentation
 from trainer.data.loader import DetectionDataset, random_of, training_loader
 from trainer.data.order import Key, steps_per_epoch
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import ConfigError, HelpRequested, TrainConfig, parse
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import ConfigError, HelpRequested
+from trainer.settings.parsing import parse
 from vidt.images.preprocessing import Preprocessing
 
 LAYOUTS = ((1, 2), (2, 2), (8, 2), (1, 16))  # processes, images per process and step

@@ -77,7 +77,7 @@ def ours(data: list[str], seconds: float, seed: int, threads: int, more: list[st
 
 def yolos(data: list[str], seconds: float, seed: int, threads: int, given: Any) -> str:
     from trainer.data.load import read_datasets
-    from trainer.settings.config import parse
+    from trainer.settings.parsing import parse
 
     config, _ = parse(data)
     train, val, _ = read_datasets(config, num_queries=10_000, num_classes=None)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "vidt": "errors atomic arguments downloads ops images model losses weights convert predict "
     "onnx loading",
-    "trainer": "settings readers augmentation data backward loop scoring report train from_python "
-    "commands",
+    "trainer": "settings readers augmentation data backward loop scoring report evaluate_and_save "
+    "train from_python commands",
     "ymir_adapter": "protocol dataset launch tasks sandbox __main__",
 }
 # People look for `vidt.train`, which imports the trainer when it is used, not before.

@@ -40,7 +40,7 @@ from trainer.loop.run_lock import NAME, held, only_run_in
 from trainer.readers.findings import Finding, read_findings, write_findings
 from trainer.report.console import score_table
 from trainer.scoring.prediction_formats import csv_format
-from trainer.settings.config import parse
+from trainer.settings.parsing import parse
 from trainer.settings.yaml_text import MOST_BYTES, BadYAML, load_yaml
 from vidt.atomic import atomic_write, remove_leftovers, unfinished
 from vidt.errors import UserError, escaped, printable, shown
@@ -500,6 +500,7 @@ sys.exit(main_here(words))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1, 9])
 def test_events_on_a_full_disk_are_told_in_one_line(
     tiny_data: Path, room: Path, before: int
@@ -533,6 +534,7 @@ sys.exit(main_here(words))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_loop(
     tiny_data: Path, room: Path, signum: signal.Signals, code: int

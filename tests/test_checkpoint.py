@@ -25,8 +25,9 @@ import vidt
 from trainer.commands.command_line import main
 from trainer.loop.agreement import Agreement
 from trainer.loop.start import load_start, require_files
-from trainer.settings.config import TrainConfig, parse
+from trainer.settings.config import TrainConfig
 from trainer.settings.flags import ConfigError
+from trainer.settings.parsing import parse
 from vidt import ViDT, ViDTConfig
 from vidt.downloads import SameSchemes
 from vidt.images.preprocessing import Preprocessing

@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.settings.config import (
-    AUTO,
-    TrainConfig,
-    help_text,
-    parse,
-    parse_or_exit,
-    resolved,
-    write_yaml,
-)
+from trainer.settings.config import TrainConfig
 from trainer.settings.flags import ConfigError, HelpRequested, read_flags, settings_of
+from trainer.settings.limits import AUTO
 from trainer.settings.other_names import ELSEWHERE
+from trainer.settings.parsing import help_text, parse, parse_or_exit, resolved, write_yaml
 from vidt.model.vidt import ViDTConfig
 
 COCO = ["--dataset_file", "coco", "--coco_path", "somewhere"]

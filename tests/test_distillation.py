@@ -148,6 +148,7 @@ def losses(into: list[float]) -> Callable[[Progress], None]:
     return report
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_a_resumed_run_is_the_same(learnt: Learnt, room: Path) -> None:
     flags = (
         f"--distil_model_path {learnt.weights} --lr 1e-3 --clip_max_norm 1 --warmup_steps 0 "

@@ -36,8 +36,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from trainer import from_python
 from trainer.commands import command_line, predict
 from trainer.from_python import train as train_from_python
-from trainer.settings.config import parse
 from trainer.settings.flags import HelpRequested
+from trainer.settings.parsing import parse
 from vidt import convert
 from vidt.arguments import plain
 from ymir_adapter.sandbox import __main__ as sandbox
@@ -70,7 +70,10 @@ REAL = {
 EXPORTS = (
     "exporting.md"  # an export takes ten seconds: other pages' exports must be among its commands
 )
-LONG = (EXPORTS, "README.md", "training-on-your-data.md", "first-day.md")
+LONG = (
+    *(EXPORTS, "README.md", "training-on-your-data.md", "first-day.md"),
+    *("predicting.md", "fine-tuning.md", "many-gpus.md"),
+)
 SLOW = pytest.mark.slow
 # Two launchers play two machines, in a test of their own.
 TWO_MACHINES = "two-machines.yaml"

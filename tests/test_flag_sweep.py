@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from trainer.commands.command_line import COMMANDS, subcommand
-from trainer.settings.config import _MODEL, _TRAIN, TrainConfig, parse
+from trainer.settings.config import TrainConfig
 from trainer.settings.flags import Setting
+from trainer.settings.parsing import _MODEL, _TRAIN, parse
 from vidt.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,9 @@ from trainer.backward.memory import checkpoint_activations, missing_moments
 from trainer.loop import resume
 from trainer.loop.optim import make_optimizer
 from trainer.loop.stopping import Stopped
-from trainer.settings.config import TrainConfig, parse
+from trainer.settings.config import TrainConfig
 from trainer.settings.flags import ConfigError
+from trainer.settings.parsing import parse
 from vidt.losses.criterion import criterion_for
 from vidt.model.vidt import ViDTConfig, build_detector
 

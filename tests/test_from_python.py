@@ -66,6 +66,7 @@ def test_a_mistake_is_one_error_and_the_process_lives(
     assert not AcceleratorState._shared_state
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_process(
     tiny_data: Path, room: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_two_runs_of_one_process(
     assert resumed.detector(device="cpu").class_names == first.detector(device="cpu").class_names
 
 
+@pytest.mark.slow
 def test_the_same_run_as_on_the_command_line(tiny_data: Path, room: Path) -> None:
     tiny(tiny_data, room / "python")
     assert main_here(argv(tiny_data, room / "shell", "--max_steps 1 --preset auto")) == 0

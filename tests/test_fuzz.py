@@ -28,7 +28,7 @@ from trainer.readers.coco import read_coco
 from trainer.readers.voc import read_voc
 from trainer.readers.yolo import read_yolo
 from trainer.report.progress import CsvLog, Progress
-from trainer.settings.config import parse
+from trainer.settings.parsing import parse
 from vidt.errors import UserError
 from vidt.images.files import probe_image, read_image
 from vidt.weights.checkpoint import load_model

@@ -274,6 +274,7 @@ def test_no_addresses(source: str) -> None:
         local_weights(source)
 
 
+@pytest.mark.slow
 def test_the_environment_alone_sets_it_up(hub: Hub, weights: Path, tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_TOKEN and HF_HOME, as a user sets them."""
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}

@@ -397,6 +397,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     assert f"--cache_images {room}/file/cache: Not a directory" in line
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_run_does_not_depend_on_what_is_cached(
     room: Path, caplog: pytest.LogCaptureFixture

@@ -15,7 +15,8 @@ from tiny_runs import cpu, tables
 import vidt
 from trainer.loop.resume import changed_settings, find
 from trainer.report.progress import Progress
-from trainer.settings.config import TrainConfig, parse, resolved
+from trainer.settings.config import TrainConfig
+from trainer.settings.parsing import parse, resolved
 from trainer.train import train
 
 OLDER = Path(__file__).parent / "data/before_rooms"

@@ -28,7 +28,8 @@ from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.optim import make_optimizer
 from trainer.report.progress import Progress
-from trainer.settings.config import TrainConfig, parse
+from trainer.settings.config import TrainConfig
+from trainer.settings.parsing import parse
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT
 from vidt.predict.predictor import is_out_of_memory
@@ -139,6 +140,7 @@ def test_in_the_middle_of_a_run(
     assert len(warnings(caplog)) == 3  # four, four again, then two, then one at a time
 
 
+@pytest.mark.slow
 def test_the_next_process_goes_on_with_the_smaller_micro_batches(
     tiny_data: Path, room: Path, room_for: Callable[..., list[int]]
 ) -> None:

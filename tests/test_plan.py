@@ -14,7 +14,7 @@ from trainer.data.dataset_statistics import crowding, fingerprint_of
 from trainer.data.load import read_datasets, read_parts
 from trainer.loop.start import settled
 from trainer.loop.time_limit import EVALUATING, RESERVE, fitting_length
-from trainer.settings.config import given_settings, parse
+from trainer.settings.parsing import given_settings, parse
 from trainer.settings.plan import Fingerprint, in_words, planned, planned_sizes, repeated
 from trainer.train import main
 from vidt.errors import UserError
@@ -322,6 +322,7 @@ def test_too_little_time() -> None:
         fitting_length(1.0, 2.0, per_epoch=20, step_images=5, val_images=50)
 
 
+@pytest.mark.slow
 def test_a_whole_run_by_hours_and_its_resumption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

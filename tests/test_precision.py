@@ -14,13 +14,16 @@ from test_model import objects, padded_pair
 from tiny_runs import Learnt, cpu, run, settings, swapped, tables
 from torch import Tensor, nn
 
+from trainer import evaluate_and_save
 from trainer import train as trainer_train
 from trainer.loop import set_up
+from trainer.loop.launch import choose_precision, make_accelerator, precision_line
 from trainer.loop.optim import make_ema
-from trainer.loop.set_up import choose_precision, make_accelerator, precision_line
 from trainer.report.progress import Progress
 from trainer.scoring import evaluation
-from trainer.settings.config import ConfigError, TrainConfig, given_settings
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import ConfigError
+from trainer.settings.parsing import given_settings
 from vidt import SetCriterion, ViDT, ViDTConfig
 from vidt.losses.distillation import TokenMatching
 from vidt.ops import deformable_attention
@@ -171,7 +174,7 @@ def test_tf32_is_on_in_training_and_off_in_evaluation(
 ) -> None:
     """cuDNN's attention is off: with a mask its gradients were NaN."""
     seen: dict[str, set[tuple[bool, bool, bool]]] = {"step": set(), "score": set()}
-    step, evaluate = trainer_train.train_step, trainer_train.evaluate
+    step, evaluate = trainer_train.train_step, evaluate_and_save.evaluate
 
     def watched_step(*given, **how):
         seen["step"].add(switches())
@@ -186,7 +189,7 @@ def test_tf32_is_on_in_training_and_off_in_evaluation(
 
     with (
         swapped(trainer_train, "train_step", watched_step),
-        swapped(trainer_train, "evaluate", watched_evaluate),
+        swapped(evaluate_and_save, "evaluate", watched_evaluate),
         # Switches of a GPU, in a run on the CPU, which ignores them.
         swapped(set_up, "prepare_training", partial(on_gpu, prepare_training)),
         swapped(evaluation, "full_float32", partial(on_gpu, full_float32)),

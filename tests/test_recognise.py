@@ -24,7 +24,9 @@ from trainer.loop import resume
 from trainer.readers.coco import coco_folder, read_coco
 from trainer.readers.coco_file import read_coco_file, read_masks
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import ConfigError, TrainConfig, parse
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import ConfigError
+from trainer.settings.parsing import parse
 from vidt.errors import UserError
 
 NAMES = ("cat", "dog")

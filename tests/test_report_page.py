@@ -35,7 +35,7 @@ from trainer.report.page_curves import curves_of
 from trainer.report.page_run import MOST_FINDINGS, finding_groups
 from trainer.report.progress import CsvLog, Progress
 from trainer.report.run_history import RunHistory
-from trainer.settings.config import parse, resolved
+from trainer.settings.parsing import parse, resolved
 from vidt.model.config import ViDTConfig
 
 NAMES = ("cat", "dog", "bird")
@@ -392,6 +392,7 @@ def test_the_page_of_an_evaluation(val: SampleTable, tmp_path: Path) -> None:
     assert f"AP50 {evaluation.metrics['map50']:.3f} validation" in page.words_shown
 
 
+@pytest.mark.slow
 def test_the_command_line_leaves_a_page(learnt: Learnt, room: Path) -> None:
     assert main_here(argv(learnt.data, room, f"--load_from {learnt.weights}")) == 0
     page = Page(room / "report.html")

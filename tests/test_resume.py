@@ -112,6 +112,7 @@ def test_broken_off_and_resumed(
     assert {*first.scores, *second.scores} == {3, 6}
 
 
+@pytest.mark.slow
 def test_a_balanced_run_with_an_automatic_average_is_resumed(
     tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -269,6 +270,7 @@ def test_a_fresh_run_in_a_used_folder(
     assert last_checkpoint(room).name == "step-00000002.1"
 
 
+@pytest.mark.slow
 def test_a_run_set_aside_goes_on_as_if_left_alone(tiny_data: Path, room: Path) -> None:
     flags = "--epochs 2 --dropout 0.1"
     run(tiny_data, room / "alone", flags)

@@ -43,7 +43,9 @@ from trainer.data.order import Key
 from trainer.readers.masks import encode
 from trainer.readers.samples import Sample, SampleTable
 from trainer.report.progress import Progress
-from trainer.settings.config import STRONG_PARTS, ConfigError, parse
+from trainer.settings.flags import ConfigError
+from trainer.settings.limits import STRONG_PARTS
+from trainer.settings.parsing import parse
 from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
 
@@ -430,6 +432,7 @@ def test_a_preview_shows_items_with_their_boxes() -> None:
     assert isinstance(middle, tuple) and middle[2] - middle[0] > 100  # blue, the second colour
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_preview_and_resumes_exactly(
     tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

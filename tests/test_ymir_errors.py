@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.backward.memory import OutOfMemory, more_micro_batches
 from trainer.data.dataset_check import BadDataset
 from trainer.loop.loss_log import NonFiniteLoss
-from trainer.settings.config import parse
+from trainer.settings.parsing import parse
 from vidt.errors import UserError
 from vidt.images.files import UnreadableImage, read_image
 from vidt.weights.checkpoint import load_model
@@ -121,7 +121,7 @@ def test_the_failure_that_names_a_cause_is_reported(tmp_path: Path):
     write_failure(tmp_path, 2, NonFiniteLoss("later"))
     failure = first_failure(tmp_path)
     assert failure is not None and failure.code == Code.CONFIG and "--lr" in failure.message
-    assert "Traceback" in failure.traceback and re.search(r"config\.py", failure.traceback)
+    assert "Traceback" in failure.traceback and re.search(r"parsing\.py", failure.traceback)
 
 
 def test_the_first_failure_of_a_rank_counts(tmp_path: Path):

@@ -84,6 +84,7 @@ def map50_of(document: dict, results: Results) -> float:
     return float(evaluator.stats[1])
 
 
+@pytest.mark.slow
 def test_the_boxes_give_the_score_of_training(learnt: Learnt, tmp_path: Path) -> None:
     """On the pictures that training evaluated and on ones that it never saw."""
     known, unknown = random_pictures(4, seed=0), random_pictures(9, seed=3)

@@ -16,7 +16,7 @@ from test_checkpoint import released_names
 from tiny_runs import ROOT
 from ymir_task import NAMES, PROTOCOLS, Tree, make_tree
 
-from trainer.settings.config import parse, resolved
+from trainer.settings.parsing import parse, resolved
 from vidt.images.preprocessing import Preprocessing
 from vidt.model.vidt import ViDT, ViDTConfig
 from vidt.weights.weights_file import WeightsInfo, save_weights
@@ -383,7 +383,7 @@ def spoken_texts() -> Iterator[str]:
     """Of raise statements and calls of loggers; values in f-strings are "x"."""
     for package in ("trainer", "vidt"):
         for path in (ROOT / package).rglob("*.py"):
-            if path.parent.name == "commands" or path.name in ("convert.py", "launch_check.py"):
+            if path.parent.name == "commands" or path.name in ("convert.py", "launch.py"):
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 is_log = isinstance(node, ast.Call) and "logger." in ast.unparse(node.func)

@@ -274,6 +274,7 @@ def test_a_body_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monke
     assert "pre_trained none" in in_form_words(line) and "--" not in in_form_words(line)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_whatever_the_portions(tmp_path: Path) -> None:
     def full(self: ViDT, *images: object, **more: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

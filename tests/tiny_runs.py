@@ -34,7 +34,8 @@ from trainer.loop.step import agree_on
 from trainer.readers.samples import SampleTable
 from trainer.report.progress import Progress
 from trainer.scoring.evaluation import Evaluation
-from trainer.settings.config import TrainConfig, parse
+from trainer.settings.config import TrainConfig
+from trainer.settings.parsing import parse
 from trainer.train import train
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import criterion_for

@@ -23,9 +23,11 @@ from trainer.loop.stopping import INTERRUPTED, SIGNALS, Stopped, StoppedBySignal
 from trainer.loop.time_limit import count_from_now
 from trainer.report.console import PrintableFormatter
 from trainer.report.page import PAGE_NAME
-from trainer.settings.config import COCO_FILES, PATH_OF, TrainConfig, fixed_settings, parse
+from trainer.settings.config import TrainConfig
 from trainer.settings.flags import settings_of
+from trainer.settings.limits import COCO_FILES, PATH_OF
 from trainer.settings.other_names import ELSEWHERE
+from trainer.settings.parsing import fixed_settings, parse
 from trainer.train import run_from_settings
 from vidt.arguments import nearest
 from vidt.errors import UserError

@@ -8,66 +8,63 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import nn
 
-from trainer.augmentation.preview import PREVIEW_NAME, PREVIEWED, preview
 from trainer.data.dataset_statistics import plan_of, sizes_of_plan
 from trainer.data.load import Datasets, read_and_log_parts, read_parts, read_validation
-from trainer.data.loader import training_order
-from trainer.loop import resume
+from trainer.evaluate_and_save import (
+    announce,
+    begin_folder,
+    end_line,
+    evaluate_and_save,
+    evaluate_test,
+    save_checkpoint,
+    start_line,
+)
 from trainer.loop.agreement import Agreement
-from trainer.loop.clock import training_record
-from trainer.loop.launch_check import refuse_silent_cpu, refuse_split_models, require_processes
+from trainer.loop.launch import (
+    make_accelerator,
+    precision_line,
+    refuse_silent_cpu,
+    refuse_split_models,
+    require_processes,
+)
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
 from trainer.loop.run_lock import only_run_in
-from trainer.loop.set_up import Run, make_accelerator, precision_line, set_up
+from trainer.loop.set_up import set_up
 from trainer.loop.start import load_detector, require_files, settled
 from trainer.loop.step import check_readable, report_wait, train_step
 from trainer.loop.stopping import INTERRUPTED, Stopped, StopRequest, sigterm_interrupts
 from trainer.readers.findings import format_findings
 from trainer.readers.samples import SampleTable
-from trainer.report.console import Console, PrintableFormatter, score, score_table
+from trainer.report.console import Console, PrintableFormatter, score_table
 from trainer.report.page import PAGE_NAME, page_of_training, write_evaluation_page
-from trainer.report.pictures import compare, comparisons, save_picture, truth_beside_prediction
 from trainer.report.progress import (
     TENSORBOARD,
     CsvLog,
-    Event,
-    Progress,
     Report,
     TensorBoard,
     Trackers,
     fan_out,
     require_trackers,
 )
-from trainer.report.worst_pictures import worst_pictures
-from trainer.scoring.evaluation import Evaluation, evaluate
-from trainer.settings.config import (
-    WEIGHTS_OWN,
-    TrainConfig,
-    fixed_settings,
-    parse_or_exit,
-    resolved,
-    write_yaml,
-)
+from trainer.scoring.evaluation import evaluate
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import WEIGHTS_OWN
+from trainer.settings.parsing import fixed_settings, parse_or_exit, resolved
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
-from vidt.weights.weights_file import WeightsInfo, save_weights
 
 logger = get_logger(__name__)
-
-Say: TypeAlias = Callable[..., None]  # `announce` for a given run and report
 
 
 def train(
@@ -152,194 +149,6 @@ def _train(
     metrics = {**best, "best_epoch": float(clock.epoch(state.best_step))}
     say("end", metrics, fraction=1.0, weights=output / "best.safetensors", message=end_line(run))
     return best
-
-
-def begin_folder(run: Run, model_fields: Mapping[str, Any], class_names: Sequence[str]) -> None:
-    """Writes what the folder has from the start on, and removes what is left of earlier starts."""
-    output = Path(run.config.output_dir)
-    resume.sweep(output / resume.CHECKPOINTS)
-    write_yaml(output / "config.yaml", run.config, model_fields)
-    (output / resume.NON_FINITE).unlink(missing_ok=True)
-    for name in () if run.state.step else resume.NOT_OF_EVERY_RUN:
-        (output / name).unlink(missing_ok=True)
-    save_preview(run, class_names)
-
-
-def save_preview(run: Run, class_names: Sequence[str]) -> None:
-    """Draws the images of the first steps of this start, if any strong part of the augmentation is
-    on or --preview asks for it.
-    """
-    config, dataset, clock = run.config, run.dataset, run.clock
-    steps = range(run.state.step, clock.total_steps)
-    if not steps or not (dataset.augmentation.strong.on or config.preview):
-        return
-    order = training_order(dataset, config, clock.step_images, clock.step_images, steps)
-    keys = islice(chain.from_iterable(order), PREVIEWED)
-    picture = preview((dataset[key] for key in keys), class_names)
-    for folder in {Path(config.output_dir), Path(config.preview or config.output_dir)}:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_picture(picture, folder / PREVIEW_NAME)
-        logger.info(f"the first augmented images: {folder / PREVIEW_NAME}")
-
-
-def announce(
-    run: Run, report: Report, event: Event, metrics: Mapping[str, float] | None = None, **more: Any
-) -> None:
-    """Reports an event of the run, on the main process only."""
-    if run.accelerator.is_main_process:
-        state, clock = run.state, run.clock
-        moment = {
-            "fraction": clock.fraction(state.step, float(state.evaluated_step == state.step)),
-            "epoch": clock.epoch(state.step),
-            "step": state.step,
-            "total_steps": clock.total_steps,
-            "total_epochs": run.config.epochs,
-            "metrics": metrics or {},
-        }
-        report(Progress(event=event, **{**moment, **more}))
-
-
-def evaluate_and_save(
-    run: Run,
-    train_set: SampleTable,
-    val_set: SampleTable,
-    say: Say,
-    stop: StopRequest,
-) -> None:
-    """Does what is due after `run.state.step` steps: an evaluation, after which it saves the
-    weights, and a checkpoint. Raises Stopped if a signal interrupts the evaluation.
-    """
-    state, config = run.state, run.config
-    if run.clock.evaluation_due(state.step) and state.evaluated_step != state.step:
-        say("evaluating")
-        evaluation = evaluate_in(
-            run,
-            run.evaluated_model,
-            val_set,
-            tick=lambda done: say("evaluating", fraction=run.clock.fraction(state.step, done)),
-            stop=stop,
-        )
-        best = state.note_evaluation(evaluation.metrics)
-        state.stopped_early = state.stops_early(config.patience)
-        if run.accelerator.is_main_process:
-            save_evaluation(run, train_set, val_set, evaluation, best, say)
-    over = state.stopped_early or state.step >= run.clock.total_steps
-    if state.saved_step != state.step and (over or run.clock.save_due(state.step, config)):
-        state.saved_step = state.step  # first, because the checkpoint records it
-        save_checkpoint(run, say)
-
-
-def evaluate_in(
-    run: Run,
-    model: nn.Module,
-    samples: SampleTable,
-    *,
-    tick: Callable[[float], None],
-    stop: StopRequest,
-) -> Evaluation:
-    """`evaluate` with the settings of the run. Raises Stopped if a signal interrupts it."""
-    config = run.config
-    return evaluate(
-        model,
-        samples,
-        run.dataset.preprocessing,
-        run.accelerator,
-        run.agreement,
-        batch_size=config.eval_batch_size or config.batch_size,
-        num_workers=config.num_workers,
-        tick=tick,
-        stop=lambda: stop.signum,
-    )
-
-
-def save_evaluation(
-    run: Run,
-    train_set: SampleTable,
-    val_set: SampleTable,
-    evaluation: Evaluation,
-    best: bool,
-    say: Say,
-) -> None:
-    """Saves and reports the weights that were evaluated, and pictures of their predictions."""
-    output, class_names = Path(run.config.output_dir), train_set.class_names
-    weights = run.evaluated_model.state_dict()
-    record = training_record(run.config, train_set, val_set, run.clock, run.state.step)
-    preprocessing = run.dataset.preprocessing
-    thresholds = evaluation.diagnosis.thresholds
-    info = WeightsInfo(
-        run.model_config, class_names, preprocessing, evaluation.metrics, record, thresholds
-    )
-    save_weights(output / "last.safetensors", weights, info)
-    if best:
-        save_weights(output / "best.safetensors", weights, info)
-    pairs = comparisons(val_set, evaluation.detections, evaluation.masks)
-    pictures = [compare(pair, class_names) for pair in pairs]
-    if pairs:
-        overview = truth_beside_prediction(pairs, class_names, pictures)
-        save_picture(overview, output / "predictions.jpg")
-    unread = counted(evaluation.unreadable, "validation image")
-    say(
-        "evaluation",
-        evaluation.metrics,
-        weights=output / "last.safetensors",
-        best=best,
-        pictures=pictures,
-        diagnosis=evaluation.diagnosis,
-        worst=worst_pictures(val_set, evaluation.diagnosis.worst),
-        message=f"{unread} can no longer be read: no detections" if evaluation.unreadable else "",
-    )
-
-
-def evaluate_test(run: Run, test_set: SampleTable, say: Say, stop: StopRequest) -> dict[str, float]:
-    """Evaluates the best weights on the test part, writes `test.json` and returns the metrics, as
-    `test_map50` and so on. Raises Stopped if a signal interrupts it.
-    """
-    output = Path(run.config.output_dir)
-    model, _ = load_detector(str(output / resume.BEST), run.agreement)
-    evaluation = evaluate_in(
-        run,
-        run.accelerator.prepare_model(model, evaluation_mode=True),
-        test_set,
-        tick=lambda done: say("evaluating"),
-        stop=stop,
-    )
-    metrics = {f"test_{name}": value for name, value in evaluation.metrics.items()}
-    if run.accelerator.is_main_process:
-        atomic_write(output / resume.TEST, json.dumps(metrics, indent=1).encode())
-        numbers = ", ".join(f"{name} {score(metrics[name])}" for name in ("test_map50", "test_map"))
-        images = counted(len(test_set), "image")
-        say("saved", message=f"best weights on {test_set.source}, {images}: {numbers}")
-    return metrics
-
-
-def save_checkpoint(run: Run, say: Say) -> None:
-    """Saves what `--resume` needs, on the main process only."""
-    if run.accelerator.is_main_process:
-        if run.accelerator.scaler is not None:
-            run.state.scaler = run.accelerator.scaler.state_dict()
-        root = Path(run.config.output_dir) / resume.CHECKPOINTS
-        tensors = resume.tensors_of(run.model, run.ema, run.optimizer)
-        path = resume.save(root, run.state, tensors, keep=run.config.keep)
-        say("saved", message=f"saved {path}")
-
-
-def start_line(run: Run) -> str:
-    """One line on where the run starts and what it runs on."""
-    step, clock, accelerator = run.state.step, run.clock, run.accelerator
-    start = f"resumed at step {step}" if step else "from step 0"
-    precision = precision_line(run.config.mixed_precision, accelerator)
-    return (
-        f"{start} to {clock.total_steps} ({clock.per_epoch} per epoch), "
-        f"{counted(clock.step_images, 'image')} a step on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {precision}; results in {run.config.output_dir}"
-    )
-
-
-def end_line(run: Run) -> str:
-    if run.state.stopped_early:
-        since = counted(run.state.stale_evaluations, "evaluation")
-        return f"stopped early: no better {run.config.best_by} in {since}"
-    return f"done after {counted(run.state.step, 'step')}"
 
 
 def train_from_settings(

@@ -27,7 +27,8 @@ from trainer.augmentation.single import (
     zoomed_out,
 )
 from trainer.readers.samples import Sample
-from trainer.settings.config import STRONG_PARTS, TrainConfig
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import STRONG_PARTS
 
 # Reads the image at an index, or the next readable one, under the geometry drawn for it.
 Read: TypeAlias = Callable[[int, Callable[[Sample], Geometry]], Scene]

@@ -18,7 +18,8 @@ from trainer.commands.command_flags import (
     write_json,
 )
 from trainer.readers.findings import BadDataset, Finding, format_findings
-from trainer.settings.config import COCO_FILES, PATH_OF, TrainConfig
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import COCO_FILES, PATH_OF
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.formats import ENDINGS

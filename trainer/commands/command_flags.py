@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.settings.config import LARGEST_SIZE, TrainConfig
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import LARGEST_SIZE
 from vidt.arguments import MIXED_PRECISIONS, OneLineParser
 from vidt.atomic import atomic_file, atomic_write
 from vidt.errors import UserError, escaped, printable, shown

@@ -128,7 +128,7 @@ def subcommand(name: str) -> tuple[Callable[[], OneLineParser], Callable[[Sequen
 def _train(argv: Sequence[str]) -> int:
     """The trainer on one process, with the exit codes of `trainer.train.main`."""
     if any(word in HELP for word in argv):
-        from trainer.settings.config import help_text
+        from trainer.settings.parsing import help_text
 
         print(f"{TRAIN_PAGE}\n{help_text()}", end="")
         return 0

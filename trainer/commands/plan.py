@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from trainer.commands.command_flags import Stages, command_parser, say
-from trainer.settings.config import fixed_settings, parse
+from trainer.settings.parsing import fixed_settings, parse
 from vidt.arguments import HELP, OneLineParser
 
 SUMMARY = """

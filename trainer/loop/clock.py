@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import vidt
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import PATHS, TrainConfig
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import PATHS
 
 TRAIN_WORK = 3  # training on an image costs as much as evaluating three; for the progress bar
 

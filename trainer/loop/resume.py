@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.augmentation.preview import PREVIEW_NAME
-from trainer.settings.config import default_settings
+from trainer.settings.parsing import default_settings
 from vidt.atomic import atomic_file, flush
 from vidt.errors import UserError, shown
 from vidt.weights.weights_file import UnusableWeights, read_info

@@ -5,18 +5,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    set_seed,
-)
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,29 +24,22 @@ from trainer.backward.memory import (
     fitting_batch_size,
     fitting_micro_batches,
     largest_canvas,
-    use_expandable_segments,
 )
 from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
-from trainer.data.loader import DetectionDataset, micro_batches
+from trainer.data.loader import DetectionDataset
 from trainer.data.loader_wait import LoaderWait
 from trainer.data.order import epoch_images, repeat_factors, steps_per_epoch
-from trainer.loop import resume
-from trainer.loop.agreement import DEVICE_PATIENCE, Agreement
+from trainer.loop.agreement import Agreement
 from trainer.loop.clock import Clock
-from trainer.loop.launch_check import cpu_of_launcher
 from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
-from trainer.loop.start import load_start, load_teacher
-from trainer.loop.time_limit import (
-    MOST_TRIED,
-    TRIAL,
-    fitting_length,
-    seconds_left,
-    step_seconds,
-)
+from trainer.loop.start import find_checkpoint, load_start, load_teacher, restore
+from trainer.loop.time_limit import within_hours
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import AUTO, STRONG_PARTS, TrainConfig, resolved
+from trainer.settings.config import TrainConfig
+from trainer.settings.limits import AUTO, STRONG_PARTS
+from trainer.settings.parsing import resolved
 from vidt.errors import UserError, counted
 from vidt.images.preprocessing import Preprocessing
 from vidt.losses.criterion import SetCriterion, criterion_for
@@ -61,7 +47,7 @@ from vidt.losses.distillation import TokenMatching
 from vidt.losses.softmax_criterion import SoftmaxCriterion
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import build_detector, compile_blocks
-from vidt.ops.precision import best_precision, prepare_training
+from vidt.ops.precision import prepare_training
 
 logger = get_logger(__name__)
 
@@ -90,52 +76,6 @@ class Run:
     def evaluated_model(self) -> nn.Module:
         """The model to evaluate and to save: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
-
-
-def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
-    """An accelerator without trackers, in the precision of `--mixed_precision`; the launcher sets
-    the processes.
-    """
-    use_expandable_segments()
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None or cpu_of_launcher():
-        device = torch.device("cpu")
-    precision, _ = choose_precision(mixed_precision, device)
-    # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
-    try:
-        return Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=precision,
-            # The loop splits batches itself; a number in the environment would divide the loss.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
-            rng_types=[],
-        )
-    except ValueError as error:  # such as a precision that the device does not have
-        raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
-
-
-def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """The precision that `--mixed_precision` stands for on a device, and why. bf16 or fp16 given to
-    the launcher wins over auto; its "no" means nothing, because it says so without being asked.
-    """
-    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked != "auto":
-        return asked, "as asked"
-    if of_launcher != "no":
-        return of_launcher, "as asked of the launcher"
-    return best_precision(device)
-
-
-def precision_line(asked: str, accelerator: Accelerator) -> str:
-    """The precision of a run, and why, in a few words."""
-    precision, device = accelerator.mixed_precision, accelerator.device
-    if precision == "fp16" and device.type == "cpu":
-        return "fp16 asked for, but a CPU computes fp32 (bf16 works)"
-    chosen, reason = choose_precision(asked, device)
-    name = "fp32" if precision == "no" else precision
-    return f"{name} ({reason if chosen == precision else 'as the accelerator was made'})"
 
 
 def set_up(
@@ -351,59 +291,6 @@ def automatic_batch_size(
     return found
 
 
-def within_hours(
-    config: TrainConfig,
-    hours: float,
-    checkpoint: Checkpoint | None,
-    per_epoch: int,
-    val_images: int,
-    test_images: int,
-    n_iter_to_acc: int,
-    dataset: DetectionDataset,
-    learn: Callable[..., dict[str, Tensor] | None],
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-    agreement: Agreement,
-) -> TrainConfig:
-    """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
-    trial finds, at most --max_steps. Intervals other than the defaults stay. Raises UserError if
-    not even one step fits.
-    """
-    if checkpoint is not None:
-        saved = checkpoint.state.settings
-        names = ("epochs", "max_steps", "eval_interval", "save_interval")
-        logger.info(f"--hours {hours:g}: {counted(saved['epochs'], 'epoch')}, as in the checkpoint")
-        return replace(config, **{name: saved[name] for name in names})
-
-    def left() -> float:
-        return agreement.gather(seconds_left(hours)).min().item()
-
-    batches = micro_batches(dataset, config, n_iter_to_acc, range(MOST_TRIED), accelerator)
-    step = step_seconds(
-        learn,
-        batches,
-        n_iter_to_acc,
-        optimizer,
-        TRIAL * left(),
-        lambda own: agreement.gather(own).max().item(),
-    )
-    images = config.batch_size * accelerator.num_processes
-    length = fitting_length(left(), step, per_epoch, images, val_images, test_images)
-    steps = min(length.max_steps, config.max_steps or length.max_steps)
-    intervals: dict[str, Any] = {
-        name: length.eval_interval
-        for name in ("eval_interval", "save_interval")
-        if getattr(config, name) == getattr(TrainConfig, name)
-    }
-    config = replace(config, epochs=length.epochs, max_steps=steps, **intervals)
-    logger.info(
-        f"--hours {hours:g}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
-        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
-        f"{counted(config.eval_interval, 'epoch')}"
-    )
-    return config
-
-
 def automatic_ema_decay(checkpoint: Checkpoint | None, total_steps: int) -> float:
     """The decay that `--ema_decay auto` stands for: as in the checkpoint, even for a run that has
     become longer, else by the length of the run.
@@ -455,81 +342,3 @@ def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
     if config.denoising and (model.method != "vidt" or not model.dec_layers):
         flags = f"--method {model.method} --dec_layers {model.dec_layers}"
         raise UserError(f"--denoising needs a decoder; {flags} has none")
-
-
-def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | None:
-    """The checkpoint to resume from, the same on every process; None for a fresh run.
-
-    A run that the output folder already holds, and that this one does not continue, is moved aside.
-    Raises UserError if --resume names a folder without an intact checkpoint.
-    """
-    if config.resume is None:
-        set_aside(config, agreement)
-        return None
-    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
-    on_main: list[Checkpoint] = []
-
-    def find() -> tuple[Path | None, list[str]]:
-        checkpoint, skipped = resume.find(wanted)
-        if checkpoint is None:
-            return None, skipped
-        on_main.append(checkpoint)
-        return checkpoint.path, skipped
-
-    path, skipped = agreement.on_main(find)
-    for line in skipped:
-        logger.warning(f"skipped: {line}")
-    if path is None and (skipped or config.resume != "auto"):
-        raise UserError(
-            f"--resume {wanted}: there is no intact checkpoint; leave --resume out to start anew"
-        )
-    if path is None:
-        logger.info(f"nothing to resume in {wanted}: a fresh run")
-        return None
-    output = Path(config.output_dir).resolve()
-    if path.parent.resolve() != output / resume.CHECKPOINTS:  # of another folder's run
-        if output in path.resolve().parents and resume.checkpoints(output / resume.CHECKPOINTS):
-            raise UserError(
-                f"--resume {wanted} lies inside --output_dir {config.output_dir}, which holds a "
-                "run of its own; name another --output_dir"
-            )
-        set_aside(config, agreement)
-        agreement.on_main(lambda: resume.bring_best(on_main[0], output))
-    return on_main[0] if on_main else resume.load(path)
-
-
-def set_aside(config: TrainConfig, agreement: Agreement) -> None:
-    """Moves the run that the output folder holds, if any, into its folder `earlier`."""
-    aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
-    if aside is not None:
-        logger.warning(
-            f"{config.output_dir} already holds a run, which this one does not continue. The "
-            f"earlier run was moved to {aside} and replaced any run stored there; to continue it "
-            f"pass --resume --output_dir {aside}"
-        )
-
-
-def restore(
-    checkpoint: Checkpoint,
-    fresh: RunState,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-) -> RunState:
-    """Restores all tensors of a checkpoint and returns its state with this run's settings.
-
-    Raises UserError for another architecture, dataset or batch size, or another --ema.
-    """
-    state = checkpoint.state
-    for line in resume.changed_settings(state, fresh):
-        logger.warning(line)
-    resume.restore_tensors(checkpoint.tensors, model, ema, optimizer)
-    if accelerator.scaler is not None and state.scaler:
-        accelerator.scaler.load_state_dict(state.scaler)
-    asked = ("batch_size", "n_iter_to_acc")
-    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
-        state.n_iter_to_acc = fresh.n_iter_to_acc  # else keep the number that fitted into memory
-    state.stopped_early = state.stops_early(fresh.settings["patience"])
-    state.settings = fresh.settings
-    return state

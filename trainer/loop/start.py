@@ -1,5 +1,6 @@
-"""Weights that a run starts or learns from: ImageNet backbones, detectors, teachers. The main
-process fetches and reads a file; the others receive its tensors.
+"""What a run starts from: the weights of an ImageNet backbone or a detector, or a checkpoint; and
+the teacher that it learns from. The main process fetches and reads a file of weights; the others
+receive its tensors.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,11 +10,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
+from torch.optim import Optimizer
 
+from trainer.loop import resume
 from trainer.loop.agreement import Agreement
-from trainer.loop.resume import saved_settings
+from trainer.loop.resume import Checkpoint, RunState, saved_settings
 from trainer.settings.config import TrainConfig
 from trainer.settings.plan import repeated
+from vidt.errors import UserError
 from vidt.losses.distillation import SHARED, TokenMatching, require_pair
 from vidt.model.config import ViDTConfig
 from vidt.model.vidt import ViDT, build_detector
@@ -175,3 +179,81 @@ def load_detector(
     model = loaded[0] if loaded else build_detector(info.config)
     agreement.copy_from_main(model.state_dict().values())
     return model, info
+
+
+def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | None:
+    """The checkpoint to resume from, the same on every process; None for a fresh run.
+
+    A run that the output folder already holds, and that this one does not continue, is moved aside.
+    Raises UserError if --resume names a folder without an intact checkpoint.
+    """
+    if config.resume is None:
+        set_aside(config, agreement)
+        return None
+    wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
+    on_main: list[Checkpoint] = []
+
+    def find() -> tuple[Path | None, list[str]]:
+        checkpoint, skipped = resume.find(wanted)
+        if checkpoint is None:
+            return None, skipped
+        on_main.append(checkpoint)
+        return checkpoint.path, skipped
+
+    path, skipped = agreement.on_main(find)
+    for line in skipped:
+        logger.warning(f"skipped: {line}")
+    if path is None and (skipped or config.resume != "auto"):
+        raise UserError(
+            f"--resume {wanted}: there is no intact checkpoint; leave --resume out to start anew"
+        )
+    if path is None:
+        logger.info(f"nothing to resume in {wanted}: a fresh run")
+        return None
+    output = Path(config.output_dir).resolve()
+    if path.parent.resolve() != output / resume.CHECKPOINTS:  # of another folder's run
+        if output in path.resolve().parents and resume.checkpoints(output / resume.CHECKPOINTS):
+            raise UserError(
+                f"--resume {wanted} lies inside --output_dir {config.output_dir}, which holds a "
+                "run of its own; name another --output_dir"
+            )
+        set_aside(config, agreement)
+        agreement.on_main(lambda: resume.bring_best(on_main[0], output))
+    return on_main[0] if on_main else resume.load(path)
+
+
+def set_aside(config: TrainConfig, agreement: Agreement) -> None:
+    """Moves the run that the output folder holds, if any, into its folder `earlier`."""
+    aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
+    if aside is not None:
+        logger.warning(
+            f"{config.output_dir} already holds a run, which this one does not continue. The "
+            f"earlier run was moved to {aside} and replaced any run stored there; to continue it "
+            f"pass --resume --output_dir {aside}"
+        )
+
+
+def restore(
+    checkpoint: Checkpoint,
+    fresh: RunState,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> RunState:
+    """Restores all tensors of a checkpoint and returns its state with this run's settings.
+
+    Raises UserError for another architecture, dataset or batch size, or another --ema.
+    """
+    state = checkpoint.state
+    for line in resume.changed_settings(state, fresh):
+        logger.warning(line)
+    resume.restore_tensors(checkpoint.tensors, model, ema, optimizer)
+    if accelerator.scaler is not None and state.scaler:
+        accelerator.scaler.load_state_dict(state.scaler)
+    asked = ("batch_size", "n_iter_to_acc")
+    if any(state.settings.get(name) != fresh.settings[name] for name in asked):
+        state.n_iter_to_acc = fresh.n_iter_to_acc  # else keep the number that fitted into memory
+    state.stopped_early = state.stops_early(fresh.settings["patience"])
+    state.settings = fresh.settings
+    return state

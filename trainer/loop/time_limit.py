@@ -3,16 +3,24 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer.data.loader import DetectionDataset, micro_batches
+from trainer.loop.agreement import Agreement
 from trainer.loop.clock import TRAIN_WORK
-from vidt.errors import UserError
+from trainer.loop.resume import Checkpoint
+from trainer.settings.config import TrainConfig
+from vidt.errors import UserError, counted
+
+logger = get_logger(__name__)
 
 TRIAL = 0.03  # share of the time for the trial, beyond its first step and two more
 WHOLE_STEP = 1.1  # margin for clipping, AdamW and the moving average, which a trial leaves out
@@ -106,3 +114,56 @@ def fitting_length(
     epochs = math.ceil(steps / per_epoch)
     interval = math.ceil(epochs / min(wanted, max(epochs // 2, 1)))
     return Length(epochs, steps, interval)
+
+
+def within_hours(
+    config: TrainConfig,
+    hours: float,
+    checkpoint: Checkpoint | None,
+    per_epoch: int,
+    val_images: int,
+    test_images: int,
+    n_iter_to_acc: int,
+    dataset: DetectionDataset,
+    learn: Callable[..., dict[str, Tensor] | None],
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    agreement: Agreement,
+) -> TrainConfig:
+    """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
+    trial finds, at most --max_steps. Intervals other than the defaults stay. Raises UserError if
+    not even one step fits.
+    """
+    if checkpoint is not None:
+        saved = checkpoint.state.settings
+        names = ("epochs", "max_steps", "eval_interval", "save_interval")
+        logger.info(f"--hours {hours:g}: {counted(saved['epochs'], 'epoch')}, as in the checkpoint")
+        return replace(config, **{name: saved[name] for name in names})
+
+    def left() -> float:
+        return agreement.gather(seconds_left(hours)).min().item()
+
+    batches = micro_batches(dataset, config, n_iter_to_acc, range(MOST_TRIED), accelerator)
+    step = step_seconds(
+        learn,
+        batches,
+        n_iter_to_acc,
+        optimizer,
+        TRIAL * left(),
+        lambda own: agreement.gather(own).max().item(),
+    )
+    images = config.batch_size * accelerator.num_processes
+    length = fitting_length(left(), step, per_epoch, images, val_images, test_images)
+    steps = min(length.max_steps, config.max_steps or length.max_steps)
+    intervals: dict[str, Any] = {
+        name: length.eval_interval
+        for name in ("eval_interval", "save_interval")
+        if getattr(config, name) == getattr(TrainConfig, name)
+    }
+    config = replace(config, epochs=length.epochs, max_steps=steps, **intervals)
+    logger.info(
+        f"--hours {hours:g}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
+        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
+        f"{counted(config.eval_interval, 'epoch')}"
+    )
+    return config

@@ -37,7 +37,8 @@ from trainer.report.run_history import RunHistory, evaluations_in
 from trainer.report.worst_pictures import RIGHT, WRONG, worst_pictures
 from trainer.scoring.evaluation import Evaluation
 from trainer.scoring.mistakes import Diagnosis
-from trainer.settings.config import TrainConfig, resolved
+from trainer.settings.config import TrainConfig
+from trainer.settings.parsing import resolved
 from vidt.atomic import atomic_write
 from vidt.errors import counted
 from vidt.model.config import ViDTConfig

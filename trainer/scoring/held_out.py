@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.data.load import reader_of
 from trainer.readers.findings import FilesSeen
 from trainer.readers.samples import SampleTable
-from trainer.settings.config import parse
+from trainer.settings.parsing import parse
 from vidt.errors import UserError, counted
 from vidt.predict.detections import Detections
 from vidt.weights.weights_file import UnusableWeights, read_info

@@ -10,15 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
-from trainer.settings.config import (
-    AUTO,
-    PATHS,
-    SMALLEST_SIZE,
-    ConfigError,
-    TrainConfig,
-    check_model,
-    read_saved,
-)
+from trainer.settings.config import TrainConfig
+from trainer.settings.flags import ConfigError
+from trainer.settings.limits import AUTO, PATHS, SMALLEST_SIZE
+from trainer.settings.parsing import check_model, read_saved
 from vidt.errors import counted
 
 Settings: TypeAlias = Mapping[str, Any]  # of a run so far: what is given, else what is chosen

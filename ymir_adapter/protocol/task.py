@@ -152,8 +152,8 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
 
     `args_options` holds flags of the trainer, which override the template. Raises TaskError.
     """
-    from trainer.settings.config import given_settings, parse
     from trainer.settings.flags import ConfigError
+    from trainer.settings.parsing import given_settings, parse
 
     words = _option_words(task.config)
     try:
@@ -196,7 +196,7 @@ def fixed_fields(task: Task) -> frozenset[str]:
     """The settings that preset auto leaves alone, by the trainer's names: the form's fields that
     differ from the template, those of args_options, and those of the platform.
     """
-    from trainer.settings.config import given_settings
+    from trainer.settings.parsing import given_settings
 
     template = Path(__file__).parents[1] / "templates" / "training-template.yaml"
     defaults = yaml.safe_load(template.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.loop.agreement import Agreement
-from trainer.loop.launch_check import require_processes
+from trainer.loop.launch import require_processes
 from trainer.train import make_accelerator
 from vidt.images.files import UnreadableImage, probe_images
 from vidt.predict.detections import Detections

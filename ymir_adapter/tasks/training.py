@@ -17,7 +17,7 @@ from trainer.data.dataset_check import crowded_images
 from trainer.data.dataset_statistics import plan_of, sizes_of_plan
 from trainer.data.load import read_and_log
 from trainer.loop.agreement import Agreement
-from trainer.loop.launch_check import require_processes
+from trainer.loop.launch import require_processes
 from trainer.loop.start import require_files, settled
 from trainer.readers.findings import Finding
 from trainer.readers.samples import SampleTable

@@ -8,9 +8,9 @@ import torch
 from tiny_runs import call, main_here, program
 from torch.distributed import run
 
-from trainer.loop import launch_check, set_up
+from trainer.loop import launch
 from trainer.loop.agreement import PATIENCE
-from trainer.loop.launch_check import (
+from trainer.loop.launch import (
     asked_of_accelerate,
     gpus_of_accelerate,
     refuse_silent_cpu,
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parent.parent
 CONFIG_FILE = str(ROOT / "accelerate_config.yaml")
 PROBE = """
 import os
-from trainer.loop.launch_check import asked_processes
+from trainer.loop.launch import asked_processes
 rank, precision = os.environ.get("RANK", "alone"), os.environ["ACCELERATE_MIXED_PRECISION"]
 os.write(1, f"probe {rank} {precision} {asked_processes()}\\n".encode())
 """
 
 
-def launch(tmp_path: Path, *options: str) -> list[str]:
+def said_when_launched(tmp_path: Path, *options: str) -> list[str]:
     """What the processes that the real launcher starts say, sorted."""
     script = tmp_path / "probe.py"
     script.write_text(PROBE)
@@ -47,14 +47,14 @@ def launch(tmp_path: Path, *options: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the launcher is read in /proc")
 def test_a_launcher_that_starts_one_process_of_two_is_seen(tmp_path: Path):
-    said = launch(tmp_path, "--cpu", "--num_processes", "2", "--mixed_precision", "no")
+    said = said_when_launched(tmp_path, "--cpu", "--num_processes", "2", "--mixed_precision", "no")
     assert said == ["probe alone no 2"]
 
 
 @pytest.mark.slow
 def test_our_config_file_is_overridden_on_the_command_line(tmp_path: Path):
     options = ["--config_file", CONFIG_FILE, "--num_processes", "2", "--mixed_precision", "bf16"]
-    assert launch(tmp_path, *options) == ["probe 0 bf16 2", "probe 1 bf16 2"]
+    assert said_when_launched(tmp_path, *options) == ["probe 0 bf16 2", "probe 1 bf16 2"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_gpus_without_a_process_are_an_error(
 ):
     """`local`: processes of this machine, where there are several machines."""
     words = ["accelerate", "launch", "--gpu_ids", "4,5", "train.py"]
-    monkeypatch.setattr(launch_check, "_command_of_launcher", lambda: words)
+    monkeypatch.setattr(launch, "_command_of_launcher", lambda: words)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     require_processes(2)
@@ -127,8 +127,8 @@ def test_gpu_ids_of_the_real_launcher_are_refused():
 def test_gpus_wait_minutes_and_processes_hours(monkeypatch: pytest.MonkeyPatch):
     """While the main process scores, the others wait in the agreement's own group."""
     given: dict[str, object] = {}
-    monkeypatch.setattr(set_up, "Accelerator", lambda **settings: given.update(settings))
-    set_up.make_accelerator()
+    monkeypatch.setattr(launch, "Accelerator", lambda **settings: given.update(settings))
+    launch.make_accelerator()
     (handler,) = given["kwargs_handlers"]  # type: ignore[attr-defined]
     assert 10 <= handler.timeout.total_seconds() / 60 <= 60 < PATIENCE.total_seconds() / 3600 * 60
 
@@ -173,7 +173,7 @@ def test_a_launcher_that_compiles_the_whole_model_is_refused(
 
 def test_accumulation_of_the_launcher_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert set_up.make_accelerator("no").gradient_accumulation_steps == 1
+    assert launch.make_accelerator("no").gradient_accumulation_steps == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checks that the launcher started what the user asked for.
+"""The processes, the device and the precision of a run, as its launcher was asked for them.
 
 `accelerate launch` silently starts one process instead of several with `--cpu`, or with a config
 file whose `distributed_type` is NO or MULTI_CPU, and `--gpu_ids 0,1` does not change the number of
@@ -11,12 +11,22 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config import default_config_file
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
+from trainer.backward.memory import use_expandable_segments
+from trainer.loop.agreement import DEVICE_PATIENCE
 from trainer.settings.flags import ConfigError
-from vidt.errors import counted
+from vidt.errors import UserError, counted
+from vidt.ops.precision import best_precision
 from vidt.predict.predictor import require_working_gpu
 
 # Variables by which the launcher asks to split the model over processes.
@@ -26,6 +36,52 @@ _SPLIT_BY = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (tensor or context parallel)",
 }
+
+
+def make_accelerator(mixed_precision: str = "auto") -> Accelerator:
+    """An accelerator without trackers, in the precision of `--mixed_precision`; the launcher sets
+    the processes.
+    """
+    use_expandable_segments()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or cpu_of_launcher():
+        device = torch.device("cpu")
+    precision, _ = choose_precision(mixed_precision, device)
+    # Without a GPU, `cpu` must be set: otherwise every process believes that it is alone.
+    try:
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
+            # The loop splits batches itself; a number in the environment would divide the loss.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=DEVICE_PATIENCE)],
+            rng_types=[],
+        )
+    except ValueError as error:  # such as a precision that the device does not have
+        raise UserError(f"accelerate refuses the launcher's settings: {error}") from error
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The precision that `--mixed_precision` stands for on a device, and why. bf16 or fp16 given to
+    the launcher wins over auto; its "no" means nothing, because it says so without being asked.
+    """
+    of_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "auto":
+        return asked, "as asked"
+    if of_launcher != "no":
+        return of_launcher, "as asked of the launcher"
+    return best_precision(device)
+
+
+def precision_line(asked: str, accelerator: Accelerator) -> str:
+    """The precision of a run, and why, in a few words."""
+    precision, device = accelerator.mixed_precision, accelerator.device
+    if precision == "fp16" and device.type == "cpu":
+        return "fp16 asked for, but a CPU computes fp32 (bf16 works)"
+    chosen, reason = choose_precision(asked, device)
+    name = "fp32" if precision == "no" else precision
+    return f"{name} ({reason if chosen == precision else 'as the accelerator was made'})"
 
 
 def asked_processes() -> int | None:
