@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.recipe import Augmentation
-from trainer.data.denoising import Denoising
 from trainer.data.load import read_datasets
 from trainer.data.loader import (
     PREFETCH,

@@ -25,9 +25,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.geometry import Geometry
 from trainer.augmentation.recipe import Augmentation
-from trainer.data.denoising import Denoising
 from trainer.data.loader import (
     DetectionDataset,
     training_loader,

@@ -21,8 +21,8 @@ from pycocotools.cocoeval import COCOeval
 from tiny_runs import cpu, run, settings, tables
 from torch import Tensor
 
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.recipe import Augmentation
-from trainer.data.denoising import Denoising
 from trainer.data.loader import ROWS, DetectionDataset, collate, packed_batch, unpacked
 from trainer.data.shapes import write_shapes
 from trainer.loop.agreement import Agreement

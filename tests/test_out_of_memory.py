@@ -12,6 +12,7 @@ import yaml
 from tiny_runs import argv, cpu, differences, end_of, last_checkpoint, run, settings, tables
 
 import trainer.train
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.recipe import Augmentation
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.memory import (
@@ -23,7 +24,6 @@ from trainer.backward.memory import (
     missing_moments,
     use_expandable_segments,
 )
-from trainer.data.denoising import Denoising
 from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop import resume
 from trainer.loop.optim import make_optimizer

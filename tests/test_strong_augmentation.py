@@ -24,6 +24,7 @@ from tiny_runs import (
     write_coco,
 )
 
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.mixing import copy_paste, mixup, mosaic
 from trainer.augmentation.preview import preview
 from trainer.augmentation.recipe import Augmentation
@@ -37,7 +38,6 @@ from trainer.augmentation.single import (
     zoomed_out,
 )
 from trainer.backward.memory import largest_batch, largest_canvas
-from trainer.data.denoising import Denoising
 from trainer.data.loader import DetectionDataset, training_loader, unpacked
 from trainer.data.order import Key
 from trainer.readers.masks import encode

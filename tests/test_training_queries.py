@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from trainer.data.denoising import (
+from trainer.augmentation.denoising import (
     LABEL_NOISE,
     NOISE,
     Denoising,

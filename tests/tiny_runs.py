@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trainer.train
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.recipe import Augmentation
 from trainer.backward.gradient_sum import GradientSum
 from trainer.backward.gradients import gradients
-from trainer.data.denoising import Denoising
 from trainer.data.load import read_datasets
 from trainer.data.loader import DetectionDataset, micro_batches
 from trainer.loop import resume

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainer.augmentation.denoising import denoising_inputs
 from trainer.backward.gradient_sum import GradientSum
-from trainer.data.denoising import denoising_inputs
 from trainer.data.loader import pad_to
 from vidt.losses.criterion import SetCriterion
 from vidt.losses.distillation import TokenMatching

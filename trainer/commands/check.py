@@ -1,4 +1,6 @@
-"""`vidt check`: the dataset check that every training begins with, alone."""
+"""`vidt check`: the dataset check that every training begins with, alone. `vidt plan`: the settings
+that `--preset auto` chooses for the dataset, and why.
+"""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ from trainer.commands.command_flags import (
 from trainer.readers.findings import BadDataset, Finding, format_findings
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import COCO_FILES, PATH_OF
-from vidt.arguments import OneLineParser
+from trainer.settings.parsing import fixed_settings, parse
+from vidt.arguments import HELP, OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.formats import ENDINGS
 
@@ -44,6 +47,24 @@ JSON, only the line "error: ...".
 
 exit code: 0 a training would begin, 2 it would not, or a mistake; the line "error: ..." says why.
 """
+PLAN_SUMMARY = """
+Reads a dataset's annotations and prints the settings that vidt train --preset auto would choose for
+it on this machine, each with its reason. It trains nothing. It fetches the ImageNet weights from
+which that training would start, if it can.
+"""
+PLAN_EXAMPLES = """
+examples:
+  vidt plan photos/
+  vidt plan data/yolo --hours 0.5
+  vidt plan photos/ --hours 0.5 --eval_size 320 --json
+
+Further flags are those of vidt train; a setting that is given wins over the plan.
+
+as JSON: settings (name to value), plan (lines of text).
+
+exit code: 0 done, 2 a mistake, which the line "error: ..." names.
+"""
+OWN_FLAGS_OF_PLAN = (*HELP, "--json")
 DATASET_SUFFIXES = (*ENDINGS, ".txt", ".xml", ".yaml", ".yml")
 HELP_OF = {
     "data": "folder of a COCO, YOLO or Pascal VOC dataset of any layout, or its annotation file",
@@ -185,7 +206,8 @@ def read_files(config: TrainConfig, out: Path | None) -> list[Path]:
 
 def annotation_files(data: str) -> list[Path]:
     """The annotation files of --data that have no ending of `DATASET_SUFFIXES`."""
-    from trainer.data.recognise import CocoPart, recognise
+    from trainer.data.data_folder import CocoPart
+    from trainer.data.recognise import recognise
 
     parts = recognise(data).parts.values()
     return [Path(part.json_path) for part in parts if isinstance(part, CocoPart)]
@@ -214,3 +236,36 @@ def report(facts: dict[str, Any], findings: list[Finding]) -> str:
         lines.append(f"  {name:<{width}}  {numbers}")
     lines.append(format_findings(findings) if findings else "nothing wrong was found")
     return "\n".join(lines)
+
+
+def plan_flags() -> OneLineParser:
+    parser = command_parser("plan", PLAN_SUMMARY, PLAN_EXAMPLES)
+    parser.add_argument(
+        "data", metavar="DATA", help="folder of the dataset, or its annotation file; comes first"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def run_plan(argv: Sequence[str]) -> int:
+    """Raises UserError and OSError."""
+    first, *rest = argv or ("",)
+    given = plan_flags().parse_args([first, *(word for word in rest if word in OWN_FLAGS_OF_PLAN)])
+    words = ["--data", given.data, "--preset", "auto"]
+    words += [word for word in rest if word not in OWN_FLAGS_OF_PLAN]
+    config, fields = parse(words)
+
+    from trainer.data.dataset_statistics import plan_of
+    from trainer.data.load import read_parts
+    from trainer.loop.start import settled
+
+    config, fields, fixed = settled(config, fields, fixed_settings(words))
+    with Stages() as tell:
+        data = read_parts(config, num_queries=None, num_classes=None, tell=tell)
+    config, fields, plan = plan_of(config, fields, fixed, data.train)
+    if given.json:
+        chosen = {**vars(config), **fields}
+        say(json.dumps({"settings": chosen, "plan": plan.splitlines()}, indent=1))
+    else:
+        say(plan)
+    return 0

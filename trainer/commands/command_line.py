@@ -26,7 +26,11 @@ COMMANDS = {
     "export": "export a weights file to an ONNX model, and verify that both agree",
     "benchmark": "measure how fast a detector is on this machine",
 }
-SHARED_FILES = {"models": "hub", "push": "hub"}  # of the others the file has the command's name
+SHARED_FILES = {
+    "models": "hub",
+    "push": "hub",
+    "plan": "check",
+}  # of the others the file has the command's name
 HELP_PAGE = """\
 vidt COMMAND ...: object detection, from a folder of images to boxes
 

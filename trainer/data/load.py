@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.logging import get_logger
 
+from trainer.data.data_folder import CocoPart, VocPart, XmlPart
 from trainer.data.dataset_advice import (
     implausible_boxes,
     look_alikes,
@@ -14,7 +15,7 @@ from trainer.data.dataset_advice import (
     rare_classes,
 )
 from trainer.data.dataset_check import check, clean, crowded_images, shared_images
-from trainer.data.recognise import CocoPart, VocPart, XmlPart, recognise
+from trainer.data.recognise import recognise
 from trainer.data.shapes import write_shapes
 from trainer.data.unused_files import unused_files
 from trainer.readers.coco import coco_folder, read_coco

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from trainer.augmentation.denoising import NO_DENOISING, Denoising
 from trainer.augmentation.geometry import Geometry
 from trainer.augmentation.recipe import Augmentation
 from trainer.augmentation.scene import Scene
 from trainer.augmentation.single import photometric
 from trainer.augmentation.strong import area_of, compose
-from trainer.data.denoising import NO_DENOISING, Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.order import Key, RunSampler, repeat_factors
 from trainer.readers.samples import Sample, SampleTable

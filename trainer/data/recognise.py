@@ -8,104 +8,40 @@ labels do and its first line is a box. Names only tell the parts: training, vali
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from trainer.data.data_folder import (
+    PART_WORDS,
+    PARTS,
+    CocoPart,
+    DataFolder,
+    Part,
+    Recognised,
+    VocPart,
+    XmlPart,
+    YoloPart,
+    grouped_by_part,
+    names_of,
+    part_of,
+    scan,
+)
 from trainer.readers.findings import FilesSeen
 from trainer.readers.json_stream import NotJSON, read_members
-from trainer.readers.values import number_of, read_text, walk
+from trainer.readers.values import number_of, read_text
 from trainer.readers.yolo import label_path, load_data_yaml, pictures_of, resolve_entry
 from vidt.errors import UserError, counted, shown
-from vidt.images.formats import ending, is_picture
+from vidt.images.formats import ending
 
-PARTS = ("train", "val", "test")
-_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _COCO_LISTS = ("images", "annotations", "categories")
 _CLASS_FILES = ("classes.txt", "obj.names", "labels.txt")  # of YOLO, one name a line
 _FEW = 200  # files or names that are looked at to learn what the others are
-_MOST_NAMED = 3  # files that a message names
 _LOOKED_FOR = (
     'COCO (JSON with "images", "annotations" and "categories"), YOLO (YAML with "names" and '
     '"train", or pictures with label files), Pascal VOC (XML with an "annotation")'
 )
-
-
-@dataclass(frozen=True)
-class CocoPart:
-    """A COCO file and the folder of its images."""
-
-    json_path: str
-    image_dir: str
-
-
-@dataclass(frozen=True)
-class VocPart:
-    """A list in ImageSets/Main of a Pascal VOC folder."""
-
-    root: str
-    list_name: str  # without .txt
-
-
-@dataclass(frozen=True)
-class XmlPart:
-    """Pictures and the XML file of each, wherever both are."""
-
-    pairs: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class YoloPart:
-    """A split of a YAML file, or, for a folder without one, of the entries that stand for it."""
-
-    root_or_yaml: str
-    split: str
-    config: Mapping[str, Any] | None = None
-
-
-Part: TypeAlias = CocoPart | VocPart | XmlPart | YoloPart
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """What a path holds: `parts` by their names, of `PARTS`; a part that is not there is missing.
-    `notes` say what is there and not used, or not there though named.
-    """
-
-    path: str
-    layout: str
-    parts: Mapping[str, Part]
-    notes: tuple[str, ...] = ()
-
-    def source(self, part: str) -> str:
-        """The name of a part in messages: that of its file, where it has one of its own."""
-        where = self.parts[part]
-        if isinstance(where, CocoPart):
-            root = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
-            return os.path.relpath(where.json_path, root)
-        name = Path(self.path).resolve().name
-        return f"{name} {part}" if len(self.parts) > 1 else name
-
-
-@dataclass
-class _Tree:
-    """The files of a folder, by kind, as paths; those of dot folders are left out."""
-
-    root: str
-    files: dict[str, list[str]] = field(default_factory=dict)  # by ending
-    pictures: list[str] = field(default_factory=list)
-
-    def of(self, *endings: str) -> list[str]:
-        return [path for each in endings for path in self.files.get(each, [])]
-
-    def relative(self, path: str) -> str:
-        return os.path.relpath(path, self.root)
 
 
 def recognise(path: str | os.PathLike[str]) -> Recognised:
@@ -119,12 +55,12 @@ def recognise(path: str | os.PathLike[str]) -> Recognised:
         return _of_file(name)
     if not os.path.isdir(name):
         raise UserError(f"--data {shown(name, 300)}: no such file or folder")
-    tree = _scan(name)
+    tree = scan(name)
     found = [(kind, each) for kind, look in _KINDS.items() if (each := look(tree))]
     if not found:
         raise UserError(f"--data {name}: {_inventory(tree)}; looked for {_LOOKED_FOR}")
     if len(found) > 1:
-        both = " and ".join(f"{kind} ({_named(tree, files)})" for kind, files in found)
+        both = " and ".join(f"{kind} ({names_of(tree, files)})" for kind, files in found)
         remedy = "name one annotation file or folder inside as --data"
         raise UserError(f"--data {name}: ambiguous, it holds {both}; {remedy}")
     kind, files = found[0]
@@ -138,10 +74,10 @@ def _of_file(path: str) -> Recognised:
         folder = os.path.dirname(path) or "."
         above = os.path.join(folder, os.pardir)
         for root in (folder, os.path.normpath(above)):
-            tree = _scan(root)
-            image_dir = _image_folder(path, tree, _part_of(os.path.basename(path)))
+            tree = scan(root)
+            image_dir = _image_folder(path, tree, part_of(os.path.basename(path)))
             if image_dir is not None:
-                part = _part_of(os.path.basename(path)) or "train"
+                part = part_of(os.path.basename(path)) or "train"
                 parts = {part: CocoPart(path, image_dir)}
                 return Recognised(path, f"COCO, images in {image_dir}", parts)
         raise _no_images(path, path, [folder, above])
@@ -151,19 +87,7 @@ def _of_file(path: str) -> Recognised:
     )
 
 
-def _scan(root: str) -> _Tree:
-    tree = _Tree(os.path.normpath(root))
-    for top, names in walk(tree.root):
-        for name in sorted(names):
-            path = os.path.normpath(os.path.join(top, name))
-            if is_picture(name):
-                tree.pictures.append(path)
-            elif not name.startswith(".") and os.path.isfile(path):  # no pipe, which would block
-                tree.files.setdefault(ending(name), []).append(path)
-    return tree
-
-
-def _inventory(tree: _Tree) -> str:
+def _inventory(tree: DataFolder) -> str:
     kinds = [counted(len(tree.pictures), "picture")] if tree.pictures else []
     for each in (".json", ".yaml", ".yml", ".xml", ".txt", ".zip"):
         files = tree.of(each)
@@ -174,25 +98,10 @@ def _inventory(tree: _Tree) -> str:
     return f"nothing recognised, found {', '.join(kinds) or 'no picture and no annotation file'}"
 
 
-def _named(tree: _Tree, files: Sequence[str]) -> str:
-    more = f" and {len(files) - _MOST_NAMED} more" if len(files) > _MOST_NAMED else ""
-    return ", ".join(tree.relative(each) for each in files[:_MOST_NAMED]) + more
-
-
-def _part_of(relative: str) -> str | None:
-    """The part that a path names: by its last piece that names just one."""
-    for piece in reversed(Path(relative).parts):
-        words = re.split(r"[_\-.\d]+", piece.lower())
-        named = {_WORDS[word] for word in words if word in _WORDS}
-        if len(named) == 1:
-            return named.pop()
-    return None
-
-
 # COCO
 
 
-def _coco_files(tree: _Tree) -> list[str]:
+def _coco_files(tree: DataFolder) -> list[str]:
     return [path for path in tree.of(".json") if _is_coco(path)]
 
 
@@ -208,10 +117,10 @@ def _is_coco(path: str) -> bool:
         return False
 
 
-def _coco(tree: _Tree, files: Sequence[str]) -> Recognised:
+def _coco(tree: DataFolder, files: Sequence[str]) -> Recognised:
     by_part: dict[str | None, list[str]] = {}
     for path in files:
-        by_part.setdefault(_part_of(tree.relative(path)), []).append(path)
+        by_part.setdefault(part_of(tree.relative(path)), []).append(path)
     if "train" not in by_part and None in by_part:
         by_part["train"] = by_part.pop(None)
     notes = [f"{tree.relative(path)} is not used" for path in by_part.pop(None, [])]
@@ -228,20 +137,20 @@ def _coco(tree: _Tree, files: Sequence[str]) -> Recognised:
     return Recognised(tree.root, f"COCO ({named})", parts, tuple(notes))
 
 
-def _one_of(tree: _Tree, paths: list[str], part: str) -> tuple[str, list[str]]:
+def _one_of(tree: DataFolder, paths: list[str], part: str) -> tuple[str, list[str]]:
     """The file of a part, and those beside it: COCO names the one with boxes "instances"."""
     boxes = [path for path in paths if os.path.basename(path).startswith("instances")]
     chosen = paths if len(paths) == 1 else boxes
     if len(chosen) != 1:
         raise UserError(
             f"--data {tree.root}: ambiguous, {len(paths)} COCO files can be the {part} part "
-            f"({_named(tree, paths)}); name one as --data, or give --train_json, --train_images, "
+            f"({names_of(tree, paths)}); name one as --data, or give --train_json, --train_images, "
             "--val_json and --val_images"
         )
     return chosen[0], [path for path in paths if path != chosen[0]]
 
 
-def _image_folder(json_path: str, tree: _Tree, part: str | None) -> str | None:
+def _image_folder(json_path: str, tree: DataFolder, part: str | None) -> str | None:
     """The folder to which the file names of a COCO file are relative: the one in which most of them
     exist, then the one of the same part, then the one nearest to the file; None for none.
     """
@@ -252,14 +161,14 @@ def _image_folder(json_path: str, tree: _Tree, part: str | None) -> str | None:
         found = sum(os.path.normpath(os.path.join(folder, name)) in pictures for name in names)
         near = len(os.path.commonpath([os.path.abspath(folder), os.path.abspath(json_path)]))
         relative = tree.relative(folder)
-        return found, _part_of(relative) == part, near, -len(Path(relative).parts)
+        return found, part_of(relative) == part, near, -len(Path(relative).parts)
 
     ranked = {folder: rank(folder) for folder in _folders(tree)}
     best = max(ranked, key=lambda folder: ranked[folder], default=None)
     return best if best is not None and ranked[best][0] else None
 
 
-def _folders(tree: _Tree) -> list[str]:
+def _folders(tree: DataFolder) -> list[str]:
     """The folders that hold pictures, and those above them up to the root, in order."""
     found: set[str] = set()
     for folder in {os.path.dirname(path) or "." for path in tree.pictures}:
@@ -293,7 +202,7 @@ def _no_images(path: str, json_path: str, folders: Sequence[str]) -> UserError:
 # YOLO
 
 
-def _yolo_files(tree: _Tree) -> list[str]:
+def _yolo_files(tree: DataFolder) -> list[str]:
     """The YAML files of YOLO that are nearest to the root; without any, the first label files."""
     yamls = [path for path in tree.of(".yaml", ".yml") if _is_yolo_yaml(path)]
     depth = min((path.count(os.sep) for path in yamls), default=0)
@@ -308,7 +217,7 @@ def _is_yolo_yaml(path: str) -> bool:
     return "names" in config and any(split in config for split in (*PARTS, "valid"))
 
 
-def _labels_of(tree: _Tree) -> list[str]:
+def _labels_of(tree: DataFolder) -> list[str]:
     """Label files of YOLO: each has a picture, and one of the first has a box in its first line."""
     texts = set(tree.of(".txt"))
     labels = [label for path in tree.pictures if (label := str(label_path(path))) in texts]
@@ -321,13 +230,13 @@ def _starts_with_a_box(label: str) -> bool:
     return len(values) >= 5 and values[0] >= 0 and all(-1 <= value <= 2 for value in values[1:5])
 
 
-def _yolo(tree: _Tree, files: Sequence[str]) -> Recognised:
+def _yolo(tree: DataFolder, files: Sequence[str]) -> Recognised:
     if ending(files[0]) == ".txt":
         return _yolo_without_yaml(tree)
     if len(files) > 1:
         raise UserError(
             f"--data {tree.root}: ambiguous, {len(files)} YAML files of YOLO "
-            f"({_named(tree, files)}); name one as --data"
+            f"({names_of(tree, files)}); name one as --data"
         )
     return _yolo_of_yaml(tree.root, files[0])
 
@@ -360,11 +269,11 @@ def _has_images(yaml_path: str, config: dict[str, Any], entries: Any) -> bool:
     return False
 
 
-def _yolo_without_yaml(tree: _Tree) -> Recognised:
+def _yolo_without_yaml(tree: DataFolder) -> Recognised:
     labels = {*_labels_of(tree)}
     folders = {os.path.dirname(path) for path in tree.pictures if str(label_path(path)) in labels}
     pictures = [path for path in tree.pictures if os.path.dirname(path) in folders]
-    by_part = _by_part(tree, [(path, path) for path in pictures])
+    by_part = grouped_by_part(tree, [(path, path) for path in pictures])
     class_file, names = _class_names(tree, labels)
     config: dict[str, Any] = {"path": os.path.basename(tree.root), "names": names}
     config |= {part: [tree.relative(path) for path, _ in by_part[part]] for part in by_part}
@@ -374,7 +283,7 @@ def _yolo_without_yaml(tree: _Tree) -> Recognised:
     return Recognised(tree.root, f"YOLO without a YAML file, {named}", parts, notes)
 
 
-def _class_names(tree: _Tree, labels: set[str]) -> tuple[str, list[str]]:
+def _class_names(tree: DataFolder, labels: set[str]) -> tuple[str, list[str]]:
     """The class names and the file that lists them, "" for none."""
     for path in sorted(tree.of(".txt", ".names"), key=lambda path: path.count(os.sep)):
         if os.path.basename(path) in _CLASS_FILES and path not in labels:
@@ -394,7 +303,7 @@ def _class_names(tree: _Tree, labels: set[str]) -> tuple[str, list[str]]:
 # Pascal VOC
 
 
-def _voc_files(tree: _Tree) -> list[str]:
+def _voc_files(tree: DataFolder) -> list[str]:
     xmls = tree.of(".xml")
     return xmls if any(map(_is_annotation, xmls[:_FEW])) else []
 
@@ -405,7 +314,7 @@ def _is_annotation(path: str) -> bool:
     return b"<annotation" in start.replace(b"\0", b"")  # UTF-16, too
 
 
-def _voc(tree: _Tree, files: Sequence[str]) -> Recognised:
+def _voc(tree: DataFolder, files: Sequence[str]) -> Recognised:
     lists = [path for path in tree.of(".txt") if Path(path).parts[-3:-1] == ("ImageSets", "Main")]
     by_root: dict[Path, set[str]] = {}
     for path in lists:
@@ -428,9 +337,9 @@ def _voc(tree: _Tree, files: Sequence[str]) -> Recognised:
 
 def _list_names(stems: set[str]) -> dict[str, str]:
     """The list of each part. Lists of one class, such as cat_train, are none."""
-    names = {_WORDS[stem]: stem for stem in sorted(stems) if stem in _WORDS}
+    names = {PART_WORDS[stem]: stem for stem in sorted(stems) if stem in PART_WORDS}
     if "train" not in names:
-        others = [stem for stem in stems if _part_of(stem) is None and "_" not in stem]
+        others = [stem for stem in stems if part_of(stem) is None and "_" not in stem]
         whole = [stem for stem in others if stem == "trainval"] or others
         names |= {"train": whole[0]} if len(whole) == 1 else {}
     return names
@@ -443,24 +352,24 @@ def _lists_annotations(path: str) -> bool:
     return any((folder / f"{stem}.xml").is_file() for stem in islice(stems, _FEW))
 
 
-def _xml(tree: _Tree, files: Sequence[str]) -> Recognised:
+def _xml(tree: DataFolder, files: Sequence[str]) -> Recognised:
     """XML files and pictures that belong together by their names, as labelImg leaves them."""
     find = _picture_finder(tree)
     pairs = [(picture, xml) for xml in files if (picture := find(xml))]
     if not pairs:
         raise UserError(
             f"--data {tree.root}: {counted(len(files), 'XML file')} of Pascal VOC "
-            f"({_named(tree, files)}), but no picture belongs to one by its name"
+            f"({names_of(tree, files)}), but no picture belongs to one by its name"
         )
     used = {picture for picture, _ in pairs}
     notes = _not_used(len(tree.pictures) - len(used), "without an XML file")
     if len(pairs) < len(files):
         notes += (f"{counted(len(files) - len(pairs), 'XML file')} without a picture not used",)
-    parts = {part: XmlPart(tuple(each)) for part, each in _by_part(tree, pairs).items()}
+    parts = {part: XmlPart(tuple(each)) for part, each in grouped_by_part(tree, pairs).items()}
     return Recognised(tree.root, "Pascal VOC without ImageSets", parts, notes)
 
 
-def _picture_finder(tree: _Tree) -> Callable[[str], str | None]:
+def _picture_finder(tree: DataFolder) -> Callable[[str], str | None]:
     """A function that finds the picture of an XML file: the one of its name, beside it or nearest
     to it; else the one that the file names.
     """
@@ -488,28 +397,16 @@ def _file_name_in(xml: str) -> str:
     return os.path.basename(os.fsdecode(named[1]).replace("\\", "/")) if named else ""
 
 
-def _by_part(tree: _Tree, pairs: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """(Picture, annotations) by the part that a folder of either names; what no folder names is for
-    training.
-    """
-    by_part: dict[str, list[tuple[str, str]]] = {}
-    for pair in pairs:
-        named = (_part_of(os.path.dirname(tree.relative(path))) for path in pair)
-        part = next((each for each in named if each), "train")
-        by_part.setdefault(part, []).append(pair)
-    return {part: by_part[part] for part in PARTS if part in by_part}
-
-
 def _not_used(count: int, why: str) -> tuple[str, ...]:
     return (f"{counted(count, 'picture')} {why} not used",) if count else ()
 
 
-_KINDS: dict[str, Callable[[_Tree], list[str]]] = {
+_KINDS: dict[str, Callable[[DataFolder], list[str]]] = {
     "COCO": _coco_files,
     "YOLO": _yolo_files,
     "Pascal VOC": _voc_files,
 }
-_BUILD: dict[str, Callable[[_Tree, Sequence[str]], Recognised]] = {
+_BUILD: dict[str, Callable[[DataFolder, Sequence[str]], Recognised]] = {
     "COCO": _coco,
     "YOLO": _yolo,
     "Pascal VOC": _voc,

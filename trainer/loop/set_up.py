@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainer.augmentation.denoising import Denoising
 from trainer.augmentation.recipe import Augmentation
 from trainer.backward.freezing import freeze_stages
 from trainer.backward.gradient_sum import GradientSum
@@ -25,7 +26,6 @@ from trainer.backward.memory import (
     fitting_micro_batches,
     largest_canvas,
 )
-from trainer.data.denoising import Denoising
 from trainer.data.image_cache import ImageCache
 from trainer.data.loader import DetectionDataset
 from trainer.data.loader_wait import LoaderWait
