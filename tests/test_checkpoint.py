@@ -411,17 +411,19 @@ def test_weights_from_an_address(
     other.write_bytes(b"another file")
     for source in (saved, other):
         content = source.read_bytes()
-        first = local_weights(source.as_uri())
-        assert first.read_bytes() == content
-        source.unlink()
-        assert local_weights(source.as_uri()) == first
+        with served(content) as server:
+            first = local_weights(server.address, allow_http=True)
+            assert first.read_bytes() == content
+        assert local_weights(server.address, allow_http=True) == first  # without the server
+        with pytest.raises(Unreachable, match="no https address; give the path of a file"):
+            local_weights(source.as_uri())
 
 
 def test_an_address_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    address = (tmp_path / "gone.safetensors").as_uri()
+    address = "http://127.0.0.1:9/gone.safetensors"
     with pytest.raises(ValueError, match="fetch it by hand and pass --load_from FILE") as caught:
-        local_weights(address)
+        local_weights(address, allow_http=True)
     assert address in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -438,6 +440,9 @@ def test_a_download_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(Unreachable, match=f"{reason}.*pass --load_from FILE"):
                 local_weights(source, allow_http=True)
             assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+        for fragment in (f"SHA256={good}", f"sha256:{good}", "sha256=12", "md5=0"):
+            with pytest.raises(Unreachable, match="is no hash; write #sha256="):
+                local_weights(f"{address}#{fragment}", allow_http=True)
         path = local_weights(f"{address}#sha256={good}", allow_http=True)
         assert path.read_bytes() == content and local_weights(address, allow_http=True) == path
         assert len(server.requests) == 3  # the last is not fetched again
@@ -445,7 +450,7 @@ def test_a_download_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(Unreachable, match="SHA-256"):
             local_weights(f"{address}#sha256={good}", allow_http=True)
         # Without a hash in the address, the one that was noted counts.
-        with pytest.raises(Unreachable, match=f"not {good}; delete {path} to fetch it again"):
+        with pytest.raises(Unreachable, match=f"delete {path} and {path.name}.sha256"):
             local_weights(address, allow_http=True)
         path.write_bytes(content)
         assert local_weights(address, allow_http=True) == path

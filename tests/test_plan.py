@@ -14,8 +14,8 @@ from trainer.data.dataset_statistics import crowding, fingerprint_of
 from trainer.data.load import read_datasets, read_parts
 from trainer.loop.start import settled
 from trainer.loop.time_limit import EVALUATING, RESERVE, fitting_length
-from trainer.settings.parsing import given_settings, parse
-from trainer.settings.plan import Fingerprint, in_words, planned, planned_sizes, repeated
+from trainer.settings.parsing import given_settings, in_words, parse
+from trainer.settings.plan import Fingerprint, planned, planned_sizes, repeated
 from trainer.train import main
 from vidt.errors import UserError
 from vidt.images.preprocessing import Preprocessing
@@ -90,7 +90,7 @@ def test_every_choice_has_a_reason_and_is_taken() -> None:
     names = [line.split()[0] for line in lines]
     assert len({*names}) == len(names) > 15
     for name, line in zip(names, lines, strict=True):
-        assert line.startswith(f"  {name} {in_words(settings[name])}: ")
+        assert line.startswith(f"  {name} {in_words(name, settings[name])}: ")
 
 
 def test_what_is_given_wins() -> None:

@@ -67,7 +67,7 @@ class FinishedRun:
 
 def train(
     data: str | Path | None = None,
-    output_dir: str | Path = TrainConfig.output_dir,
+    output_dir: str | Path | None = None,
     *,
     num_processes: int = 1,
     **settings: Any,
@@ -77,7 +77,8 @@ def train(
     data: a folder of COCO, YOLO or Pascal VOC data; other ways to name data are settings, such as
     `train_json`. settings: the flags of `vidt train` by name, such as `epochs=20`; `resume=True`
     continues the run in output_dir. What is not given is chosen from the data, as `vidt plan`
-    shows; `preset="released"` is the paper's recipe. num_processes: more than 1 trains on so many
+    shows; `preset="released"` is the paper's recipe. output_dir: None is that of a `config`, else
+    "output". num_processes: more than 1 trains on so many
     GPUs of this machine, or, without a GPU, in so many processes; nothing may have used a GPU
     before.
 
@@ -85,7 +86,8 @@ def train(
     setting or a damaged dataset, NonFiniteLoss if the loss is not finite, and KeyboardInterrupt
     when it is interrupted, after it has saved everything.
     """
-    given = {"output_dir": output_dir, **({} if data is None else {"data": data}), **settings}
+    named = {"output_dir": output_dir, "data": data}
+    given = {**{name: each for name, each in named.items() if each is not None}, **settings}
     if "config" not in given and given.keys() & {*PATH_OF.values(), *COCO_FILES}:
         given.setdefault("preset", "auto")
     words = _as_flags(given)
@@ -117,7 +119,7 @@ def _as_flags(settings: Mapping[str, Any]) -> list[str]:
             words += ["--resume"] if value else []
             continue
         several = isinstance(value, list | tuple)
-        text = ",".join(map(str, value)) if several else str(value)
+        text = (",".join(map(str, value)) or "none") if several else str(value)
         words.append(f"--{name}={text}")
     return words
 

@@ -162,8 +162,6 @@ def train_from_settings(
     """
     agreement, processes = Agreement(accelerator), accelerator.num_processes
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file; name a folder")
     if config.preset == "auto":
         config, model_fields, fixed = agreement.on_main(
             lambda: settled(config, model_fields, fixed)
@@ -310,6 +308,8 @@ def run_from_settings(
     fixed: the settings that `--preset auto` leaves alone.
     """
     refuse_split_models()
+    if Path(config.output_dir).is_file():
+        raise UserError(f"--output_dir {config.output_dir} is a file; name a folder")
     if not config.check:
         refuse_silent_cpu()
     accelerator = make_accelerator(config.mixed_precision)

@@ -104,15 +104,16 @@ def flush(path: Path) -> None:
 
 def remove_leftovers(folder: Path, start: str = "", *, alone: bool = False) -> None:
     """Removes the temporary files in a folder that killed processes of this machine left, only
-    those of names with that `start` if it is given; with `alone`, when nobody else writes there,
-    those of every process.
+    those of names with that `start` if it is given; with `alone`, when no other machine writes
+    there, those of other machines too.
     """
     with suppress(OSError):  # the folder may not exist, or be read-only
         for path in [*folder.iterdir()]:
             match = _TEMPORARY.fullmatch(path.name)
             if match is None or start not in ("", match[1]):
                 continue
-            if alone or (match[2] == _machine() and not is_running(int(match[3]))):
+            here = match[2] == _machine()
+            if (not is_running(int(match[3]))) if here else alone:
                 path.unlink(missing_ok=True)
 
 

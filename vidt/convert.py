@@ -51,7 +51,7 @@ def to_ours(source: Path, target: Path, class_names: tuple[str, ...] = ()) -> We
 
 def to_theirs(source: Path, target: Path) -> WeightsInfo:
     """Writes our weights file for the released code: tensors under `model`, settings under `args`.
-    It also holds class names and metrics for `to_ours`, which the released code ignores.
+    It also holds the rest of the header for `to_ours`, which the released code ignores.
 
     Raises UnusableWeights naming the file, and OSError naming the target.
     """
@@ -63,6 +63,8 @@ def to_theirs(source: Path, target: Path) -> WeightsInfo:
         "args": argparse.Namespace(**settings),
         "class_names": list(info.class_names),
         "metrics": info.metrics,
+        "training": info.training,
+        "thresholds": list(info.thresholds),
     }
     with atomic_file(target) as file:
         try:

@@ -24,15 +24,15 @@ def is_url(source: object) -> bool:
 
 
 def require_scheme(source: str, url: str, allow_http: bool) -> None:
-    """Raises Unreachable unless the URL is https, a local file:, or http that is allowed."""
+    """Raises Unreachable unless the URL is https, or http that is allowed."""
     scheme = urlparse(url).scheme.lower()
     if scheme == "http" and not allow_http:
         raise Unreachable(
             f"{source} would come unencrypted, and anybody on the way could replace it; use its "
             "https address, or pass --allow_http"
         )
-    if scheme not in ("http", "https", "file"):
-        raise Unreachable(f"{source} is no https address; fetch it by hand and give its path")
+    if scheme not in ("http", "https"):
+        raise Unreachable(f"{source} is no https address; give the path of a file")
 
 
 class SameSchemes(urllib.request.HTTPRedirectHandler):

@@ -20,6 +20,7 @@ def load(
     precision: str | None = None,
     compile: bool = False,
     threads: int | None = None,
+    allow_http: bool = False,
 ) -> "Predictor | Any":
     """Loads a detector from a weights file (our .safetensors or a released .pth), its URL, a model
     on the Hugging Face Hub ("hf://USER/NAME", "hf://USER/NAME@REVISION"), the name of a published
@@ -30,12 +31,13 @@ def load(
     precision: "auto" (bf16 where the GPU computes it natively, else fp32), "no" (fp32), "bf16" or
     "fp16"; None is auto. compile: compile the model's blocks with torch.compile, once for all
     canvases. threads: of the CPU; None: one per core. PyTorch has one number for the process.
+    allow_http: fetch from http addresses too, unencrypted.
 
     Returns a `vidt.Predictor`, or an `OnnxDetector` with the same methods, which returns NumPy
     arrays. Raises UserError that names the file if it holds no detector or cannot be downloaded,
     and for a device or precision that is not available.
     """
-    path = local_weights(str(weights), flag=None)
+    path = local_weights(str(weights), flag=None, allow_http=allow_http)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the weights file in it")
     if not path.exists():

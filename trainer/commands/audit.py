@@ -21,6 +21,7 @@ from trainer.commands.command_flags import (
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.image_files import ImageFile
+from vidt.weights.published import local_weights
 
 SUMMARY = """
 Looks for mistakes in the annotations of a dataset with detectors that were trained on it or on the
@@ -81,7 +82,11 @@ def run(argv: Sequence[str]) -> int:
         parts = {given.split: parts[given.split]}
     samples = concatenated([*parts.values()])
     splits = [name for name, table in parts.items() for _ in range(len(table))]
-    seen = {path: seen_by(path, [*parts.values()]) for path in given.weights}
+    tables = [*parts.values()]
+    seen = {}
+    for path in given.weights:
+        file = local_weights(path, flag=None, allow_http=given.allow_http)
+        seen[path] = seen_by(str(file), tables)
     judges = judges_of(given.weights, seen, len(samples))
     found, thumbnails, notes = predictions(given, samples, judges)
     note(f"comparing {counted(len(samples), 'picture')} with each other")

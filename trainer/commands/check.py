@@ -22,7 +22,7 @@ from trainer.commands.command_flags import (
 from trainer.readers.findings import BadDataset, Finding, format_findings
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import COCO_FILES, PATH_OF
-from trainer.settings.parsing import fixed_settings, parse
+from trainer.settings.parsing import fixed_settings, parse, resolved
 from vidt.arguments import HELP, OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.formats import ENDINGS
@@ -264,8 +264,7 @@ def run_plan(argv: Sequence[str]) -> int:
         data = read_parts(config, num_queries=None, num_classes=None, tell=tell)
     config, fields, plan = plan_of(config, fields, fixed, data.train)
     if given.json:
-        chosen = {**vars(config), **fields}
-        say(json.dumps({"settings": chosen, "plan": plan.splitlines()}, indent=1))
+        say(json.dumps({"settings": resolved(config, fields), "plan": plan.splitlines()}, indent=1))
     else:
         say(plan)
     return 0

@@ -123,6 +123,13 @@ def add_detector_flags(flags: argparse.ArgumentParser, batch_size: int) -> None:
         metavar="N",
         help="most images in a batch (default %(default)s); it changes no result",
     )
+    add_allow_http(group)
+
+
+def add_allow_http(flags: argparse._ActionsContainer) -> None:
+    flags.add_argument(
+        "--allow_http", action="store_true", help="fetch from http addresses too, unencrypted"
+    )
 
 
 def add_tile_flags(flags: argparse.ArgumentParser) -> None:
@@ -159,6 +166,7 @@ def load_detector(given: argparse.Namespace, *, threads: int | None = None) -> A
         precision=given.mixed_precision,
         compile=given.compile,
         threads=threads,
+        allow_http=given.allow_http,
     )
     device = getattr(detector, "device", None)
     if getattr(device, "type", "cpu") != "cpu":

@@ -11,6 +11,7 @@ from typing import Any
 from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
     Stages,
+    add_allow_http,
     add_data,
     check_result,
     command_parser,
@@ -26,7 +27,7 @@ from trainer.scoring.coco_scores import judge, map50
 from trainer.scoring.prediction_formats import ImagePredictions
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError
-from vidt.images.files import probe_image
+from vidt.images.files import probe_image, read_image
 from vidt.images.image_files import ImageFiles
 from vidt.weights.published import local_weights, nearest_model
 
@@ -84,6 +85,7 @@ def flags() -> OneLineParser:
         action="store_true",
         help="the model returns boxes, labels and scores instead of the raw outputs",
     )
+    add_allow_http(parser)
     proof = parser.add_argument_group("verification")
     proof.add_argument(
         "--images",
@@ -120,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
         check_other_runner(given)
     if given.output.suffix != ".onnx":
         raise UserError(f"MODEL {given.output}: name it something.onnx")
-    weights = local_weights(given.weights, flag=None)
+    weights = local_weights(given.weights, flag=None, allow_http=given.allow_http)
     if not weights.is_file():
         raise UserError(f"WEIGHTS {weights}: no such file{nearest_model(given.weights)}")
     if given.output.is_dir() or not given.output.absolute().parent.is_dir():
@@ -131,7 +133,8 @@ def run(argv: Sequence[str]) -> int:
     check_result("MODEL", given.output, read)
     written = [given.output, *([given.prove] if given.prove else [])]
     check_result("--report", given.report, [*read, *written])
-    check_result("--write_inputs", given.write_inputs, [*read, given.output])
+    reports = [given.report] if given.report else []
+    check_result("--write_inputs", given.write_inputs, [*read, given.output, *reports])
     try:
         onnx_export = import_module("vidt.onnx.export")
     except ImportError as error:
@@ -207,11 +210,13 @@ def scored(file: CocoFile, folder: Path, names: Sequence[str], where: str) -> An
     files = [folder / name for name in file.images.names]
     missing = next((path for path in files if not path.is_file()), None)
     if missing is not None:
-        raise UserError(f"{missing}: no such file, but {file.path} has it")
+        raise UserError(f"{missing}: no such file, but {where} has it")
     sizes = [
         probe_image(path).size if size == (0, 0) else size
         for path, size in zip(files, file.images.sizes, strict=True)
     ]
+    for path, size in zip(files, sizes, strict=True):  # now, not after minutes
+        read_image(path, size)
     empty = {position: ImagePredictions("", size) for position, size in enumerate(sizes)}
     if not len(judge(file, empty).rows):
         raise UserError(f"{where}: no annotation has a usable box to score")

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import command_parser, note, say
+from trainer.commands.command_flags import add_allow_http, command_parser, note, say
 from trainer.commands.info import MAIN_METRICS
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
-from vidt.weights.hub import HUB, upload_to_hub
+from vidt.weights.hub import HUB, hub_address, upload_to_hub
 from vidt.weights.published import PUBLISHED, Published, cached_path, local_weights
 
 MODELS = """
@@ -122,14 +122,16 @@ def push_flags() -> OneLineParser:
     parser.add_argument("model", metavar="USER/NAME", help="your name or organisation, and a name")
     parser.add_argument("--public", action="store_true", help="let everybody see the model")
     parser.add_argument("--dry_run", action="store_true", help="print the card, send nothing")
+    add_allow_http(parser)
     return parser
 
 
 def run_push(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = push_flags().parse_args(argv)
-    path = local_weights(given.weights, flag=None)
     model = given.model.removeprefix(HUB)
+    hub_address(f"{HUB}{model}")  # refuses what is no name
+    path = local_weights(given.weights, flag=None, allow_http=given.allow_http)
     part = card_part(path, model)
     if given.dry_run:
         say(merged_card(None, part))

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import command_parser, say
+from trainer.commands.command_flags import add_allow_http, command_parser, say
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
 from vidt.weights.published import local_weights, nearest_model
@@ -32,13 +32,14 @@ def flags() -> OneLineParser:
     parser = command_parser("info", SUMMARY, EXAMPLES)
     parser.add_argument("weights", metavar="WEIGHTS", help=".safetensors, released .pth, or .onnx")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_allow_http(parser)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
-    path = local_weights(given.weights, flag=None)
+    path = local_weights(given.weights, flag=None, allow_http=given.allow_http)
     if path.is_dir():
         raise UserError(f"WEIGHTS {path} is a folder; name the weights file in it")
     if not path.is_file():

@@ -124,9 +124,6 @@ def flags() -> OneLineParser:
         "--strict_images", action="store_true", help="skip JPEG files whose end is missing"
     )
     parser.add_argument("--no_pictures", action="store_true", help="with --out: write no images")
-    parser.add_argument(
-        "--allow_http", action="store_true", help="fetch images from http addresses, unencrypted"
-    )
     add_tile_flags(parser)
     add_detector_flags(parser, batch_size=8)
     return parser

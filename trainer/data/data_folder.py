@@ -4,8 +4,9 @@ of its files tell apart.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -133,3 +134,39 @@ def grouped_by_part(
         part = next((each for each in named if each), "train")
         by_part.setdefault(part, []).append(pair)
     return {part: by_part[part] for part in PARTS if part in by_part}
+
+
+def picture_finder(tree: DataFolder) -> Callable[[str], str | None]:
+    """A function that finds the picture of an XML file: the one of its name, beside it or nearest
+    to it; else the one that the file names.
+    """
+    by_path: dict[str, list[str]] = {}  # each without its ending
+    by_stem: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
+    for path in tree.pictures:
+        by_path.setdefault(os.path.splitext(path)[0], []).append(path)
+        name = os.path.basename(path)
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
+        by_name.setdefault(name, []).append(path)
+
+    @cache
+    def pieces(folder: str) -> frozenset[str]:
+        return frozenset(Path(tree.relative(folder)).parts)
+
+    def find(xml: str) -> str | None:
+        stem = os.path.splitext(xml)[0]
+        found = by_path.get(stem) or by_stem.get(os.path.basename(stem), [])
+        if len(found) != 1:  # a mask may have the stem too: the XML names the picture
+            named = _file_name_in(xml)
+            found = [path for path in found if os.path.basename(path) == named] or found
+            found = found or by_name.get(named, [])
+        own = pieces(os.path.dirname(xml))
+        return max(found, key=lambda path: len(own & pieces(os.path.dirname(path))), default=None)
+
+    return find
+
+
+def _file_name_in(xml: str) -> str:
+    with open(xml, "rb") as file:
+        named = re.search(rb"<filename>\s*([^<]*?)\s*</filename>", file.read(4096))
+    return os.path.basename(os.fsdecode(named[1]).replace("\\", "/")) if named else ""

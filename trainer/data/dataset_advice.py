@@ -168,11 +168,16 @@ def look_alikes(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     one, other = (np.concatenate(ends) for ends in zip(*edges, strict=True))
     groups = _components(one, other, 3 * len(rows) + len(different))
     step = max(_COMPARED // max(len(different), 1), 1)
+    alike: list[np.ndarray] = []  # pairs of hashes that are not joined yet
     for start in range(0, len(different), step):
-        differ = np.bitwise_count(different[start : start + step, None] ^ different)
-        ours, theirs = np.nonzero(differ <= ALIKE_BITS)
-        of_hash = groups[3 * len(rows) :]
-        groups = _components(of_hash[start + ours], of_hash[theirs], len(groups))[groups]
+        # Each with the later ones.
+        differ = np.bitwise_count(different[start : start + step, None] ^ different[start:])
+        alike.append(start + np.stack(np.nonzero(differ <= ALIKE_BITS)))
+        is_last = start + step >= len(different)
+        if is_last or sum(each.shape[1] for each in alike) > _COMPARED:
+            one, other = groups[3 * len(rows) :][np.concatenate(alike, axis=1)]
+            groups = _components(one, other, len(groups))[groups]
+            alike = []
     return np.unique(groups[: len(rows)], return_inverse=True)[1], digests
 
 

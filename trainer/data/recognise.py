@@ -26,11 +26,13 @@ from trainer.data.data_folder import (
     grouped_by_part,
     names_of,
     part_of,
+    picture_finder,
     scan,
 )
 from trainer.readers.findings import FilesSeen
 from trainer.readers.json_stream import NotJSON, read_members
 from trainer.readers.values import number_of, read_text
+from trainer.readers.voc import annotation_of
 from trainer.readers.yolo import label_path, load_data_yaml, pictures_of, resolve_entry
 from vidt.errors import UserError, counted, shown
 from vidt.images.formats import ending
@@ -74,6 +76,8 @@ def _of_file(path: str) -> Recognised:
         folder = os.path.dirname(path) or "."
         above = os.path.join(folder, os.pardir)
         for root in (folder, os.path.normpath(above)):
+            if os.path.dirname(os.path.abspath(root)) == os.path.abspath(root):
+                continue  # all of the file system
             tree = scan(root)
             image_dir = _image_folder(path, tree, part_of(os.path.basename(path)))
             if image_dir is not None:
@@ -158,7 +162,11 @@ def _image_folder(json_path: str, tree: DataFolder, part: str | None) -> str | N
     pictures = set(tree.pictures)
 
     def rank(folder: str) -> tuple[int, bool, int, int]:
-        found = sum(os.path.normpath(os.path.join(folder, name)) in pictures for name in names)
+        paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
+        found = sum(
+            path in pictures or (os.path.isabs(name) and os.path.isfile(name))
+            for name, path in zip(names, paths, strict=True)
+        )
         near = len(os.path.commonpath([os.path.abspath(folder), os.path.abspath(json_path)]))
         relative = tree.relative(folder)
         return found, part_of(relative) == part, near, -len(Path(relative).parts)
@@ -206,7 +214,12 @@ def _yolo_files(tree: DataFolder) -> list[str]:
     """The YAML files of YOLO that are nearest to the root; without any, the first label files."""
     yamls = [path for path in tree.of(".yaml", ".yml") if _is_yolo_yaml(path)]
     depth = min((path.count(os.sep) for path in yamls), default=0)
-    return [path for path in yamls if path.count(os.sep) == depth] or _labels_of(tree)[:_FEW]
+    nearest = [path for path in yamls if path.count(os.sep) == depth]
+    labels = [] if nearest else _labels_of(tree)
+    for path in tree.of(".yaml", ".yml") if labels else ():
+        if re.search(rb"^names\s*:", Path(path).read_bytes(), re.MULTILINE):
+            load_data_yaml(Path(path))  # tells what is wrong with the names and parts in it
+    return nearest or labels[:_FEW]
 
 
 def _is_yolo_yaml(path: str) -> bool:
@@ -221,7 +234,8 @@ def _labels_of(tree: DataFolder) -> list[str]:
     """Label files of YOLO: each has a picture, and one of the first has a box in its first line."""
     texts = set(tree.of(".txt"))
     labels = [label for path in tree.pictures if (label := str(label_path(path))) in texts]
-    return labels if any(map(_starts_with_a_box, labels[:_FEW])) else []
+    filled = (label for label in labels if os.path.getsize(label))
+    return labels if any(map(_starts_with_a_box, islice(filled, _FEW))) else []
 
 
 def _starts_with_a_box(label: str) -> bool:
@@ -273,23 +287,48 @@ def _yolo_without_yaml(tree: DataFolder) -> Recognised:
     labels = {*_labels_of(tree)}
     folders = {os.path.dirname(path) for path in tree.pictures if str(label_path(path)) in labels}
     pictures = [path for path in tree.pictures if os.path.dirname(path) in folders]
-    by_part = grouped_by_part(tree, [(path, path) for path in pictures])
+    by_part = _listed_parts(tree, labels, pictures)
+    by_part = by_part or grouped_by_part(tree, [(path, path) for path in pictures])
+    used = {path for pairs in by_part.values() for path, _ in pairs}
     class_file, names = _class_names(tree, labels)
     config: dict[str, Any] = {"path": os.path.basename(tree.root), "names": names}
     config |= {part: [tree.relative(path) for path, _ in by_part[part]] for part in by_part}
     parts = {part: YoloPart(tree.root, part, config) for part in by_part}
     named = f"classes of {class_file}" if class_file else "classes named by their numbers"
     notes = _not_used(len(tree.pictures) - len(pictures), "in folders without label files")
+    notes += _not_used(len(pictures) - len(used), "in none of the lists")
     return Recognised(tree.root, f"YOLO without a YAML file, {named}", parts, notes)
+
+
+def _listed_parts(
+    tree: DataFolder, labels: set[str], pictures: Sequence[str]
+) -> dict[str, list[tuple[str, str]]]:
+    """The pictures of Darknet's lists, train.txt and valid.txt, by part; empty without a list of
+    training images. A line may name another machine's folder: the picture's name decides then.
+    """
+    known, by_name = set(pictures), {os.path.basename(path): path for path in pictures}
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for path in tree.of(".txt"):
+        part = PART_WORDS.get(Path(path).stem.lower())
+        if part is None or path in labels:
+            continue
+        lines = [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
+        inside = [os.path.normpath(os.path.join(tree.root, line)) for line in lines if line]
+        named = [each if each in known else by_name.get(os.path.basename(each)) for each in inside]
+        found = [each for each in dict.fromkeys(named) if each is not None]
+        if len(found) > len(inside) / 2:
+            parts.setdefault(part, [(each, each) for each in found])
+    return parts if "train" in parts else {}
 
 
 def _class_names(tree: DataFolder, labels: set[str]) -> tuple[str, list[str]]:
     """The class names and the file that lists them, "" for none."""
     for path in sorted(tree.of(".txt", ".names"), key=lambda path: path.count(os.sep)):
         if os.path.basename(path) in _CLASS_FILES and path not in labels:
-            names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-            if names:
-                return tree.relative(path), names
+            names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+            if names:  # an empty line keeps its number, as labelImg counts
+                named = [name or f"class {number}" for number, name in enumerate(names)]
+                return tree.relative(path), named
     numbers = [
         number_of(line.split()[0])
         for label in labels
@@ -311,7 +350,8 @@ def _voc_files(tree: DataFolder) -> list[str]:
 def _is_annotation(path: str) -> bool:
     with open(path, "rb") as file:
         start = file.read(4096)
-    return b"<annotation" in start.replace(b"\0", b"")  # UTF-16, too
+    start = start.replace(b"\0", b"")  # of UTF-16
+    return re.search(rb"<annotation[\s>]", start) is not None  # CVAT's own has <annotations>
 
 
 def _voc(tree: DataFolder, files: Sequence[str]) -> Recognised:
@@ -337,7 +377,7 @@ def _voc(tree: DataFolder, files: Sequence[str]) -> Recognised:
 
 def _list_names(stems: set[str]) -> dict[str, str]:
     """The list of each part. Lists of one class, such as cat_train, are none."""
-    names = {PART_WORDS[stem]: stem for stem in sorted(stems) if stem in PART_WORDS}
+    names = {PART_WORDS[s.lower()]: s for s in sorted(stems) if s.lower() in PART_WORDS}
     if "train" not in names:
         others = [stem for stem in stems if part_of(stem) is None and "_" not in stem]
         whole = [stem for stem in others if stem == "trainval"] or others
@@ -347,14 +387,13 @@ def _list_names(stems: set[str]) -> dict[str, str]:
 
 def _lists_annotations(path: str) -> bool:
     folder = Path(path).parents[2] / "Annotations"
-    words = (line.split()[0] for line in read_text(path).splitlines() if line.strip())
-    stems = (re.sub(r"\.\w+$", "", os.path.basename(word.replace("\\", "/"))) for word in words)
-    return any((folder / f"{stem}.xml").is_file() for stem in islice(stems, _FEW))
+    lines = filter(str.strip, read_text(path).splitlines())
+    return any(annotation_of(line, folder) is not None for line in islice(lines, _FEW))
 
 
 def _xml(tree: DataFolder, files: Sequence[str]) -> Recognised:
     """XML files and pictures that belong together by their names, as labelImg leaves them."""
-    find = _picture_finder(tree)
+    find = picture_finder(tree)
     pairs = [(picture, xml) for xml in files if (picture := find(xml))]
     if not pairs:
         raise UserError(
@@ -367,34 +406,6 @@ def _xml(tree: DataFolder, files: Sequence[str]) -> Recognised:
         notes += (f"{counted(len(files) - len(pairs), 'XML file')} without a picture not used",)
     parts = {part: XmlPart(tuple(each)) for part, each in grouped_by_part(tree, pairs).items()}
     return Recognised(tree.root, "Pascal VOC without ImageSets", parts, notes)
-
-
-def _picture_finder(tree: DataFolder) -> Callable[[str], str | None]:
-    """A function that finds the picture of an XML file: the one of its name, beside it or nearest
-    to it; else the one that the file names.
-    """
-    by_stem: dict[str, list[str]] = {}
-    by_name: dict[str, list[str]] = {}
-    for path in tree.pictures:
-        name = os.path.basename(path)
-        by_name.setdefault(name, []).append(path)
-        by_stem.setdefault(os.path.splitext(name)[0], []).append(path)
-
-    def find(xml: str) -> str | None:
-        found = by_stem.get(os.path.splitext(os.path.basename(xml))[0])
-        found = found or by_name.get(_file_name_in(xml), [])
-        pieces = {*Path(tree.relative(xml)).parts[:-1]}
-        beside = [path for path in found if os.path.dirname(path) == os.path.dirname(xml)]
-        shared = {path: len(pieces & {*Path(tree.relative(path)).parts}) for path in found}
-        return next(iter(beside), None) or max(found, key=lambda path: shared[path], default=None)
-
-    return find
-
-
-def _file_name_in(xml: str) -> str:
-    with open(xml, "rb") as file:
-        named = re.search(rb"<filename>\s*([^<]*?)\s*</filename>", file.read(4096))
-    return os.path.basename(os.fsdecode(named[1]).replace("\\", "/")) if named else ""
 
 
 def _not_used(count: int, why: str) -> tuple[str, ...]:

@@ -171,9 +171,10 @@ def gpus_of_accelerate(words: Sequence[str]) -> list[str]:
 def _command_of_launcher() -> list[str]:
     """The words of the program that started this one; empty if unknown."""
     try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")[:-1]
+        words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes())
     except OSError:
         return []
+    return words.split("\0")[:-1]
 
 
 def _launch_options(words: Sequence[str]) -> list[str] | None:

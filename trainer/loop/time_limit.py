@@ -160,9 +160,10 @@ def within_hours(
         for name in ("eval_interval", "save_interval")
         if getattr(config, name) == getattr(TrainConfig, name)
     }
+    replaced = f", in place of --epochs {config.epochs}" * (config.epochs != TrainConfig.epochs)
     config = replace(config, epochs=length.epochs, max_steps=steps, **intervals)
     logger.info(
-        f"--hours {hours:g}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
+        f"--hours {hours:g}{replaced}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
         f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
         f"{counted(config.eval_interval, 'epoch')}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.readers.findings import Finding
-from vidt.errors import UserError
+from vidt.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def match_classes(
     for where, given in ((source, own_names.values()), ("class_names", names)):
         twice = [name for name, times in Counter(given).items() if times > 1]
         broken = [name for name in given if len(name.splitlines()) > 1]
+        odd = [name for name in given if not _is_text(name)]
+        if odd:
+            raise UserError(
+                f"{where}: class name {shown(odd[0])} is not text of UTF-8; save the file as UTF-8"
+            )
         if broken:
             raise UserError(f"{where}: class name {broken[0]!r} is not one line; rename it")
         if twice:
@@ -44,6 +49,15 @@ def match_classes(
         category_ids=tuple(id_of.get(name, -1) for name in names),
         label_of={own_id: label_of_name.get(own_names[own_id], -1) for own_id in own_ids},
     )
+
+
+def _is_text(name: str) -> bool:
+    """False for bytes of another encoding, which Python reads as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def foreign_class_findings(

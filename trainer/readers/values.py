@@ -122,7 +122,10 @@ def _xml_text(data: bytes) -> tuple[str, str]:
     data = data.removeprefix(codecs.BOM_UTF8)
     declared = _ENCODING.match(data)
     name = declared[1].decode("latin-1") if declared else "utf-8"
+    wide = re.match(r"utf[-_]?(16|32)|ucs", name, re.IGNORECASE)
     try:
+        if declared and wide:  # its own declaration has one byte a letter
+            raise LookupError("it has one byte a letter")
         return data.decode(name), ""
     except (LookupError, UnicodeError) as error:
         try:

@@ -19,12 +19,15 @@ from trainer.readers.findings import (
     fold,
 )
 from trainer.readers.samples import Sample, SampleTable
-from trainer.readers.values import number_of, parse_xml, read_text, shortened, truth
+from trainer.readers.values import number_of, parse_xml, read_text, shortened, truth, walk
 from vidt.errors import UserError, shown
 from vidt.images.formats import is_picture
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _LARGEST_SIDE = 2**31
+_IMAGES = ("JPEGImages", "images", "Images")  # VOC's own name first
+# Folders of a year: as unpacked, and of several archives unpacked side by side.
+_YEARS = ("VOC20*", "VOCdevkit/VOC20*", "*/VOCdevkit/VOC20*")
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,22 @@ def read_xml_files(
     Apart from the lists of a split, all is as in `read_voc`; `source` names the split.
     """
     reader = _Reader(source, seen or FilesSeen())
-    for picture, xml in pairs:
+    first: dict[str, str] = {}  # the XML file of each picture
+    # The XML beside the picture first: it is the likelier one of two.
+    for picture, xml in sorted(pairs, key=lambda pair: _apart(*pair)):
         reader.seen.folders.update((os.path.dirname(picture), os.path.dirname(xml)))
         reader.seen.files.update((os.path.normpath(picture), os.path.normpath(xml)))
+        if first.setdefault(picture, xml) != xml:
+            detail = f"{xml}: its picture has {first[picture]} too, which is used"
+            reader.report("image twice", "warning", "counted once", detail, picture)
+            continue
         reader.read_picture(_Line("", Path(picture), Path(xml)))
     return _table(reader, class_names, source)
+
+
+def _apart(picture: str, xml: str) -> bool:
+    """Whether the two lie in different folders."""
+    return os.path.dirname(picture) != os.path.dirname(xml)
 
 
 def _table(
@@ -119,7 +133,7 @@ def _table(
 
 
 def _split_files(root: Path, split: str) -> list[Path]:
-    folders = [root, *sorted(root.glob("VOC20*")), *sorted(root.glob("VOCdevkit/VOC20*"))]
+    folders = [root, *(each for kind in _YEARS for each in sorted(root.glob(kind)))]
     files = [folder / "ImageSets" / "Main" / f"{split}.txt" for folder in folders]
     found = [file for file in files if file.is_file()]
     if not found:
@@ -137,7 +151,9 @@ class _Reader(FindingList):
 
     def read_year(self, split_file: Path) -> None:
         folder = split_file.parents[2]
-        image_dir, xml_dir = folder / "JPEGImages", folder / "Annotations"
+        image_dir, xml_dir = folder / _IMAGES[0], folder / "Annotations"
+        if not image_dir.is_dir():
+            image_dir = next((folder / n for n in _IMAGES if (folder / n).is_dir()), image_dir)
         if not image_dir.is_dir():
             raise UserError(f"{image_dir}: no such image folder")
         self.seen.folders.update((str(image_dir), str(xml_dir)))
@@ -162,9 +178,14 @@ class _Reader(FindingList):
         self.report(kind, severity, action, detail, file, len(self.pictures) + 1)
 
     def _file_names(self, image_dir: Path) -> dict[str, str]:
-        """Name without ending to name, of the pictures in a folder."""
+        """Name without ending to name, of the pictures in a folder and the folders inside, relative
+        to it.
+        """
         file_names: dict[str, str] = {}
-        for name in filter(is_picture, sorted(os.listdir(image_dir))):
+        paths = (Path(top) / name for top, names in walk(image_dir) for name in sorted(names))
+        for name in (path.relative_to(image_dir).as_posix() for path in paths):
+            if not is_picture(name):
+                continue
             used = file_names.setdefault(name.rsplit(".", 1)[0], name)
             if used != name:
                 detail = f"{used} has the same name without its ending and is used"
@@ -235,21 +256,30 @@ def _lines(
     space and 1 or -1; a name with its ending, its folder or spaces is understood if its annotations
     exist.
     """
-    known = set(file_names.values())
     for number, line in enumerate(read_text(split_file).splitlines(), 1):
         words = line.split()
         if not words:
             continue
-        name = words[0]
-        for form in (line.strip(), words[0]):
-            form = form.replace("\\", "/").rsplit("/", 1)[-1]
-            stem = form.rsplit(".", 1)[0] if form in known or form.endswith(".xml") else form
-            if os.path.isfile(xml_dir / f"{stem}.xml"):  # False for a name too long
-                name = stem
-                break
+        name, xml = annotation_of(line, xml_dir) or (words[0], f"{words[0]}.xml")
         picture = image_dir / file_names.get(name, f"{name}.jpg")
         odd = shortened(line.strip()) if name != words[0] else ""
-        yield _Line(f"{split_file.name} line {number}", picture, xml_dir / f"{name}.xml", odd)
+        yield _Line(f"{split_file.name} line {number}", picture, xml_dir / xml, odd)
+
+
+def annotation_of(line: str, xml_dir: Path) -> tuple[str, str] | None:
+    """The name, without its ending, and the XML file that a line of a list means, both relative;
+    None if there is no such file.
+    """
+    for form in (line.strip(), *line.split()[:1]):
+        path = form.replace("\\", "/")
+        whole = [] if path.startswith("/") or ".." in path.split("/") else [path]
+        for name in (*whole, path.rsplit("/", 1)[-1]):
+            named = is_picture(name) or name.lower().endswith(".xml")
+            for stem in (name, *([name.rsplit(".", 1)[0]] if named else [])):
+                for xml in (f"{stem}.xml", f"{stem}.XML"):
+                    if os.path.isfile(xml_dir / xml):  # False for a name too long
+                        return stem, xml
+    return None
 
 
 def _box_around(element: ElementTree.Element) -> list[float] | None:

@@ -198,11 +198,15 @@ def resolve_entry(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
 
 
 def label_path(image_path: str) -> Path:
-    """The path with its last folder `images` replaced by `labels`; else next to the image."""
+    """The path with its last folder `images` replaced by `labels`, if there is such a folder; else
+    next to the image.
+    """
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")
         parts[last] = "labels"
+        if not os.path.isdir(os.path.join(*parts[:-1])):
+            parts[last] = "images"  # as labelImg leaves them
     return Path(*parts).with_suffix(".txt")
 
 

@@ -31,7 +31,7 @@ def curves_of(history: RunHistory, rows: Rows, best_by: str = "map50") -> dict[s
     return {
         "loss": _loss_plot(history, rows),
         "terms": _terms_plot(history, rows),
-        "precision": _precision_plot(rows),
+        "precision": _precision_plot(rows, best_by),
         "classes": _classes_plot(rows, names),
         "num_evaluations": len(scores),
         "since_best": len(scores) - 1 - int(np.argmax(scores)) if scores else 0,
@@ -66,12 +66,12 @@ def _terms_plot(history: RunHistory, rows: Rows) -> Plot:
     return _loss_lines(_coloured({name: terms[name] for name in largest}, by_evaluation, "{:.3g}"))
 
 
-def _precision_plot(rows: Rows) -> Plot:
+def _precision_plot(rows: Rows, best_by: str) -> Plot:
     columns = {shown: _column(rows, name) for name, shown in AP_NAMES.items()}
     series = []
     for each in _coloured({name: column for name, column in columns.items() if column[0]}):
         best = int(np.argmax(each.y))
-        mark = (each.x[best], each.y[best]) if each.name == "AP50" else None
+        mark = (each.x[best], each.y[best]) if each.name == AP_NAMES.get(best_by) else None
         series.append(replace(each, note=f"best {score(each.y[best])}", mark=mark))
     return _score_lines(series)
 

@@ -18,6 +18,7 @@ from trainer.readers.samples import SampleTable
 from trainer.settings.parsing import parse
 from vidt.errors import UserError, counted
 from vidt.predict.detections import Detections
+from vidt.weights.checkpoint import matching_classes
 from vidt.weights.weights_file import UnusableWeights, read_info
 
 
@@ -107,17 +108,16 @@ def how_judged(
 
 
 def label_map(path: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """The dataset's label of each class of the detector, by name, -1 for none: int64 [K]. Raises
-    UserError if they have no class in common.
+    """The dataset's label of each class of the detector, -1 for none: int64 [K]; see
+    `matching_classes`. Raises UserError if they have no class in common.
     """
-    label_of = {name.strip().lower(): label for label, name in enumerate(ours)}
-    labels = [label_of.get(name.strip().lower(), -1) for name in theirs]
-    if max(labels, default=-1) < 0:
+    pairs = matching_classes(theirs, ours)
+    if not pairs:
         raise UserError(
             f"{path} has no class of the dataset: it knows {', '.join(list(theirs)[:5])}, the "
             f"dataset has {', '.join(list(ours)[:5])}; take weights trained on these classes"
         )
-    return torch.tensor(labels)
+    return torch.tensor([pairs.get(label, -1) for label in range(len(theirs))])
 
 
 def relabelled(detections: Any, labels: Tensor) -> Detections:

@@ -172,10 +172,10 @@ def _matched(sample: Sample, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Ten
                 true_class[row], predicted_class[column] = sample.labels[column], labels[row]
                 annotation[row] = column
                 free[column] = False
-    if bool(sample.crowd.any()):
-        inside = _share_inside(boxes, sample.boxes[sample.crowd]) >= MIN_IOU
-        inside &= own[:, sample.crowd]
-        true_class[inside.any(1) & (true_class == NOTHING)] = CROWD
+        if allowed is own and bool(sample.crowd.any()):  # as COCO, before another class counts
+            inside = _share_inside(boxes, sample.boxes[sample.crowd]) >= MIN_IOU
+            inside &= own[:, sample.crowd]
+            true_class[inside.any(1) & (true_class == NOTHING)] = CROWD
     return true_class, predicted_class, annotation
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from trainer.settings.flags import ConfigError
 from vidt.arguments import MIXED_PRECISIONS
 from vidt.errors import shown
+from vidt.images.canvas import LARGEST_SIZE
 from vidt.model.config import CLASS_LOSSES
 from vidt.weights.published import TEACHERS
 
@@ -15,7 +16,6 @@ DATASETS = ("shapes", *PATH_OF)
 AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run chooses
 WEIGHTS_OWN = 0  # eval_size that stands for the size saved with the weights
 SMALLEST_SIZE = 32  # pixels: a backbone's coarsest map is 1/32 of the image
-LARGEST_SIZE = 16_384  # pixels: three times the largest canvas that a large GPU holds
 # Training queries and losses that need a decoder which refines boxes.
 NEED_REFINEMENT = ("denoising", "look_forward_twice", "query_groups")
 SCHEDULES = ("cosine", "linear", "flat_cosine")

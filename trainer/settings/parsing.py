@@ -123,6 +123,12 @@ def given_settings(argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
+def in_words(name: str, value: Any) -> str:
+    """The value of a setting as its flag takes it."""
+    raw = _ALL[name].as_yaml(value)
+    return " ".join(map(str, raw)) if isinstance(raw, list) else str(raw)
+
+
 def read_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run saved, as `resolved` gives them, without those that are unknown
     here. Raises ConfigError.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from trainer.settings.config import TrainConfig
 from trainer.settings.flags import ConfigError
 from trainer.settings.limits import AUTO, PATHS, SMALLEST_SIZE
-from trainer.settings.parsing import check_model, read_saved
+from trainer.settings.parsing import check_model, in_words, read_saved
 from vidt.errors import counted
 
 Settings: TypeAlias = Mapping[str, Any]  # of a run so far: what is given, else what is chosen
@@ -197,10 +197,10 @@ def planned(
             if name not in fixed:
                 now[name] = taken[name] = value
             if now[name] == value:
-                lines.append(f"  {name} {in_words(value)}: {reason}")
+                lines.append(f"  {name} {in_words(name, value)}: {reason}")
             else:
-                told = in_words(now[name])
-                lines.append(f"  {name} {told}: as given (the plan has {in_words(value)})")
+                told = in_words(name, now[name])
+                lines.append(f"  {name} {told}: as given (the plan has {in_words(name, value)})")
     if data.images >= LARGE:
         lines.append("  the released recipe, which was made for datasets of this size")
     config, model = merged(config, model, taken)
@@ -240,7 +240,3 @@ def merged(
     model = {name: taken.get(name, value) for name, value in model.items()}
     check_model(model)
     return replace(config, **fields), model
-
-
-def in_words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 GRANULE = 16  # sides are rounded down to multiples of this, as released
+LARGEST_SIZE = 16_384  # pixels of eval_size: three times the largest canvas that a large GPU holds
 
 
 def resized_shape(

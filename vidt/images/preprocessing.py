@@ -4,6 +4,7 @@ Training, evaluation, prediction and export share this definition, and its setti
 the weights. Pictures stay 8-bit until they are on the device: a quarter of the memory and transfer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vidt.errors import UserError
-from vidt.images.canvas import canvas_of, longest_side, resize
+from vidt.errors import UserError, shown
+from vidt.images.canvas import LARGEST_SIZE, canvas_of, longest_side, resize
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.eval_size < 1:
-            raise UserError(f"eval_size is {self.eval_size}; it must be 1 or more")
-        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+        if not 1 <= self.eval_size <= LARGEST_SIZE:
             raise UserError(
-                f"mean is {self.mean} and std {self.std}; they must be three numbers each, of std "
-                "above 0"
+                f"eval_size is {shown(self.eval_size)}; it must be from 1 to {LARGEST_SIZE}"
+            )
+        finite = all(math.isfinite(each) for each in (*self.mean, *self.std))
+        if not finite or not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise UserError(
+                f"mean is {shown(self.mean)} and std {shown(self.std)}; they must be three numbers "
+                "each, of std above 0"
             )
 
     @property

@@ -37,6 +37,7 @@ from vidt.weights.checkpoint import load_model
 
 DYNAMIC = ("batch",)
 NUM_DRAWN = 6  # pictures that are drawn if none are given
+MOST_COMPARED = 20  # pictures of a dataset on which scores and boxes are compared one by one
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def export(
     predictor = Predictor(model, info)
     dataset = dataset_for(info.class_names) if dataset_for else None
     pictures = _Pictures(images)
+    if dataset and not images:
+        pictures = _Pictures(dataset.files[:MOST_COMPARED], dataset.sizes[:MOST_COMPARED])
     frame = size or _common_canvas(_sizes(dataset, images), predictor)
     tell(f"exporting the graph for images of {frame[0]} x {frame[1]}")
     graph = make_graph(
@@ -211,7 +214,7 @@ def export(
         dynamic=tuple(dynamic),
         decoded=with_decode,
         num_pictures=len(pictures),
-        drawn=not images,
+        drawn=not pictures.files,
         differences=differences,
         limits=limits,
         map50=scores and scores[0],

@@ -186,9 +186,11 @@ def with_fewer_layers(
 
 def read_start(path: str | Path) -> tuple[dict[str, Tensor], ViDTConfig, tuple[str, ...] | None]:
     """Weights to fine-tune from, one of our files or a released `.pth` file: tensors under our
-    names, their configuration and, if known, class names (COCO's for the released files).
+    names, their configuration and, if known, class names (COCO's for the released files). Raises
+    UnusableWeights naming the file.
     """
     tensors, info = load_weights(path) if is_safetensors(path) else read_released(path)
+    require_shapes(info.config, tensors, path)
     return tensors, info.config, info.class_names or None
 
 
@@ -207,13 +209,14 @@ def read_released(path: str | Path) -> tuple[dict[str, Tensor], WeightsInfo]:
         preprocessing = Preprocessing(**fitting(Preprocessing, file.settings))
         if names and len(names) != config.num_classes:
             raise UserError(f"it names {len(names)} classes and has {config.num_classes}")
-    except (KeyError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise UnusableWeights(
             f"{path} is not a ViDT checkpoint that training can start from: {error}"
         ) from error
     if not names and config.num_classes == NUM_COCO_ROWS:
         names = coco_rows()
-    return tensors, WeightsInfo(config, names, preprocessing, file.metrics)
+    header = (file.metrics, file.training, file.thresholds)
+    return tensors, WeightsInfo(config, names, preprocessing, *header)
 
 
 def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...]) -> HeadTransfer:
@@ -243,7 +246,7 @@ def start_from(model: nn.Module, path: str | Path, class_names: tuple[str, ...])
     rows = _matching_rows(names, class_names, config.num_classes)
     for name in tensors:
         pairs = _row_pairs(name, rows, own, config)
-        if pairs is not None and tensors[name] is not fresh.get(name):
+        if pairs is not None and name in fresh and tensors[name] is not fresh[name]:
             tensors[name] = _merged(fresh[name], tensors[name], pairs)
     fill_strictly(model, tensors, path)
     if not rows:
@@ -282,8 +285,12 @@ def _require_same(theirs: ViDTConfig, ours: ViDTConfig, path: str | Path) -> Non
         own = getattr(ours, name)
         if name not in indifferent and value != own:
             raise UnusableWeights(
-                f"{path} has {name} {value}, this run {own}; pass --{name} {value}"
+                f"{path} has {name} {value}, this run {own}; pass --{name} {_as_flag(value)}"
             )
+
+
+def _as_flag(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _matching_rows(
@@ -331,6 +338,12 @@ def _row_pairs(
 
 
 def _merged(fresh: Tensor, tensor: Tensor, pairs: dict[int, int]) -> Tensor:
+    """The fresh tensor with the paired rows of the other; the other as it is if it does not fit,
+    for `fill_strictly` to name.
+    """
+    same_rows = tensor.ndim == fresh.ndim and tensor.shape[1:] == fresh.shape[1:]
+    if not same_rows or len(tensor) <= max(pairs.values(), default=-1):
+        return tensor
     merged = fresh.clone()
     for ours, theirs in pairs.items():
         merged[ours] = tensor[theirs]

@@ -3,16 +3,20 @@
 Downloads are cached by timm or by torch hub.
 """
 
+import logging
 from pathlib import Path
 
 import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vidt.errors import shown
 from vidt.model.config import COAT_VARIANTS
 from vidt.weights.published import Unreachable, local_weights
 from vidt.weights.released import imagenet_coat, imagenet_swin
 from vidt.weights.weights_file import UnusableWeights, read_pickled
+
+logger = logging.getLogger(__name__)
 
 TIMM_NAMES = {
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
@@ -64,10 +68,11 @@ def load_imagenet(backbone: nn.Module, backbone_name: str, pre_trained: str) -> 
 
 
 def imagenet_at_hand(backbone_name: str) -> bool:
-    """Whether the ImageNet weights can be had; fetches them."""
+    """Whether the ImageNet weights can be had; fetches them, and logs why it cannot."""
     try:
         return backbone_name in {**TIMM_NAMES, **URLS} and bool(_fetch(backbone_name))
-    except Unreachable:
+    except Unreachable as error:
+        logger.warning(str(error))
         return False
 
 
@@ -89,8 +94,9 @@ def _fetch(backbone_name: str) -> dict[str, Tensor]:
             return read_pickled(local_weights(URLS[backbone_name], "--pre_trained")).tensors
         return timm.create_model(TIMM_NAMES[backbone_name], pretrained=True).state_dict()
     except Exception as error:  # every library below has its own exceptions for "no network"
+        reason = shown(str(error).partition("\n")[0] or type(error).__name__, 200)
         raise Unreachable(
-            f"the ImageNet weights of {backbone_name} cannot be reached ({type(error).__name__}); "
+            f"the ImageNet weights of {backbone_name} cannot be reached ({reason}); "
             f"fetch {address(backbone_name)} by hand and pass --pre_trained FILE, or "
             "--pre_trained none to start from random"
         ) from error

@@ -8,6 +8,7 @@ beside it, and a later use that finds another hash refuses the file.
 import http.client
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -162,7 +163,11 @@ def local_weights(
     source = f"{source} ({address})" if source in PUBLISHED else source
     url, fragment = urldefrag(address)
     require_scheme(source, url, allow_http)
-    wanted = fragment.removeprefix(HASH).lower() if fragment.startswith(HASH) else None
+    if fragment and not re.fullmatch(f"{HASH}[0-9a-fA-F]{{64}}", fragment):
+        raise Unreachable(
+            f"{source}: #{shown(fragment, 100)} is no hash; write #{HASH} and 64 hexadecimal digits"
+        )
+    wanted = fragment.removeprefix(HASH).lower() or None
     path = cached_path(url)
     try:
         if not path.exists():
@@ -173,7 +178,10 @@ def local_weights(
             try:
                 require_hash(path, str(expected))
             except OSError as error:
-                raise OSError(f"{error}; delete {path} to fetch it again") from error
+                raise OSError(
+                    f"{error}; if you trust the new one, delete {path} and {_note_of(path).name} "
+                    "beside it to fetch it again"
+                ) from error
         if noted is None:
             atomic_write(_note_of(path), f"{hash_of(path)}\n".encode())
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -29,7 +29,6 @@ from vidt.model.config import ViDTConfig
 from vidt.weights.published import NUM_COCO_ROWS, coco_rows
 
 FORMAT = "vidt-weights-1"
-LARGEST_SIZE = 16_384  # of eval_size, pixels
 # Prefix of a converted file's tensors that our model does not use; they are converted back.
 UNREAD = "released."
 
@@ -71,7 +70,9 @@ class PickledWeights:
     tensors: dict[str, Tensor]
     settings: dict[str, Any]  # its `args`, the flags of the run that wrote it, unchecked
     class_names: tuple[str, ...]  # empty unless `vidt.convert` wrote the file
-    metrics: dict[str, float]  # likewise
+    metrics: dict[str, float]  # likewise, as are these
+    training: dict[str, Any]
+    thresholds: tuple[float | None, ...]
 
 
 def save_weights(
@@ -145,7 +146,7 @@ def read_info(path: str | Path) -> WeightsInfo:
         )
     try:
         return _parsed(header)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = shown(str(error) or type(error).__name__, 200)
         raise UnusableWeights(f"{path} has a header that cannot be read: {reason}") from error
 
@@ -154,7 +155,11 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
     """The header's values. Raises KeyError, TypeError and ValueError for one that is missing, of
     another type or out of its range.
     """
-    config, preprocessing = json.loads(header["config"]), json.loads(header["preprocessing"])
+    config, preprocessing = (_mapping(header, name) for name in ("config", "preprocessing"))
+    metrics, training = _mapping(header, "metrics"), _mapping(header, "training")
+    if not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError(f"metrics are {shown(metrics)}; they must be numbers")
+    _check_training(training)
     for each in dataclasses.fields(ViDTConfig):
         given, default = config.get(each.name, each.default), each.default
         if type(given) is not type(default) and not isinstance(default, float | tuple):
@@ -167,9 +172,9 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
             _numbers(preprocessing["mean"]),
             _numbers(preprocessing["std"]),
         ),
-        metrics=dict(json.loads(header["metrics"])),
-        training=dict(json.loads(header.get("training", "{}"))),  # older files have none
-        thresholds=tuple(json.loads(header.get("thresholds", "[]"))),  # likewise
+        metrics=metrics,
+        training=training,
+        thresholds=tuple(json.loads(header.get("thresholds", "[]"))),  # older files have none
     )
     require_thresholds(info.thresholds, info.class_names)
     if len(info.class_names) != info.config.num_classes:
@@ -180,6 +185,27 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
     return info
 
 
+def _mapping(header: Mapping[str, str], name: str) -> dict[str, Any]:
+    values = json.loads(header.get(name, "{}") if name == "training" else header[name])
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is {shown(values)}; it must be a mapping")
+    return values
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    """Checks what other code reads of the record."""
+    ids = training.get("category_ids", [])
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise ValueError(f"category_ids are {shown(ids)}; they must be whole numbers")
+    for name in ("data", "settings"):
+        if not isinstance(training.get(name, {}), dict):
+            raise ValueError(f"training.{name} is {shown(training[name])}; it must be a mapping")
+    for part in training.get("data", {}).values():
+        kinds = {"source": str, "images": int, "boxes": int}
+        if not isinstance(part, dict) or not all(type(part.get(n)) is k for n, k in kinds.items()):
+            raise ValueError(f"training.data has {shown(part)}; it must tell {', '.join(kinds)}")
+
+
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names are {shown(values)}; they must be texts")
@@ -188,15 +214,13 @@ def _texts(values: Any) -> tuple[str, ...]:
 
 def _numbers(values: Any) -> Any:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"{shown(values)} must be three numbers")
+        raise ValueError(f"{shown(values)} must be finite numbers")
     return tuple(values)
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value > LARGEST_SIZE:
-        raise ValueError(
-            f"eval_size is {shown(value)}; it must be a whole number, at most {LARGEST_SIZE}"
-        )
+    if type(value) is not int:
+        raise ValueError(f"eval_size is {shown(value)}; it must be a whole number")
     return value
 
 
@@ -219,18 +243,28 @@ def read_pickled(path: str | Path) -> PickledWeights:
     """
     content = _unpickle(path)
     tensors = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
         raise UnusableWeights(
             f"{path} holds no dictionary of tensors, neither bare nor under model"
         )
     args, names, metrics = (content.get(name) for name in ("args", "class_names", "metrics"))
     named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     scored = isinstance(metrics, dict) and all(isinstance(x, float) for x in metrics.values())
+    training, thresholds = content.get("training") or {}, content.get("thresholds") or ()
+    try:
+        _check_training(training)
+        require_thresholds(thresholds, names if named else ())
+    except (AttributeError, TypeError, ValueError):  # another code's words for other things
+        training, thresholds = {}, ()
     return PickledWeights(
         tensors,
         settings=vars(args) if isinstance(args, argparse.Namespace) else {},
         class_names=tuple(names) if named else (),
         metrics=metrics if scored else {},
+        training=training,
+        thresholds=tuple(thresholds),
     )
 
 
