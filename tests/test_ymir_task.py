@@ -660,4 +660,7 @@ def test_args_options_choose_the_start_before_the_platform(tmp_path: Path):
     assert training_settings(tree.write().read())[0].load_from == "other.pth"
     tree.config["args_options"] = "--resume"
     config, _ = training_settings(tree.write().read())
+    assert (config.load_from, config.resume) == (str(given), None), "there is nothing to resume"
+    (Path(config.output_dir) / "checkpoints/step-00000001").mkdir(parents=True)
+    config, _ = training_settings(tree.write().read())
     assert (config.load_from, config.resume) == (None, "auto")

@@ -9,6 +9,7 @@ import time
 import traceback
 from dataclasses import replace
 
+from vidt.errors import escaped
 from ymir_adapter.launch import RankFailed, Terminated, run_ranks, stop_signals
 from ymir_adapter.protocol.environment import read_identity
 from ymir_adapter.protocol.errors import Code, Failure, diagnose
@@ -60,7 +61,7 @@ def closing_lines(failure: Failure) -> list[str]:
         "The complete log may say more above this line.",
         "The traceback, if there is one, is in monitor.txt.",
         *(failure.traceback.rstrip().splitlines() if unknown else []),
-        f"error {int(failure.code)}: {failure.message}",
+        f"error {int(failure.code)}: {escaped(failure.message)}",
     ]
 
 

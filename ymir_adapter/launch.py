@@ -26,6 +26,7 @@ from pathlib import Path
 
 import yaml
 
+from vidt.errors import printable
 from ymir_adapter.protocol.errors import Code, Failure, TaskError, first_failure, write_failure
 from ymir_adapter.protocol.monitor import Monitor
 from ymir_adapter.protocol.task import Task, in_form_words, read_task
@@ -39,6 +40,7 @@ SETTLE = 1.0  # seconds to wait for a failure with a known cause after one witho
 # Codes that a rank also reports when it loses the connection to one that died.
 FROM_LOST_CONNECTION = (Code.CONTAINER, Code.NETWORK)
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+RESERVE = 2**16  # bytes of the failures' folder that each rank frees to write its own
 CRASH = "crash-{rank}-{pid}.txt"  # file: a rank at work, and the trace if a signal ends it
 RUNNING = "running"  # file: rank 0 has started, and writes the monitor file from now on
 SET_CHILD_SUBREAPER = 36  # of prctl(2): orphaned descendants become our children
@@ -325,6 +327,8 @@ def run_rank(work: Work) -> None:
         return
     _end_with_parent()
     crash_file = Path(folder) / CRASH.format(rank=rank, pid=os.getpid())
+    reserve = Path(folder) / f"reserve-{rank}"
+    reserve.write_bytes(bytes(RESERVE))
     with crash_file.open("w") as crash:
         faulthandler.enable(crash)
         try:
@@ -334,6 +338,7 @@ def run_rank(work: Work) -> None:
             _work(work, rank)
             crash_file.unlink()
         except BaseException as error:
+            reserve.unlink(missing_ok=True)
             write_failure(Path(folder), rank, error)
             threading.Event().wait(2 * GRACE)
             raise
@@ -357,7 +362,7 @@ class FormWords(logging.Formatter):
     """Log lines in the words of the platform's forms, see `in_form_words`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return in_form_words(super().format(record))
+        return printable(in_form_words(super().format(record)))
 
 
 def _log_lines() -> None:

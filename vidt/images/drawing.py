@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vidt.errors import escaped
 from vidt.images.mask_drawing import Patch
 
 # Colours of the first classes: easy to distinguish, also for most colour-blind readers.
@@ -159,7 +160,8 @@ def write_labels(
     """
     font = ImageFont.load_default(font_size)
     placed = np.zeros((0, 4))
-    for box, text, colour in labels:
+    for box, name, colour in labels:
+        text = escaped(name)  # a line break cannot be measured
         width, height = draw.textlength(text, font=font) + 6, font_size + 3
         positions = _positions(box, width, height, size)
         covered = _covered(positions, placed)

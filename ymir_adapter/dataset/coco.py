@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from trainer.readers.values import number_of, shortened, truth
+from trainer.readers.values import number_of, shortened, truth, whole_number
 from ymir_adapter.dataset.columns import Classes, Columns, Notes, Status
 
 
@@ -51,15 +51,18 @@ class CocoDocument:
         names: dict[Any, str] = {}
         for image in content["images"]:
             if isinstance(image, dict) and isinstance(image.get("file_name"), str):
-                names[_key(image.get("id"))] = os.path.basename(image["file_name"])
-        self.rows = {name: [] for name in names.values()}
+                name = os.path.basename(image["file_name"].replace("\\", "/"))
+                self.rows[name] = []
+                names[_key(image.get("id"))] = name
+        names.pop(None, None)
         labels = _category_labels(content.get("categories"), classes)
         for number, row in enumerate(content["annotations"], 1):
             row = row if isinstance(row, dict) else {}
             image, category = names.get(_key(row.get("image_id"))), row.get("category_id")
-            label = labels.get(_key(category), -2)
-            if label == -2 and isinstance(category, int) and 0 <= category < classes.count:
-                label = category  # the platform's ids are indices of class_names
+            own_id = _key(category)
+            label = labels.get(own_id, -2)
+            if label == -2 and isinstance(own_id, int) and 0 <= own_id < classes.count:
+                label = own_id  # the platform's ids are indices of class_names
             box = _xyxy(row.get("bbox"))
             place = f"annotation {number} of image {row.get('image_id')}"
             if image is None:
@@ -101,8 +104,9 @@ def _category_labels(categories: Any, classes: Classes) -> dict[Any, int]:
 
 
 def _key(value: Any) -> Any:
-    """The id, if it can be a dictionary key."""
-    return value if isinstance(value, int | str) else None
+    """An id as a dictionary key, a number in any spelling as an int; None for what is no id."""
+    number = whole_number(value)
+    return number if number is not None else value if isinstance(value, str) else None
 
 
 def _xyxy(bbox: Any) -> tuple[float, float, float, float] | None:

@@ -34,9 +34,10 @@ def read_index(path: Path, root: Path) -> list[tuple[str, str]]:
     Raises TaskError if the index is missing or empty.
     """
     prefix = os.fspath(root)
+    fields = ([field.strip(BLANKS) for field in row] for row in _rows(path))
     return [
         (_below(prefix, image), _below(prefix, rest[0]) if rest and rest[0] else "")
-        for image, *rest in _rows(path)
+        for image, *rest in fields
     ]
 
 
@@ -60,6 +61,7 @@ def read_tables(
     *,
     num_queries: int | None,
     max_bad_fraction: float = 1.0,
+    strict_images: bool = False,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[SampleTable, SampleTable, list[Finding]]:
     """The usable training and validation samples, and the findings about all of them.
@@ -79,11 +81,16 @@ def read_tables(
     findings = [*train.findings, *val.findings]
     try:
         train_set, val_set, checked = check(
-            train.table, val.table, num_queries=num_queries, max_bad_fraction=max_bad_fraction
+            train.table,
+            val.table,
+            num_queries=num_queries,
+            max_bad_fraction=max_bad_fraction,
+            strict_images=strict_images,
+            found=findings,
         )
     except BadDataset as error:
         raise _as_task_error(error, train, val) from error
-    return train_set, val_set, findings + [one for one in checked if one.kind != NOT_REPORTED]
+    return train_set, val_set, [one for one in checked if one.kind != NOT_REPORTED]
 
 
 @dataclass(frozen=True)
@@ -211,11 +218,9 @@ def _as_task_error(error: BadDataset, train: Split, val: Split) -> TaskError:
     """The error code of a rejected dataset, and the first reason."""
     for split in (train, val):
         name, total = split.table.source, len(split.table)
-        gone = [one for one in error.findings if one.action == "removed" and one.source == name]
+        own = [one for one in error.findings if one.source == name and one not in split.findings]
+        gone = [one for one in own if one.action == "removed"]
         if sum(one.count for one in gone) >= total:
             message = f"{name}: none of {total} images can be read; the first: {gone[0].detail}"
             return TaskError(Code.IMAGE_FORMAT, message)
-    left_out = [one for one in train.findings if one.action == "dropped"]
-    count = sum(one.count for one in left_out)
-    hint = f"; {count} were left out, the first: {left_out[0].line()}" if left_out else ""
-    return TaskError(Code.DATASET, f"{error}{hint}")
+    return TaskError(Code.DATASET, str(error))

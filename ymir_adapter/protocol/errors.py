@@ -94,7 +94,12 @@ def first_failure(folder: Path) -> Failure | None:
     for path in folder.glob("rank-*.json"):
         fields = json.loads(path.read_text(encoding="utf-8"))
         failures.append(Failure(**{**fields, "code": Code(fields["code"])}))
-    return min(failures, key=lambda one: (one.code == Code.CONTAINER, one.time), default=None)
+
+    def rank(one: Failure) -> tuple[bool, bool, float]:
+        unknown = one.code == Code.CONTAINER
+        return unknown, unknown and one.mendable, one.time  # a copy of another rank's comes last
+
+    return min(failures, key=rank, default=None)
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:

@@ -8,8 +8,9 @@ import logging
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ DETECTION = 2  # the platform's object_type
 AS_TRAINED, EQUAL = "auto", "equal"  # of img_size and class_distribution: forms drop empty values
 SMALLEST_SIZE, LARGEST_SIZE = 32, 4096  # of img_size
 ALGORITHMS = ("random", "entropy", "cald", "aldd")
+MOST_GPUS = 1024  # of a task
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Key of the training template to the trainer's flag and the reader of its value.
 TEMPLATE = {
@@ -152,6 +154,7 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
 
     `args_options` holds flags of the trainer, which override the template. Raises TaskError.
     """
+    from trainer.loop.resume import CHECKPOINTS, checkpoints
     from trainer.settings.flags import ConfigError
     from trainer.settings.parsing import given_settings, parse
 
@@ -162,9 +165,11 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
         raise TaskError(Code.CONFIG, f"args_options: {one_line(error)}") from error
     try:
         base = {flag: value for flag, value in _base_settings(task).items() if flag not in own}
-        if not {"load_from", "resume"} & set(own):
+        weights = None
+        if "load_from" not in own and own.get("resume") in (None, "auto"):
             weights = pick_weights(task)
-            base |= {} if weights is None else {"load_from": str(weights)}
+        if weights is not None and "resume" not in own:
+            base["load_from"] = str(weights)
         for mode in ("check", "eval"):
             if own.get(mode):
                 raise TaskError(Code.CONFIG, f"args_options: --{mode} trains nothing; leave it out")
@@ -183,6 +188,12 @@ def training_settings(task: Task) -> tuple["TrainConfig", dict[str, Any]]:
         )
     except ConfigError as error:
         raise TaskError(Code.CONFIG, in_form_words(one_line(error))) from error
+    output = Path(config.output_dir)
+    if "output_dir" in own and output.is_file():
+        message = f"args_options: --output_dir {output} is a file; name a folder"
+        raise TaskError(Code.CONFIG, message)
+    if weights is not None and config.resume and not checkpoints(output / CHECKPOINTS):
+        config = replace(config, resume=None, load_from=str(weights))  # nothing to resume
     if fields["num_classes"] not in (None, len(task.class_names)):
         raise TaskError(
             Code.CONFIG,
@@ -251,8 +262,8 @@ def candidate_settings(task: Task) -> CandidateSettings:
             f"{AS_TRAINED} or from {SMALLEST_SIZE} to {LARGEST_SIZE} pixels",
         ),
         ("conf_threshold", 0 <= settings.conf_threshold <= 1, "from 0 to 1"),
-        ("batch_size_per_gpu", settings.batch_size_per_gpu >= 1, "1 or more"),
-        ("num_workers_per_gpu", settings.num_workers_per_gpu >= 0, "0 or more"),
+        ("batch_size_per_gpu", 1 <= settings.batch_size_per_gpu <= 65_536, "from 1 to 65536"),
+        ("num_workers_per_gpu", 0 <= settings.num_workers_per_gpu <= 256, "from 0 to 256"),
         ("seed", 0 <= settings.seed < 2**32, "from 0 to 4294967295"),
         ("mining_algorithm", settings.mining_algorithm in ALGORITHMS, algorithms),
         ("mixed_precision", settings.mixed_precision in MIXED_PRECISIONS, precisions),
@@ -303,7 +314,7 @@ def pick_weights(task: Task) -> Path | None:
     if not present:
         raise TaskError(Code.MODEL, f"{listed[0]} does not exist; choose another model")
     scores: dict[Path, float] = {}
-    reasons = []
+    reasons = [f"{path} does not exist" for path in listed if path not in present]
     for path in present:
         try:
             score = read_info(path).metrics.get("map50", -1.0)
@@ -321,6 +332,7 @@ def pick_weights(task: Task) -> Path | None:
             return path
         except UnusableWeights as error:
             reasons.append(one_line(error))
+    reasons.sort(key=lambda reason: ".onnx " not in reason)  # such a file lies beside the weights
     raise TaskError(Code.MODEL, f"no weights of this detector were given: {reasons[-1]}")
 
 
@@ -347,8 +359,9 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     names = [str(entry) for entry in entries]  # YAML reads `1` as a number and `yes` as True
     if not names or not all(isinstance(entry, str | int | float) for entry in entries):
         raise TaskError(Code.CONFIG, f"class_names is {value!r}; it must be a list of names")
+    counts = Counter(names)
     for name in names:
-        if names.count(name) > 1 or not name.strip():
+        if counts[name] > 1 or not name.strip():
             message = f"class_names has {name!r}; each name must occur once and not be blank"
             raise TaskError(Code.CONFIG, message)
     return tuple(names)
@@ -358,6 +371,9 @@ def _gpu_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """GPU numbers, counted from 0 inside the container. The command line may give a count only."""
     if config.get("gpu_id") is None:
         count = to_int("gpu_count", config["gpu_count"]) if is_given(config, "gpu_count") else 0
+        if not 0 <= count <= MOST_GPUS:
+            message = f"gpu_count is {count}; it must be from 0 to {MOST_GPUS}"
+            raise TaskError(Code.CONFIG, message)
         return tuple(range(count))
     ids = tuple(to_int("gpu_id", part) for part in to_list("gpu_id", config["gpu_id"]))
     if len(set(ids)) < len(ids) or any(number < 0 for number in ids):

@@ -108,6 +108,9 @@ def check(args: argparse.Namespace) -> None:
     _require(args.val_json is None or args.task == "training", "--val-json is for training")
     _require(args.val_images is None or args.val_json, "--val-images is for --val-json")
     _require(0 < args.val_share < 1, f"--val-share {args.val_share} must be between 0 and 1")
+    _require(args.split_seed >= 0, f"--split-seed {args.split_seed} must be 0 or more")
+    is_folder = args.history is not None and args.history.is_dir()
+    _require(not is_folder, f"--history {args.history} is a folder; name a file")
     _require(args.gpus >= 0, f"--gpus {args.gpus} must be 0 or more")
     _require(args.processes == 1 or not args.gpus, "--processes is for the CPU; leave out --gpus")
     for path in args.weights:
@@ -196,14 +199,17 @@ def run_task(tree: Tree, *, processes: int = 1, history: Path | None = None) -> 
             show_and_keep(process, tree.log)
             return process.wait()
     finally:
+        if process.poll() is None:  # this program fails, or its output is closed
+            process.terminate()
+            process.wait()
         over.set()
         watcher.join()
 
 
 @contextmanager
 def handed_on(process: subprocess.Popen) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM terminate the process."""
-    stops = (signal.SIGINT, signal.SIGTERM)
+    """Inside, SIGINT, SIGTERM and SIGHUP terminate the process."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {stop: signal.signal(stop, lambda *_: process.terminate()) for stop in stops}
     try:
         yield

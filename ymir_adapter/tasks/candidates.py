@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.loop.agreement import Agreement
 from trainer.loop.launch import require_processes
 from trainer.train import make_accelerator
+from vidt.errors import shown
 from vidt.images.files import UnreadableImage, probe_images
 from vidt.predict.detections import Detections
 from vidt.predict.predictor import Predictor
@@ -109,7 +110,7 @@ class CandidatePass:
         preprocessing = self.detector.predictor.preprocessing
         workers = self.settings.num_workers_per_gpu
         pictures = read_pictures(indices, self._path, preprocessing, workers)
-        batch_size = max(self.settings.batch_size_per_gpu // self.rows, 1)
+        batch_size = max(self.detector.rows // self.rows, 1)
         for batch in equal_canvases(pictures, batch_size):
             readable = batch[0].pixels is not None
             predictions = self._predicted(self.detector, batch) if readable else None
@@ -234,6 +235,8 @@ def process_candidates(task: Task, monitor: Monitor | None, accelerator: Acceler
     assets = candidates(task)
     candidate_pass = CandidatePass(task, settings, assets, load(task, settings, accelerator))
     update = (lambda share: None) if monitor is None else monitor.update
+    if accelerator.is_main_process and candidate_pass.detector is not None:
+        warn_of_unknown_classes(candidate_pass.detector.predictor.class_names, candidate_pass.names)
     update(LOADED)
     folder = task.output.root_dir / PARTS
     if accelerator.is_main_process:
@@ -256,6 +259,25 @@ def process_candidates(task: Task, monitor: Monitor | None, accelerator: Acceler
             shutil.rmtree(folder, ignore_errors=True)
     update(1.0)
     agreement.gather(0)  # no rank leaves while another may fail
+
+
+def warn_of_unknown_classes(known: Sequence[str], names: Sequence[str]) -> None:
+    """Warns of classes of the weights that are not the task's: their objects are left out. `names`
+    are those of `names_in_task`.
+    """
+    lost = [name for name, own in zip(known, names, strict=True) if not own]
+    if len(lost) == len(known):
+        frame = "!" * 80
+        logger.warning(
+            f"{frame}\nWARNING: nothing will be found: no class of the weights is one of the task's "
+            f"class_names.\nTheir classes: {shown(', '.join(known), 300)}\nChoose class_names from "
+            f"them.\n{frame}"
+        )
+    elif lost:
+        logger.warning(
+            "objects of these classes of the weights are left out, since class_names does not have "
+            f"them: {shown(', '.join(lost), 300)}"
+        )
 
 
 def load(task: Task, settings: CandidateSettings, accelerator: Accelerator) -> Detector | None:

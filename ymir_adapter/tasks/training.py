@@ -137,6 +137,7 @@ def checked_tables(
             task,
             num_queries=None if planned else fields["det_token_num"],
             max_bad_fraction=config.max_bad_fraction,
+            strict_images=config.strict_images,
             progress=lambda fraction: update(LOADING * fraction),
         )
         if planned:
