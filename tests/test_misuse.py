@@ -109,7 +109,7 @@ BAD_WEIGHTS = {
     "header.safetensors": "header.safetensors has a header that cannot be read",
     "other.pth": "other.pth is not a ViDT checkpoint",
     "pickle.pth": "pickle.pth cannot be read safely",
-    "one.png": "one.png cannot be read",
+    "one.png": "one.png is no weights file; weights come first",
     "bad.onnx": "bad.onnx",
 }
 DATA = "data/annotations/instances_val2017.json"

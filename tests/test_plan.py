@@ -103,7 +103,8 @@ def test_what_is_given_wins() -> None:
 def test_choices_follow_what_is_given() -> None:
     settings, _ = plan_for(SMALL, "--eval_size 512 --epochs 20 --warmup_steps 70")
     assert settings["train_sizes"] == (480, 496, 512, 528, 544)
-    assert settings["eval_interval"] == settings["save_interval"] == 2
+    assert settings["eval_interval"] == settings["save_interval"] == 1
+    assert plan_for(SMALL, "--epochs 100")[0]["eval_interval"] == 5
     assert settings["warmup_share"] == 0
     assert plan_for(SMALL, "--n_iter_to_acc 4")[0]["batch_size"] == 8
     assert plan_for(SMALL, "--batch_size 32")[0]["epochs"] == 300

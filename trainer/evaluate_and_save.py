@@ -153,7 +153,7 @@ def save_evaluation(
         save_weights(output / "best.safetensors", weights, info)
     pairs = comparisons(val_set, evaluation.detections, evaluation.masks)
     pictures = [compare(pair, class_names) for pair in pairs]
-    if pairs:
+    if pairs and best:
         overview = truth_beside_prediction(pairs, class_names, pictures)
         save_picture(overview, output / "predictions.jpg")
     unread = counted(evaluation.unreadable, "validation image")

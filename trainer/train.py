@@ -39,6 +39,7 @@ from trainer.loop.launch import (
 )
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
+from trainer.loop.resume import BEST
 from trainer.loop.run_lock import only_run_in
 from trainer.loop.set_up import set_up
 from trainer.loop.start import load_detector, require_files, settled
@@ -353,7 +354,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:
-        fail(f"{stopped}; everything is saved, continue with --resume", stopped.exit_code)
+        known = (Path(config.output_dir) / BEST).exists()
+        none = "" if known else "; no weights to predict with yet, since none were evaluated"
+        fail(f"{stopped}; everything is saved, continue with --resume{none}", stopped.exit_code)
     except KeyboardInterrupt as stopped:  # not in the loop, or the second signal in it
         code = getattr(stopped, "exit_code", INTERRUPTED)
         fail("stopped at once; --resume continues from the last checkpoint, if there is one", code)

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from vidt.errors import UserError
@@ -20,8 +20,12 @@ class OneLineParser(argparse.ArgumentParser):
     Parsing raises UserError; `--help` ends the program.
     """
 
-    def __init__(self, prog: str, **more: Any) -> None:
+    def __init__(
+        self, prog: str, *, elsewhere: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        """elsewhere: hints for flags of other programs, by name without dashes."""
         super().__init__(prog, formatter_class=_HelpFormatter, allow_abbrev=False, **more)
+        self.elsewhere = elsewhere or {}
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Flags may stand between the positional arguments."""
@@ -40,8 +44,10 @@ class OneLineParser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         flags = {plain(flag): flag for flag in self._option_string_actions}
         if plain(name) not in flags:
-            similar = nearest(plain(name).lstrip("-"), [flag.lstrip("-") for flag in flags])
+            bare = plain(name).lstrip("-")
+            similar = nearest(bare, [flag.lstrip("-") for flag in flags])
             hint = f"; the nearest is --{similar}" if similar else ""
+            hint = f"; {self.elsewhere[bare]}" if bare in self.elsewhere else hint
             self.error(f"unknown flag {name}{hint}")
         return flags[plain(name)] + equals + value
 

@@ -39,10 +39,15 @@ def load(
     """
     path = local_weights(str(weights), flag=None, allow_http=allow_http)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the weights file in it")
+        raise UserError(
+            f"{path} is a folder; weights come first, then images: name the weights file in it"
+        )
     if not path.exists():
         hint = nearest_model(str(weights)) or "; name a weights file or an .onnx model"
         raise UserError(f"{path} does not exist{hint}")
+    formats, video = map(import_module, ("vidt.images.formats", "vidt.images.video"))
+    if formats.is_picture(path.name) or video.is_video(path.name):
+        raise UserError(f"{path} is no weights file; weights come first, then images")
     if path.suffix == ONNX:
         return _onnx(path, device, precision, compile, threads)
     try:

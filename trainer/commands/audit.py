@@ -41,6 +41,7 @@ twin_file, text. Boxes are xyxy in pixels. Scores run from 0 to 1.
 exit code: 0 done, 2 a mistake that the line "error: ..." names.
 """
 SPLITS = ("train", "val")
+WEAK = 0.6  # a map50 below which most disagreements are the detector's fault
 NO_NOISE = 0.01  # detections that score less are noise
 
 
@@ -124,6 +125,12 @@ def predictions(
         note(f"weights {number} of {len(given.weights)}, {path}: {counted(len(indices), 'image')}")
         detector = load_detector(Namespace(**{**vars(given), "weights": path}))
         labels = label_map(path, detector.class_names, samples.class_names)
+        map50 = detector.info.metrics.get("map50", 1.0)
+        if map50 < WEAK:
+            remarks.append(
+                f"{Path(path).name} is a weak detector, with a map50 of {map50:.2f} on its "
+                "validation images: many suspicions are its own mistakes. Train longer first."
+            )
         missing = [
             name
             for label, name in enumerate(samples.class_names)

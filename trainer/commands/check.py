@@ -23,7 +23,7 @@ from trainer.readers.findings import BadDataset, Finding, format_findings
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import COCO_FILES, PATH_OF
 from trainer.settings.parsing import fixed_settings, parse, resolved
-from vidt.arguments import HELP, OneLineParser
+from vidt.arguments import HELP, OneLineParser, plain
 from vidt.errors import UserError, counted
 from vidt.images.formats import ENDINGS
 
@@ -87,6 +87,7 @@ def add_data_flags(parser: OneLineParser) -> None:
 
 def flags() -> OneLineParser:
     parser = command_parser("check", SUMMARY, EXAMPLES)
+    parser.add_argument("folder", metavar="DATA", nargs="?", help="the same as --data DATA")
     add_data_flags(parser)
     parser.add_argument(
         "--det_token_num",
@@ -128,6 +129,9 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
+    if given.folder is not None and given.data is not None:
+        raise UserError(f"{given.folder} and --data {given.data}: check one dataset at a time")
+    given.data = given.data if given.folder is None else given.folder
     config = settings(vars(given))
     check_result("--out", given.out, read_files(config, given.out))
     # Imported here, so that --help does not wait for PyTorch.
@@ -250,6 +254,8 @@ def plan_flags() -> OneLineParser:
 def run_plan(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     first, *rest = argv or ("",)
+    if plain(first) == "--data" and rest:  # as other commands take it
+        first, *rest = rest
     given = plan_flags().parse_args([first, *(word for word in rest if word in OWN_FLAGS_OF_PLAN)])
     words = ["--data", given.data, "--preset", "auto"]
     words += [word for word in rest if word not in OWN_FLAGS_OF_PLAN]

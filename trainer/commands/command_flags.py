@@ -23,9 +23,29 @@ SILENT = 2.0  # seconds that a stage takes before a command speaks of it
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
 
+# What flags of other programs are called here.
+_SIZE = "the size is saved with the weights; --tile predicts large images in tiles"
+ELSEWHERE = {
+    **dict.fromkeys(("conf", "score_threshold", "conf_thres"), "its name here is --threshold"),
+    **dict.fromkeys(("imgsz", "img_size", "image_size"), _SIZE),
+    **dict.fromkeys(("source", "images"), "images are given without a flag, after the weights"),
+    **dict.fromkeys(("model", "checkpoint"), "weights are given without a flag, first"),
+    **dict.fromkeys(("project", "name", "save_dir", "output", "output_dir"), "see --out"),
+    **dict.fromkeys(("batch",), "its name here is --batch_size"),
+    **dict.fromkeys(("save_txt",), "--yolo writes label files"),
+    **dict.fromkeys(("half", "fp16"), "--mixed_precision fp16 asks for it"),
+    **dict.fromkeys(("iou", "nms"), "the detector needs no suppression of overlaps"),
+}
+
+
 def command_parser(command: str, summary: str, examples: str) -> OneLineParser:
     """The parser of one subcommand."""
-    return OneLineParser(f"vidt {command}", description=summary.strip(), epilog=examples.strip())
+    return OneLineParser(
+        f"vidt {command}",
+        description=summary.strip(),
+        epilog=examples.strip(),
+        elsewhere=ELSEWHERE,
+    )
 
 
 def add_data(parser: argparse._ActionsContainer) -> None:

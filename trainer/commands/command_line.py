@@ -45,9 +45,10 @@ vidt COMMAND --help explains a command, with examples. The usual order:
 """
 TRAIN_PAGE = """usage: vidt train [--NAME VALUE ...]
 
-Trains a detector: checks the data, trains, evaluates after every epoch and saves the best weights.
-A run that was stopped or killed continues with --resume. One process, on this machine's GPU or its
-CPU; for several processes, run trainer/train.py by accelerate launch or torchrun, with these flags.
+Trains a detector: checks the data, trains, evaluates after every epoch or as planned, and saves the
+best weights. A run that was stopped or killed continues with --resume. One process, on this
+machine's GPU or its CPU; for several processes, run trainer/train.py by accelerate launch or
+torchrun, with these flags.
 
 examples:
   vidt train

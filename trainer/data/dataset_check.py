@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from vidt.images.files import ImageHeader, UnreadableImage, find_turn, probe_ima
 # Rounding in annotation tools moves boxes beyond the image by less than this many pixels.
 _ROUNDING = 1.0
 DEEP = "image of more than 8 bits"
+_MOST_COMPARED_NAMES = 500  # classes
 
 
 __all__ = ["BadDataset", "check", "clean", "shared_images"]
@@ -85,6 +87,7 @@ def check(
         for table in (train, val):
             findings += crowded_images(table, num_queries)
     findings += _classes_without_boxes(train, val)
+    findings += _similar_class_names(train)
     findings += fold(_shared_images(train, train_headers, val, val_headers))
     if bool(train.crowd.all()):
         hint = hint_at_losses(findings, train.source)
@@ -300,6 +303,33 @@ def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding
                 kind = f"class without {split} boxes"
                 findings.append(Finding(kind, "warning", "kept", name, table.source))
     return findings
+
+
+def _similar_class_names(table: SampleTable) -> list[Finding]:
+    """Pairs of classes whose names differ in case, blanks or one letter: often one is misspelt."""
+    names = table.class_names if len(table.class_names) <= _MOST_COMPARED_NAMES else ()
+    return [
+        Finding("class names that look alike", "warning", "kept", f"{one}, {other}", table.source)
+        for one, other in combinations(names, 2)
+        if _one_letter_apart(_letters(one), _letters(other))
+    ]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def _one_letter_apart(one: str, other: str) -> bool:
+    """Whether two names are equal or differ in one letter, no digit, of five or more."""
+    shorter, longer = sorted((one, other), key=len)
+    if len(longer) < 5 or len(longer) - len(shorter) > 1:
+        return False
+    pairs = zip(shorter, longer, strict=False)
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), len(shorter))
+    same_length = len(shorter) == len(longer)
+    rests_agree = shorter[start + same_length :] == longer[start + 1 :]
+    differing = longer[start : start + 1] + shorter[start : start + same_length]
+    return rests_agree and not any(map(str.isdigit, differing))
 
 
 def shared_images(train: SampleTable, other: SampleTable, part: str) -> list[Finding]:

@@ -55,7 +55,7 @@ def _finding(path: str, has_picture: bool) -> Finding:
     """has_picture: whether one of this name lies beside the file, or in no split either."""
     name = os.path.basename(path)
     if is_picture(name):
-        detail = "neither split names it"
+        detail = "no list, annotation or label file of either split names it"
         return Finding("picture without a split", "info", "not used", detail, file=path)
     if ending(name) in ANNOTATIONS and has_picture:
         detail = "neither split reads it"

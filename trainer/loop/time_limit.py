@@ -143,6 +143,7 @@ def within_hours(
     def left() -> float:
         return agreement.gather(seconds_left(hours)).min().item()
 
+    logger.info(f"--hours {hours:g}: timing a few steps")
     batches = micro_batches(dataset, config, n_iter_to_acc, range(MOST_TRIED), accelerator)
     step = step_seconds(
         learn,

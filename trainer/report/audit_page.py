@@ -26,7 +26,7 @@ PANEL = 320  # pixels of the longer side of a picture
 WHOLE = 640  # pixels; a picture with a longer side is cut out around its boxes
 LEAST_SHARE = 0.25  # of the longer side that stays
 EXPLAINED = {
-    FORGOTTEN: "The detector is sure of an object, and no annotation is near.",
+    FORGOTTEN: "The detector sees an object, and no annotation is near.",
     BOX: "The detector agrees with the class and places the box differently.",
     CLASS: "The detector is surer of another class at the place of the annotation.",
     UNSUPPORTED: "The detector, which knows the class, finds nothing at the annotation.",

@@ -1,6 +1,7 @@
 """A run on the console: a progress bar on a terminal, plain lines elsewhere."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -51,10 +52,14 @@ def score_table(metrics: Mapping[str, float]) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes what would command the terminal: file and class names are other people's."""
+    """Escapes what would command the terminal: file and class names are other people's. Drops
+    Accelerate's rank where there is one process.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        line = printable(super().format(record))
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        return line.removeprefix("[RANK 0] ") if alone else line
 
 
 class Console:

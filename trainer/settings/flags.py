@@ -7,6 +7,7 @@ metadata may hold `help` (one line), `group` (a heading of the help text, above 
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -156,7 +157,8 @@ def read_flags(
     except UserError as error:
         raise ConfigError(str(error)) from None
     if unexpected:
-        raise ConfigError(f"unexpected {unexpected[0]!r}; settings are given as --name value")
+        hint = f"; is it --data {shown(unexpected[0])!r}?" if os.path.exists(unexpected[0]) else ""
+        raise ConfigError(f"unexpected {unexpected[0]!r}; settings are --name value{hint}")
     given = vars(namespace)
     if given.pop("help"):
         raise HelpRequested("--help shows the settings; a run does not take it")
@@ -216,7 +218,8 @@ def _flag_value(setting: Setting, flag: str, words: list[str]) -> Any:
             raise ConfigError(f"{flag} has no value; it must be {setting.expected}")
         return value
     if len(words) > 1 and not setting.many:
-        raise ConfigError(f"{flag} takes one value; it has {' '.join(words)}")
+        text = " ".join(words)
+        raise ConfigError(f"{flag} takes one value; it has {text}; quote a path with blanks")
     return read_value(setting, " ".join(words), flag)
 
 

@@ -19,12 +19,14 @@ from vidt.errors import counted
 Settings: TypeAlias = Mapping[str, Any]  # of a run so far: what is given, else what is chosen
 Names: TypeAlias = Collection[str]  # of the settings that a plan leaves alone
 
+FEWEST_TOKENS = 20
 MOST_TOKENS = 900  # as many as the largest published DETRs have; tiles find more
 LARGE = 20_000  # images from which the paper's recipe is the better guess: it was tuned on COCO
 OBJECT = 48  # pixels that a small object should cover: three cells of the stride-16 map
 PHOTOGRAPH = 224  # short side at which ImageNet's classes are told apart
 CPU_PIXELS = 200_000  # that a core trains on in a second, roughly; only the size rests on it
 STEPS = 6000  # without --hours
+SMALLEST_SIDE, LARGEST_SIDE = 96, 640  # pixels of eval_size
 PASSES = 15  # over the images: with fewer, a smaller size learns more
 
 
@@ -82,8 +84,12 @@ def queries(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     """Detection tokens: enough for the busiest image, and half as many again for images to come;
     more only cost. Three decoder layers learn faster than six from few images.
     """
-    tokens = min(max(math.ceil(1.5 * data.busiest / 10) * 10, 20), MOST_TOKENS)
-    reason = f"half as many again as the {data.busiest} objects of one image"
+    wanted = math.ceil(1.5 * data.busiest / 10) * 10
+    tokens = min(max(wanted, FEWEST_TOKENS), MOST_TOKENS)
+    reason = f"half as many again as the {counted(data.busiest, 'object')} of one image"
+    if tokens != wanted:
+        limit = "fewest" if tokens > wanted else "most"
+        reason = f"the {limit} of a plan; one image has {counted(data.busiest, 'object')}"
     yield Choice("det_token_num", tokens, reason)
     yield Choice("dec_layers", 3, "enough for few images, and faster than 6")
     yield Choice("dim_feedforward", 512, "enough for few images")
@@ -107,8 +113,11 @@ def size(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
         hurried = math.sqrt(pixels / data.aspect) < wanted
         if hurried:
             wanted = math.sqrt(pixels / data.aspect)
-            reason = f"so that {PASSES} passes over the images fit into the time"
-    yield Choice("eval_size", min(max(math.ceil(wanted / 16) * 16, 96), 640), reason)
+            reason = f"about {PASSES} passes over the images fit into the time, at a guess"
+    side = min(max(math.ceil(wanted / 16) * 16, SMALLEST_SIDE), LARGEST_SIDE)
+    if side < wanted or side - 16 >= wanted:
+        reason = f"the {'largest' if side < wanted else 'smallest'} of a plan"
+    yield Choice("eval_size", side, reason)
     side = now["eval_size"]
     if hurried:
         yield Choice("train_sizes", (side,), "objects of many sizes take more passes to learn")
@@ -148,6 +157,7 @@ def optimisation(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Cho
         yield Choice("lr_linear_proj_mult", 0.02, "positions must not move all at once")
         yield Choice("lr_backbone_mult", 1.5, "the backbone has the most to learn")
         yield Choice("lr_fan_in_power", 0.5, "narrow layers need larger steps")
+    yield Choice("best_by", "map", "of few boxes map50 is noisy, and boxes tighten until the end")
     yield Choice("adam_beta2", 0.98, "a short memory for a short run")
     yield Choice("sched", "linear", "better than a cosine in short runs")
     if "warmup_steps" not in fixed or "warmup_share" in fixed:
@@ -168,8 +178,9 @@ def length(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
         per_epoch = max(now["batch_size"], 1) * data.processes / data.images
         epochs = min(max(round(STEPS * per_epoch), 12), 300)
         yield Choice("epochs", epochs, f"about {STEPS:,} steps, from 12 to 300 passes")
-        interval = max(now["epochs"] // 10, 1)
-        yield Choice("eval_interval", interval, "ten evaluations")
+        interval = max(now["epochs"] // 20, 1)
+        evaluations = counted(math.ceil(now["epochs"] / interval), "evaluation")
+        yield Choice("eval_interval", interval, evaluations)
         yield Choice("save_interval", interval, "a checkpoint with each")
 
 
@@ -199,8 +210,8 @@ def planned(
             if now[name] == value:
                 lines.append(f"  {name} {in_words(name, value)}: {reason}")
             else:
-                told = in_words(name, now[name])
-                lines.append(f"  {name} {told}: as given (the plan has {in_words(name, value)})")
+                told, other = in_words(name, now[name]), in_words(name, value)
+                lines.append(f"  {name} {told}: as given, or as the start has it, not {other}")
     if data.images >= LARGE:
         lines.append("  the released recipe, which was made for datasets of this size")
     config, model = merged(config, model, taken)

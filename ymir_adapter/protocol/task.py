@@ -218,7 +218,8 @@ def fixed_fields(task: Task) -> frozenset[str]:
         and (key not in defaults or read(key, task.config[key]) != read(key, defaults[key]))
     }
     own = given_settings(_option_words(task.config))
-    return frozenset({*as_given, *own, "max_bad_fraction", "output_dir", "tensorboard_dir"})
+    platform = ("max_bad_fraction", "output_dir", "tensorboard_dir", "best_by")
+    return frozenset({*as_given, *own, *platform})
 
 
 def wants_onnx(task: Task) -> bool:

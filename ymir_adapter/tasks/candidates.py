@@ -269,7 +269,7 @@ def warn_of_unknown_classes(known: Sequence[str], names: Sequence[str]) -> None:
     if len(lost) == len(known):
         frame = "!" * 80
         logger.warning(
-            f"{frame}\nWARNING: nothing will be found: no class of the weights is one of the task's "
+            f"{frame}\nWARNING: nothing will be found: the weights have no class of the task's "
             f"class_names.\nTheir classes: {shown(', '.join(known), 300)}\nChoose class_names from "
             f"them.\n{frame}"
         )
