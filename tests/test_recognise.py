@@ -177,6 +177,38 @@ def labelimg_apart(root: Path) -> None:
             xml(root / f"xml/{part}/{n}.xml", n)
 
 
+def voc_other_lists(root: Path) -> None:
+    """Lists of other names, and names with dots, blanks and folders, as other tools write them."""
+    names = dict(enumerate(("a.rf.x0", "my cat 1", "s/2", "s/t.3", "4", "5", "6")))
+    for part, numbers in PARTS.items():
+        for n in numbers:
+            draw(root / f"JPEGImages/{names[n]}.JPEG", n)
+            xml(root / f"Annotations/{names[n]}.xml", n)
+        list_name = {"train": "Train", "val": "Validation", "test": "Test"}[part]
+        write(root / f"ImageSets/Main/{list_name}.txt", "\n".join(names[n] for n in numbers))
+
+
+def voc_archives(root: Path) -> None:
+    """The archives of a year, unpacked side by side."""
+    voc(root / "VOCtrainval/VOCdevkit/VOC2007")
+    test = root / "VOCtest/VOCdevkit/VOC2007"
+    for n in PARTS["test"]:
+        draw(test / f"JPEGImages/{n}.jpg", n)
+        xml(test / f"Annotations/{n}.xml", n)
+    write(test / "ImageSets/Main/test.txt", "\n".join(map(str, PARTS["test"])))
+    (root / "VOCtrainval/VOCdevkit/VOC2007/ImageSets/Main/test.txt").unlink()
+
+
+def darknet(root: Path) -> None:
+    """Lists name the pictures in a folder of another machine."""
+    for n in BOXES:
+        draw(root / f"obj/{n}.jpg", n)
+        label(root / f"obj/{n}.txt", n)
+    for part, name in {"train": "train", "val": "valid", "test": "test"}.items():
+        write(root / f"{name}.txt", "\n".join(f"data/obj/{n}.jpg" for n in PARTS[part]))
+    write(root / "obj.names", "\n".join(NAMES))
+
+
 WHOLE = {
     "coco's own": coco_own,
     "coco, Roboflow": coco_roboflow,
@@ -189,6 +221,9 @@ WHOLE = {
     "voc, a year": voc_year,
     "voc, Roboflow": voc_roboflow,
     "labelImg, apart": labelimg_apart,
+    "voc, other lists": voc_other_lists,
+    "voc, archives": voc_archives,
+    "yolo, Darknet's lists": darknet,
 }
 
 
@@ -282,7 +317,37 @@ def yolo_roboflow_train_only(root: Path) -> None:
     write(root / "data.yaml", {**parts, "val": parts["valid"], "names": NAMES})
 
 
+def masks_beside(root: Path) -> None:
+    """Masks with the names of the pictures, nearer to the XML files (Oxford-IIIT Pet)."""
+    for n in BOXES:
+        draw(root / f"images/{n}.jpg", n)
+        draw(root / f"annotations/trimaps/{n}.png", n + 1)
+        xml(root / f"annotations/xmls/{n}.xml", n, filename=f"{n}.jpg")
+
+
+def narrow_utf_16(root: Path) -> None:
+    """XML that C# writes: it declares UTF-16 and has one byte a letter."""
+    labelimg(root)
+    for path in root.glob("*.xml"):
+        write(path, f'<?xml version="1.0" encoding="utf-16"?>{path.read_text()}')
+
+
+def two_xml_files(root: Path) -> None:
+    """Older annotations in a folder of their own."""
+    labelimg(root)
+    for n in BOXES:
+        xml(root / f"older/{n}.xml", (n + 1) % len(BOXES))
+
+
+def yolo_beside_in_images(root: Path) -> None:
+    yolo_labelimg(root / "images")
+
+
 ONE_PART = {
+    "XML with masks beside": masks_beside,
+    "XML that declares UTF-16": narrow_utf_16,
+    "two XML files of a picture": two_xml_files,
+    "YOLO beside the pictures in images/": yolo_beside_in_images,
     "CVAT": cvat,
     "a JSON and its images": coco_single,
     "labelImg": labelimg,
@@ -677,3 +742,48 @@ def test_commands_refuse_two_data_sets(
 ) -> None:
     assert command_line.main([word.replace("{w}", str(learnt.weights)) for word in words]) == 2
     assert capsys.readouterr().err.startswith("error: --")
+
+
+def test_backgrounds_first_are_recognised(tmp_path: Path) -> None:
+    yolo_labelimg(tmp_path)
+    for n in range(205):
+        draw(tmp_path / f"0 {n}.jpg", 0)
+        write(tmp_path / f"0 {n}.txt", "")
+    assert recognise(tmp_path).layout.startswith("YOLO")
+
+
+def test_a_broken_yaml_is_named_rather_than_passed_over(tmp_path: Path) -> None:
+    yolo_yaml(tmp_path)
+    write(tmp_path / "data.yaml", "names: [cat, dog]\n\ttrain: images/train\n")
+    with pytest.raises(UserError, match=r"data\.yaml.*line 2"):
+        recognise(tmp_path)
+
+
+def test_class_names_of_another_encoding_are_refused(tmp_path: Path) -> None:
+    yolo_labelimg(tmp_path)
+    (tmp_path / "classes.txt").write_bytes("\u732b\n\u72d7\n".encode("gbk"))
+    with pytest.raises(UserError, match="is not text of UTF-8; save the file as UTF-8"):
+        read(tmp_path)
+
+
+def test_an_empty_line_keeps_its_number(tmp_path: Path) -> None:
+    yolo_labelimg(tmp_path)
+    write(tmp_path / "classes.txt", "cat\n\ndog\n\n")
+    assert read(tmp_path).train.class_names == ("cat", "class 1", "dog")
+
+
+def test_absolute_names_however_the_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "img/0.jpg", 0)
+    coco(tmp_path / "all.json", {0: str(tmp_path / "img/0.jpg")})
+    monkeypatch.chdir(tmp_path.parent)
+    for name in (str(tmp_path), tmp_path.name):
+        assert recognise(name).parts.keys() == {"train"}
+
+
+def test_cvats_own_xml_is_no_pascal_voc(tmp_path: Path) -> None:
+    draw(tmp_path / "0.jpg", 0)
+    write(tmp_path / "annotations.xml", "<annotations><version>1.1</version></annotations>")
+    with pytest.raises(UserError, match="nothing recognised"):
+        recognise(tmp_path)

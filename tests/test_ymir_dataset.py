@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -318,6 +319,8 @@ def test_nothing_valid_in_the_whole_training_set(tmp_path: Path, text: str):
         spoil(tree, Defect("", text.encode()), index)
     error = refused(tree)
     assert error.code == Code.DATASET and "train-index.tsv" in str(error)
+    kinds_of_fault = "malformed line|class outside the task|box without extent|box outside"
+    assert re.search(f"4 boxes left out, the first: ({kinds_of_fault})", str(error))
 
 
 @pytest.mark.parametrize(("data", "kind"), [(None, "ark"), (b"<a", "voc"), (b"{", "ark")])
@@ -366,11 +369,13 @@ def test_rows_of_a_json_that_cannot_be_used(tmp_path: Path):
     ]
     document["annotations"] += [{**good, **change} for change in bad] + ["no object", None]
     document["images"] += ["no object", {"id": 1000}, {"file_name": 3, "id": 1001}]
+    document["images"] += [{"file_name": "m1.png", "id": None}]  # and one without an image id
+    document["annotations"] += [{key: good[key] for key in ("id", "category_id", "bbox")}]
     path.write_text(json.dumps(document))
     train, _, findings = tables(tree)
     assert [boxes for boxes, _ in contents(train)] == [GOOD] * 4
     told = [one for one in findings if one.action == "dropped"]
-    assert len(told) == len(bad) + 2
+    assert len(told) == len(bad) + 3
     print(f"{len(told)} bad rows, all told")
 
 
@@ -407,6 +412,7 @@ INDEX_LINES: list[tuple[bytes, list[tuple[str, str]]]] = [
     (b"\xef\xbb\xbf/a.jpg\t/a.txt\r\n", [("/a.jpg", "/a.txt")]),
     (b"\n \t \n\xef\xbb\xbf\n/a.jpg\t/a.txt\n\n", [("/a.jpg", "/a.txt")]),
     (b"  /a.jpg\t/a.txt \r\n", [("/a.jpg", "/a.txt")]),
+    (b"/a.jpg \t /a.txt\n", [("/a.jpg", "/a.txt")]),
     (b"/a b.jpg\t/c d.txt\n", [("/a b.jpg", "/c d.txt")]),
     (b"/a.jpg\t/a.txt\tmore\tand more\n", [("/a.jpg", "/a.txt")]),
     (b"/a.jpg\n", [("/a.jpg", "")]),
@@ -550,6 +556,23 @@ def test_a_limit_to_damaged_pictures_may_be_asked_for(tmp_path: Path):
     with pytest.raises(TaskError) as caught:
         tables(tree, max_bad_fraction=0.2)
     assert caught.value.code == Code.DATASET
+
+
+def test_images_lost_with_their_annotations_count_for_that_limit(tmp_path: Path):
+    tree = make_tree(tmp_path, train=MANY)
+    spoil(tree, Defect("", b"{"))
+    assert len(tables(tree, max_bad_fraction=0.3)[0]) == 3
+    with pytest.raises(TaskError, match="1 of 4 images"):
+        tables(tree, max_bad_fraction=0.2)
+
+
+def test_truncated_pictures_are_left_out_if_asked(tmp_path: Path):
+    tree = make_tree(tmp_path, train=MANY)
+    picture = tree.input / "assets" / "m0.png"
+    whole = picture.with_suffix(".jpg")
+    Image.open(picture).convert("RGB").resize((64, 64)).save(whole, quality=95)
+    picture.write_bytes(whole.read_bytes()[:-40])
+    assert len(tables(tree)[0]) == 4 and len(tables(tree, strict_images=True)[0]) == 3
 
 
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")  # the last one

@@ -169,6 +169,22 @@ def test_names_are_compared_as_the_platform_does() -> None:
     assert names_in_task(("a b", "A B"), ("A B", "a b")) == ["a b", "A B"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("dog", "cat"), ""),
+        (("dog",), "objects of these classes of the weights are left out"),
+        (("cow",), "nothing will be found: the weights have no class"),
+    ],
+)
+def test_classes_that_the_task_does_not_have_are_told(
+    asked: tuple[str, ...], words: str, caplog: pytest.LogCaptureFixture
+):
+    known = ("dog", "cat")
+    candidates.warn_of_unknown_classes(known, names_in_task(known, asked))
+    assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
 def test_pixels_are_taken_as_stored(learnt: Learnt, tmp_path: Path) -> None:
     """A camera's note that the picture is to be turned changes nothing."""
     picture = draw(random_pictures(2, 0)[1], 102)
