@@ -180,6 +180,8 @@ def test_names_are_compared_as_the_platform_does() -> None:
 def test_classes_that_the_task_does_not_have_are_told(
     asked: tuple[str, ...], words: str, caplog: pytest.LogCaptureFixture
 ):
+    from ymir_adapter.tasks import candidates
+
     known = ("dog", "cat")
     candidates.warn_of_unknown_classes(known, names_in_task(known, asked))
     assert words in caplog.text and bool(words) == bool(caplog.text)
