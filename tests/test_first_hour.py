@@ -148,7 +148,8 @@ def test_a_header_of_another_kind_is_one_line(
     name: str, value: object, learnt: Learnt, tmp_path: Path, capsys: Output
 ) -> None:
     with safe_open(learnt.weights, "pt") as file:
-        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        header = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     path = tmp_path / "w.safetensors"
     path.write_bytes(save(tensors, {**header, name: json.dumps(value)}))
     for command in (["info"], ["push", "--dry_run", "hf://a/b"]):
