@@ -30,6 +30,7 @@ from trainer.evaluate_and_save import (
     start_line,
 )
 from trainer.loop.agreement import Agreement
+from trainer.loop.clock import without_addresses
 from trainer.loop.launch import (
     make_accelerator,
     precision_line,
@@ -208,7 +209,8 @@ def train_and_report(
         if accelerator.is_main_process:
             files = {Path(name).stem: output / name for name in names}
             console = Console(files=files, best_by=config.best_by)
-            trackers = Trackers(config.report_to, output, resolved(config, model_fields))
+            told = without_addresses(resolved(config, model_fields))
+            trackers = Trackers(config.report_to, output, told)
             page = page_of_training(config, model_fields, train_set, val_set, accelerator, plan)
             for each in (console, trackers, page):
                 open_files.callback(each.close)

@@ -90,6 +90,10 @@ def hash_of(path: Path) -> str:
 
 def require_hash(path: Path, wanted: str) -> None:
     """Raises OSError for a file of another SHA-256."""
-    found = hash_of(path)
+    require_same_hash(hash_of(path), wanted)
+
+
+def require_same_hash(found: str, wanted: str) -> None:
+    """Raises OSError for two different SHA-256."""
     if found != wanted:
         raise OSError(f"its SHA-256 is {found}, not {wanted}")

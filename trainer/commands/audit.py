@@ -21,7 +21,7 @@ from trainer.commands.command_flags import (
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.image_files import ImageFile
-from vidt.weights.published import local_weights
+from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """
 Looks for mistakes in the annotations of a dataset with detectors that were trained on it or on the
@@ -69,6 +69,11 @@ def run(argv: Sequence[str]) -> int:
     config = settings(vars(given))
     if given.output_dir.exists() and not given.output_dir.is_dir():
         raise UserError(f"--output_dir {given.output_dir} is a file; name a folder")
+    files = {}
+    for path in given.weights:
+        files[path] = local_weights(path, flag=None, allow_http=given.allow_http)
+        if not files[path].is_file():
+            raise UserError(f"WEIGHTS {files[path]}: no such file{nearest_model(path)}")
     # Imported here, so that --help does not wait for PyTorch.
     from trainer.data.load import read_datasets
     from trainer.readers.samples import concatenated
@@ -84,10 +89,7 @@ def run(argv: Sequence[str]) -> int:
     samples = concatenated([*parts.values()])
     splits = [name for name, table in parts.items() for _ in range(len(table))]
     tables = [*parts.values()]
-    seen = {}
-    for path in given.weights:
-        file = local_weights(path, flag=None, allow_http=given.allow_http)
-        seen[path] = seen_by(str(file), tables)
+    seen = {path: seen_by(str(file), tables) for path, file in files.items()}
     judges = judges_of(given.weights, seen, len(samples))
     found, thumbnails, notes = predictions(given, samples, judges)
     note(f"comparing {counted(len(samples), 'picture')} with each other")

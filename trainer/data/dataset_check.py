@@ -324,7 +324,7 @@ def _one_letter_apart(one: str, other: str) -> bool:
     shorter, longer = sorted((one, other), key=len)
     if len(longer) < 5 or len(longer) - len(shorter) > 1:
         return False
-    pairs = zip(shorter, longer, strict=False)
+    pairs = zip(shorter, longer[: len(shorter)], strict=True)
     start = next((i for i, (a, b) in enumerate(pairs) if a != b), len(shorter))
     same_length = len(shorter) == len(longer)
     rests_agree = shorter[start + same_length :] == longer[start + 1 :]

@@ -2,6 +2,7 @@
 the run in a weights file.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import PurePath
@@ -66,6 +67,17 @@ class Clock:
         return min(work / total, 1.0)
 
 
+def without_addresses(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the bare names of weights files: the query of a URL may hold a secret."""
+    names = ("pre_trained", "load_from", "distil_model_path")
+    bare = {
+        name: PurePath(urlsplit(settings[name]).path).name
+        for name in names
+        if settings.get(name) is not None
+    }
+    return {**settings, **bare}
+
+
 def training_record(
     config: TrainConfig, train_set: SampleTable, val_set: SampleTable, clock: Clock, step: int
 ) -> dict[str, Any]:
@@ -73,10 +85,7 @@ def training_record(
     folders, since people pass weights files on.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in PATHS}
-    for name in ("pre_trained", "load_from", "distil_model_path"):
-        if settings[name] is not None:
-            # A URL's query may hold a secret.
-            settings[name] = PurePath(urlsplit(settings[name]).path).name
+    settings = without_addresses(settings)
     return {
         "version": vidt.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -55,7 +55,7 @@ def read_coco_file(
 
     An image file that is there twice counts once, with the boxes of both entries. With
     `drop_unused_parents`, a category that no annotation has and that others name as their
-    supercategory is no class: Roboflow writes one.
+    supercategory is no class: Roboflow writes one. So it is where its name is used twice.
 
     Raises UserError, in one line, if the file is missing, is not COCO JSON, has no images, or uses
     an image id or category name twice.
@@ -66,7 +66,8 @@ def read_coco_file(
     columns = annotations.joined()
     source = source or os.path.basename(json_path)
     parents: list[Finding] = []
-    if drop_unused_parents:
+    twice = len({*own_names.values()}) < len(own_names)  # Roboflow names a project as its class
+    if drop_unused_parents or twice:
         parents = _drop_unused_parents(own_names, categories, columns, source, str(json_path))
     classes = match_classes(str(json_path), own_names, class_names)
     _require_images(json_path, images)

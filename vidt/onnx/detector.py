@@ -69,6 +69,11 @@ class OnnxInfo:
             require_thresholds(values["thresholds"], names)
             _require_ids(values["category_ids"], names)
             info = cls(class_names=names, frame=frame, **values)
+            whole = (info.eval_size, info.mask_side, *info.frame)
+            if not all(type(each) is int for each in whole) or len(info.frame) != 2:
+                raise ValueError(f"sizes {shown(whole)} must be whole numbers")
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("class_names must be texts")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source} has metadata that cannot be read: {error!r}") from error
         if info.decoding not in DECODINGS:

@@ -5,12 +5,10 @@ name, its size and hash are checked if they are known, and then it is renamed. I
 beside it, and a later use that finds another hash refuses the file.
 """
 
+import hashlib
 import http.client
 import logging
-import os
 import re
-import shutil
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,8 +18,16 @@ from typing import Any
 from urllib.parse import urldefrag, urlparse
 
 from vidt.arguments import nearest
-from vidt.atomic import atomic_write
-from vidt.downloads import CHUNK, Unreachable, hash_of, open_url, require_hash, require_scheme
+from vidt.atomic import atomic_file, atomic_write
+from vidt.downloads import (
+    CHUNK,
+    Unreachable,
+    hash_of,
+    open_url,
+    require_hash,
+    require_same_hash,
+    require_scheme,
+)
 from vidt.errors import UserError, shown
 from vidt.weights.hub import HUB, fetch_from_hub
 
@@ -196,27 +202,20 @@ def _download(url: str, path: Path, sha256: str | None, allow_http: bool) -> Non
     """Raises OSError if the file cannot be downloaded completely, Unreachable if it is redirected
     away from https.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file, open_url(url, allow_http) as answer:
-            promised = answer.headers.get("Content-Length")
-            megabytes = f" ({int(promised) / 1e6:.0f} MB)" if promised else ""
-            logger.info(f"fetching {shown(url, 200)}{megabytes} into {path.parent}")
-            shutil.copyfileobj(answer, file, CHUNK)
-            size = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_file(path) as file, open_url(url, allow_http) as answer:
+        promised = answer.headers.get("Content-Length")
+        megabytes = f" ({int(promised) / 1e6:.0f} MB)" if promised else ""
+        logger.info(f"fetching {shown(url, 200)}{megabytes} into {path.parent}")
+        digest = hashlib.sha256()
+        while chunk := answer.read(CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
         # urllib treats a broken connection as the end of the file.
-        if promised is not None and size != int(promised):
-            raise OSError(f"it broke off after {size} of {promised} bytes")
-        _require_size(url, size)
+        if promised is not None and file.tell() != int(promised):
+            raise OSError(f"it broke off after {file.tell()} of {promised} bytes")
+        _require_size(url, file.tell())
         if sha256 is not None:
-            require_hash(temporary, sha256)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            require_same_hash(digest.hexdigest(), sha256)
 
 
 def _require_size(url: str, size: int) -> None:
