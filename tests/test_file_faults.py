@@ -150,7 +150,7 @@ def test_a_fault_of_every_operation(
     assert {"open", "write", "fsync", "replace", "rename", "mkdir"} <= set(failed)
 
 
-@pytest.mark.parametrize("at", [3, 17, 30])
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (17, 30))])
 def test_a_disk_that_stays_full(
     tiny_data: Path,
     room: Path,

@@ -202,6 +202,7 @@ def test_frozen_weights_stay_and_tokens_learn(
         assert (f"optimizer/exp_avg/{name}" in trained) != frozen, name
 
 
+@pytest.mark.slow
 def test_a_frozen_run_that_is_resumed_ends_as_if_left_alone(
     tiny_data: Path, room: Path, start: Path
 ) -> None:

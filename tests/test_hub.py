@@ -94,6 +94,7 @@ def test_push_and_load(
     assert str(weights.parent) not in pushed.files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_lines_of_the_card_take_the_address(
     hub: Hub,
     weights: Path,
@@ -113,6 +114,7 @@ def test_the_commands_and_the_lines_of_the_card_take_the_address(
     require_files(TrainConfig(load_from="hf://ann/shapes"))
 
 
+@pytest.mark.slow
 def test_a_revision_is_that_one(hub: Hub, weights: Path) -> None:
     repository = hub.add("ann/shapes", model_safetensors=weights.read_bytes())
     first = repository.sha()
@@ -124,6 +126,7 @@ def test_a_revision_is_that_one(hub: Hub, weights: Path) -> None:
         local_weights("hf://ann/shapes@v9")
 
 
+@pytest.mark.slow
 def test_a_later_push_keeps_what_the_owner_wrote(hub: Hub, weights: Path) -> None:
     assert main(["push", str(weights), "ann/shapes", "--public"]) == 0
     files = hub.repositories["ann/shapes"].files

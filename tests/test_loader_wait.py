@@ -168,6 +168,7 @@ def test_a_gpu_s_wait_begins_when_its_work_is_done(monkeypatch: pytest.MonkeyPat
         assert wait.report(own)[0] == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("computing", "said"), [(1.0, True), (40.0, False)])
 def test_a_run_says_when_its_dataset_is_slow(
     computing: float,

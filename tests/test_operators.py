@@ -19,6 +19,7 @@ def test_a_new_canvas_costs_no_more_operators(
     assert seen > 500 and new <= 1.05 * seen
 
 
+@pytest.mark.slow
 def test_the_decoder_layers_share_one_cast(
     tiny_config: ViDTConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "possible", lambda self: True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("probed")
 def test_the_probe_leaves_no_trace(
     tiny_data: Path, room: Path, monkeypatch: pytest.MonkeyPatch

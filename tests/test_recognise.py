@@ -671,6 +671,7 @@ def test_a_run_resumes_on_the_same_split(trained: tuple[Path, Path], tmp_path: P
     assert train(tmp_path / "moved", tmp_path / "run", "--resume", "--val_fraction", "0.6") == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_whole_one(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:

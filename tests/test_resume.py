@@ -81,11 +81,13 @@ def whole_runs(
         (PLAIN, "step", 2, signal.SIGINT, 2),
         (PLAIN, "step", 3, signal.SIGTERM, 3),
         (PLAIN, "evaluating", 6, signal.SIGTERM, 6),
-        (PLUS, "step", 2, signal.SIGTERM, 2),
+        pytest.param(PLUS, "step", 2, signal.SIGTERM, 2, marks=pytest.mark.slow),
         (PLAIN, "saved", 3, 0, 3),
         (PLAIN, "evaluating", 3, 0, 0),
         (f"{PLAIN} --save_steps 2", "step", 5, 0, 4),
-        (f"{PLAIN} --num_workers 2", "step", 4, signal.SIGTERM, 4),
+        pytest.param(
+            f"{PLAIN} --num_workers 2", "step", 4, signal.SIGTERM, 4, marks=pytest.mark.slow
+        ),
         (OTHER, "step", 4, signal.SIGTERM, 4),
     ],
 )
@@ -252,6 +254,7 @@ def test_another_best_by_when_resuming_is_told(
     assert "resuming with best_by map, it was map50" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_fresh_run_in_a_used_folder(
     tiny_data: Path, room: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -375,6 +378,7 @@ def test_a_finished_run_that_is_resumed_sweeps_what_a_kill_left(
     assert not leftover.exists()
 
 
+@pytest.mark.slow
 def test_resuming_into_a_folder_that_holds_another_run_sets_that_run_aside(
     tiny_data: Path, room: Path
 ) -> None:

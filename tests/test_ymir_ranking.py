@@ -25,6 +25,8 @@ from ymir_adapter.tasks.mining import FLOORS
 from ymir_adapter.tasks.parts import Part, Parts
 
 ALGORITHMS = tuple(FLOORS)
+CALD = pytest.param("cald", marks=pytest.mark.slow)  # five rows for each picture
+CALD_IS_SLOW = [CALD if name == "cald" else name for name in ALGORITHMS]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_pictures_without_boxes_are_ranked_by_their_best_queries(
     assert FLOORS[algorithm] <= min(scores) and max(scores) < FLOORS[algorithm] + 1.3
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CALD_IS_SLOW)
 def test_batch_size_workers_and_order_do_not_matter(
     algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path
 ) -> None:
@@ -201,7 +203,7 @@ def test_ties_stay_in_the_order_of_the_index(
     assert len(set(results.scores.values())) == 1
 
 
-@pytest.mark.parametrize("algorithm", ["random", "cald"])
+@pytest.mark.parametrize("algorithm", ["random", CALD])
 def test_seeds_matter_where_there_is_chance(
     algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path
 ) -> None:
@@ -221,7 +223,7 @@ def test_seeds_matter_where_there_is_chance(
     assert first != second and first.keys() == second.keys()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CALD_IS_SLOW)
 def test_one_pass_serves_mining_and_inference(
     algorithm: str, learnt: Learnt, images: list[Path], tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_foreign_weights_are_refused_whether_they_are_needed_or_not(
     assert caught.value.code == Code.MODEL
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_kind_of_work(
     learnt: Learnt,
     images: list[Path],
