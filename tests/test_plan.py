@@ -112,7 +112,7 @@ def test_choices_follow_what_is_given() -> None:
         plan_for(SMALL, "--n_iter_to_acc 3 --batch_size 4")
     for flags in ("--method vidt_wo_neck", "--dec_layers 0", "--no-with_box_refine"):
         settings, _ = plan_for(SMALL, flags)
-        assert not settings["denoising"] and not settings["look_forward_twice"]
+        assert not settings["denoising"]
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,6 @@ def losses(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
     if now["method"] == "vidt":
         yield Choice("class_loss", "matchability", "scores that tell how well a box fits (DEIM)")
         if now["with_box_refine"] and now["dec_layers"]:
-            reason = "boxes of neighbouring layers learn together (DINO)"
-            yield Choice("look_forward_twice", True, reason)
             yield Choice("denoising", 30, "the decoder learns from noisy boxes at once (DN-DETR)")
 
 
