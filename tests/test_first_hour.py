@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_the_pictures_of_a_run_are_of_its_best_weights(tmp_path: Path, tiny_data
             seen.append((progress.best, path.stat().st_mtime_ns))
 
     run(tiny_data, tmp_path, "--max_steps 3 --epochs 3 --lr 1e-30 --min_lr 0", report=report)
-    for (best, written), (_, before) in zip(seen[1:], seen, strict=False):
+    for (_, before), (best, written) in pairwise(seen):
         assert (written != before) == best
 
 

@@ -15,13 +15,13 @@ from trainer.commands.command_flags import (
     load_detector,
     note,
     say,
+    weights_file,
     write_json,
     write_result,
 )
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted
 from vidt.images.image_files import ImageFile
-from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """
 Looks for mistakes in the annotations of a dataset with detectors that were trained on it or on the
@@ -69,11 +69,7 @@ def run(argv: Sequence[str]) -> int:
     config = settings(vars(given))
     if given.output_dir.exists() and not given.output_dir.is_dir():
         raise UserError(f"--output_dir {given.output_dir} is a file; name a folder")
-    files = {}
-    for path in given.weights:
-        files[path] = local_weights(path, flag=None, allow_http=given.allow_http)
-        if not files[path].is_file():
-            raise UserError(f"WEIGHTS {files[path]}: no such file{nearest_model(path)}")
+    files = {path: weights_file(path, given.allow_http) for path in given.weights}
     # Imported here, so that --help does not wait for PyTorch.
     from trainer.data.load import read_datasets
     from trainer.readers.samples import concatenated

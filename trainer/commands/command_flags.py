@@ -18,6 +18,7 @@ from vidt.errors import UserError, escaped, printable, shown
 from vidt.loading import load
 from vidt.predict.selection import BEST
 from vidt.predict.tiles import OVERLAP, check_tile
+from vidt.weights.published import local_weights, nearest_model
 
 SILENT = 2.0  # seconds that a stage takes before a command speaks of it
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
@@ -174,6 +175,16 @@ def tile_settings(given: argparse.Namespace) -> dict[str, Any]:
     """Those arguments. Raises UserError for an overlap that is too large."""
     check_tile(given.tile, given.overlap)
     return {"tile": given.tile, "overlap": given.overlap}
+
+
+def weights_file(source: str, allow_http: bool) -> Path:
+    """The file of WEIGHTS, fetched if it is an address. Raises UserError if there is none."""
+    path = local_weights(source, flag=None, allow_http=allow_http)
+    if path.is_dir():
+        raise UserError(f"WEIGHTS {path} is a folder; name the weights file in it")
+    if not path.is_file():
+        raise UserError(f"WEIGHTS {path}: no such file{nearest_model(source)}")
+    return path
 
 
 def load_detector(given: argparse.Namespace, *, threads: int | None = None) -> Any:

@@ -26,11 +26,8 @@ COMMANDS = {
     "export": "export a weights file to an ONNX model, and verify that both agree",
     "benchmark": "measure how fast a detector is on this machine",
 }
-SHARED_FILES = {
-    "models": "hub",
-    "push": "hub",
-    "plan": "check",
-}  # of the others the file has the command's name
+# The file of each of the others has the command's name.
+SHARED_FILES = {"models": "hub", "push": "hub", "plan": "check"}
 HELP_PAGE = """\
 vidt COMMAND ...: object detection, from a folder of images to boxes
 

@@ -18,6 +18,7 @@ from trainer.commands.command_flags import (
     note,
     say,
     side,
+    weights_file,
     write_json,
 )
 from trainer.commands.evaluate import read as read_truth
@@ -29,7 +30,6 @@ from vidt.arguments import OneLineParser
 from vidt.errors import UserError
 from vidt.images.files import probe_image, read_image
 from vidt.images.image_files import ImageFiles
-from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """
 Writes a detector as an ONNX model that onnxruntime runs without PyTorch, and verifies it: both
@@ -122,9 +122,7 @@ def run(argv: Sequence[str]) -> int:
         check_other_runner(given)
     if given.output.suffix != ".onnx":
         raise UserError(f"MODEL {given.output}: name it something.onnx")
-    weights = local_weights(given.weights, flag=None, allow_http=given.allow_http)
-    if not weights.is_file():
-        raise UserError(f"WEIGHTS {weights}: no such file{nearest_model(given.weights)}")
+    weights = weights_file(given.weights, given.allow_http)
     if given.output.is_dir() or not given.output.absolute().parent.is_dir():
         raise UserError(f"MODEL {given.output}: there is no folder for it")
     images = [Path(file.path) for file in ImageFiles(given.images, sys.stdin)]

@@ -7,10 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.commands.command_flags import add_allow_http, command_parser, say
+from trainer.commands.command_flags import add_allow_http, command_parser, say, weights_file
 from vidt.arguments import OneLineParser
 from vidt.errors import UserError, counted, escaped
-from vidt.weights.published import local_weights, nearest_model
 
 SUMMARY = """
 Prints what is in a weights file: the detector, its classes, how images are prepared for it, its
@@ -39,11 +38,7 @@ def flags() -> OneLineParser:
 def run(argv: Sequence[str]) -> int:
     """Raises UserError and OSError."""
     given = flags().parse_args(argv)
-    path = local_weights(given.weights, flag=None, allow_http=given.allow_http)
-    if path.is_dir():
-        raise UserError(f"WEIGHTS {path} is a folder; name the weights file in it")
-    if not path.is_file():
-        raise UserError(f"WEIGHTS {path}: no such file{nearest_model(given.weights)}")
+    path = weights_file(given.weights, given.allow_http)
     facts = _facts_of_onnx(path) if path.suffix == ".onnx" else _facts_of_weights(path)
     say(json.dumps(facts, indent=1) if given.json else page(facts))
     return 0

@@ -308,15 +308,12 @@ def _classes_without_boxes(train: SampleTable, val: SampleTable) -> list[Finding
 def _similar_class_names(table: SampleTable) -> list[Finding]:
     """Pairs of classes whose names differ in case, blanks or one letter: often one is misspelt."""
     names = table.class_names if len(table.class_names) <= _MOST_COMPARED_NAMES else ()
+    letters = {name: "".join(filter(str.isalnum, name.casefold())) for name in names}
     return [
         Finding("class names that look alike", "warning", "kept", f"{one}, {other}", table.source)
         for one, other in combinations(names, 2)
-        if _one_letter_apart(_letters(one), _letters(other))
+        if _one_letter_apart(letters[one], letters[other])
     ]
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name.casefold()))
 
 
 def _one_letter_apart(one: str, other: str) -> bool:

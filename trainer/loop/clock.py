@@ -84,8 +84,8 @@ def training_record(
     """Settings and data of a run after `step` steps, for the header of its weights. It holds no
     folders, since people pass weights files on.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in PATHS}
-    settings = without_addresses(settings)
+    own = {name: value for name, value in asdict(config).items() if name not in PATHS}
+    settings = without_addresses(own)
     return {
         "version": vidt.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -26,7 +26,6 @@ from vidt.weights.checkpoint import (
     NOT_SHARED,
     load_model,
     read_start,
-    require_shapes,
     start_from,
 )
 from vidt.weights.pretrained import load_imagenet
@@ -142,7 +141,6 @@ def load_teacher(
                 f"{config.distil_model} has {published.backbone_name}"
             )
         require_pair(student, theirs, source)
-        require_shapes(theirs, tensors, source)
         teacher = build_detector(theirs)
         fill_strictly(teacher, tensors, source)
         loaded.append(teacher)

@@ -33,7 +33,7 @@ def match_classes(
     for where, given in ((source, own_names.values()), ("class_names", names)):
         twice = [name for name, times in Counter(given).items() if times > 1]
         broken = [name for name in given if len(name.splitlines()) > 1]
-        odd = [name for name in given if not _is_text(name)]
+        odd = [name for name in given if not is_text(name)]
         if odd:
             raise UserError(
                 f"{where}: class name {shown(odd[0])} is not text of UTF-8; save the file as UTF-8"
@@ -51,7 +51,7 @@ def match_classes(
     )
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """False for bytes of another encoding, which Python reads as lone surrogates."""
     try:
         name.encode()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.readers.classes import ClassMatch, match_classes
+from trainer.readers.classes import ClassMatch, is_text, match_classes
 from trainer.readers.coco_columns import AnnotationColumns, Annotations, ImageColumns, Row
 from trainer.readers.findings import Finding, listed
 from trainer.readers.json_stream import NotJSON, read_members
@@ -146,12 +146,10 @@ def _category_names(json_path: str | os.PathLike[str], categories: list[Row]) ->
                 f"{json_path}: category {shortened(category)} needs a name and an integer id of "
                 "its own, of 64 bits"
             )
-        try:
-            name.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair
+        if not is_text(name):  # half of a surrogate pair
             raise UserError(
                 f"{json_path}: category {shortened(category)} has a name that is no text"
-            ) from None
+            )
         names[own_id] = name
     return names
 

@@ -10,7 +10,8 @@ from vidt.images.canvas import LARGEST_SIZE
 from vidt.model.config import CLASS_LOSSES
 from vidt.weights.published import TEACHERS
 
-# The field with the path of each dataset but the embedded one; auto is told by its content.
+# The field that holds the path of each dataset. The embedded one has none; auto recognises the
+# dataset by its content.
 PATH_OF = {"coco": "coco_path", "voc": "voc_path", "yolo": "yolo_path", "auto": "data"}
 DATASETS = ("shapes", *PATH_OF)
 AUTO = -1  # batch_size and ema_decay that stand for what the set-up of a run chooses

@@ -155,8 +155,10 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
     """The header's values. Raises KeyError, TypeError and ValueError for one that is missing, of
     another type or out of its range.
     """
-    config, preprocessing = (_mapping(header, name) for name in ("config", "preprocessing"))
-    metrics, training = _mapping(header, "metrics"), _mapping(header, "training")
+    older = {"training": "{}", "thresholds": "[]"}  # of files that have none
+    header = older | dict(header)
+    names = ("config", "preprocessing", "metrics", "training")
+    config, preprocessing, metrics, training = (_mapping(header, name) for name in names)
     if not all(isinstance(value, int | float) for value in metrics.values()):
         raise ValueError(f"metrics are {shown(metrics)}; they must be numbers")
     _check_training(training)
@@ -174,7 +176,7 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
         ),
         metrics=metrics,
         training=training,
-        thresholds=tuple(json.loads(header.get("thresholds", "[]"))),  # older files have none
+        thresholds=tuple(json.loads(header["thresholds"])),
     )
     require_thresholds(info.thresholds, info.class_names)
     if len(info.class_names) != info.config.num_classes:
@@ -186,7 +188,7 @@ def _parsed(header: Mapping[str, str]) -> WeightsInfo:
 
 
 def _mapping(header: Mapping[str, str], name: str) -> dict[str, Any]:
-    values = json.loads(header.get(name, "{}") if name == "training" else header[name])
+    values = json.loads(header[name])
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {shown(values)}; it must be a mapping")
     return values
