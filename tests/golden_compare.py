@@ -192,22 +192,15 @@ def compare_case(variant: str, case: str, compare: Compare, allowed: float) -> N
     compare_losses(outputs, targets, expected, compare, allowed, criterion_for(config))
 
 
-def compare_gradients(
-    variant: str,
-    compare: Compare,
-    dtype: torch.dtype = torch.float32,
-    allowed: float | None = None,
-) -> None:
-    """Compare norms and sums of all gradients with the float64 reference.
-
-    The default of `allowed` is the difference of the reference's own float32 run.
+def compare_gradients(variant: str, compare: Compare, allowed: float = 2e-6) -> None:
+    """Compare norms and sums of all gradients with the float64 reference, in float64: float32 is
+    off by up to 5e-3, where a sampled place falls into the neighbouring cell.
     """
     facts = golden.read_json(f"{variant}/grads.json")["float64"]
     expected = {gradient_name(name): values for name, values in facts["grads"].items()}
-    allowed = allowed or facts["max_relative_norm_difference"]
-    model = copy.deepcopy(load(variant)).to(dtype).train()
+    model = copy.deepcopy(load(variant)).double().train()
     images, padding = golden.inputs("pair")
-    outputs = model(images.to(dtype), padding)
+    outputs = model(images.double(), padding)
     terms = criterion_for(model.config)(outputs, golden.targets("pair", 91), 10)
     torch.stack(list(terms.values())).sum().backward()
     assert expected.pop(None) is None  # where we have no tensor, the reference has no gradient

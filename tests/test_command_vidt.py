@@ -23,7 +23,7 @@ from tiny_runs import ROOT, Learnt, argv, call, random_pictures, write_coco
 from torch import nn
 
 import vidt
-from trainer.commands.command_flags import SILENT, Stages, atomic_text, write_result
+from trainer.commands.command_flags import SILENT, Stages, atomic_text, progress_bar, write_result
 from trainer.commands.command_line import COMMANDS, main
 from trainer.commands.info import page as info_page
 from trainer.commands.predictions import Read, predict_files, windows
@@ -50,8 +50,8 @@ def ok(*words: object) -> None:
     assert main([str(word) for word in words]) == 0
 
 
-def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
-    """All of them in one process, in which PyTorch cannot be imported."""
+def test_help_and_a_wrong_flag_come_at_once_and_without_pytorch() -> None:
+    """All commands in one process, in which PyTorch cannot be imported."""
     code = (
         "import sys, time; sys.modules['torch'] = None\n"
         "from trainer.commands.command_line import COMMANDS, main\n"
@@ -59,6 +59,7 @@ def test_help_of_every_command_comes_at_once_and_without_pytorch() -> None:
         "    try: return main(words)\n"
         "    except SystemExit as end: return end.code\n"
         "assert not any(map(shown, [[], ['--help'], *([name, '--help'] for name in COMMANDS)]))\n"
+        "assert [shown([name, '--wrong', '1']) for name in COMMANDS] == [2] * len(COMMANDS)\n"
     )
     done = call([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
@@ -552,6 +553,24 @@ def test_evaluate_judges_boxes_as_the_check_before_training_does(
     assert json.loads(out.read_text()) == pytest.approx(expected, abs=1e-6)
 
 
+def test_findings_come_before_the_error_of_a_refused_dataset_and_before_the_metrics(
+    learnt: Learnt, tmp_path: Path, capsys: Output
+) -> None:
+    data = write_coco(tmp_path / "data", random_pictures(2, 3), random_pictures(8, 4))
+    audit = ("audit", learnt.weights, "--data", data, "--output_dir", tmp_path / "audit")
+    commands = (("evaluate", learnt.weights, "--data", data), audit)
+    for words in commands:
+        ok(*words)
+        assert "info: image without boxes, kept: 1" in capsys.readouterr().err.splitlines()
+    for picture in (data / "val2017").iterdir():
+        picture.write_bytes(b"no picture")
+    for words in commands:
+        assert main([str(word) for word in words]) == 2
+        *lines, last = capsys.readouterr().err.splitlines()
+        assert "error: unreadable image, removed: 8" in lines
+        assert last.startswith("error: ")
+
+
 def test_evaluate_and_predict_masks(tmp_path: Path, capsys: Output) -> None:
     config = ViDTConfig(
         "vidt", "swin_test", 3, 8, 64, 32, 1, dim_feedforward=64, with_vector=True, n_keep=32
@@ -765,6 +784,19 @@ def test_a_stage_is_told_if_it_takes_long(
         second.call(*second.words)
     assert second.cancelled and second.seconds == SILENT
     assert capsys.readouterr().err == "writing ...\n"
+
+
+def test_progress_without_a_terminal_is_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.commands.command_flags.BETWEEN_LINES", 0.0)
+    with progress_bar(2000, "image") as bar:
+        bar.update(1500)
+        bar.update()
+    with progress_bar(None, "frame") as bar:
+        bar.update()
+    lines = ["1,500 of 2,000 images ...", "1,501 of 2,000 images ...", "1 frames ..."]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_every_long_stage_of_check_has_words(

@@ -295,7 +295,7 @@ def test_the_sampling_points_stay_in_float32(
         return attend(value, levels, locations, weights, form)
 
     monkeypatch.setattr(deformable_attention, "deformable_attention", watched)
-    monkeypatch.setattr(deformable_attention, "best_form", lambda device: "plain")
+    monkeypatch.setattr(deformable_attention, "best_form", lambda device, **sizes: "plain")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         everything(*padded_pair())
     assert seen == {torch.float32}

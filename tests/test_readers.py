@@ -319,6 +319,16 @@ def test_yolo(tmp_path: Path, config: str) -> None:
         torch.testing.assert_close(table.areas, torch.tensor([100.0, 8, 400]))
 
 
+def test_yolo_labels_may_end_in_capitals(tmp_path: Path) -> None:
+    config = "names: [cat]\ntrain: train/images"
+    root = write_yolo(tmp_path, config, {"a": "0 0.5 0.5 0.5 0.5", "b": "0 0.5 0.5 0.5 0.5"})
+    label = root / "train/labels/b.txt"
+    label.rename(label.with_suffix(".TXT"))
+    table, findings = read_yolo(root, "train")
+    assert table.box_counts.tolist() == [1, 1, 0]
+    assert [(f.kind, f.count) for f in findings] == [("image without a label file", 1)]
+
+
 def test_yolo_coordinates_are_of_the_turned_image(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

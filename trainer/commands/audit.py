@@ -1,19 +1,19 @@
 """`vidt audit`: annotations that a detector disagrees with, on a page and as JSON."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from trainer.commands.check import add_data_flags, settings
 from trainer.commands.command_flags import (
     add_detector_flags,
     command_parser,
+    findings_of_refused_data,
     load_detector,
     note,
+    note_findings,
+    progress_bar,
     say,
     weights_file,
     write_json,
@@ -77,7 +77,9 @@ def run(argv: Sequence[str]) -> int:
     from trainer.scoring.audit import audit
     from trainer.scoring.held_out import how_judged, judges_of, seen_by
 
-    train, val, _ = read_datasets(config, num_queries=100, num_classes=None, tell=note)
+    with findings_of_refused_data():
+        train, val, findings = read_datasets(config, num_queries=100, num_classes=None, tell=note)
+    note_findings(findings)
     given.output_dir.mkdir(parents=True, exist_ok=True)  # before the work
     parts = {"train": train, "val": val}
     if given.split:
@@ -155,7 +157,7 @@ def detected(
 
     sizes = samples.sizes.tolist()
     entries = ((ImageFile(samples.path(index), ""), tuple(sizes[index])) for index in indices)
-    with tqdm(total=len(indices), unit="image", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(len(indices), "image") as bar:
         predicted = predict_files(
             detector,
             entries,

@@ -14,6 +14,7 @@ from trainer.commands.command_flags import (
     check_result,
     command_parser,
     count,
+    findings_of_refused_data,
     say,
     share,
     side,
@@ -266,7 +267,7 @@ def run_plan(argv: Sequence[str]) -> int:
     from trainer.loop.start import settled
 
     config, fields, fixed = settled(config, fields, fixed_settings(words))
-    with Stages() as tell:
+    with findings_of_refused_data(), Stages() as tell:
         data = read_parts(config, num_queries=None, num_classes=None, tell=tell)
     config, fields, plan = plan_of(config, fields, fixed, data.train)
     if given.json:

@@ -5,11 +5,14 @@ import io
 import json
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
+from trainer.readers.findings import BadDataset, Finding, format_findings
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import LARGEST_SIZE
 from vidt.arguments import MIXED_PRECISIONS, OneLineParser
@@ -21,6 +24,7 @@ from vidt.predict.tiles import OVERLAP, check_tile
 from vidt.weights.published import local_weights, nearest_model
 
 SILENT = 2.0  # seconds that a stage takes before a command speaks of it
+BETWEEN_LINES = 10.0  # seconds between two lines of progress where there is no terminal
 MOST = 65_536  # of anything that a flag counts, such as the images of a batch
 
 
@@ -227,6 +231,46 @@ def note(text: str) -> None:
     """Prints a line on standard error, apart from the results."""
     sys.stdout.flush()
     sys.stderr.write(escaped(text) + "\n")
+
+
+def note_findings(findings: Sequence[Finding]) -> None:
+    """Prints findings as `note` does, a line for each."""
+    for line in format_findings(findings).splitlines():
+        note(line)
+
+
+@contextmanager
+def findings_of_refused_data() -> Iterator[None]:
+    """Prints the findings that led to a BadDataset before it goes on."""
+    try:
+        yield
+    except BadDataset as error:
+        note_findings(error.findings)
+        raise
+
+
+class _ProgressLines(tqdm):
+    """Counts in lines, for a log file, which cannot show a bar."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n and msg is None:  # tqdm clears a bar with an empty message
+            total = "" if self.total is None else f" of {self.total:,}"
+            note(f"{self.n:,}{total} {self.unit}s ...")
+
+
+def progress_bar(total: int | None, unit: str) -> tqdm:
+    """Progress on standard error: a bar on a terminal, else a line every BETWEEN_LINES seconds."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, file=sys.stderr)
+    return _ProgressLines(
+        total=total,
+        unit=unit,
+        file=sys.stderr,
+        leave=False,
+        miniters=1,
+        mininterval=BETWEEN_LINES,
+        delay=BETWEEN_LINES,
+    )
 
 
 class Stages:

@@ -129,14 +129,15 @@ def subcommand(name: str) -> tuple[Callable[[], OneLineParser], Callable[[Sequen
 
 def _train(argv: Sequence[str]) -> int:
     """The trainer on one process, with the exit codes of `trainer.train.main`."""
-    if any(word in HELP for word in argv):
-        from trainer.settings.parsing import help_text
+    from trainer.settings.parsing import help_text, parse_or_exit
 
+    if any(word in HELP for word in argv):
         print(f"{TRAIN_PAGE}\n{help_text()}", end="")
         return 0
-    from trainer.train import main
-
     try:
+        parse_or_exit(argv)  # a mistake in a flag does not wait for PyTorch
+        from trainer.train import main
+
         main(argv)
     except SystemExit as end:
         return int(end.code or 0)

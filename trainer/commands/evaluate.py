@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer.commands.check import annotation_files
 from trainer.commands.command_flags import (
@@ -17,8 +16,10 @@ from trainer.commands.command_flags import (
     add_tile_flags,
     check_result,
     command_parser,
+    findings_of_refused_data,
     load_detector,
     note,
+    progress_bar,
     say,
     tile_settings,
     write_json,
@@ -166,7 +167,8 @@ def read_data(
     from trainer.data.load import read_split
 
     config = TrainConfig(dataset_file="auto", data=data, val_fraction=val_fraction)
-    table, findings, line = read_split(config, split, names, masks=masks)
+    with findings_of_refused_data():
+        table, findings, line = read_split(config, split, names, masks=masks)
     if not len(table.labels):
         foreign = [each.text for each in findings if each.kind == "class not trained"]
         why = foreign[0] if foreign else "it has no boxes"
@@ -251,7 +253,7 @@ def predict(
     sizes = [None if size == (0, 0) else size for size in file.images.sizes]
     found: dict[int, ImagePredictions] = {}
     unread: list[str] = []
-    with tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(len(files), "image") as bar:
         predicted = predict_files(
             detector,
             zip(files, sizes, strict=True),
@@ -274,7 +276,7 @@ def remarks(
 ) -> Iterator[str]:
     """A line for each reason why something does not count, or counts in another way."""
     if file.findings:
-        yield format_findings(file.findings)
+        yield from format_findings(file.findings).splitlines()
     malformed = file.images.num_malformed
     if malformed:
         first = shortened(file.images.malformed[0])

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from trainer.commands.command_flags import (
     add_detector_flags,
@@ -18,6 +17,7 @@ from trainer.commands.command_flags import (
     command_parser,
     load_detector,
     note,
+    progress_bar,
     threshold,
     tile_settings,
 )
@@ -209,12 +209,8 @@ def _predict_images(
     with PredictionWriter(
         given.out, kind, detector, given, pictures=not given.no_pictures, originals=originals
     ) as results:
-        with tqdm(
-            total=files.count() if sys.stderr.isatty() else None,
-            unit="image",
-            disable=not sys.stderr.isatty(),
-            file=sys.stderr,
-        ) as bar:
+        # Only a bar is worth a walk through all folders before the first image.
+        with progress_bar(files.count() if sys.stderr.isatty() else None, "image") as bar:
             predicted = predict_files(
                 detector,
                 files,

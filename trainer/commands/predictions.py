@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from trainer.commands.command_flags import atomic_text, standard_output
+from trainer.commands.command_flags import atomic_text, progress_bar, standard_output
 from trainer.scoring.prediction_formats import (
     ImagePredictions,
     frames_csv_format,
@@ -267,7 +266,7 @@ def predict_video(
     with ExitStack() as files:
         video = files.enter_context(VideoReader(source))
         rows = files.enter_context(output.rows())
-        bar = files.enter_context(_frame_bar(video.count))
+        bar = files.enter_context(progress_bar(video.count, "frame"))
         rows.write(lines.begin())
         writer: VideoWriter | None = None
         try:
@@ -297,8 +296,3 @@ def predict_video(
     where = f"; results in {output.out}" if output.out else ""
     told = [f"{source}: {counted(num_frames, 'frame')}, {counted(num_objects, 'object')}{where}"]
     return told + video.problems()
-
-
-def _frame_bar(count: int | None) -> tqdm:
-    shown = sys.stderr.isatty()
-    return tqdm(total=count, unit="frame", disable=not shown, file=sys.stderr)

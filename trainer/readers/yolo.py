@@ -199,7 +199,7 @@ def resolve_entry(yaml_path: Path, config: dict[str, Any], entry: str) -> Path:
 
 def label_path(image_path: str) -> Path:
     """The path with its last folder `images` replaced by `labels`, if there is such a folder; else
-    next to the image.
+    next to the image. It ends in .txt, or in .TXT where only that file exists.
     """
     parts = list(Path(image_path).parts)
     if "images" in parts[:-1]:
@@ -207,7 +207,9 @@ def label_path(image_path: str) -> Path:
         parts[last] = "labels"
         if not os.path.isdir(os.path.join(*parts[:-1])):
             parts[last] = "images"  # as labelImg leaves them
-    return Path(*parts).with_suffix(".txt")
+    path = Path(*parts).with_suffix(".txt")
+    upper = path.with_suffix(".TXT")
+    return upper if upper.exists() and not path.exists() else path
 
 
 @dataclass(frozen=True)

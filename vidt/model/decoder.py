@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vidt.model.ram import autocasted
 from vidt.model.training_queries import ExtraQueries, attention_mask
-from vidt.ops.deformable_attention import DeformableAttention, Levels, best_form
+from vidt.ops.deformable_attention import DeformableAttention, Levels
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -180,7 +180,7 @@ class DeformableDecoder(nn.Module):
         Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + E queries.
         """
         source = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
-        if best_form(source.device) != "cpu":  # that form reads the source in full precision
+        if source.device.type != "cpu":  # the form for a CPU reads the source in full precision
             source = autocasted(source)
         padding = torch.cat([level.flatten(1) for level in paddings], dim=1)
         levels = Levels.of([(level.shape[2], level.shape[3]) for level in maps], source.device)
