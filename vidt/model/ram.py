@@ -21,8 +21,8 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-# Added to masked scores. The released -100 gives the same attention, but leaves weights of exp(-100),
-# denormal numbers, with which a CPU multiplies matrices ten times slower.
+# Added to masked scores. The released -100 gives the same attention, but leaves weights of
+# exp(-100), denormal numbers, with which a CPU multiplies matrices ten times slower.
 MASKED = -1000.0
 
 
