@@ -35,7 +35,7 @@ from trainer.loop.clock import Clock
 from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
 from trainer.loop.start import find_checkpoint, load_start, load_teacher, restore
-from trainer.loop.time_limit import within_hours
+from trainer.loop.time_limit import StepTimer, within_hours
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import AUTO, STRONG_PARTS
@@ -132,49 +132,32 @@ def set_up(
         gradient_sum=gradient_sum,
     )
     probe = make_probe(config, dataset, optimizer, accelerator, learn, agreement)
-    automatic = config.batch_size == AUTO
-    if automatic:
-        found = automatic_batch_size(probe, checkpoint, len(train_set), accelerator)
-        config = replace(config, batch_size=found)
+    config, n_iter_to_acc = fitted_to_memory(config, probe, checkpoint, len(train_set), accelerator)
     step_images = config.batch_size * accelerator.num_processes
     shown = images_of_epoch(config, train_set)
     per_epoch = steps_per_epoch(shown, step_images)
-    n_iter_to_acc = config.n_iter_to_acc
-    if probe.possible() and checkpoint is None and not automatic:  # else it has been tried
-        n_iter_to_acc = fitting_micro_batches(probe, config, n_iter_to_acc)
-    if config.hours is not None:
-        config = within_hours(
-            config,
-            config.hours,
-            checkpoint,
-            per_epoch,
-            len(val_set),
-            test_images,
-            n_iter_to_acc,
-            dataset,
-            learn,
-            optimizer,
-            accelerator,
-            agreement,
-        )
+    config = within_hours(
+        config,
+        checkpoint,
+        StepTimer(dataset, learn, optimizer, accelerator, agreement),
+        n_iter_to_acc=n_iter_to_acc,
+        per_epoch=per_epoch,
+        val_images=len(val_set),
+        test_images=test_images,
+    )
     total_steps = config.epochs * per_epoch
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
     if ema is not None and config.ema_decay == AUTO:
         ema.decay = automatic_ema_decay(checkpoint, total_steps)
         config = replace(config, ema_decay=ema.decay)
-    epochs = total_steps / per_epoch
-    strong = int(epochs) - config.plain_epochs if config.plain_epochs else math.ceil(epochs)
-    dataset.strong_epochs = max(strong, 0)
+    limit_strong_parts(dataset, config, total_steps / per_epoch, model_config)
     state = RunState(
         n_iter_to_acc=n_iter_to_acc,
         step_images=step_images,
         dataset=train_set.fingerprint(),
         settings=resolved(config, model_fields),
     )
-    line = strong_line(dataset, math.ceil(epochs), model_config)
-    if line:
-        logger.info(line)
     if checkpoint is not None:
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
         if probe.possible():
@@ -232,20 +215,27 @@ def training_dataset(
     )
 
 
-def strong_line(dataset: DetectionDataset, total_epochs: int, model: ViDTConfig) -> str:
-    """A line on the strong parts of the augmentation; empty if there are none."""
+def limit_strong_parts(
+    dataset: DetectionDataset, config: TrainConfig, epochs: float, model: ViDTConfig
+) -> None:
+    """Ends the strong parts of the augmentation --plain_epochs before the run of `epochs` ends, and
+    logs a line on them.
+    """
+    total = math.ceil(epochs)
+    strong = int(epochs) - config.plain_epochs if config.plain_epochs else total
+    dataset.strong_epochs = max(strong, 0)
     on = dataset.augmentation.strong.on
     if not on:
-        return ""
+        return
     parts = ", ".join(f"--{name} {probability:g}" for name, probability in on.items())
-    strong = min(int(dataset.strong_epochs), total_epochs)
-    line = f"augmentation: {parts} in the first {counted(strong, 'epoch')} of {total_epochs}"
+    strong = min(int(dataset.strong_epochs), total)
+    line = f"augmentation: {parts} in the first {counted(strong, 'epoch')} of {total}"
     if dataset.most_boxes > max(int(dataset.samples.box_counts.max()), model.det_token_num):
         line += (
             f"; an image may get {dataset.most_boxes} boxes, more than --det_token_num "
             f"{model.det_token_num} can predict"
         )
-    return line
+    logger.info(line)
 
 
 def make_probe(
@@ -268,6 +258,24 @@ def make_probe(
         partial(learn, canvas=canvas),
         agreement.true_anywhere,
     )
+
+
+def fitted_to_memory(
+    config: TrainConfig,
+    probe: Probe,
+    checkpoint: Checkpoint | None,
+    num_images: int,
+    accelerator: Accelerator,
+) -> tuple[TrainConfig, int]:
+    """The settings with the number that `--batch_size auto` stands for, and the micro-batches with
+    which the largest step of a fresh run fits. Raises OutOfMemory if none does.
+    """
+    if config.batch_size == AUTO:
+        found = automatic_batch_size(probe, checkpoint, num_images, accelerator)
+        return replace(config, batch_size=found), config.n_iter_to_acc
+    if probe.possible() and checkpoint is None:
+        return config, fitting_micro_batches(probe, config, config.n_iter_to_acc)
+    return config, config.n_iter_to_acc
 
 
 def automatic_batch_size(

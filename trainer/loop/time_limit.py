@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,38 +54,46 @@ def seconds_left(hours: float) -> float:
     return hours * 3600 - (time.time() - began)
 
 
-def step_seconds(
-    learn: Callable[..., dict[str, Tensor] | None],
-    micro_batches: Iterator[dict[str, Any]],
-    n_iter_to_acc: int,
-    optimizer: Optimizer,
-    seconds: float,
-    slowest: Callable[[float], float],
-) -> float:
-    """The mean time of a step, loading included, by those that fit into `seconds`: at least two,
-    after a first that does not count. It leaves no trace. learn: `gradients` but for batches and
-    canvas; slowest: the largest of the processes' numbers, so that all try as many steps. Raises
-    UserError if memory runs out.
-    """
-    times: list[float] = []
-    with torch.random.fork_rng():
-        while len(times) < 3 or (sum(times) < seconds and len(times) < MOST_TRIED):
-            began = time.monotonic()
-            batches = [next(micro_batches) for _ in range(n_iter_to_acc)]
-            shapes = [batch["images"].shape[2:] for batch in batches]
-            heights, widths = zip(*shapes, strict=True)
-            done = learn(batches, (max(heights), max(widths)))
-            optimizer.zero_grad()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            took = slowest(math.inf if done is None else time.monotonic() - began)
-            if took == math.inf:
-                raise UserError(
-                    "--hours: a step does not fit into memory; lower --batch_size or raise "
-                    "--n_iter_to_acc"
-                )
-            times.append(took)
-    return WHOLE_STEP * sum(times[1:]) / (len(times) - 1)
+@dataclass(frozen=True)
+class StepTimer:
+    """Times the first steps of a run on all processes, and leaves no trace of them."""
+
+    dataset: DetectionDataset
+    learn: Callable[..., dict[str, Tensor] | None]  # `gradients` but for batches and canvas
+    optimizer: Optimizer
+    accelerator: Accelerator
+    agreement: Agreement
+
+    def mean(self, config: TrainConfig, n_iter_to_acc: int, seconds: float) -> float:
+        """The mean time of a step, loading included, by those that fit into `seconds`: at least
+        two, after a first that does not count. Raises UserError if memory runs out.
+        """
+        steps = range(MOST_TRIED)
+        batches = micro_batches(self.dataset, config, n_iter_to_acc, steps, self.accelerator)
+        times: list[float] = []
+        with torch.random.fork_rng():
+            while len(times) < 3 or (sum(times) < seconds and len(times) < MOST_TRIED):
+                began = time.monotonic()
+                done = self._step([next(batches) for _ in range(n_iter_to_acc)])
+                own = time.monotonic() - began if done else math.inf
+                # That of the slowest process, so that all try as many steps.
+                times.append(self.agreement.gather(own).max().item())
+                if times[-1] == math.inf:
+                    raise UserError(
+                        "--hours: a step does not fit into memory; lower --batch_size or raise "
+                        "--n_iter_to_acc"
+                    )
+        return WHOLE_STEP * sum(times[1:]) / (len(times) - 1)
+
+    def _step(self, batches: list[dict[str, Any]]) -> bool:
+        """Whether the gradients of a step fit into memory."""
+        shapes = [batch["images"].shape[2:] for batch in batches]
+        heights, widths = zip(*shapes, strict=True)
+        done = self.learn(batches, (max(heights), max(widths)))
+        self.optimizer.zero_grad()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return done is not None
 
 
 def fitting_length(
@@ -118,22 +126,21 @@ def fitting_length(
 
 def within_hours(
     config: TrainConfig,
-    hours: float,
     checkpoint: Checkpoint | None,
+    timer: StepTimer,
+    *,
+    n_iter_to_acc: int,
     per_epoch: int,
     val_images: int,
     test_images: int,
-    n_iter_to_acc: int,
-    dataset: DetectionDataset,
-    learn: Callable[..., dict[str, Tensor] | None],
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-    agreement: Agreement,
 ) -> TrainConfig:
     """The settings with the length that `--hours` stands for: that of the checkpoint, else what a
     trial finds, at most --max_steps. Intervals other than the defaults stay. Raises UserError if
     not even one step fits.
     """
+    hours = config.hours
+    if hours is None:
+        return config
     if checkpoint is not None:
         saved = checkpoint.state.settings
         names = ("epochs", "max_steps", "eval_interval", "save_interval")
@@ -141,19 +148,11 @@ def within_hours(
         return replace(config, **{name: saved[name] for name in names})
 
     def left() -> float:
-        return agreement.gather(seconds_left(hours)).min().item()
+        return timer.agreement.gather(seconds_left(hours)).min().item()
 
     logger.info(f"--hours {hours:g}: timing a few steps")
-    batches = micro_batches(dataset, config, n_iter_to_acc, range(MOST_TRIED), accelerator)
-    step = step_seconds(
-        learn,
-        batches,
-        n_iter_to_acc,
-        optimizer,
-        TRIAL * left(),
-        lambda own: agreement.gather(own).max().item(),
-    )
-    images = config.batch_size * accelerator.num_processes
+    step = timer.mean(config, n_iter_to_acc, TRIAL * left())
+    images = config.batch_size * timer.accelerator.num_processes
     length = fitting_length(left(), step, per_epoch, images, val_images, test_images)
     steps = min(length.max_steps, config.max_steps or length.max_steps)
     intervals: dict[str, Any] = {
