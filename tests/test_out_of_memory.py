@@ -200,9 +200,9 @@ def test_the_probe_leaves_no_trace(
     """A fresh start and a resumed one, bit for bit those of runs that try nothing."""
     states, fits = [], Probe.fits
 
-    def watched(self: Probe, images: int) -> bool:
+    def watched(self: Probe, images: int, micro_batches: int = 1) -> bool:
         before = torch.get_rng_state()
-        answer = fits(self, images)
+        answer = fits(self, images, micro_batches)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         states.append(torch.equal(before, torch.get_rng_state()) and not any(gradients))
         return answer
@@ -228,7 +228,7 @@ def test_the_largest_step_determines_the_micro_batches(
 ) -> None:
     tried = room_for(2)
     run(tiny_data, room / "probed", "--max_steps 1")
-    assert tried == [4, 2, 2, 2], "four, then two, of the largest; then a step of two and two"
+    assert tried == [4, 2, 2, 2, 2], "the largest four, the largest as two and two, then a step"
     (line,) = [line for line in caplog.messages if "micro-batches" in line]
     assert "2 micro-batches" in line and "96 x 64" in line and "--n_iter_to_acc 2" in line
     run(tiny_data, room / "planned", "--max_steps 1 --n_iter_to_acc 2")
@@ -299,6 +299,8 @@ def test_the_largest_batch_has_the_form_of_a_batch(
     loaded = next(micro_batches(dataset, config, 1, range(1), cpu()))
     assert batch.keys() == loaded.keys() and len(batch["targets"]) == 2
     most = max(len(sample.labels) for sample in train_set)
+    first, second = batch["targets"]
+    assert not {id(each) for each in first.values()} & {id(each) for each in second.values()}
     for target in batch["targets"]:
         assert len(target["labels"]) == most
         for name, real in loaded["targets"][0].items():
@@ -325,6 +327,25 @@ def test_no_augmented_image_is_larger_than_the_largest_canvas(flags: str) -> Non
     heights, widths = zip(*shapes, strict=True)
     height, width = largest_canvas(augmentation, sizes, mixed=True)
     assert 0.8 * height < max(heights) <= height and 0.8 * width < max(widths) <= width
+
+
+@pytest.mark.parametrize(
+    ("flags", "largest"),
+    [
+        ("", (640, 992)),  # the crop that is least square, 384 x 600
+        ("--train_max_size 800", (640, 800)),
+        ("--train_max_size 600", (592, 592)),
+        ("--no-crop --iou_crop 0.5", (640, 1056)),
+    ],
+)
+def test_the_largest_crop_is_as_long_as_its_longest_side_may_be(
+    flags: str, largest: tuple[int, int]
+) -> None:
+    """A longer one is shrunk on both sides."""
+    config, _ = parse(["--dataset_file", "coco", "--coco_path", "x", *flags.split()])
+    augmentation = Augmentation.from_config(config)
+    canvas = largest_canvas(augmentation, [(300, 300)], mixed=False)
+    assert tuple(sorted(canvas)) == largest
 
 
 def test_square_images_without_crops_are_tried_square() -> None:

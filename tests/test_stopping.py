@@ -1,10 +1,12 @@
 """SIGTERM and SIGINT: a saved run and a documented exit code; a second signal ends it at once."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ def started(words: list[str]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -38,18 +41,28 @@ def read_until(process: subprocess.Popen, text: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signum", "moment", "code", "name"),
+    ("send", "signum", "moment", "code", "name"),
     [
-        (signal.SIGTERM, "step 2/30", 143, "SIGTERM"),
-        (signal.SIGINT, "evaluating", 130, "SIGINT"),
+        (os.kill, signal.SIGTERM, "step 2/30", 143, "SIGTERM"),
+        (os.kill, signal.SIGINT, "evaluating", 130, "SIGINT"),
+        # As `timeout` and a terminal send it: to the loader's workers too.
+        (os.killpg, signal.SIGTERM, "step 2/30", 143, "SIGTERM"),
+        (os.killpg, signal.SIGTERM, "evaluating", 143, "SIGTERM"),
+        (os.killpg, signal.SIGINT, "step 2/30", 130, "SIGINT"),
     ],
 )
 def test_stopped_by_a_signal(
-    tiny_data: Path, room: Path, signum: signal.Signals, moment: str, code: int, name: str
+    tiny_data: Path,
+    room: Path,
+    send: Callable[[int, int], None],
+    signum: signal.Signals,
+    moment: str,
+    code: int,
+    name: str,
 ) -> None:
     process = started(command(tiny_data, room, "--epochs 10 --num_workers 1"))
     read_until(process, moment)
-    process.send_signal(signum)
+    send(process.pid, signum)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, said
     last = said.splitlines()[-1]

@@ -181,8 +181,9 @@ def test_objects_without_a_mask_are_not_pasted() -> None:
 def test_a_mask_without_a_pixel_teaches_nothing() -> None:
     scene = scene_of((0, 0, 40, 40), (50, 50, 90, 90))
     assert scene.masks is not None
-    scene.masks[0] = False
-    seen = scene.visible(torch.tensor([1600.0, 1600.0]))
+    masks = scene.masks.clone()
+    masks[0] = False
+    seen = scene.with_masks(masks)
     assert seen.has_mask is not None and seen.has_mask.tolist() == [False, True]
 
 

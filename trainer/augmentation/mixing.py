@@ -69,7 +69,7 @@ def copy_paste(scene: Scene, partner: Partner, random: np.random.Generator) -> S
     chosen = torch.from_numpy(random.random(len(other.labels)) < PASTED)
     if other.masks is None or scene.masks is None or other.has_mask is None:
         return scene
-    pasted = other.only(chosen & other.has_mask & other.masks.flatten(1).any(1))
+    pasted = other.only(chosen & other.has_mask)
     if pasted.masks is None or not len(pasted.masks):
         return scene
     front = pasted.masks.any(0)
@@ -94,7 +94,7 @@ def _behind(scene: Scene, front: Tensor) -> Scene:
                 boxes[row] = masks_to_boxes(mask[None])[0] + boxes.new_tensor([0, 0, 1, 1])
         else:
             kept[row] = _share_hidden(boxes[row], front) <= 1 - LEAST_SHARE
-    return replace(scene, boxes=boxes, masks=masks).only(kept)
+    return replace(scene, boxes=boxes).with_masks(masks).only(kept)
 
 
 def _share_hidden(box: Tensor, front: Tensor) -> float:

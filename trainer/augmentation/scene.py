@@ -47,11 +47,9 @@ class Scene:
         if sample.masks is not None:
             rows = objects.nonzero()[kept, 0].tolist()
             masks = [sample.masks[row] for row in rows]
-            scene = replace(
-                scene,
-                masks=geometry.on_masks(decode(masks, geometry.size)),
-                has_mask=torch.tensor([bool(mask) for mask in masks], dtype=torch.bool),
-            )
+            has_mask = torch.tensor([bool(mask) for mask in masks], dtype=torch.bool)
+            scene = replace(scene, has_mask=has_mask)
+            scene = scene.with_masks(geometry.on_masks(decode(masks, geometry.size)))
         whole = areas(sample.boxes[objects][kept]) * geometry.enlargement
         return scene.visible(whole) if visible else scene
 
@@ -68,8 +66,15 @@ class Scene:
         image = geometry.on_image(self.image, shrunk=True)
         scene = replace(self.only(kept), image=image, boxes=boxes)
         if scene.masks is not None:
-            scene = replace(scene, masks=geometry.on_masks(scene.masks))
+            scene = scene.with_masks(geometry.on_masks(scene.masks))
         return scene.visible(areas(self.boxes[kept]) * geometry.enlargement) if visible else scene
+
+    def with_masks(self, masks: Tensor) -> "Scene":
+        """The objects with masks that were moved or covered; one whose mask has no pixel left
+        counts as one without a mask.
+        """
+        assert self.has_mask is not None
+        return replace(self, masks=masks, has_mask=self.has_mask & masks.flatten(1).any(1))
 
     def placed(self, canvas: Image.Image, top: int, left: int) -> "Scene":
         """The objects on a larger canvas, on which the image lies at (top, left)."""
@@ -92,11 +97,8 @@ class Scene:
 
     def visible(self, whole: Tensor) -> "Scene":
         """The objects of which enough is left; `whole` [N] is the area in pixels that each box had
-        before it was cut, at the present scale. An object whose mask has no pixel left counts as
-        one without a mask.
+        before it was cut, at the present scale.
         """
-        if self.masks is not None and self.has_mask is not None:
-            self = replace(self, has_mask=self.has_mask & self.masks.flatten(1).any(1))
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         area = sides.prod(1)
         height, width = self.size

@@ -124,11 +124,12 @@ def affine(scene: Scene, rotation: float, random: np.random.Generator) -> Scene:
     bilinear = InterpolationMode.BILINEAR
     framed = BoundingBoxes(scene.boxes, format="XYXY", canvas_size=scene.size)
     boxes = F.affine(framed, *how).as_subclass(Tensor).reshape(-1, 4)
-    masks = scene.masks
-    if masks is not None and len(masks):
-        masks = F.affine(Mask(masks.to(torch.uint8)), *how).as_subclass(Tensor).bool()
     image = F.affine(scene.image, *how, interpolation=bilinear, fill=[*FILL])
-    return replace(scene, image=image, boxes=boxes, masks=masks).visible(areas(scene.boxes))
+    moved = replace(scene, image=image, boxes=boxes)
+    if scene.masks is not None and len(scene.masks):
+        masks = F.affine(Mask(scene.masks.to(torch.uint8)), *how).as_subclass(Tensor).bool()
+        moved = moved.with_masks(masks)
+    return moved.visible(areas(scene.boxes))
 
 
 def photometric(image: Image.Image, random: np.random.Generator) -> Image.Image:

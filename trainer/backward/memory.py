@@ -52,14 +52,16 @@ def largest_canvas(
     a few steps, in which wide images meet tall ones, need more.
     """
     areas = {(int(height), int(width)) for height, width in sizes}
-    if augmentation.strong.iou_crop:
-        areas |= {(1, LONGEST_ASPECT), (LONGEST_ASPECT, 1)}
+    short, longest = max(augmentation.sizes), augmentation.max_size
+    aspects = [LONGEST_ASPECT] if augmentation.strong.iou_crop else []
     if augmentation.crop:
         low, high = augmentation.crop_range
-        areas |= {(low, high), (high, low)}  # of the crops, the least square ones
-    shapes = [
-        resized_shape(*area, max(augmentation.sizes), augmentation.max_size) for area in areas
-    ]
+        aspects.append(high / low)  # of the crops, the least square ones
+    for aspect in aspects:
+        # A longer area is no larger: --train_max_size shrinks both of its sides.
+        long = max(min(int(short * aspect), longest), short)
+        areas |= {(short, long), (long, short)}
+    shapes = [resized_shape(*area, short, longest) for area in areas]
     if mixed:
         heights, widths = zip(*shapes, strict=True)
         return max(heights), max(widths)
@@ -70,7 +72,8 @@ def largest_batch(
     dataset: DetectionDataset, images: int, canvas: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
     """A batch of grey images as large as the canvas, each with as many boxes as any target of the
-    dataset can have, in the form that `trainer.data.loader.unpacked` returns.
+    dataset can have, in the form that `trainer.data.loader.unpacked` returns. No images share
+    memory.
     """
     (height, width), objects = canvas, dataset.most_boxes
     boxes = torch.full((objects, 4), 0.5)
@@ -82,11 +85,14 @@ def largest_batch(
             "has_mask": torch.ones(objects, dtype=torch.bool),
         }
     target |= dataset.denoising.of_target(boxes, target["labels"], np.random.default_rng(0))
-    on_device = {name: tensor.to(device) for name, tensor in target.items()}
     return {
         "images": torch.zeros(images, 3, height, width, device=device),
         "padding": torch.zeros(images, height, width, dtype=torch.bool, device=device),
-        "targets": [{**on_device, "image_id": number} for number in range(images)],
+        "targets": [
+            {name: tensor.to(device, copy=True) for name, tensor in target.items()}
+            | {"image_id": number}
+            for number in range(images)
+        ],
     }
 
 
@@ -116,12 +122,12 @@ class Probe:
     def possible(self) -> bool:
         return self.device.type != "cpu"
 
-    def fits(self, images: int) -> bool:
-        """Whether a micro-batch of `images` largest images fits on every process, beside the
-        optimiser's state.
+    def fits(self, images: int, micro_batches: int = 1) -> bool:
+        """Whether a step of micro-batches of `images` largest images fits on every process, beside
+        the optimiser's state.
         """
         with torch.random.fork_rng([] if self.device.type == "cpu" else [self.device]):
-            fits = self._try(images)
+            fits = self._try(images, micro_batches)
         self.optimizer.zero_grad()
         failed = self.true_anywhere(not fits)
         if failed:  # otherwise the cache keeps blocks that the steps of the run can use
@@ -130,15 +136,17 @@ class Probe:
             torch.cuda.reset_peak_memory_stats(self.device)
         return not failed
 
-    def _try(self, images: int) -> bool:
+    def _try(self, images: int, micro_batches: int) -> bool:
         batches: list[dict[str, Any]] = []
         moments: list[Tensor] = []
         try:
             moments += missing_moments(self.optimizer)
-            batches.append(largest_batch(self.dataset, images, self.canvas, self.device))
+            for _ in range(micro_batches):  # a step holds all of them at once
+                batches.append(largest_batch(self.dataset, images, self.canvas, self.device))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            batches.clear()
         # Without a batch too: the other processes wait for this one's part in the sums.
         return self.gradients(batches) is not None
 
@@ -148,7 +156,7 @@ def fitting_micro_batches(probe: Probe, config: TrainConfig, n_iter_to_acc: int)
     Raises OutOfMemory if no number does.
     """
     fitting = n_iter_to_acc
-    while not probe.fits(config.batch_size // fitting):
+    while not probe.fits(config.batch_size // fitting, fitting):
         fitting = more_micro_batches(config, fitting, probe.canvas)
     if fitting > n_iter_to_acc:
         height, width = probe.canvas

@@ -7,7 +7,9 @@ Inside this file boxes are xyxy in pixels; in targets they are cxcywh in 0..1 of
 """
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -325,9 +327,21 @@ def micro_batches(
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the current step still needs its images."""
+    """Ctrl-C reaches every process of a terminal, and SIGTERM as `timeout` sends it every process
+    of its group, but the current step still needs its images: a worker heeds its parent only.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_parent(parent: int) -> None:
+    """Waits for SIGTERM from the parent, which PyTorch sends to end a worker."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def pad_to(batch: dict[str, Any], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:

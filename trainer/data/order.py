@@ -23,7 +23,9 @@ class Key(NamedTuple):
     """What `DetectionDataset` loads: an image, as augmented in an epoch."""
 
     epoch: int
-    image: int  # plus the number of images each time that the epoch shows it again
+    # Plus the number of images each time that `repeats` has the epoch show it again. What fills the
+    # last step has equal keys: as released, it is what the first steps showed.
+    image: int
     short_side: int | None = None  # pixels; None: the image draws its own
 
 

@@ -21,7 +21,6 @@ from vidt.losses.token_labels import has_masks, token_label_losses
 from vidt.model.config import CLASS_LOSSES, WITHOUT_NECK, ViDTConfig, require
 
 Targets = list[dict[str, Tensor]]
-Levels = list[dict[str, Tensor]]
 Stacked = dict[str, Tensor]  # predictions by name, [P, B, Q, ...]
 
 
@@ -317,12 +316,12 @@ def denoising_matches(
     return matches, torch.from_numpy(weights).to(logits.device, non_blocking=True)
 
 
-def prediction_levels(outputs: dict) -> Levels:
+def prediction_levels(outputs: dict) -> list[dict[str, Tensor]]:
     """The outputs of every prediction level, first to last."""
     return [*outputs.get("aux_outputs", []), outputs]
 
 
-def stacked(levels: Levels) -> Stacked:
+def stacked(levels: list[dict[str, Tensor]]) -> Stacked:
     """The `pred_*` of all levels as float32 [P, B, Q, ...] by name."""
     names = [name for name in levels[0] if name.startswith("pred_")]
     return {name: torch.stack([level[name] for level in levels]).float() for name in names}

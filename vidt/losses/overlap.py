@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-EPS = 1e-7  # as in torchvision's loss
+LEAST_AREA = 1e-12  # of a divisor; a box of one pixel in 10,000 has 1e-8
 
 
 def paired_areas(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,13 +30,14 @@ def _area(sides: Tensor) -> Tensor:
 def paired_iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of each pair of boxes [N, 4]: [N]."""
     shared, union, _ = paired_areas(first, second)
-    return shared / union.clamp(min=1e-12)
+    return shared / union.clamp(min=LEAST_AREA)
 
 
 def giou_losses(first: Tensor, second: Tensor) -> Tensor:
     """1 - generalised IoU (arXiv 1902.09630) of each pair of boxes [N, 4]: [N]."""
     shared, union, frame = paired_areas(first, second)
-    return 1 - shared / (union + EPS) + (frame - union) / (frame + EPS)
+    union, frame = union.clamp(min=LEAST_AREA), frame.clamp(min=LEAST_AREA)
+    return 1 - shared / union + (frame - union) / frame
 
 
 @torch.no_grad()

@@ -172,6 +172,13 @@ class ViDTConfig:
             self.cross_indices,
             "distinct stages from 0 to 3",
         )
+        # Without a neck, only this attention takes anything from the image to the tokens.
+        require(
+            self.method != WITHOUT_NECK or len(self.cross_indices) > 0,
+            "cross_indices",
+            self.cross_indices,
+            f"at least one stage with method {WITHOUT_NECK}",
+        )
 
     @property
     def token_columns(self) -> int:

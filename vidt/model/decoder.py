@@ -35,7 +35,7 @@ class MLPHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # In full precision: half has three digits, too few for a box, and the head costs little.
+        # Outside autocast: half has three digits, too few for a box, and the head costs little.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
             x = F.relu(self.layers[0](x))
@@ -180,7 +180,7 @@ class DeformableDecoder(nn.Module):
         Returns D + 1 states [B, Q, C] and boxes [B, Q, 4]; all but the first have Q + E queries.
         """
         source = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
-        if source.device.type != "cpu":  # the form for a CPU reads the source in full precision
+        if source.device.type != "cpu":  # `deformable_cpu` reads the source in full precision
             source = autocasted(source)
         padding = torch.cat([level.flatten(1) for level in paddings], dim=1)
         levels = Levels.of([(level.shape[2], level.shape[3]) for level in maps], source.device)

@@ -188,7 +188,7 @@ class SwinBackbone(nn.Module):
         trunc_normal_(self.det_token, std=0.02)
         trunc_normal_(self.det_pos_embed, std=0.02)
         if not pyramid:
-            # The last block's patches are not used, so this parameter would never get a gradient.
+            # The last block's patches are not used, so this parameter's gradient would be zero.
             last_block = [module for module in self.modules() if isinstance(module, SwinBlock)][-1]
             last_block.attn.relative_position_bias_table.requires_grad_(False)
 

@@ -60,7 +60,8 @@ def build_detector(config: ViDTConfig) -> "ViDT | ViDTWithoutNeck":
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Lets a detector run its repeated blocks through `torch.compile`, in place, with dynamic
     shapes: the number of compilations does not grow with that of the canvases. Weights keep their
-    names. It raises PyTorch's limit of compilations, for the process.
+    names. It raises PyTorch's limit of compilations and switches duck shapes off, both for the
+    process.
     """
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILATIONS)
@@ -208,7 +209,7 @@ class ViDT(nn.Module):
     def _predict(self, level: int, state: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         """The `pred_*` of one prediction level: state [B, Q, C] and boxes [B, Q, 4]."""
         heads = {name: self._per_level(getattr(self, part)) for name, part in self._heads.items()}
-        predictions = {name: _in_full_precision(each[level], state) for name, each in heads.items()}
+        predictions = {name: _outside_autocast(each[level], state) for name, each in heads.items()}
         return predictions | {"pred_boxes": boxes}
 
     @staticmethod
@@ -221,7 +222,7 @@ class ViDT(nn.Module):
         return list(heads) if len(heads) == levels else [heads[0]] * levels
 
 
-def _in_full_precision(head: nn.Module, state: Tensor) -> Tensor:
+def _outside_autocast(head: nn.Module, state: Tensor) -> Tensor:
     """Half precision would shift logits by a tenth; the head costs little."""
     with torch.autocast(state.device.type, enabled=False):
         return head(state.to(next(head.parameters()).dtype)).float()

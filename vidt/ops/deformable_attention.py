@@ -91,8 +91,9 @@ def deformable_attention(
     """Samples every level at the given points and sums the samples by weight.
 
     value [B, S, M, D]; locations [B, Q, M, L, P, 2] as (x, y) in 0..1 of the level, zero outside;
-    weights [B, Q, M, L, P]; form "plain" or "triton". Value may have a lower precision; the
-    sums are computed in that of the weights. Returns [B, Q, M * D] in the dtype of value.
+    weights [B, Q, M, L, P]; form "plain" or "triton". Value may have a lower precision; "plain"
+    sums in that of the weights, "triton" in float32 or that of value. Returns [B, Q, M * D] in the
+    dtype of value.
     """
     if form == "triton":
         from vidt.ops import deformable_triton
@@ -164,7 +165,7 @@ class DeformableAttention(nn.Module):
         padded level; source [B, S, C]; padding [B, S] bool, True where padded; form, None for
         `best_form`. Returns [B, Q, C].
         """
-        # In full precision: half would move a sample by hundredths of a cell.
+        # Outside autocast: half would move a sample by hundredths of a cell.
         with torch.autocast(query.device.type, enabled=False):
             exact = query.to(self.sampling_offsets.weight.dtype)
             shape = (self.num_heads, self.num_levels, self.num_points)
