@@ -196,6 +196,9 @@ def test_saved_settings_are_repeated() -> None:
     words += ["--epochs", "40"]  # the length that --hours stood for no longer counts
     config, _ = repeated(*parse(words, own_data=True), given_settings(words), saved)
     assert (config.epochs, config.hours, config.max_steps) == (40, None, None)
+    words += ["--hours", "0.5"]  # also if the whole command is repeated
+    config, _ = repeated(*parse(words, own_data=True), given_settings(words), saved)
+    assert (config.epochs, config.hours, config.max_steps) == (40, None, None)
 
 
 def test_a_given_length_replaces_what_a_trial_found(tmp_path: Path) -> None:
@@ -309,6 +312,22 @@ def test_a_run_fits_into_its_time(seconds: float, step: float) -> None:
     assert took > 0.8 * seconds or seconds < 60
     assert evaluations == 1 or evaluations * evaluation <= EVALUATING * seconds
     assert length.max_steps <= length.epochs * 20
+
+
+@pytest.mark.parametrize("interval", [1, 2, 30])
+def test_evaluations_at_an_interval_that_is_given_are_counted(interval: int) -> None:
+    length = fitting_length(
+        600.0, 0.1, per_epoch=10, step_images=5, val_images=500, eval_interval=interval
+    )
+    evaluations = -(-length.epochs // interval)
+    took = length.max_steps * 0.1 + evaluations * 500 * 0.1 / 5 / 3
+    assert length.eval_interval == interval and took <= 600 * (1 - RESERVE) + 1e-6
+    assert took > 0.8 * 600
+
+
+def test_a_run_that_is_shorter_than_its_time() -> None:
+    length = fitting_length(3600.0, 1.0, 10, step_images=5, val_images=5, max_steps=100)
+    assert (length.max_steps, length.epochs) == (100, 10) and length.eval_interval <= 5
 
 
 def test_time_for_the_test_part() -> None:

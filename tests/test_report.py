@@ -70,9 +70,14 @@ def scores(map50: float) -> dict[str, float]:
     return numbers
 
 
-def run(report: Callable[[Progress], None], first: int = 0, last: int = TOTAL) -> None:
+def run(
+    report: Callable[[Progress], None],
+    first: int = 0,
+    last: int = TOTAL,
+    settings: Mapping[str, Any] = {},
+) -> None:
     """The events of a run from step `first` to `last`: a log line every 5, evaluation every 10."""
-    report(progress("start", first))
+    report(progress("start", first, settings=settings))
     for step in range(first + 5, last + 1, 5):
         report(progress("step", step, losses(step)))
         if step % 10 == 0:
@@ -258,6 +263,17 @@ def test_csv_has_a_row_for_each_evaluation(tmp_path: Path) -> None:
     assert names.index("mar_large") < names.index("ap/cat")
 
 
+def test_a_mean_loss_counts_each_step_once(tmp_path: Path) -> None:
+    """Lines of the log cover different numbers of steps: ten of loss 1, then one of loss 3."""
+    log = CsvLog(tmp_path / "metrics.csv")
+    log(progress("start", 0))
+    log(progress("step", 10, {"loss": 1.0}))
+    log(progress("step", 11, {"loss": 3.0}))
+    log(progress("evaluation", 11, scores(0.5)))
+    (row,) = rows_of(tmp_path / "metrics.csv")
+    assert float(row["loss"]) == pytest.approx(13 / 11, rel=1e-5)
+
+
 def test_resumed_csv_equals_that_of_the_uninterrupted_run(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole.csv", tmp_path / "broken.csv"
     run(CsvLog(whole))
@@ -428,8 +444,8 @@ def told(folder: Path) -> list[list[Any]]:
 
 def test_a_tracker_is_told_settings_and_curves(lines: type[LinesTracker], tmp_path: Path) -> None:
     settings = {"lr": 1e-4, "train_sizes": [64, 96], "ema": True, "load_from": None}
-    trackers = Trackers(("tensorboard", "lines"), tmp_path, settings)
-    run(trackers)
+    trackers = Trackers(("tensorboard", "lines"), tmp_path)
+    run(trackers, settings=settings)
     trackers(progress("end", TOTAL, scores(0.4)))
     trackers.close()
     start, configured, *logged, end = told(tmp_path)
@@ -456,8 +472,8 @@ def test_a_failing_tracker_is_told_once_and_ends_nothing(
     lines_before: int,
 ) -> None:
     monkeypatch.setattr(lines, "fails_at", moment)
-    trackers = Trackers(("lines",), tmp_path, {"lr": 1.0})
-    run(trackers)
+    trackers = Trackers(("lines",), tmp_path)
+    run(trackers, settings={"lr": 1.0})
     trackers.close()
     (line,) = [each.getMessage() for each in caplog.records]
     assert "--report_to lines failed (ConnectionError: no " in line and "\n" not in line

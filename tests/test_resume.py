@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import (
     Crash,
     differences,
@@ -26,6 +27,7 @@ from trainer.loop.optim import ema_decay_of
 from trainer.loop.stopping import Stopped
 from trainer.report.progress import Progress
 from vidt.errors import UserError
+from vidt.weights.weights_file import load_weights
 
 Scores = dict[int, dict[str, float]]
 # Three steps an epoch, two epochs. Dropout is on, as by default, and the body drops paths.
@@ -288,6 +290,38 @@ def test_a_run_set_aside_goes_on_as_if_left_alone(tiny_data: Path, room: Path) -
     assert differences(end_of(earlier), end_of(room / "alone")) == []
 
 
+def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(tiny_data: Path, room: Path) -> None:
+    run(tiny_data, room, "--max_steps 1")
+    before = last_checkpoint(room)
+    for flags in (f"--load_from {room}/best.safetensors --reduced_dim 128", "--copy_paste 0.5"):
+        with pytest.raises(UserError):
+            run(tiny_data, room, "--max_steps 1", flags)
+        assert last_checkpoint(room) == before and not (room / "earlier").exists()
+
+
+def test_a_start_from_the_run_before_the_earlier_one(tiny_data: Path, room: Path) -> None:
+    """`earlier` is replaced, but only once its weights have been read."""
+    for seed in (1, 2):
+        run(tiny_data, room, f"--max_steps 1 --seed {seed}")
+    first = load_weights(room / "earlier/best.safetensors")[0]
+    start = f"--load_from {room}/earlier/best.safetensors"
+    run(tiny_data, room, "--max_steps 1 --lr 1e-7 --weight_decay 0 --no-ema", start)
+    last = load_weights(room / "best.safetensors")[0]
+    assert all(torch.allclose(last[name], tensor, atol=1e-5) for name, tensor in first.items())
+
+
+def test_best_weights_that_are_gone_are_made_anew(
+    tiny_data: Path, one_step: Path, room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tiny_data, room / "own", "--max_steps 1 --seed 7")
+    shutil.copytree(one_step, room / "other")
+    (room / "other/best.safetensors").unlink()
+    best = run(tiny_data, room / "own", f"--max_steps 2 --resume {room}/other")
+    assert "the next evaluation counts as the best so far" in caplog.text
+    kept = load_weights(room / "own/best.safetensors")[1]
+    assert kept.training["steps_done"] == 2 and kept.metrics["map50"] == best["map50"]
+
+
 def test_results_that_a_run_does_not_replace_do_not_stay(tiny_data: Path, room: Path) -> None:
     run(tiny_data, room, "--max_steps 1")
     for name in resume.NOT_OF_EVERY_RUN:
@@ -314,7 +348,10 @@ def test_killed_while_it_sets_a_run_aside(tiny_data: Path, room: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
             patch.setattr(Path, "rename", killed)
             resume.set_aside(room)
+    (room / "tensorboard").mkdir()  # a run went on in between
+    (room / "tensorboard/events").write_text("new")
     assert resume.set_aside(room) == room / "earlier"
+    assert (room / "earlier/tensorboard/events").read_text() == "new"
     kept = {path.relative_to(room / "earlier") for path in (room / "earlier").rglob("*")}
     assert whole - kept <= {Path("findings.csv")}
     assert resume.set_aside(room) is None

@@ -86,8 +86,8 @@ def train(
     setting or a damaged dataset, NonFiniteLoss if the loss is not finite, and KeyboardInterrupt
     when it is interrupted, after it has saved everything.
     """
-    named = {"output_dir": output_dir, "data": data}
-    given = {**{name: each for name, each in named.items() if each is not None}, **settings}
+    named = {"output_dir": output_dir, "data": data, **settings}
+    given = {name: each for name, each in named.items() if each is not None}
     if "config" not in given and given.keys() & {*PATH_OF.values(), *COCO_FILES}:
         given.setdefault("preset", "auto")
     words = _as_flags(given)

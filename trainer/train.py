@@ -30,7 +30,6 @@ from trainer.evaluate_and_save import (
     start_line,
 )
 from trainer.loop.agreement import Agreement
-from trainer.loop.clock import without_addresses
 from trainer.loop.launch import (
     make_accelerator,
     precision_line,
@@ -40,7 +39,6 @@ from trainer.loop.launch import (
 )
 from trainer.loop.loss_log import LossLog, NonFiniteLoss
 from trainer.loop.optim import learning_rate, set_learning_rate
-from trainer.loop.resume import BEST
 from trainer.loop.run_lock import only_run_in
 from trainer.loop.set_up import set_up
 from trainer.loop.start import load_detector, require_files, settled
@@ -67,6 +65,8 @@ from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
 
 logger = get_logger(__name__)
+
+NO_WEIGHTS_YET = "; no weights to predict with yet, since none were evaluated"
 
 
 def train(
@@ -121,7 +121,7 @@ def _train(
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     agreement.on_main(lambda: begin_folder(run, model_fields, train_set.class_names))
     say = partial(announce, run, report)
-    say("start", message=start_line(run))
+    say("start", message=start_line(run), settings=resolved(config, model_fields))
     losses = LossLog(run.agreement, output, step_images=clock.step_images)
 
     with StopRequest() as stop:
@@ -141,10 +141,12 @@ def _train(
                 with losses.paused():
                     evaluate_and_save(run, train_set, val_set, say, stop)
             on_test = {} if test_set is None else evaluate_test(run, test_set, say, stop)
-        except Stopped:
+        except Stopped as stopped:
             losses.check()
             # Not a due save: the resumed run still owes this step's evaluation and checkpoint.
             save_checkpoint(run, say)
+            run.agreement.gather(0)  # the first process to end would end the others
+            stopped.evaluated = state.best_step >= 0
             raise
 
     best = {**state.best_metrics, **on_test}
@@ -169,7 +171,8 @@ def train_from_settings(
             lambda: settled(config, model_fields, fixed)
         )
     if config.check:
-        agreement.on_main(lambda: checked_datasets(config, model_fields, fixed, processes))
+        with only_run_in(output, agreement):  # whose findings.csv a check would replace
+            agreement.on_main(lambda: checked_datasets(config, model_fields, fixed, processes))
         return
     agreement.on_main(lambda: require_trackers(config.report_to))
     agreement.on_main(lambda: require_files(config))
@@ -209,8 +212,7 @@ def train_and_report(
         if accelerator.is_main_process:
             files = {Path(name).stem: output / name for name in names}
             console = Console(files=files, best_by=config.best_by)
-            told = without_addresses(resolved(config, model_fields))
-            trackers = Trackers(config.report_to, output, told)
+            trackers = Trackers(config.report_to, output)
             page = page_of_training(config, model_fields, train_set, val_set, accelerator, plan)
             for each in (console, trackers, page):
                 open_files.callback(each.close)
@@ -356,8 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except NonFiniteLoss as error:
         fail(str(error), 3)
     except Stopped as stopped:
-        known = (Path(config.output_dir) / BEST).exists()
-        none = "" if known else "; no weights to predict with yet, since none were evaluated"
+        none = "" if stopped.evaluated else NO_WEIGHTS_YET
         fail(f"{stopped}; everything is saved, continue with --resume{none}", stopped.exit_code)
     except KeyboardInterrupt as stopped:  # not in the loop, or the second signal in it
         code = getattr(stopped, "exit_code", INTERRUPTED)

@@ -53,7 +53,7 @@ def largest_canvas(
     """
     areas = {(int(height), int(width)) for height, width in sizes}
     short, longest = max(augmentation.sizes), augmentation.max_size
-    aspects = [LONGEST_ASPECT] if augmentation.strong.iou_crop else []
+    aspects = [float(LONGEST_ASPECT)] if augmentation.strong.iou_crop else []
     if augmentation.crop:
         low, high = augmentation.crop_range
         aspects.append(high / low)  # of the crops, the least square ones

@@ -126,7 +126,7 @@ def predictions(
         detector = load_detector(Namespace(**{**vars(given), "weights": path}))
         labels = label_map(path, detector.class_names, samples.class_names)
         map50 = detector.info.metrics.get("map50", 1.0)
-        if map50 < WEAK:
+        if 0 <= map50 < WEAK:  # -1: nothing was scored
             remarks.append(
                 f"{Path(path).name} is a weak detector, with a map50 of {map50:.2f} on its "
                 "validation images: many suspicions are its own mistakes. Train longer first."

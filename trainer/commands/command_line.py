@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt as error:
-        print("stopped; what was finished is written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return getattr(error, "exit_code", INTERRUPTED)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = message_of(error)
@@ -148,7 +148,7 @@ def message_of(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for a fault of ours."""
     name = type(error).__name__
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out of memory; lower --batch_size, or choose --device cpu"
+        return "out of memory; smaller batches need less, where the command has --batch_size"
     if isinstance(error, RuntimeError):
         return None
     if isinstance(error, OSError) and error.errno is not None:

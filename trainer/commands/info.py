@@ -56,6 +56,7 @@ def _facts_of_weights(path: Path) -> dict[str, Any]:
         "class_names": list(info.class_names),
         "preprocessing": asdict(info.preprocessing) | {"max_size": info.preprocessing.max_size},
         "metrics": info.metrics,
+        "thresholds": list(info.thresholds),
         "training": info.training,
     }
 
@@ -105,8 +106,8 @@ def page(facts: Mapping[str, Any]) -> str:
     metrics = facts.get("metrics") or {}
     if metrics:
         scored = {name: metrics.get(name, -1.0) for name in MAIN_METRICS}
-        shown = (f"{name} {value:.3f}" for name, value in scored.items() if value >= 0)
-        lines += [f"metrics when it was saved: {', '.join(shown)}"]
+        shown = [f"{name} {value:.3f}" for name, value in scored.items() if value >= 0]
+        lines += [f"metrics when it was saved: {', '.join(shown)}"] if shown else []
     training = dict(facts.get("training") or {})
     if training:
         lines += ["", "training", *_training_lines(training)]

@@ -93,6 +93,12 @@ class RunState:
             self.stale_evaluations += 1
         return best
 
+    def forget_best(self) -> None:
+        """The next evaluation is the best so far."""
+        fresh = RunState()
+        self.best_map50, self.best_step = fresh.best_map50, fresh.best_step
+        self.best_metrics, self.stale_evaluations = {}, 0
+
     def stops_early(self, patience: int) -> bool:
         """Whether `patience` evaluations (0: any number) have brought no better one."""
         return 0 < patience <= self.stale_evaluations
@@ -220,6 +226,8 @@ def set_aside(output: Path) -> Path | None:
                 _link(output / name, half / name)
         for name in (*NOT_OF_EVERY_RUN, TENSORBOARD, CHECKPOINTS):
             if (output / name).exists():
+                if (half / name).is_dir():  # a move was killed, and the run went on since
+                    shutil.rmtree(half / name)
                 (output / name).rename(half / name)
     elif not (half / CHECKPOINTS).exists():
         return None
@@ -228,15 +236,20 @@ def set_aside(output: Path) -> Path | None:
     return earlier
 
 
-def bring_best(checkpoint: Checkpoint, output: Path) -> None:
-    """Copies the best weights of the run that is resumed into a new output folder, unless they are
-    of an evaluation after the checkpoint.
+def bring_best(checkpoint: Checkpoint, output: Path) -> bool:
+    """Copies the best weights of the run that is resumed into a new output folder, and returns
+    whether they are there now. Those of an evaluation after the checkpoint are not copied.
     """
     source, target = checkpoint.path.parent.parent / BEST, output / BEST
-    with suppress(UnusableWeights, OSError):
-        if read_info(source).training.get("steps_done") == checkpoint.state.best_step:
-            with atomic_file(target) as file:
-                file.write(source.read_bytes())
+    try:
+        if read_info(source).training.get("steps_done") != checkpoint.state.best_step:
+            return False
+        content = source.read_bytes()
+    except (UnusableWeights, OSError):
+        return False
+    with atomic_file(target) as file:
+        file.write(content)
+    return True
 
 
 def _link(file: Path, target: Path) -> None:

@@ -34,7 +34,7 @@ from trainer.loop.agreement import Agreement
 from trainer.loop.clock import Clock
 from trainer.loop.optim import ema_decay_of, make_ema, make_optimizer
 from trainer.loop.resume import Checkpoint, RunState
-from trainer.loop.start import find_checkpoint, load_start, load_teacher, restore
+from trainer.loop.start import find_checkpoint, load_start, load_teacher, make_way, restore
 from trainer.loop.time_limit import StepTimer, within_hours
 from trainer.readers.samples import SampleTable
 from trainer.settings.config import TrainConfig
@@ -162,6 +162,7 @@ def set_up(
         state = restore(checkpoint, state, model, ema, optimizer, accelerator)
         if probe.possible():
             state.n_iter_to_acc = fitting_micro_batches(probe, config, state.n_iter_to_acc)
+    make_way(config, checkpoint, state, agreement)
     return Run(
         config=config,
         model_config=model_config,

@@ -182,11 +182,9 @@ def load_detector(
 def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | None:
     """The checkpoint to resume from, the same on every process; None for a fresh run.
 
-    A run that the output folder already holds, and that this one does not continue, is moved aside.
     Raises UserError if --resume names a folder without an intact checkpoint.
     """
     if config.resume is None:
-        set_aside(config, agreement)
         return None
     wanted = Path(config.output_dir if config.resume == "auto" else config.resume)
     on_main: list[Checkpoint] = []
@@ -209,25 +207,44 @@ def find_checkpoint(config: TrainConfig, agreement: Agreement) -> Checkpoint | N
         logger.info(f"nothing to resume in {wanted}: a fresh run")
         return None
     output = Path(config.output_dir).resolve()
-    if path.parent.resolve() != output / resume.CHECKPOINTS:  # of another folder's run
-        if output in path.resolve().parents and resume.checkpoints(output / resume.CHECKPOINTS):
-            raise UserError(
-                f"--resume {wanted} lies inside --output_dir {config.output_dir}, which holds a "
-                "run of its own; name another --output_dir"
-            )
-        set_aside(config, agreement)
-        agreement.on_main(lambda: resume.bring_best(on_main[0], output))
+    own = output / resume.CHECKPOINTS
+    inside = path.parent.resolve() != own and output in path.resolve().parents
+    if inside and resume.checkpoints(own):
+        raise UserError(
+            f"--resume {wanted} lies inside --output_dir {config.output_dir}, which holds a "
+            "run of its own; name another --output_dir"
+        )
     return on_main[0] if on_main else resume.load(path)
 
 
-def set_aside(config: TrainConfig, agreement: Agreement) -> None:
-    """Moves the run that the output folder holds, if any, into its folder `earlier`."""
-    aside = agreement.on_main(lambda: resume.set_aside(Path(config.output_dir)))
+def make_way(
+    config: TrainConfig, checkpoint: Checkpoint | None, state: RunState, agreement: Agreement
+) -> None:
+    """Moves a run that the output folder holds, and that this one does not continue, into its
+    folder `earlier`. The best weights of a run that is resumed from another folder come along; if
+    they are not there, the next evaluation is the best so far.
+
+    Call it when nothing can fail any more: a start that fails leaves the earlier run in place.
+    """
+    output = Path(config.output_dir)
+    if checkpoint is not None:
+        of_folder = (output / resume.CHECKPOINTS).resolve()
+        if checkpoint.path.parent.resolve() == of_folder:
+            return
+    aside = agreement.on_main(lambda: resume.set_aside(output))
     if aside is not None:
         logger.warning(
             f"{config.output_dir} already holds a run, which this one does not continue. The "
             f"earlier run was moved to {aside} and replaced any run stored there; to continue it "
             f"pass --resume --output_dir {aside}"
+        )
+    if checkpoint is None or state.best_step < 0:
+        return
+    if not agreement.on_main(lambda: resume.bring_best(checkpoint, output)):
+        state.forget_best()
+        logger.warning(
+            f"the best weights of {checkpoint.path.parent.parent} are missing, unreadable or newer "
+            "than its checkpoint; the next evaluation counts as the best so far"
         )
 
 

@@ -24,6 +24,7 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
+        self.evaluated = False  # whether the run has weights to predict with
 
 
 class StoppedBySignal(KeyboardInterrupt):

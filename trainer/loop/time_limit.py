@@ -68,10 +68,10 @@ class StepTimer:
         """The mean time of a step, loading included, by those that fit into `seconds`: at least
         two, after a first that does not count. Raises UserError if memory runs out.
         """
-        steps = range(MOST_TRIED)
+        steps, device = range(MOST_TRIED), self.accelerator.device
         batches = micro_batches(self.dataset, config, n_iter_to_acc, steps, self.accelerator)
         times: list[float] = []
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):
             while len(times) < 3 or (sum(times) < seconds and len(times) < MOST_TRIED):
                 began = time.monotonic()
                 done = self._step([next(batches) for _ in range(n_iter_to_acc)])
@@ -103,8 +103,12 @@ def fitting_length(
     step_images: int,
     val_images: int,
     test_images: int = 0,
+    *,
+    eval_interval: int | None = None,
+    max_steps: int | None = None,
 ) -> Length:
-    """The longest run of steps of `step` seconds, with its evaluations, that takes `seconds`. The
+    """The longest run of at most `max_steps` steps of `step` seconds each that takes `seconds` with
+    its evaluations, which are every `eval_interval` epochs; None: as many as EVALUATING allows. The
     test images are evaluated once.
 
     Raises UserError if not even one step fits.
@@ -113,14 +117,19 @@ def fitting_length(
     seconds = seconds * (1 - RESERVE) - test_images * image
     evaluation = val_images * image
     wanted = int(min(max(EVALUATING * seconds / max(evaluation, 1e-9), 1), MOST_EVALUATIONS))
-    steps = int((seconds - wanted * evaluation) / step)
+    if eval_interval is None:
+        steps = int((seconds - wanted * evaluation) / step)
+    else:  # one evaluation is at the end
+        share = evaluation / (per_epoch * eval_interval)
+        steps = int((seconds - evaluation) / (step + share))
     if steps < 1:
         raise UserError(
             f"--hours is too short: a step takes {step:.2g} s, an evaluation {evaluation:.2g} s, "
             f"and {max(seconds, 0):.0f} s are left; give more time or a smaller --eval_size"
         )
+    steps = min(steps, max_steps or steps)
     epochs = math.ceil(steps / per_epoch)
-    interval = math.ceil(epochs / min(wanted, max(epochs // 2, 1)))
+    interval = eval_interval or math.ceil(epochs / min(wanted, max(epochs // 2, 1)))
     return Length(epochs, steps, interval)
 
 
@@ -144,7 +153,8 @@ def within_hours(
     if checkpoint is not None:
         saved = checkpoint.state.settings
         names = ("epochs", "max_steps", "eval_interval", "save_interval")
-        logger.info(f"--hours {hours:g}: {counted(saved['epochs'], 'epoch')}, as in the checkpoint")
+        epochs = counted(saved["epochs"], "epoch")
+        logger.info(f"--hours {hours:g}: a resumed run keeps its length, {epochs}")
         return replace(config, **{name: saved[name] for name in names})
 
     def left() -> float:
@@ -153,18 +163,26 @@ def within_hours(
     logger.info(f"--hours {hours:g}: timing a few steps")
     step = timer.mean(config, n_iter_to_acc, TRIAL * left())
     images = config.batch_size * timer.accelerator.num_processes
-    length = fitting_length(left(), step, per_epoch, images, val_images, test_images)
-    steps = min(length.max_steps, config.max_steps or length.max_steps)
-    intervals: dict[str, Any] = {
-        name: length.eval_interval
-        for name in ("eval_interval", "save_interval")
-        if getattr(config, name) == getattr(TrainConfig, name)
-    }
+    kept = config.eval_interval
+    length = fitting_length(
+        left(),
+        step,
+        per_epoch,
+        images,
+        val_images,
+        test_images,
+        eval_interval=None if kept == TrainConfig.eval_interval else kept,
+        max_steps=config.max_steps,
+    )
+    intervals: dict[str, Any] = {"eval_interval": length.eval_interval}
+    if config.save_interval == TrainConfig.save_interval:
+        intervals["save_interval"] = length.eval_interval
     replaced = f", in place of --epochs {config.epochs}" * (config.epochs != TrainConfig.epochs)
-    config = replace(config, epochs=length.epochs, max_steps=steps, **intervals)
+    config = replace(config, epochs=length.epochs, max_steps=length.max_steps, **intervals)
     logger.info(
-        f"--hours {hours:g}{replaced}: a step takes {step:.3g} s, so {counted(steps, 'step')} "
-        f"({counted(length.epochs, 'epoch')}) fit, with an evaluation every "
+        f"--hours {hours:g}{replaced}: a step takes {step:.3g} s, so "
+        f"{counted(length.max_steps, 'step')} ({counted(length.epochs, 'epoch')}) fit, with an "
+        "evaluation every "
         f"{counted(config.eval_interval, 'epoch')}"
     )
     return config

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class ReportPage:
     def __call__(self, progress: Progress) -> None:
         self._history(progress)
         self._behind = True
+        if progress.event == "start" and progress.settings:
+            self._facts = replace(self._facts, settings=progress.settings)
         if progress.event == "evaluation" and progress.diagnosis is not None:
             self._add_evaluation(progress, progress.diagnosis)
             since = self._clock() - self._written

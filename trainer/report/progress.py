@@ -24,6 +24,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.loop.clock import without_addresses
 from trainer.report.pictures import as_jpeg, joined
 from trainer.report.plots import as_picture, confusion_table
 from trainer.scoring.average_precision import COCO_NUMBERS
@@ -45,7 +46,8 @@ Event = Literal["start", "step", "evaluating", "evaluation", "saved", "end"]
 class Progress:
     """One event of a run. What `metrics` holds depends on `event`:
 
-    - "start", once: nothing. `step` is 0, or the step from which the run resumes.
+    - "start", once: nothing. `step` is 0, or the step from which the run resumes; `settings` are
+      all of the run's, with the values that `auto` and --hours stand for.
     - "step", once per log interval: `loss` (the total), its terms `loss_*`, `lr`,
       `grad_norm`, `images_per_second`, `memory_gib`, `loader_wait` (the share of the time, 0 to 1,
       that training waited for images).
@@ -58,7 +60,8 @@ class Progress:
     """
 
     event: Event
-    fraction: float  # share of the run that is done: 0..1, never falls
+    # Share of the run that is done, 0 to 1. It only falls where a signal interrupts an evaluation.
+    fraction: float
     epoch: int  # current epoch, from 0; people see epoch + 1
     step: int  # optimiser steps done
     total_steps: int
@@ -69,6 +72,7 @@ class Progress:
     best: bool = False  # this evaluation is the best so far
     pictures: Sequence[Image.Image] = ()  # validation images with boxes drawn on them
     diagnosis: Diagnosis | None = None  # of an "evaluation"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of a "start"
     worst: Sequence[Pair] = ()  # its worst images with boxes, in the order of `diagnosis.worst`
 
 
@@ -106,17 +110,20 @@ class CsvLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, str]] | None = None  # None until the first event
-        self._losses: dict[str, list[float]] = {}
+        self._losses: dict[str, list[tuple[float, int]]] = {}  # means, each of so many steps
         self._rates: dict[str, float] = {}
+        self._step = 0  # of the last means
 
     def __call__(self, progress: Progress) -> None:
         """Raises UserError if a resumed run finds a file that is not ours."""
         if self._rows is None:
             self._rows = self._read_rows(progress.step)
+            self._step = progress.step
             if self.path.exists():
                 self._write()
         if progress.event == "step":
-            self._remember(progress.metrics)
+            self._remember(progress.metrics, progress.step - self._step)
+            self._step = progress.step
         elif progress.event == "evaluation":
             row = self._row(progress)
             # A run killed between scoring and saving scores the same step again.
@@ -135,16 +142,18 @@ class CsvLog:
                 "move it away and resume again"
             ) from error
 
-    def _remember(self, metrics: Mapping[str, float]) -> None:
+    def _remember(self, metrics: Mapping[str, float], steps: int) -> None:
         for name, value in metrics.items():
             if name.startswith("loss"):
-                self._losses.setdefault(name, []).append(float(value))
+                self._losses.setdefault(name, []).append((float(value), max(steps, 1)))
             elif name == "lr":
                 self._rates[name] = float(value)
 
     def _row(self, progress: Progress) -> dict[str, str]:
         row = {"epoch": str(progress.epoch + 1), "step": str(progress.step)}
-        row |= {name: f"{sum(all_) / len(all_):.6g}" for name, all_ in self._losses.items()}
+        for name, means in self._losses.items():
+            total = sum(steps for _, steps in means)
+            row[name] = f"{sum(mean * steps for mean, steps in means) / total:.6g}"
         row |= {name: f"{rate:.6g}" for name, rate in self._rates.items()}
         self._losses.clear()
         scores = progress.metrics
@@ -234,16 +243,19 @@ class Trackers:
     not the training.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
-        """Starts the trackers; their local files go into `folder`, and `settings` are the run's."""
+    def __init__(self, names: Sequence[str], folder: Path) -> None:
+        """The trackers' local files go into `folder`."""
+        self._names, self._folder = names, folder
         self._active: dict[str, GeneralTracker] = {}
-        for name in dict.fromkeys(names):
-            if name != TENSORBOARD:
-                self._attempt(name, partial(self._start, name, folder, settings))
 
     def __call__(self, progress: Progress) -> None:
         tags = {"step": _step_tag, "evaluation": _score_tag}
-        if progress.event == "end":
+        if progress.event == "start":
+            told = without_addresses(progress.settings)
+            for name in dict.fromkeys(self._names):
+                if name != TENSORBOARD:
+                    self._attempt(name, partial(self._start, name, self._folder, told))
+        elif progress.event == "end":
             self.close()
         elif progress.event in tags:
             tag, is_step = tags[progress.event], progress.event == "step"

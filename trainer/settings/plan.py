@@ -160,7 +160,10 @@ def optimisation(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Cho
     yield Choice("sched", "linear", "better than a cosine in short runs")
     if "warmup_steps" not in fixed or "warmup_share" in fixed:
         yield Choice("warmup_share", 0.1, "a warm-up that shrinks with the run (DEIM)")
-    yield Choice("num_workers", 0 if not data.gpu else 4, "loading is cheap beside a CPU's steps")
+    if data.gpu:
+        yield Choice("num_workers", 4, "a GPU would wait for one process that loads")
+    else:
+        yield Choice("num_workers", 0, "loading is cheap beside a CPU's steps")
 
 
 def length(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
@@ -179,7 +182,7 @@ def length(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
         interval = max(now["epochs"] // 20, 1)
         evaluations = counted(math.ceil(now["epochs"] / interval), "evaluation")
         yield Choice("eval_interval", interval, evaluations)
-        yield Choice("save_interval", interval, "a checkpoint with each")
+        yield Choice("save_interval", now["eval_interval"], "a checkpoint with each")
 
 
 def balance(data: Fingerprint, now: Settings, fixed: Names) -> Iterator[Choice]:
@@ -238,6 +241,7 @@ def repeated(
     own = {*fixed, *PATHS, *("load_from", "dataset_file", "num_classes", "mixed_precision")}
     if {"epochs", "max_steps"} & set(fixed) and settings.get("hours") is not None:
         settings |= {"hours": None, "max_steps": None}
+        own -= {"hours"}  # given again with the rest of the command
     kept = {name: value for name, value in settings.items() if name not in own}
     return merged(config, model, kept)
 
