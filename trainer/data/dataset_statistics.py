@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from torchvision.ops import box_iou
 
 from trainer.readers.samples import SampleTable
@@ -83,7 +84,7 @@ def plan_of(
     """
     pretrained = config.load_from is not None or config.pre_trained != "none"
     if config.pre_trained == "imagenet" and not {"load_from", "pre_trained"} & set(fixed):
-        backbone = "swin_tiny" if torch.accelerator.is_available() else "swin_nano"
+        backbone = "swin_tiny" if trains_on_gpu() else "swin_nano"
         pretrained = imagenet_at_hand(
             model["backbone_name"] if "backbone_name" in fixed else backbone
         )
@@ -103,10 +104,15 @@ def sizes_of_plan(
     return planned_sizes(config, model, fixed, fingerprint)
 
 
+def trains_on_gpu() -> bool:
+    """Whether a run on this machine would use a GPU: not with `accelerate launch --cpu`."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def machine(config: TrainConfig, processes: int, pretrained: bool) -> dict[str, Any]:
     """The fields of a `Fingerprint` that say where and how a run trains."""
     return {
-        "gpu": torch.accelerator.is_available(),
+        "gpu": trains_on_gpu(),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "pretrained": pretrained,
