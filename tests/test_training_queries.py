@@ -16,7 +16,7 @@ from trainer.augmentation.denoising import (
     noise_boxes,
     noise_labels,
 )
-from trainer.loop.set_up import require_denoising
+from trainer.loop.set_up import require_denoising, warn_of_idle_settings
 from trainer.settings.config import TrainConfig
 from vidt.errors import UserError
 from vidt.losses.criterion import SetCriterion, denoising_matches
@@ -227,8 +227,8 @@ def test_settings_without_effect(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="--contrastive_denoising needs --denoising"):
         require_denoising(TrainConfig(denoising=0, contrastive_denoising=True), ViDTConfig())
     PartialState()  # the logger asks it for the main process
-    require_denoising(TrainConfig(denoising=0), ViDTConfig(label_embedding=True))
+    warn_of_idle_settings(TrainConfig(denoising=0), ViDTConfig(label_embedding=True))
     assert "--label_embedding does nothing without --denoising" in caplog.text
     without = ViDTConfig(method="vidt_wo_neck")
-    require_denoising(TrainConfig(denoising=0, class_loss="varifocal"), without)
+    warn_of_idle_settings(TrainConfig(denoising=0, class_loss="varifocal"), without)
     assert "--class_loss varifocal does nothing with method vidt_wo_neck" in caplog.text

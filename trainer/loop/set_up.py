@@ -96,6 +96,7 @@ def set_up(
     class_names = train_set.class_names
     model_config = ViDTConfig(**{**model_fields, "num_classes": len(class_names)})
     require_denoising(config, model_config)
+    warn_of_idle_settings(config, model_config)
 
     detector = build_detector(model_config)
     checkpoint = find_checkpoint(config, agreement)
@@ -329,10 +330,19 @@ def images_of_epoch(config: TrainConfig, samples: SampleTable) -> int:
 
 def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
     """Raises UserError for --denoising with a model that cannot denoise, and for
-    --contrastive_denoising without --denoising. Warns of other settings that do nothing.
+    --contrastive_denoising without --denoising.
     """
     if config.contrastive_denoising and not config.denoising:
         raise UserError("--contrastive_denoising needs --denoising, which is 0; drop it")
+    if config.denoising and not model.with_box_refine:
+        raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
+    if config.denoising and (model.method != "vidt" or not model.dec_layers):
+        flags = f"--method {model.method} --dec_layers {model.dec_layers}"
+        raise UserError(f"--denoising needs a decoder; {flags} has none")
+
+
+def warn_of_idle_settings(config: TrainConfig, model: ViDTConfig) -> None:
+    """Warns of settings that were changed and do nothing without others."""
     if model.label_embedding and not config.denoising:
         logger.warning("--label_embedding does nothing without --denoising")
     if config.class_loss != "focal" and model.method != "vidt":
@@ -346,8 +356,3 @@ def require_denoising(config: TrainConfig, model: ViDTConfig) -> None:
         if changed and not any(getattr(config, part) for part in needs):
             parts = f"--{needs[0]}" if len(needs) == 1 else "a part of the augmentation to end"
             logger.warning(f"--{name} does nothing without {parts}")
-    if config.denoising and not model.with_box_refine:
-        raise UserError("--denoising needs --with_box_refine: its queries start from boxes")
-    if config.denoising and (model.method != "vidt" or not model.dec_layers):
-        flags = f"--method {model.method} --dec_layers {model.dec_layers}"
-        raise UserError(f"--denoising needs a decoder; {flags} has none")
