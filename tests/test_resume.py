@@ -3,6 +3,7 @@
 Whole processes, killed at random, are in test_kill_resume.py; here runs break off at chosen places.
 """
 
+import csv
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from tiny_runs import (
 from trainer.loop import resume
 from trainer.loop.optim import ema_decay_of
 from trainer.loop.stopping import Stopped
-from trainer.report.progress import Progress
+from trainer.report.progress import CsvLog, Progress
 from vidt.errors import UserError
 from vidt.weights.weights_file import load_weights
 
@@ -313,11 +314,15 @@ def test_a_start_from_the_run_before_the_earlier_one(tiny_data: Path, room: Path
 def test_best_weights_that_are_gone_are_made_anew(
     tiny_data: Path, one_step: Path, room: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(tiny_data, room / "own", "--max_steps 1 --seed 7")
+    log = room / "own/metrics.csv"
+    run(tiny_data, room / "own", "--max_steps 1 --seed 7", report=CsvLog(log))
     shutil.copytree(one_step, room / "other")
     (room / "other/best.safetensors").unlink()
-    best = run(tiny_data, room / "own", f"--max_steps 2 --resume {room}/other")
+    flags = f"--max_steps 2 --resume {room}/other"
+    best = run(tiny_data, room / "own", flags, report=CsvLog(log))
     assert "the next evaluation counts as the best so far" in caplog.text
+    with log.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2"], "no row of the run before"
     kept = load_weights(room / "own/best.safetensors")[1]
     assert kept.training["steps_done"] == 2 and kept.metrics["map50"] == best["map50"]
 

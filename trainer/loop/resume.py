@@ -37,10 +37,11 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 BEST, NON_FINITE, TEST = "best.safetensors", "non_finite.json", "test.json"
 RESULTS = (
-    *(BEST, "last.safetensors", "config.yaml", "metrics.csv"),
+    *(BEST, "last.safetensors", "config.yaml"),
     *("report.html", "predictions.jpg", NON_FINITE),
 )
 NOT_OF_EVERY_RUN = (TEST, PREVIEW_NAME)
+METRICS = "metrics.csv"  # a resumed run goes on with it
 # How a run was trained whose checkpoint is older than these settings; what is not listed was not
 # there, as by default.
 BEFORE = {"scale_per": "image", "group_by_aspect": False, "mixed_precision": "no", "tf32": False}
@@ -224,7 +225,7 @@ def set_aside(output: Path) -> Path | None:
         for name in RESULTS:
             if (output / name).exists() and not (half / name).exists():
                 _link(output / name, half / name)
-        for name in (*NOT_OF_EVERY_RUN, TENSORBOARD, CHECKPOINTS):
+        for name in (METRICS, *NOT_OF_EVERY_RUN, TENSORBOARD, CHECKPOINTS):
             if (output / name).exists():
                 if (half / name).is_dir():  # a move was killed, and the run went on since
                     shutil.rmtree(half / name)
