@@ -186,6 +186,35 @@ def test_a_step_that_fails_once_is_repeated_as_it_was(
     assert ["step 0" in line for line in warnings(caplog)] == [True, False]
 
 
+@pytest.mark.parametrize(("fails", "parts"), [(1, 1), (2, 2)])
+def test_memory_that_ends_while_a_step_is_loaded(
+    tiny_data: Path,
+    room: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: int,
+    parts: int,
+) -> None:
+    """The step is loaded again, then in smaller micro-batches; nothing else changes."""
+    flags = "--max_steps 4 --eval_interval 9"
+    run(tiny_data, room / "whole", flags)
+    normalise, calls = Preprocessing.normalise, []
+
+    def short_of_memory(self: Preprocessing, *images: torch.Tensor) -> torch.Tensor:
+        calls.append(images)
+        if 2 < len(calls) <= 2 + fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return normalise(self, *images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preprocessing, "normalise", short_of_memory)
+        run(tiny_data, room / "short", flags)
+    assert len(warnings(caplog)) == fails
+    assert resume.load(last_checkpoint(room / "short")).state.n_iter_to_acc == parts
+    if parts == 1:
+        assert differences(end_of(room / "short"), end_of(room / "whole")) == []
+
+
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a CPU tried as a GPU is."""

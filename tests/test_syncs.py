@@ -174,7 +174,7 @@ def step_of(config: ViDTConfig, device: torch.device, tmp_path: Any) -> Callable
     log = LossLog(agreement, tmp_path, step_images=6)
     window = [micro_batch(config, device) for _ in range(2)]
 
-    num_boxes, (height, width), _ = agree_on(window, 0, agreement)
+    num_boxes, (height, width), *_ = agree_on(window, 0, agreement)
 
     def step(larger: int = 16) -> None:
         canvas = (height + larger, width)  # another process has a larger image

@@ -21,6 +21,7 @@ from trainer.loop.agreement import Agreement
 from trainer.loop.set_up import Run
 from trainer.loop.stopping import Stopped, StopRequest
 from vidt.errors import UserError, counted
+from vidt.predict.predictor import is_out_of_memory
 
 logger = get_logger(__name__)
 
@@ -38,18 +39,15 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
     repeated = False
     while True:
         if not batches:
-            if run.micro_batches is None:
-                steps = range(state.step, run.clock.total_steps)
-                run.micro_batches = run.loader_wait.timed(
-                    micro_batches(run.dataset, config, state.n_iter_to_acc, steps, accelerator)
-                )
-            batches = [next(run.micro_batches) for _ in range(state.n_iter_to_acc)]
-            num_boxes, canvas, signum = agree_on(batches, stop.signum, run.agreement)
+            batches = next_batches(run)
+            num_boxes, canvas, signum, loaded = agree_on(batches, stop.signum, run.agreement)
             if signum:
                 raise Stopped(signum)
+            if not loaded:  # on some process; the next try loads them again everywhere
+                run.micro_batches, batches = None, []
         # The step number determines all random numbers of a step: no state needs saving.
         set_seed(step_seed(config.seed, state.step, accelerator.process_index))
-        terms = summed_gradients(run, batches, canvas, num_boxes)
+        terms = summed_gradients(run, batches, canvas, num_boxes) if batches else None
         if terms is not None:
             break
         if repeated:  # every process loads the same images again in smaller micro-batches
@@ -73,6 +71,22 @@ def train_step(run: Run, stop: StopRequest) -> tuple[dict[str, Tensor], Tensor, 
         run.ema.update(run.model, step=state.step - state.skipped_updates)
     state.step += 1
     return terms, norm, [target["image_id"] for batch in batches for target in batch["targets"]]
+
+
+def next_batches(run: Run) -> list[dict[str, Any]]:
+    """The micro-batches of the step on this process's device; none if memory ran out."""
+    if run.micro_batches is None:
+        parts, steps = run.state.n_iter_to_acc, range(run.state.step, run.clock.total_steps)
+        run.micro_batches = run.loader_wait.timed(
+            micro_batches(run.dataset, run.config, parts, steps, run.accelerator)
+        )
+    try:
+        return [next(run.micro_batches) for _ in range(run.state.n_iter_to_acc)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    clear_device_cache(garbage_collection=True)
+    return []
 
 
 def summed_gradients(
@@ -105,16 +119,17 @@ def summed_gradients(
 
 def agree_on(
     batches: list[dict[str, Any]], signum: int, agreement: Agreement
-) -> tuple[float, tuple[int, int], int]:
+) -> tuple[float, tuple[int, int], int, bool]:
     """Facts about a step's micro-batches on all processes: the number of boxes (at least 1), the
-    (height, width) to pad to, and the signal to stop for (0: none). One exchange between hosts.
+    (height, width) to pad to, the signal to stop for (0: none), and whether all have batches. One
+    exchange between hosts.
     """
     boxes = sum(len(target["labels"]) for batch in batches for target in batch["targets"])
-    height = max(batch["images"].shape[2] for batch in batches)
-    width = max(batch["images"].shape[3] for batch in batches)
-    rows = agreement.gather(boxes, height, width, signum)
-    most = rows.amax(0)
-    return max(rows[:, 0].sum().item(), 1.0), (int(most[1]), int(most[2])), int(most[3])
+    height = max((batch["images"].shape[2] for batch in batches), default=0)
+    width = max((batch["images"].shape[3] for batch in batches), default=0)
+    rows = agreement.gather(boxes, height, width, signum, not batches)
+    _, height, width, signum, missing = map(int, rows.amax(0))
+    return max(rows[:, 0].sum().item(), 1.0), (height, width), signum, not missing
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
