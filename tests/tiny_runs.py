@@ -337,7 +337,7 @@ def gradients_of_step(
     window = list(batches)
     assert len(window) == config.n_iter_to_acc
     agreement = Agreement(accelerator)
-    num_boxes, canvas, _ = agree_on(window, 0, agreement)
+    num_boxes, canvas, *_ = agree_on(window, 0, agreement)
     teacher = load_teacher(config, model.config, accelerator, agreement)
     prepared = accelerator.prepare_model(model, evaluation_mode=True).train()
     criterion = criterion_for(model_config)
