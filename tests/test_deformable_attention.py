@@ -258,12 +258,12 @@ def test_exports_nothing_of_ours(coordinates: int, module: DeformableAttention) 
     assert torch.allclose(program.module()(*given), module(*given), atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sums", "form"), [(480, "cpu"), (500, "cpu"), (520, "plain")])
 def test_a_cpu_looks_sums_up_where_they_are_few_beside_the_positions(sums: int, form: Form) -> None:
     assert best_form(torch.device("cpu"), sums=sums, positions=1000) == form
 
 
+@pytest.mark.slow
 def test_benchmark_compares_the_forms(tmp_path: Path) -> None:
     flags = ("--size", "1x64x96", "--queries", 3, "--device", "cpu", "--turns", 1)
     printed = run("deformable.py", *flags, "--json", tmp_path / "times.json")

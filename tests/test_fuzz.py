@@ -42,9 +42,6 @@ pytestmark = pytest.mark.slow
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "2000"))
 MOST_SECONDS = 5.0  # of processor time, for one input
 MOST_GROWTH = 500  # MiB, over all inputs of a reader
-# A picture of valid pixels is read, however few bytes it has. The largest that Pillow opens takes
-# 4 bytes a pixel for a moment: grey, and converted to RGB.
-MOST_GROWTH_OF_IMAGES = 2 * (Image.MAX_IMAGE_PIXELS or 0) * 4 // 2**20
 
 COCO = json.dumps(
     {
@@ -279,7 +276,7 @@ def fuzz(name: str, target: Target, folder: Path, count: int) -> None:
         f"{name}: {sum(outcomes.values()):,} inputs, {outcomes['read']:,} read, "
         f"{outcomes['refused']:,} refused, slowest {slowest:.2f} s, grown {grown} MiB"
     )
-    assert grown < (MOST_GROWTH_OF_IMAGES if name == "images" else MOST_GROWTH)
+    assert grown < MOST_GROWTH
 
 
 COUNT = -(-INPUTS // (len(TARGETS) + 2))

@@ -60,7 +60,7 @@ from trainer.report.progress import (
 from trainer.scoring.evaluation import evaluate
 from trainer.settings.config import TrainConfig
 from trainer.settings.limits import WEIGHTS_OWN
-from trainer.settings.parsing import fixed_settings, parse_or_exit, resolved
+from trainer.settings.parsing import fixed_settings, parse_or_exit
 from vidt.atomic import atomic_write
 from vidt.errors import UserError, counted, escaped
 
@@ -121,7 +121,7 @@ def _train(
     state, clock, output = run.state, run.clock, Path(config.output_dir)
     agreement.on_main(lambda: begin_folder(run, model_fields, train_set.class_names))
     say = partial(announce, run, report)
-    say("start", message=start_line(run), settings=resolved(config, model_fields))
+    say("start", message=start_line(run), settings=state.settings)
     losses = LossLog(run.agreement, output, step_images=clock.step_images)
 
     with StopRequest() as stop:
